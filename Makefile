@@ -1,0 +1,38 @@
+# The first target that needs .venv makes it; nothing is installed by hand, and nothing here needs a GPU.
+PYTHON ?= python3
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+FOLDERS := plan kernels model data parallel eval train report slurm
+STAMP := .venv/.minka-installed
+
+.PHONY: demo test test-all lint bench gpu-check clean
+
+demo: $(STAMP) ## trains the demo recipe for real: minutes on two cores
+	$(BIN)/minka train demo
+
+test: $(STAMP) ## the tests that stay fast: at most 15 minutes on two cores
+	$(PYTEST) -m "not slow"
+
+test-all: $(STAMP) ## everything
+	$(PYTEST)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP) ## prints a table of what a step costs on this machine
+	$(BIN)/python -m minka.train.bench
+
+# For a machine that has torch with CUDA already: no network, no environment of its own.
+gpu-check:
+	PYTHONPATH=.ns:$$PYTHONPATH $(PYTHON) -m pytest -p no:cacheprovider -m gpu
+
+clean: ## everything that can be made again; runs/ and stores/ stay
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find $(FOLDERS) tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@

@@ -1,0 +1,132 @@
+"""Batch: what the model is fed, dense tensors of shape [B, T], and how windows of a token stream become one.
+
+B sequences · T tokens in a sequence
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+IGNORED = -100  # a target that counts for nothing
+FILLER = -1  # sample id of a sequence that only makes the batch divisible
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of one rank. All tensors are int64: tokens, targets, documents, positions [B, T]; samples [B].
+
+    targets: the next token of the same document, or IGNORED. documents: differ between the documents of a row, from 0.
+    positions: restart at each document and at the row's start. samples: position in the run's order, or FILLER.
+    target_count: targets that count, a host integer.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    documents: Tensor
+    positions: Tensor
+    samples: Tensor
+    target_count: int
+
+    def micro_batches(self, size: int) -> list["Batch"]:
+        """The batch in pieces of `size` sequences, in order, each with its own target_count. `size` must divide B.
+
+        Cut it on the host: counting the targets of a batch on a GPU would wait for it.
+        """
+        rows = len(self.samples)
+        if rows % size:
+            raise ValueError(f"{rows} sequences cannot be cut into micro-batches of {size}")
+        if rows == size:
+            return [self]
+        pieces = []
+        for start in range(0, rows, size):
+            cut = slice(start, start + size)
+            targets = self.targets[cut]
+            count = int((targets != IGNORED).sum())
+            pieces.append(
+                Batch(self.tokens[cut], targets, self.documents[cut], self.positions[cut], self.samples[cut], count)
+            )
+        return pieces
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on a device; the copy overlaps with other work when the batch is pinned."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> "Batch":
+        """The batch in page-locked memory (needs CUDA)."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch(
+            change(self.tokens),
+            change(self.targets),
+            change(self.documents),
+            change(self.positions),
+            change(self.samples),
+            self.target_count,
+        )
+
+
+def build_batch(
+    stream: NDArray[Any], windows: Sequence[int] | NDArray[np.int64], samples: NDArray[np.int64], seq_len: int, eod: int
+) -> Batch:
+    """Windows of a token stream as a Batch.
+
+    stream: all tokens of a split, each document ended by `eod`, which occurs nowhere else. windows: [B], window k
+    begins at token k*seq_len; FILLER makes an empty sequence. samples: [B], their ids. What lies beyond it is padded.
+    """
+    block, real = _gather(stream, windows, seq_len, eod)
+    ends = block[:, :-1] == eod
+    tokens = block[:, :-1].astype(np.int64)
+    targets = block[:, 1:].astype(np.int64)
+    np.putmask(targets, ends, IGNORED)  # the next token belongs to another document, or is padding
+    count = ends.size - int(np.count_nonzero(ends))
+    for row in np.flatnonzero(real < seq_len):
+        ends[row, real[row] :] = False  # padding is one document, not one a token
+    documents, positions = _structure(ends)
+    return Batch(
+        torch.from_numpy(tokens),
+        torch.from_numpy(targets),
+        torch.from_numpy(documents),
+        torch.from_numpy(positions),
+        torch.from_numpy(np.asarray(samples, dtype=np.int64)),
+        count,
+    )
+
+
+def _gather(
+    stream: NDArray[Any], windows: Sequence[int] | NDArray[np.int64], seq_len: int, eod: int
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """(tokens [B, T+1], how many of the first T are real [B]). Padded with eod, whose targets are ignored anyway."""
+    block = np.empty((len(windows), seq_len + 1), dtype=stream.dtype)
+    real = np.full(len(windows), seq_len, dtype=np.int64)
+    for row, window in enumerate(windows):
+        start = int(window) * seq_len
+        part = stream[start : start + seq_len + 1] if window != FILLER else stream[:0]
+        block[row, : len(part)] = part
+        if len(part) <= seq_len:
+            block[row, len(part) :] = eod
+            real[row] = len(part)
+    return block, real
+
+
+def _structure(ends: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Document ids and positions [B, T], from which tokens end a document.
+
+    Run lengths and np.repeat: twice as fast here as cumulative sums and maxima.
+    """
+    rows, length = ends.shape
+    begins = np.empty_like(ends)
+    begins[:, 0] = True
+    begins[:, 1:] = ends[:, :-1]
+    starts = np.flatnonzero(begins)
+    lengths = np.diff(starts, append=rows * length)
+    in_row = np.count_nonzero(begins, axis=1)
+    ids = np.arange(len(starts)) - np.repeat(np.cumsum(in_row) - in_row, in_row)
+    documents = np.repeat(ids, lengths).reshape(rows, length)
+    positions = (np.arange(rows * length) - np.repeat(starts, lengths)).reshape(rows, length)
+    return documents, positions

@@ -1,0 +1,176 @@
+"""`minka data`: prepare a token store, look into one, check one."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from minka.plan.cli import new_app, print_json, progress, run_app
+from minka.plan.errors import UserError
+
+if TYPE_CHECKING:
+    from minka.data.store import Split, TokenStore
+    from minka.plan.config import RunConfig
+
+RUN_HELP = "a recipe, a run.toml, a run folder or the name of a run"
+Run = Annotated[str, typer.Argument(help=RUN_HELP)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as you like")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
+SHOWN_CHARACTERS = 2_000
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `minka data ...`; returns the exit status."""
+    app = new_app("Turn documents into tokens that can be traced back.")
+    app.command("prepare")(_prepare)
+    app.command("inspect")(_inspect)
+    app.command("verify")(_verify)
+    return run_app(app, argv, "minka data")
+
+
+def _prepare(run: Run, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Read the corpus a run names, split it, make its tokenizer, and write its token store."""
+    from minka.data.manifest import MANIFEST
+    from minka.data.prepare import open_or_prepare, store_folder
+    from minka.plan.load import load_run
+
+    config = load_run(run, overrides or ()).config
+    there = (store_folder(config, Path()) / MANIFEST).is_file()
+    store = open_or_prepare(config, Path(), progress)
+    facts = _facts(store) | {"prepared": not there}
+    if as_json:
+        return print_json(facts)
+    print(f"{store.folder} {'was there already' if there else 'is prepared'}")
+    _show(facts)
+    return None
+
+
+def _inspect(
+    where: Annotated[str, typer.Argument(help=f"a token store, or {RUN_HELP}")],
+    overrides: Overrides = None,
+    document: Annotated[int | None, typer.Option(help="show this document, counted from 0")] = None,
+    sample: Annotated[
+        int | None, typer.Option(help="show the documents of this sample, a place in the run's order (needs a run)")
+    ] = None,
+    split: Annotated[str, typer.Option(help="train or validation; a run's samples are of train")] = "train",
+    as_json: AsJson = False,
+) -> None:
+    """Show what a store holds, one document of it, or which documents a sample of a run was cut from."""
+    store, config = _find(where, overrides or ())
+    if document is not None and sample is not None:
+        raise UserError("give --document or --sample, not both")
+    if document is not None:
+        found = _document(store.split(split), document)
+    elif sample is not None:
+        found = _sample(store.split("train"), config, sample, where)
+    else:
+        found = _facts(store)
+    if as_json:
+        return print_json(found)
+    _show({key: value for key, value in found.items() if key not in ("pieces", "text")})
+    for piece in found.get("pieces", ()):
+        _show(piece)
+    if "text" in found:
+        print(found["text"][:SHOWN_CHARACTERS] + ("..." if len(found["text"]) > SHOWN_CHARACTERS else ""))
+    return None
+
+
+def _verify(
+    store: Annotated[str, typer.Argument(help=f"a token store, or {RUN_HELP}")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hash every file of a store again, and hold tokens, index, sidecar and manifest against each other."""
+    from minka.data.manifest import read_manifest
+    from minka.data.verify import verify
+
+    folder, _ = _folder(store, overrides or ())
+    size = sum(file.bytes for file in read_manifest(folder).files.values())
+    with progress(size, "verifying", "bytes") as advance:
+        checked = verify(folder, advance)
+    if as_json:
+        return print_json(checked)
+    print(f"{folder} is whole: every file has its hash, and tokens, index and sidecar agree")
+    _show(checked)
+    return None
+
+
+def _find(where: str, overrides: Sequence[str]) -> "tuple[TokenStore, RunConfig | None]":
+    from minka.data.prepare import check_store
+    from minka.data.store import TokenStore
+
+    folder, config = _folder(where, overrides)
+    store = TokenStore.open(folder)
+    if config is not None:
+        check_store(store, config)
+    return store, config
+
+
+def _folder(where: str, overrides: Sequence[str]) -> "tuple[Path, RunConfig | None]":
+    from minka.data.manifest import MANIFEST
+    from minka.data.prepare import store_folder
+    from minka.plan.load import load_run
+
+    path = Path(where)
+    if path.is_dir() and ((path / MANIFEST).exists() or not (path / "run.toml").exists()):
+        if overrides:
+            raise UserError("overrides belong to a run", where=where, why="this is a folder of tokens, not a run")
+        return path, None
+    config = load_run(where, overrides).config
+    return store_folder(config, Path()), config
+
+
+def _facts(store: "TokenStore") -> dict[str, Any]:
+    manifest = store.manifest
+    facts: dict[str, Any] = {
+        "store": str(store.folder),
+        "hash": store.hash,
+        "source": {key: value for key, value in manifest.source.items() if value},
+        "tokenizer": manifest.tokenizer.name,
+        "vocab": manifest.vocab,
+        "eod": manifest.eod,
+        "left_out_empty": manifest.empty,
+    }
+    for name, part in manifest.splits.items():
+        facts[name] = {**part.model_dump(), "bytes_per_token": round(part.bytes / (part.tokens - part.documents), 4)}
+    return facts | ({"note": manifest.moved} if manifest.moved else {})
+
+
+def _document(split: "Split", i: int) -> dict[str, Any]:
+    return {"document": i, "split": split.name, **split.provenance(i), "text": split.text_of(i)}
+
+
+def _sample(split: "Split", config: "RunConfig | None", position: int, where: str) -> dict[str, Any]:
+    from minka.data.order import Order, window_count
+    from minka.data.trace import trace_window
+
+    if config is None:
+        raise UserError(
+            "a sample is a place in a run's order, and this is a store",
+            where=where,
+            remedy=f"give the run: minka data inspect RUN --sample {position}",
+        )
+    if position < 0:
+        raise UserError(f"there is no sample {position}", remedy="samples are counted from 0, on through every epoch")
+    windows = window_count(split.n_tokens, config.data.seq_len)
+    window = int(Order(windows, config.run.seed).windows_at([position])[0])
+    return {
+        "sample": position,
+        "epoch": position // windows,
+        "window": window,
+        "dropped": any(first <= position < last for first, last in config.data.dropped_samples),
+        "pieces": [piece.as_dict() for piece in trace_window(split, window, config.data.seq_len)],
+    }
+
+
+def _show(facts: dict[str, Any]) -> None:
+    width = max(map(len, facts), default=0)
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {_number(inner)}" for name, inner in value.items() if inner not in ("", None))
+        print(f"  {key:<{width}}  {_number(value)}")
+
+
+def _number(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,34 @@
+"""`minka eval`: score a checkpoint of a run, on this machine, in one process."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from minka.plan.cli import new_app, print_json, progress, run_app
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `minka eval`."""
+    app = new_app("Score a checkpoint: bits per byte on the run's validation split, by source.")
+
+    @app.command()
+    def score(
+        run: Annotated[
+            str, typer.Argument(help="run folder, or name under runs/; RUN@STEP takes that step's checkpoint")
+        ],
+        overrides: Annotated[list[str] | None, typer.Argument(help="eval.key=value")] = None,
+        as_json: Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")] = False,
+    ) -> int:
+        from minka.eval.score import score_checkpoint
+
+        with progress(None, "evaluating", "batches") as advance:
+            result = score_checkpoint(run, overrides or [], lambda: advance(1))
+        if as_json:
+            print_json(result)
+        else:
+            for name, value in result["scores"].items():
+                print(f"{name}  {value:.4f} +- {result['stderr'][name]:.4f}")
+        return 0
+
+    return run_app(app, argv, "minka eval")

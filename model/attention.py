@@ -1,0 +1,127 @@
+"""Causal attention that never crosses a document boundary, by whichever kernel suits the device.
+
+B batch · T tokens · H query heads · K key/value heads · C head width
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from minka.plan.errors import UserError
+from minka.plan.sections import KernelsSection
+
+HALF = (torch.bfloat16, torch.float16)
+VARLEN: Callable[..., Any] = varlen_attn  # its signature differs between torch 2.11 and 2.13
+VARLEN_TAKES = inspect.signature(varlen_attn).parameters
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Which token may see which, computed once a forward pass and handed to every block.
+
+    No pytree on purpose: FSDP2 casts the floating tensors it finds in a module's arguments, and recompute must see
+    the very value that its own micro-batch had.
+    """
+
+    kind: Literal["causal", "mask", "varlen"]
+    documents: Tensor | None = None  # [B, T]; None: every row is one document
+    mask: Tensor | None = None  # [B, 1, T, T], 0 where allowed and -inf elsewhere
+    starts: Tensor | None = None  # int32 cumulative lengths over the flattened batch, padded with B*T
+
+
+def document_structure(
+    documents_BT: Tensor | None, kernels: KernelsSection, *, device: torch.device, dtype: torch.dtype
+) -> Structure:
+    """The structure of a batch whose activations have `dtype` on `device`.
+
+    documents_BT: int64 ids, equal exactly within a document, whose tokens lie side by side; None: one document a row.
+    With varlen kernels, ids that are still on the CPU spare the device a synchronisation.
+    Raises UserError where kernels.attention cannot run.
+    """
+    if documents_BT is None:
+        return Structure("causal")
+    possible = device.type == "cuda" and dtype in HALF
+    if kernels.attention == "varlen" and not possible:
+        raise UserError(
+            f"variable-length attention cannot run on {device.type} in {str(dtype).removeprefix('torch.')}",
+            where="kernels.attention",
+            why="its kernels are for CUDA devices in half precision",
+            remedy='set kernels.attention="auto", or layout.precision="bf16" on a GPU',
+        )
+    if possible and kernels.attention != "sdpa":
+        return Structure("varlen", documents_BT.to(device), starts=_starts(documents_BT).to(device, non_blocking=True))
+    if documents_BT.device.type == "cpu" and torch.equal(documents_BT[:, 1:], documents_BT[:, :-1]):
+        return Structure("causal")  # the causal kernel skips half of the work
+    documents_BT = documents_BT.to(device)
+    allowed = allowed_pairs(documents_BT)
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, float("-inf"))
+    return Structure("mask", documents_BT, mask=rearrange(mask, "b q k -> b 1 q k"))
+
+
+def attention(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, structure: Structure) -> Tensor:
+    """softmax(q k' / sqrt(C)) v over the allowed pairs: [B, H, T, C]. K divides H (grouped queries)."""
+    if structure.kind == "varlen":
+        return _varlen(q_BHTC, k_BKTC, v_BKTC, structure)
+    return F.scaled_dot_product_attention(
+        q_BHTC,
+        k_BKTC,
+        v_BKTC,
+        attn_mask=structure.mask,
+        is_causal=structure.mask is None,
+        enable_gqa=q_BHTC.shape[1] != k_BKTC.shape[1],
+    )
+
+
+def allowed_pairs(documents_BT: Tensor) -> Tensor:
+    """Bool [B, T, T]: whether the query (rows) may see the key (columns)."""
+    tokens = documents_BT.shape[1]
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=documents_BT.device).tril()
+    return (documents_BT[:, :, None] == documents_BT[:, None, :]) & causal
+
+
+@torch.no_grad()
+def largest_logit(q_BHTC: Tensor, k_BKTC: Tensor, structure: Structure) -> Tensor:
+    """The largest scaled logit of any head over the allowed pairs; scalar fp32. One row of the batch at a time."""
+    batch, heads, tokens, width = q_BHTC.shape
+    documents = structure.documents
+    if documents is None:
+        documents = torch.zeros(batch, tokens, dtype=torch.int64, device=q_BHTC.device)
+    largest = []
+    for b in range(batch):
+        keys = k_BKTC[b].float().repeat_interleave(heads // k_BKTC.shape[1], dim=0)
+        logits_HTT = q_BHTC[b].float() @ keys.transpose(-1, -2)
+        largest.append(logits_HTT.masked_fill(~allowed_pairs(documents[b : b + 1]), float("-inf")).amax())
+    return torch.stack(largest).amax() / width**0.5
+
+
+def _varlen(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, structure: Structure) -> Tensor:
+    batch, heads, tokens, _ = q_BHTC.shape
+    groups = heads // k_BKTC.shape[1]
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in VARLEN_TAKES else {"is_causal": True}
+    if groups > 1 and "enable_gqa" in VARLEN_TAKES:
+        options["enable_gqa"] = True
+    elif groups > 1:
+        k_BKTC, v_BKTC = k_BKTC.repeat_interleave(groups, dim=1), v_BKTC.repeat_interleave(groups, dim=1)
+    q, k, v = (rearrange(x, "b h t c -> (b t) h c") for x in (q_BHTC, k_BKTC, v_BKTC))
+    y: Tensor = VARLEN(q, k, v, structure.starts, structure.starts, tokens, tokens, **options)
+    return rearrange(y, "(b t) h c -> b h t c", b=batch)
+
+
+def _starts(documents_BT: Tensor) -> Tensor:
+    """Cumulative lengths of the documents of the flattened batch, padded to a power of two by empty documents.
+
+    The number of documents must come to the host: a size that always suffices (B*T) costs more in empty blocks of
+    the kernel than one synchronisation does, and a smaller fixed one would be wrong without a word.
+    """
+    first = torch.ones_like(documents_BT, dtype=torch.bool)
+    first[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+    starts = first.flatten().nonzero().flatten().to(torch.int32)
+    size = 1 << starts.numel().bit_length()  # room for the end; few sizes, so few compilations
+    return F.pad(starts, (0, size - starts.numel()), value=documents_BT.numel())

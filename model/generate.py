@@ -1,0 +1,47 @@
+"""Text from a model, one token after the other; the whole context is read again for each."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+SMALLEST = 16  # tokens in the shortest input
+
+
+def generate(
+    logits_of: Callable[[Tensor], Tensor],
+    prompt: Sequence[int],
+    max_new: int,
+    *,
+    context: int,
+    temperature: float,
+    stop: int | None,
+    seed: int,
+) -> list[int]:
+    """The tokens that follow `prompt`: at most `max_new`; `stop`, if met, is the last.
+
+    logits_of: tokens [1, T] int64 to logits [1, T, V], causal. Every rank that calls it with equal arguments makes
+    the same calls. Inputs are padded on the right, which a causal model cannot see, to powers of two up to `context`,
+    so that few shapes occur. temperature 0 takes the likeliest token; above, `seed` alone decides.
+    Raises ValueError for an empty prompt.
+    """
+    if not prompt:
+        raise ValueError("a prompt needs at least one token")
+    generator = torch.Generator().manual_seed(seed)
+    tokens = list(prompt)
+    for _ in range(max_new):
+        seen = tokens[-context:]
+        length = min(context, max(SMALLEST, 1 << (len(seen) - 1).bit_length()))
+        padded = torch.tensor([seen + [0] * (length - len(seen))])
+        logits_V = logits_of(padded)[0, len(seen) - 1].float().cpu()
+        tokens.append(_choose(logits_V, temperature, generator))
+        if tokens[-1] == stop:
+            break
+    return tokens[len(prompt) :]
+
+
+def _choose(logits_V: Tensor, temperature: float, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits_V.argmax())
+    probabilities = torch.softmax(logits_V / temperature, dim=0)
+    return int(torch.multinomial(probabilities, 1, generator=generator))

@@ -1,0 +1,177 @@
+"""A Llama-like decoder for one device; parallel/ cuts it from outside.
+
+B batch · T tokens · D width · H query heads · K key/value heads · C head width · F feed-forward width · V vocabulary
+
+Published variants are settings of it: Llama and Mistral as they are, Qwen 2 with `qkv_bias`, Qwen 3 with `qk_norm`.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from minka.model.attention import Structure, attention, document_structure, largest_logit
+from minka.model.head import IGNORED, Head, HeadSums
+from minka.model.ops import rms_norm, rotate, swiglu
+from minka.plan.sections import KernelsSection, ModelSection
+
+__all__ = ["IGNORED", "MLP", "Attention", "Block", "RMSNorm", "Rope", "Transformer", "rope_table"]
+
+DEFAULT_KERNELS = KernelsSection()
+
+
+class Transformer(nn.Module):
+    """Tokens to logits, or to sums of the loss. Its weights are not set: init.py or a checkpoint does that."""
+
+    def __init__(self, cfg: ModelSection, kernels: KernelsSection = DEFAULT_KERNELS) -> None:
+        super().__init__()
+        self.cfg, self.kernels = cfg, kernels
+        self.embedding = Embedding(cfg.vocab, cfg.d_model, dtype=torch.float32)
+        self.blocks = nn.ModuleDict({str(layer): Block(cfg) for layer in range(cfg.layers)})
+        self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.head = Head(cfg.d_model, cfg.vocab, cfg.z_loss, self.embedding if cfg.tied else None)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        documents: Tensor | None,
+        positions: Tensor,
+        targets: Tensor | None = None,
+        *,
+        reduce: bool = True,
+        probe: list[Tensor] | None = None,
+    ) -> Tensor | HeadSums:
+        """Logits [B, T, V] in fp32; with `targets` HeadSums, or with reduce=False the losses [B, T].
+
+        tokens, documents, positions, targets: int64 [B, T]; documents=None means that every row is one document.
+        probe: each attention appends its largest logit (scalar fp32); meant for passes without gradients.
+        """
+        x_BTD = self.embedding(tokens)
+        rope = rope_table(positions, self.cfg)
+        structure = document_structure(documents, self.kernels, device=x_BTD.device, dtype=x_BTD.dtype)
+        for block in self.blocks.values():
+            x_BTD = block(x_BTD, rope, structure, probe)
+        x_BTD = self.norm(x_BTD)
+        if targets is None:
+            return self.head.logits(x_BTD)
+        sums: Tensor | HeadSums = self.head(x_BTD, targets, reduce)
+        return sums
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+
+    def __init__(self, cfg: ModelSection) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.attention = Attention(cfg)
+        self.mlp_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x_BTD: Tensor, rope: "Rope", structure: Structure, probe: list[Tensor] | None = None) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, structure, probe)
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, cfg: ModelSection) -> None:
+        super().__init__()
+        self.head_dim = cfg.head_dim
+        self.wq = Linear(cfg.d_model, cfg.heads * cfg.head_dim, bias=cfg.qkv_bias)
+        self.wk = Linear(cfg.d_model, cfg.kv_heads * cfg.head_dim, bias=cfg.qkv_bias)
+        self.wv = Linear(cfg.d_model, cfg.kv_heads * cfg.head_dim, bias=cfg.qkv_bias)
+        self.wo = Linear(cfg.heads * cfg.head_dim, cfg.d_model, bias=False)
+        self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else None
+        self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else None
+
+    def forward(self, x_BTD: Tensor, rope: "Rope", structure: Structure, probe: list[Tensor] | None = None) -> Tensor:
+        split = "b t (h c) -> b t h c"  # h is inferred, so a shard of the heads needs no change
+        q_BTHC = rearrange(self.wq(x_BTD), split, c=self.head_dim)
+        k_BTKC = rearrange(self.wk(x_BTD), split, c=self.head_dim)
+        v_BTKC = rearrange(self.wv(x_BTD), split, c=self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHC, k_BTKC = self.q_norm(q_BTHC), self.k_norm(k_BTKC)
+        q_BTHC, k_BTKC = rotate(q_BTHC, rope.cos, rope.sin), rotate(k_BTKC, rope.cos, rope.sin)
+        # Views, not copies: the kernels take any strides and are fastest on this order.
+        q, k, v = (rearrange(heads, "b t h c -> b h t c") for heads in (q_BTHC, k_BTKC, v_BTKC))
+        if probe is not None:
+            probe.append(largest_logit(q, k, structure))
+        return self.wo(rearrange(attention(q, k, v, structure), "b h t c -> b t (h c)"))
+
+
+class MLP(nn.Module):
+    """Feed-forward layer with a SwiGLU gate."""
+
+    def __init__(self, cfg: ModelSection) -> None:
+        super().__init__()
+        self.gate = Linear(cfg.d_model, cfg.d_ff, bias=False)
+        self.up = Linear(cfg.d_model, cfg.d_ff, bias=False)
+        self.down = Linear(cfg.d_ff, cfg.d_model, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down(swiglu(self.gate(x_BTD), self.up(x_BTD)))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, in fp32 within."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Linear(nn.Linear):
+    """nn.Linear in fp32 that spends no time on weights which model/init.py will set."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
+        super().__init__(inputs, outputs, bias=bias, dtype=torch.float32)
+
+    def reset_parameters(self) -> None:
+        """Leaves the memory as it is."""
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding, as Linear."""
+
+    def reset_parameters(self) -> None:
+        """Leaves the memory as it is."""
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary tables [B, T, 1, C] in fp32; sin with the signs of `ops.rotate`. No pytree, as Structure."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rope_table(positions_BT: Tensor, cfg: ModelSection) -> Rope:
+    """The rotation of every position (Su et al. 2021), channels in Hugging Face's half-split order."""
+    angles = positions_BT.float()[:, :, None, None] * frequencies(cfg, positions_BT.device)
+    cos, sin = angles.cos(), angles.sin()
+    return Rope(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
+
+
+def frequencies(cfg: ModelSection, device: torch.device) -> Tensor:
+    """Radians a position for each pair of channels [C/2], in fp32 and in the order of operations of transformers.
+
+    With `rope_scaling`, Llama 3.1's rule: waves longer than the original context are slowed by `factor`, short ones
+    are kept, those between are blended.
+    """
+    exponents = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device=device) / cfg.head_dim
+    plain = 1.0 / cfg.rope_theta**exponents
+    scaling = cfg.rope_scaling
+    if scaling is None:
+        return plain
+    waves = scaling.original_max_positions / (2 * math.pi / plain)  # in the original context
+    smooth = (waves - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = smooth.clamp(0, 1)
+    return (1 - smooth) * plain / scaling.factor + smooth * plain

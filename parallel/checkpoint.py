@@ -1,0 +1,276 @@
+"""Checkpoints that are whole or do not exist, written and read as pieces, for any layout and any number of ranks.
+
+    checkpoints/step-00000500/rank-00000.safetensors   the pieces that rank 0 holds first
+                              rank-00000.json          where each piece lies in its global tensor; hashes of the file
+                              ...
+                              manifest.json            all of that, and the run's state; written last
+
+A save goes to a hidden folder and one rename makes it a checkpoint. A restore checks the hashes of every file it reads
+and takes the one before when one does not hold. Tensors are safetensors and state is JSON: nothing is unpickled.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minka.parallel.mesh import Mesh
+from minka.parallel.pieces import Piece
+from minka.plan.errors import ExitStatus, UserError
+from minka.plan.run import write_json
+
+FORMAT = 1
+CHUNK_BYTES = 16 * 2**20
+
+
+class Saved(NamedTuple):
+    """What a save wrote."""
+
+    path: Path
+    bytes: int
+
+
+def save(folder: Path, step: int, tensors: Mapping[str, Piece], state: Mapping[str, object], mesh: Mesh) -> Saved:
+    """Write a checkpoint of all ranks' pieces. Collective. Raises OSError on every rank when any rank could not write.
+
+    `folder` is the run's checkpoints folder; nothing of a failed save stays.
+    """
+    final, temporary = folder / step_name(step), folder / f".{step_name(step)}.saving"
+
+    def begin() -> None:
+        if mesh.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)  # of a run that was cut off here
+            temporary.mkdir(parents=True)
+
+    problem = _everywhere(mesh, begin)
+    problem = problem or _everywhere(mesh, lambda: _write_rank(temporary, mesh.rank, tensors))
+    if not problem:
+        problem = _everywhere(mesh, lambda: _commit(temporary, final, step, state) if mesh.is_first else None)
+    if problem:
+        if mesh.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(problem.errno, problem.strerror, str(final))
+    size = sum(file.stat().st_size for file in final.iterdir())
+    return Saved(final, size)
+
+
+def restore(folder: Path, tensors: Mapping[str, Piece], mesh: Mesh, note: Callable[[Path, str], None]) -> Any:
+    """Fill `tensors` from the newest whole checkpoint and give its state, or None when there is no checkpoint.
+
+    Collective. `note(path, reason)` is told of each checkpoint passed over because it is damaged. Raises UserError when
+    there are checkpoints and none of them is whole.
+    """
+    paths = sorted(checkpoints(folder), reverse=True)
+    for path in paths:
+        try:
+            read, problem = _read(path, tensors), ""
+        except (OSError, ValueError, KeyError) as error:
+            read, problem = None, str(error)
+        if not any(mesh.sum_on_host([bool(problem)])):  # all ranks or none
+            assert read is not None
+            _put(read, tensors)
+            return load_manifest(path)["state"]
+        note(path, problem or "damaged on another rank")
+    if paths:
+        raise UserError(
+            "none of the checkpoints is whole",
+            where=str(folder),
+            why="every one failed the check of its hashes, or lacks a file",
+            remedy="look at the disk; move the checkpoints folder away to begin again from the start",
+            status=ExitStatus.NEEDS_PERSON,
+        )
+    return None
+
+
+def restore_from(path: Path, tensors: Mapping[str, Piece]) -> None:
+    """Fill `tensors` from this very checkpoint. Raises UserError when it is damaged."""
+    try:
+        _put(_read(path, tensors), tensors)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"damaged: {error}", where=str(path), remedy="take another checkpoint (RUN@STEP)") from None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Committed checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / "manifest.json").is_file())
+
+
+def find_checkpoint(folder: Path, step: str = "") -> Path:
+    """The newest checkpoint, or that of `step`. Raises UserError saying which there are."""
+    found = checkpoints(folder)
+    chosen = [path for path in found if not step or (step.isdigit() and path.name == step_name(int(step)))]
+    if not chosen:
+        steps = ", ".join(str(int(path.name.removeprefix("step-"))) for path in found)
+        raise UserError(
+            f"there is no checkpoint of step {step}" if step else "there is no checkpoint",
+            where=str(folder),
+            remedy=f"steps saved here: {steps}" if found else "train the run first",
+        )
+    return chosen[-1]
+
+
+def prune(folder: Path, keep: int) -> list[Path]:
+    """Delete all but the newest `keep`; each loses its name first, so half a deletion leaves no half checkpoint."""
+    old = checkpoints(folder)[:-keep]
+    for path in old:
+        grave = path.with_name(f".{path.name}.deleting")
+        path.rename(grave)
+        shutil.rmtree(grave, ignore_errors=True)
+    return old
+
+
+def whole_tensors(path: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """(name without prefix, whole tensor) one at a time, hashes checked: what an export reads. No process group."""
+    manifest = load_manifest(path)
+    for file in manifest["files"]:
+        check_hashes(path, file, manifest["files"][file])
+    for name, entry in manifest["tensors"].items():
+        if name.startswith(prefix):
+            shape = tuple(entry["shape"])
+            box = torch.empty(shape, dtype=getattr(torch, entry["dtype"]))
+            _fill(path, name, entry, Piece(box, (0,) * len(shape), shape))
+            yield name.removeprefix(prefix), box
+
+
+def step_name(step: int) -> str:
+    """Folder name of a checkpoint: sorts by step."""
+    return f"step-{step:08d}"
+
+
+def load_manifest(path: Path) -> Any:
+    """A checkpoint's manifest. Raises ValueError when it is damaged or of a format that is not known."""
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{path / 'manifest.json'} has format {manifest.get('format')!r}, not {FORMAT}")
+    return manifest
+
+
+def check_hashes(folder: Path, file: str, entry: Mapping[str, Any]) -> None:
+    """Raises ValueError naming the chunk of `file` whose hash does not hold."""
+    found = hash_chunks(folder / file)
+    if found != list(entry["sha256"]):
+        wrong = next((i for i, (a, b) in enumerate(zip(found, entry["sha256"], strict=False)) if a != b), len(found))
+        raise ValueError(f"{folder / file}: chunk {wrong} ({CHUNK_BYTES} bytes each) does not match its hash")
+
+
+def hash_chunks(path: Path) -> list[str]:
+    """sha256 of each CHUNK_BYTES of a file."""
+    with path.open("rb") as file:
+        return [hashlib.sha256(chunk).hexdigest() for chunk in iter(lambda: file.read(CHUNK_BYTES), b"")]
+
+
+def _write_rank(folder: Path, rank: int, tensors: Mapping[str, Piece]) -> None:
+    file = f"rank-{rank:05d}.safetensors"
+    mine = {name: piece for name, piece in tensors.items() if piece.first and piece.local.numel()}
+    save_file({name: piece.local.detach().cpu().contiguous() for name, piece in mine.items()}, folder / file)
+    with (folder / file).open("rb") as written:
+        os.fsync(written.fileno())
+    pieces = {
+        name: {
+            "shape": piece.global_shape,
+            "dtype": str(piece.local.dtype).removeprefix("torch."),
+            "offset": piece.offset,
+            "size": tuple(piece.local.shape),
+        }
+        for name, piece in mine.items()
+    }
+    entry = {"bytes": (folder / file).stat().st_size, "sha256": hash_chunks(folder / file)}
+    write_json(folder / f"rank-{rank:05d}.json", {"file": file, "entry": entry, "pieces": pieces})
+
+
+def _commit(temporary: Path, final: Path, step: int, state: Mapping[str, object]) -> None:
+    tensors: dict[str, Any] = {}
+    files = {}
+    for part in sorted(temporary.glob("rank-*.json")):
+        rank = json.loads(part.read_text(encoding="utf-8"))
+        files[rank["file"]] = rank["entry"]
+        for name, piece in rank["pieces"].items():
+            entry = tensors.setdefault(name, {"shape": piece["shape"], "dtype": piece["dtype"], "pieces": []})
+            entry["pieces"].append({"file": rank["file"], "offset": piece["offset"], "size": piece["size"]})
+        part.unlink()
+    manifest = {"format": FORMAT, "step": step, "state": dict(state), "files": files, "tensors": tensors}
+    write_json(temporary / "manifest.json", manifest)
+    if final.exists():  # the same step again, after a rewind or a restart: the newer one takes its place
+        grave = final.with_name(f".{final.name}.deleting")
+        final.rename(grave)
+        shutil.rmtree(grave, ignore_errors=True)
+    os.rename(temporary, final)
+    handle = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _read(path: Path, tensors: Mapping[str, Piece]) -> dict[str, Tensor]:
+    """This rank's boxes, read beside the live tensors: those change only when every rank has read well."""
+    manifest = load_manifest(path)
+    read = {}
+    checked: set[str] = set()
+    for name, piece in tensors.items():
+        entry = manifest["tensors"].get(name)
+        if entry is None or tuple(entry["shape"]) != tuple(piece.global_shape):
+            raise ValueError(f"{path}: {name} is {entry and entry['shape']} there, {list(piece.global_shape)} here")
+        for part in entry["pieces"]:
+            if part["file"] not in checked and _overlap(piece, part) is not None:
+                check_hashes(path, part["file"], manifest["files"][part["file"]])
+                checked.add(part["file"])
+        box = torch.empty_like(piece.local, device="cpu")
+        _fill(path, name, entry, piece._replace(local=box))
+        read[name] = box
+    return read
+
+
+def _put(read: Mapping[str, Tensor], tensors: Mapping[str, Piece]) -> None:
+    with torch.no_grad():
+        for name, piece in tensors.items():
+            piece.local.copy_(read[name])
+
+
+def _fill(path: Path, name: str, entry: Mapping[str, Any], piece: Piece) -> None:
+    filled = 0
+    for part in entry["pieces"]:
+        overlap = _overlap(piece, part)
+        if overlap is None:
+            continue
+        source = tuple(slice(a - o, b - o) for (a, b), o in zip(overlap, part["offset"], strict=True))
+        target = tuple(slice(a - o, b - o) for (a, b), o in zip(overlap, piece.offset, strict=True))
+        with safe_open(path / part["file"], framework="pt") as file:
+            values = file.get_slice(name)[source] if source else file.get_tensor(name)
+        piece.local[target] = values.reshape(piece.local[target].shape)
+        filled += values.numel()
+    if filled != piece.local.numel():
+        raise ValueError(f"{path}: {name} has {filled} of {piece.local.numel()} numbers of this piece")
+
+
+def _overlap(piece: Piece, part: Mapping[str, Any]) -> list[tuple[int, int]] | None:
+    ranges = []
+    for mine, size, theirs, extent in zip(piece.offset, piece.local.shape, part["offset"], part["size"], strict=True):
+        first, last = max(mine, theirs), min(mine + size, theirs + extent)
+        if first >= last:
+            return None
+        ranges.append((first, last))
+    return ranges
+
+
+def _everywhere(mesh: Mesh, work: Callable[[], object]) -> OSError | None:
+    """Do `work` on every rank and tell all of them whether any failed; the error of this rank, or a stand-in."""
+    problem: OSError | None = None
+    try:
+        work()
+    except OSError as error:
+        problem = error
+    except Exception as error:  # safetensors wraps the system's errors in its own
+        problem = OSError(0, str(error))
+    failed = mesh.sum_on_host([problem is not None])[0]
+    if failed and problem is None:
+        return OSError(0, f"{failed} other ranks could not write")
+    return problem

@@ -1,0 +1,40 @@
+"""`minka export`: a run's checkpoint as a folder that transformers loads."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minka.plan.cli import new_app, print_json, run_app
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `minka export`."""
+    app = new_app("Write a checkpoint as a Hugging Face folder: config.json, safetensors, tokenizer.")
+
+    @app.command()
+    def export(
+        run: Annotated[
+            str, typer.Argument(help="run folder, or name under runs/; RUN@STEP takes that step's checkpoint")
+        ],
+        folder: Annotated[Path, typer.Argument(help="folder to write; what an earlier export left there is replaced")],
+        as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
+    ) -> int:
+        from minka.parallel.checkpoint import find_checkpoint
+        from minka.parallel.export import export_checkpoint
+        from minka.plan.load import load_run
+        from minka.plan.run import RunFolder, store_of
+
+        name, _, step = run.partition("@")
+        config = load_run(name).config
+        checkpoint = find_checkpoint(RunFolder.of(config).checkpoints, step)
+        store = store_of(RunFolder.of(config))
+        export_checkpoint(checkpoint, folder, config.model, store.tokenizer, store.eod)
+        if as_json:
+            print_json({"checkpoint": str(checkpoint), "folder": str(folder)})
+        else:
+            print(f"{checkpoint} -> {folder}")
+        return 0
+
+    return run_app(app, argv, "minka export")

@@ -1,0 +1,105 @@
+"""The mesh: the only place that starts torch.distributed. Everything else is handed a Mesh and asks it by axis name."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from minka.plan.layout import Layout
+
+MESH_AXES = ("replicate", "shard")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place among the others.
+
+    `axes` is None for a single rank without a process group: then every collective is the identity.
+    """
+
+    layout: Layout
+    device: torch.device
+    rank: int
+    axes: DeviceMesh | None
+
+    @property
+    def ranks(self) -> int:
+        """World size."""
+        return self.layout.world
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of each batch is this rank's, among layout.data_ways."""
+        return self.rank  # replicate and shard are the whole mesh so far
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.rank == 0
+
+    @property
+    def needs_sum_on_gloo(self) -> bool:
+        """gloo has no pre-multiplied sum, which FSDP2 would use for a divide factor of its own."""
+        return self.device.type == "cpu"
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum a device tensor over all ranks, in place."""
+        if self.axes is not None:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sum_on_host(self, numbers: Sequence[int]) -> list[int]:
+        """Sum small integers over all ranks without touching the device (gloo)."""
+        if self.axes is None:
+            return list(numbers)
+        tensor = torch.tensor(numbers, dtype=torch.int64)
+        dist.all_reduce(tensor)
+        return [int(n) for n in tensor.tolist()]
+
+    def barrier(self) -> None:
+        """Wait for every rank, on the host."""
+        self.sum_on_host([0])
+
+
+@contextmanager
+def start_mesh(layout: Layout, *, timeout_seconds: float = 600.0) -> Iterator[Mesh]:
+    """Join the process group that the environment describes and lay the mesh over it.
+
+    Reads RANK, LOCAL_RANK and WORLD_SIZE (absent: one rank), and either MINKA_STORE, a file that nobody else uses, or
+    MASTER_ADDR and MASTER_PORT. Raises UserError when the layout does not fit the number of ranks.
+    """
+    ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    layout = layout.resolve(ranks)
+    device = local_device()
+    if ranks == 1 and device.type == "cpu" and layout.precision != "bf16":  # bf16 compute is FSDP2's mixed precision
+        yield Mesh(layout, device, 0, None)
+        return
+    options = {"timeout": timedelta(seconds=timeout_seconds), "rank": rank, "world_size": ranks}
+    store = os.environ.get("MINKA_STORE")
+    init = f"file://{store}" if store else "env://" if "MASTER_ADDR" in os.environ else "tcp://127.0.0.1:0"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if ranks == 1 and init.startswith("tcp"):
+        dist.init_process_group(backend, store=dist.HashStore(), **options)
+    else:
+        dist.init_process_group(backend, init_method=init, **options)
+    try:
+        axes = init_device_mesh(device.type, (layout.replicate, layout.shard), mesh_dim_names=MESH_AXES)
+        mesh = Mesh(layout, device, rank, axes)
+        mesh.barrier()  # a rank that is done early must not hang up on one that is still connecting
+        yield mesh
+    finally:
+        dist.destroy_process_group()
+
+
+def local_device() -> torch.device:
+    """This rank's GPU, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)

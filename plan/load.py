@@ -1,0 +1,185 @@
+"""From TOML and overrides to one RunConfig, or to one error that names field, value, reason and remedy."""
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+from minka.plan.config import RunConfig
+from minka.plan.errors import UserError
+from minka.plan.layout import check_layout
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class Loaded(NamedTuple):
+    """A resolved run and which of its values were overridden: "section.key" -> (value before, value given)."""
+
+    config: RunConfig
+    changed: dict[str, tuple[object, object]]
+    source: str
+
+
+def recipe_names() -> list[str]:
+    """Recipes that come with minka."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def load_run(source: str, overrides: Sequence[str] = (), runs: str = "runs") -> Loaded:
+    """A run from a recipe's name, a TOML file, a run folder or a name under `runs`. Raises UserError."""
+    path = find(source, runs)
+    values = _read(path)
+    before = flatten(values)
+    changed = {}
+    for override in overrides:
+        key, value = _split(override)
+        _check_key(key, override)
+        changed[key] = (before.get(key, _default(key)), value)
+        _put(values, key, value)
+    return Loaded(validate(values, str(path)), changed, str(path))
+
+
+def find(source: str, runs: str = "runs") -> Path:
+    """The TOML file that `source` means. Raises UserError with the nearest recipe."""
+    given = Path(source)
+    for candidate in (given if given.suffix == ".toml" else None, given / "run.toml", Path(runs) / source / "run.toml"):
+        if candidate is not None and candidate.is_file():
+            return candidate
+    recipe = RECIPES / f"{source}.toml"
+    if recipe.is_file():
+        return recipe
+    names = recipe_names()
+    near = difflib.get_close_matches(source, names, n=1)
+    raise UserError(
+        f"there is no run, TOML file or recipe called {source!r}",
+        why=f"did you mean {near[0]!r}?" if near else "",
+        remedy=f"recipes: {', '.join(names)}; or give a path to a .toml file or a run folder",
+    )
+
+
+def dump_toml(config: RunConfig) -> str:
+    """Every value of the run as TOML; `load_run` on it gives an equal RunConfig. None (not set) is left out."""
+    return tomli_w.dumps(_without_none(config.model_dump(mode="json")))
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, object]:
+    """Nested tables as "section.key" -> value."""
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def validate(values: dict[str, Any], where: str) -> RunConfig:
+    """A RunConfig, or a UserError with a line for each field that is wrong."""
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(
+            "; ".join(_explain(problem) for problem in error.errors()),
+            where=where,
+            remedy="`minka train RECIPE --dry-run` prints a run that is right",
+        ) from None
+    check_layout(config.layout)
+    return config
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"this is no TOML: {error}", where=str(path), remedy="mend the file") from None
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
+
+
+def _split(override: str) -> tuple[str, object]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(
+            f"{override!r} is no override",
+            why="an override is section.key=value",
+            remedy="for example run.max_steps=100 or data.source=stdlib",
+        )
+    try:
+        return key, tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, text  # a bare word is a string
+
+
+def _put(values: dict[str, Any], key: str, value: object) -> None:
+    *tables, last = key.split(".")
+    for table in tables:
+        values = values.setdefault(table, {})
+    # The two ways to say when a run ends exclude each other: the newer word replaces the older.
+    if key in ("run.max_steps", "run.max_tokens"):
+        values.pop("max_tokens" if last == "max_steps" else "max_steps", None)
+    values[last] = value
+
+
+def _check_key(key: str, override: str) -> None:
+    known = list(_fields(RunConfig))
+    tables = {k.rsplit(".", 1)[0] for k in known if "." in k}
+    if key not in known and not any(key == table for table in tables if table.count(".")):
+        raise UserError(_unknown(key, known), where=f"override {override!r}", remedy="keys are written section.key")
+
+
+def _default(key: str) -> object:
+    model: Any = RunConfig
+    *tables, last = key.split(".")
+    for table in tables:
+        model = _section(model.model_fields[table].annotation)
+    field = model.model_fields[last]
+    return None if field.is_required() else field.get_default(call_default_factory=True)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        section = None if name == "batch_warmup" else _section(field.annotation)
+        if section is None:
+            yield prefix + name
+        else:
+            yield from _fields(section, f"{prefix}{name}.")
+            if prefix:
+                yield prefix + name  # an optional table may be given whole
+
+
+def _unknown(key: str, known: Sequence[str]) -> str:
+    last = key.rsplit(".", 1)[-1]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    near = near or [name for name in known if name.rsplit(".", 1)[-1] == last][:1]
+    return f"{key} is no setting" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _explain(problem: Any) -> str:
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return _unknown(place, list(_fields(RunConfig)) + list(RunConfig.model_fields))
+    if problem["type"] == "missing":
+        return f"{place} is missing"
+    reason = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{place}: {reason}" if place else reason
+    return f"{place}={problem['input']!r}: {reason[0].lower()}{reason[1:]}"
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_without_none(inner) for inner in value]
+    return value

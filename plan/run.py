@@ -1,0 +1,212 @@
+"""The run folder and its ledger: what is on disk of a run, written so that a crash loses at most one line."""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minka.plan.config import IDENTITY, RunConfig
+from minka.plan.errors import ExitStatus, UserError
+from minka.plan.load import dump_toml, flatten, load_run
+
+FORMAT = 1
+EVENTS = frozenset(
+    "start step save save_failed eval skip suspect rewind restore fallback restart stop refuse detail".split()
+)
+
+
+class RunFolder:
+    """The files of one run; see docs/architecture.md for the list."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "run.toml"
+        self.ledger_file = path / "ledger.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.evals = path / "evals"
+        self.export = path / "export"
+        self.logs = path / "logs"
+        self.exit_file = path / "exit_reason.json"
+        self.stop_file = path / "STOP"
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "RunFolder":
+        """The folder `config` names; nothing is created."""
+        return cls(Path(config.run.folder) / config.run.name)
+
+    def exists(self) -> bool:
+        """Whether a run was begun here."""
+        return self.config_file.is_file()
+
+    def config(self) -> RunConfig:
+        """The run as it was last started."""
+        return load_run(str(self.config_file)).config
+
+    def open(self, config: RunConfig, provenance: Mapping[str, object]) -> None:
+        """Create the folder, or check that the run in it is the one `config` describes.
+
+        Raises UserError when another configuration has this name, and when the disk is full or may not be written.
+        """
+        if self.exists():
+            self.check_same(config)
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise UserError(
+                "this folder is not empty and holds no run.toml",
+                where=str(self.path),
+                why="a run never writes into somebody else's folder",
+                remedy="choose another run.name or run.folder, or move what is there",
+            )
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.logs.mkdir(exist_ok=True)
+            if not (self.path / "provenance.json").exists():
+                write_json(self.path / "provenance.json", provenance)
+            write_text(self.config_file, dump_toml(config))  # last: with it, the run exists
+
+    def finished(self) -> bool:
+        """Whether the run came to its end, by the exit reason it left."""
+        try:
+            return bool(json.loads(self.exit_file.read_text(encoding="utf-8"))["code"] == ExitStatus.DONE)
+        except (OSError, ValueError, KeyError):
+            return False
+
+    def check_same(self, config: RunConfig) -> None:
+        """Raises UserError naming each value in which the run here and `config` are different runs."""
+        old, new = (flatten(c.model_dump(mode="json", include=set(IDENTITY))) for c in (self.config(), config))
+        differ = [k for k in sorted(old.keys() | new.keys()) if k != "run.folder" and old.get(k) != new.get(k)]
+        if differ:
+            lines = "; ".join(f"{key} is {old.get(key)!r} there and {new.get(key)!r} here" for key in differ)
+            raise UserError(
+                f"a run called {config.run.name!r} exists with another configuration: {lines}",
+                where=str(self.path),
+                why="going on would mix two runs under one name",
+                remedy=f"give the new one a name (run.name=...), or drop the overrides to go on with the old one "
+                f"(minka train {self.path})",
+            )
+
+
+class StorePlace(NamedTuple):
+    """The token store a run was trained on: for those who need its tokenizer and not its tokens."""
+
+    folder: Path
+    tokenizer: Path
+    eod: int
+
+
+def store_of(folder: RunFolder) -> StorePlace:
+    """Where a run's tokens came from, by its provenance. Raises UserError when either file is gone."""
+    file = folder.path / "provenance.json"
+    try:
+        store = Path(json.loads(file.read_text(encoding="utf-8"))["data"]["store"])
+        file = store / "manifest.json"
+        return StorePlace(store, store / "tokenizer", int(json.loads(file.read_text(encoding="utf-8"))["eod"]))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"cannot be read: {error}",
+            where=str(file),
+            why="the run's tokenizer is found through it",
+            remedy="put the run's folder and its token store back where they were",
+        ) from None
+
+
+class Ledger:
+    """Append-only JSON lines, one event a line. Opened by one process: rank 0 of the run."""
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        torn = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
+        self._file = path.open("a", encoding="utf-8")
+        if torn:  # a crash cut the last line: end it, so that the next event stands on its own
+            self._file.write("\n")
+
+    def append(self, event: str, *, step: int, tokens: int, **fields: object) -> None:
+        """Write one event. `step` and `tokens` count what was begun on the current lineage."""
+        if event not in EVENTS:
+            raise ValueError(f"{event!r} is no ledger event; known: {sorted(EVENTS)}")
+        line = {"event": event, "time": self._clock(), "step": step, "tokens": tokens, **fields}
+        self._file.write(json.dumps(finite(line), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Flush to the disk and close."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def read_ledger(path: Path) -> Iterator[dict[str, Any]]:
+    """The events of a ledger in order, non-finite numbers as floats again; a line cut by a crash is left out."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                yield _floats(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+
+
+def finite(value: Any) -> Any:
+    """`value` with non-finite floats as the strings NaN, Infinity, -Infinity (JSON has no word for them)."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return value
+
+
+def _floats(value: Any) -> Any:
+    if value in ("NaN", "Infinity", "-Infinity"):
+        return float(value)
+    if isinstance(value, dict):
+        return {key: _floats(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_floats(inner) for inner in value]
+    return value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all: written beside, synced, renamed over."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: object) -> None:
+    """`write_text` of one JSON document."""
+    write_text(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
+
+
+class writing:
+    """Turn the errors of writing under `path` into a UserError that says what would work."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, OSError) or error.errno is None:
+            return
+        existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        free = shutil.disk_usage(existing).free
+        raise UserError(
+            f"cannot be written: {os.strerror(error.errno)}",
+            where=str(error.filename or self.path),
+            why=f"{free / 2**20:,.0f} MiB are free on its disk",
+            remedy="free some space, or choose another place (run.folder=..., data.store=...)",
+        ) from error

@@ -1,0 +1,189 @@
+"""The parts of a run's configuration: frozen values, one section each, with units in the names or the descriptions.
+
+Cross-section rules stand in config.py, next to RunConfig; rules on one section stand here, under its fields.
+"""
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, Field, model_validator
+
+Name = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+class Section(BaseModel, frozen=True, extra="forbid"):
+    """Base of every section: frozen, and an unknown key is an error."""
+
+
+class RunSection(Section):
+    """What the run is called and when it ends: exactly one of max_steps and max_tokens."""
+
+    name: str = Field(pattern=Name, max_length=100, description="folder under run.folder")
+    seed: int = Field(0, ge=0, lt=2**63, description="initial weights and sample order follow from it")
+    max_steps: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1)
+    folder: str = Field("runs", min_length=1)
+
+    @model_validator(mode="after")
+    def _one_end(self) -> Self:
+        if (self.max_steps is None) == (self.max_tokens is None):
+            raise ValueError("give exactly one of run.max_steps and run.max_tokens")
+        return self
+
+
+class RopeScaling(Section):
+    """Llama-3's frequency scaling (Llama 3.1 model card): long waves are slowed by `factor`, short ones kept."""
+
+    factor: float = Field(8.0, ge=1)
+    low_freq_factor: float = Field(1.0, gt=0)
+    high_freq_factor: float = Field(4.0, gt=0)
+    original_max_positions: int = Field(8192, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError("high_freq_factor must be above low_freq_factor")
+        return self
+
+
+class ModelSection(Section):
+    """Shape of a Llama-like decoder (RoPE, grouped-query attention, SwiGLU, RMSNorm)."""
+
+    layers: int = Field(ge=1)
+    d_model: int = Field(ge=1)
+    heads: int = Field(ge=1)
+    kv_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=2, multiple_of=2, description="even: RoPE rotates pairs")
+    d_ff: int = Field(ge=1)
+    vocab: int = Field(ge=256, description="rows of the embedding; 256 means plain bytes")
+    tied: bool = Field(False, description="head shares the embedding's weights")
+    qkv_bias: bool = False
+    qk_norm: bool = Field(False, description="RMSNorm on each query and key head")
+    rope_theta: float = Field(10_000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = Field(1e-5, gt=0)
+    max_positions: int = Field(8192, ge=1, description="written to the export; training uses data.seq_len")
+    init_std: float = Field(0.02, gt=0, description="output projections use init_std / sqrt(2 layers)")
+    z_loss: float = Field(0.0, ge=0, description="weight of mean(logsumexp^2), never in the reported loss")
+
+    @model_validator(mode="after")
+    def _groups(self) -> Self:
+        if self.heads % self.kv_heads:
+            works = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
+            raise ValueError(f"kv_heads must divide heads={self.heads}: one of {works}")
+        return self
+
+
+class BatchStage(Section):
+    """One step of a batch warm-up: `batch_tokens` a step until `until_tokens` have been consumed."""
+
+    until_tokens: int = Field(ge=1)
+    batch_tokens: int = Field(ge=1)
+
+
+class DataSection(Section):
+    """Where the tokens come from, and how they are cut into sequences and batches."""
+
+    source: Literal["stdlib", "text", "jsonl", "parquet", "datasets"] = "stdlib"
+    paths: tuple[str, ...] = Field((), description="files, folders or globs for text, jsonl and parquet")
+    dataset: str = Field("", description="first argument of datasets.load_dataset")
+    dataset_config: str = ""
+    dataset_split: str = "train"
+    text_field: str = "text"
+    tokenizer: str = Field("bpe", min_length=1, description="bpe (trained), bytes, or a Hugging Face folder or name")
+    store: str = Field("", description="token store folder; empty: stores/ and a name made from this section")
+    validation_fraction: float = Field(0.01, gt=0, lt=1, description="of documents, by content hash")
+    max_bytes: int = Field(0, ge=0, description="read at most this much text; 0 = all")
+    seq_len: int = Field(ge=2, description="tokens in a sequence")
+    batch_tokens: int = Field(ge=1, description="tokens in a global batch; a multiple of seq_len")
+    batch_warmup: tuple[BatchStage, ...] = ()
+    dropped_samples: tuple[tuple[int, int], ...] = Field((), description="[first, last) ranges left out of the order")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        batches = [("batch_tokens", self.batch_tokens)]
+        batches += [(f"batch_warmup[{i}].batch_tokens", s.batch_tokens) for i, s in enumerate(self.batch_warmup)]
+        for name, tokens in batches:
+            if tokens % self.seq_len:
+                down = tokens // self.seq_len * self.seq_len
+                near = [n for n in (down, down + self.seq_len) if n]
+                raise ValueError(f"{name}={tokens} is no multiple of seq_len={self.seq_len}; nearest: {near}")
+        ends = [stage.until_tokens for stage in self.batch_warmup]
+        if ends != sorted(set(ends)):
+            raise ValueError("batch_warmup must be in rising order of until_tokens")
+        if self.source in ("text", "jsonl", "parquet") and not self.paths:
+            raise ValueError(f'source="{self.source}" needs paths = ["..."]')
+        if self.source == "datasets" and not self.dataset:
+            raise ValueError('source="datasets" needs dataset = "..."')
+        last = 0
+        for first, end in self.dropped_samples:
+            if not last <= first < end:
+                raise ValueError("dropped_samples must be rising, disjoint [first, last) ranges")
+            last = end
+        return self
+
+
+class OptimizerSection(Section):
+    """AdamW (Loshchilov & Hutter 2019), decoupled decay, on local shards."""
+
+    learning_rate: float = Field(gt=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0, description="on matrices; never on norms and biases")
+    decay_embeddings: bool = False
+    max_norm: float = Field(1.0, gt=0, description="global gradient norm is clipped to this")
+
+
+class ScheduleSection(Section):
+    """Learning rate over the run: linear warm-up, then a decay to final_ratio of the peak."""
+
+    kind: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    unit: Literal["steps", "tokens"] = "steps"
+    warmup: int = Field(0, ge=0, description="in schedule.unit")
+    decay: int = Field(0, ge=0, description="length of the last part of wsd, in schedule.unit; 0 = a fifth of the run")
+    final_ratio: float = Field(0.1, ge=0, le=1)
+
+
+class CheckpointSection(Section):
+    """When the run is saved; it is always saved at the end and on a stop."""
+
+    every_steps: int = Field(0, ge=0, description="0 = only at the end and on a stop")
+    keep: int = Field(2, ge=1, description="newest checkpoints that stay")
+    export: bool = Field(True, description="write a Hugging Face folder at the end and on a stop")
+
+
+class GuardSection(Section):
+    """When a run may not go on by itself."""
+
+    max_refused_steps: int = Field(20, ge=1, description="refused steps in a row before the run stops with status 86")
+    hang_seconds: float = Field(600.0, gt=0, description="no heartbeat from a rank for so long: stacks, then stop")
+
+
+class EvalSection(Section):
+    """Bits per byte on the validation split, and samples, at a cadence."""
+
+    every_steps: int = Field(0, ge=0)
+    every_tokens: int = Field(0, ge=0)
+    max_documents: int = Field(0, ge=0, description="of the validation split, in order; 0 = all")
+    batch_sequences: int = Field(8, ge=1, description="sequences a rank evaluates at once")
+    prompts: tuple[str, ...] = ()
+    sample_tokens: int = Field(48, ge=1)
+    temperature: float = Field(0.0, ge=0, description="0 = greedy")
+
+
+class TrackingSection(Section):
+    """What is written down besides the ledger, and how often."""
+
+    log_every: int = Field(10, ge=1, description="steps between two readings of the device's metrics")
+    detail_every: int = Field(0, ge=0, description="steps between per-layer norms, update ratios, attention logits")
+    record_samples: bool = Field(False, description="each rank writes the sample ids of every step to logs/")
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "minka"
+    tensorboard: bool = False
+
+
+class KernelsSection(Section):
+    """Which implementations run."""
+
+    attention: Literal["auto", "sdpa", "varlen"] = Field("auto", description="auto: varlen on a GPU, sdpa elsewhere")
+    compile: bool = Field(False, description="torch.compile each block")

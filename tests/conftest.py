@@ -1,0 +1,72 @@
+"""What all tests share: seeds, thirds of the slow ones, and the sizes printed after each run."""
+
+import hashlib
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from house import sizes
+
+ROOT = Path(__file__).resolve().parent.parent
+THIRDS = 3
+
+settings.register_profile("minka", deadline=None, derandomize=True, print_blob=True)  # same cases on every machine
+settings.load_profile("minka")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--third=K` keeps those slow tests whose name hashes to K: what .ci/run runs on one commit."""
+    parser.addoption("--third", type=int, choices=range(THIRDS), help="of the slow tests, run this third only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the other two thirds."""
+    third = config.getoption("--third")
+    if third is None:
+        return
+    out = [item for item in items if item.get_closest_marker("slow") and third_of(item.nodeid) != third]
+    items[:] = [item for item in items if item not in set(out)]
+    config.hook.pytest_deselected(items=out)
+
+
+def third_of(test: str) -> int:
+    """Which third a test belongs to; follows from its name alone."""
+    return int(hashlib.sha256(test.encode()).hexdigest()[:8], 16) % THIRDS
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Sizes are a budget: say on each run where it is spent."""
+    lines, long_files, long_functions = sizes(ROOT)
+    total = sum(lines.values())
+    terminalreporter.write_line(
+        f"house: {total:,} lines ({', '.join(f'{folder} {n:,}' for folder, n in lines.items() if n)})"
+    )
+    for kind, found in (("files over 300 lines", long_files), ("functions over 60 lines", long_functions)):
+        if found:
+            terminalreporter.write_line(f"house: {kind}: {', '.join(found)}")
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    """The same random numbers whatever ran before; torch and numpy only where a test has imported them."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The project's root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def source_environment() -> dict[str, str]:
+    """Environment of a child that runs minka from the source tree, installed or not."""
+    return {**os.environ, "PYTHONPATH": str(ROOT / ".ns")}

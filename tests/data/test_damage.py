@@ -1,0 +1,150 @@
+"""Damaged stores, and stores that are not the run's: each is refused with what is wrong and what would work."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from corpora import data_section, run_config
+from minka.data.manifest import MANIFEST, hash_files, read_manifest, write_manifest
+from minka.data.prepare import check_store
+from minka.data.store import TokenStore
+from minka.data.verify import verify
+from minka.plan.errors import UserError
+
+
+@pytest.fixture
+def copy(store: TokenStore, tmp_path: Path) -> Path:
+    """A store to damage."""
+    return Path(shutil.copytree(store.folder, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("damage", ["", "{", '{"format": 2}', "[]", '{"format": 1}'])
+def test_a_damaged_manifest_is_refused(damage: str, copy: Path) -> None:
+    (copy / MANIFEST).write_text(damage)
+    for ask in (TokenStore.open, verify):
+        with pytest.raises(UserError, match=r"the manifest is damaged.*prepare"):
+            ask(copy)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "train.idx", "validation.parquet", "tokenizer/tokenizer.json"])
+def test_a_file_that_was_cut_short_or_is_gone_is_refused_when_the_store_is_opened(name: str, copy: Path) -> None:
+    os.truncate(copy / name, (copy / name).stat().st_size - 3)
+    for ask in (TokenStore.open, verify):
+        with pytest.raises(UserError, match=f"{name} has .* where the manifest says"):
+            ask(copy)
+    (copy / name).unlink()
+    for ask in (TokenStore.open, verify):
+        with pytest.raises(UserError, match=f"{name} is missing"):
+            ask(copy)
+
+
+def reseal(folder: Path, **changes: Any) -> None:
+    """Hash the files anew: damage that only their meaning shows."""
+    manifest = read_manifest(folder)
+    write_manifest(folder, manifest.model_copy(update={**changes, "files": hash_files(folder)}))
+
+
+def change_tokens(copy: Path, change: Callable[[Any], None]) -> None:
+    """Change train.bin in place and hash it anew."""
+    tokens = np.fromfile(copy / "train.bin", dtype="<u2")
+    change(tokens)
+    tokens.tofile(copy / "train.bin")
+    reseal(copy)
+
+
+def test_one_flipped_bit_is_found_by_verify(copy: Path) -> None:
+    raw = bytearray((copy / "train.bin").read_bytes())
+    raw[100] ^= 1
+    (copy / "train.bin").write_bytes(raw)
+    with pytest.raises(UserError, match=r"train.bin has another content than when it was written"):
+        verify(copy)
+
+
+def test_a_file_that_nobody_wrote_is_found_by_verify(copy: Path) -> None:
+    (copy / "stray").write_text("x")
+    with pytest.raises(UserError, match="stray is not in the manifest"):
+        verify(copy)
+
+
+def test_a_token_beyond_the_vocabulary_is_found_by_verify(copy: Path) -> None:
+    change_tokens(copy, lambda tokens: tokens.__setitem__(7, 256))
+    with pytest.raises(UserError, match=r"token 7 \(document 0\) is 256, beyond the vocabulary of 256"):
+        verify(copy)
+
+
+def test_an_end_of_document_too_few_is_found_by_verify(copy: Path) -> None:
+    split = TokenStore.open(copy).split("train")
+    end, documents = int(split.document_ends[3]) - 1, split.n_documents
+    change_tokens(copy, lambda tokens: tokens.__setitem__(end, 65))
+    with pytest.raises(UserError, match=f"{documents - 1} end-of-document tokens for {documents} documents"):
+        verify(copy)
+
+
+def test_an_end_of_document_too_many_is_found_by_verify(copy: Path) -> None:
+    documents = TokenStore.open(copy).split("train").n_documents
+    change_tokens(copy, lambda tokens: tokens.__setitem__(1, 255))
+    with pytest.raises(UserError, match=f"{documents + 1} end-of-document tokens for {documents} documents"):
+        verify(copy)
+
+
+def test_text_that_is_not_what_was_hashed_is_found_by_verify(copy: Path) -> None:
+    change_tokens(copy, lambda tokens: tokens.__setitem__(0, 65))
+    with pytest.raises(UserError, match="document 0 decodes to another text"):
+        verify(copy)
+
+
+def test_a_sidecar_of_another_store_is_found_by_verify(copy: Path) -> None:
+    shutil.copy(copy / "validation.parquet", copy / "train.parquet")
+    reseal(copy)
+    with pytest.raises(UserError, match=r"the sidecar has .* rows for"):
+        verify(copy)
+    with pytest.raises(UserError, match=r"the sidecar has .* rows for"):
+        TokenStore.open(copy).split("train").bytes_of(0)
+
+
+def test_an_index_that_is_no_index_is_refused(copy: Path) -> None:
+    raw = (copy / "train.idx").read_bytes()
+    for damaged, says in (
+        (b"MMXXXXX" + raw[7:], "no Megatron index"),
+        (raw[:-8], "cut short"),
+        (b"", "cannot be read"),
+    ):
+        (copy / "train.idx").write_bytes(damaged)
+        reseal(copy)
+        with pytest.raises(UserError, match=says):
+            TokenStore.open(copy).split("train")
+
+
+@pytest.mark.parametrize(
+    ("fields", "model", "says"),
+    [
+        ({"tokenizer": "bpe"}, {"vocab": 256}, "made with tokenizer 'bytes', the run asks for 'bpe'"),
+        ({"paths": ["elsewhere.jsonl"]}, {}, "made from something else: data.paths is"),
+        ({"max_bytes": 77}, {}, "data.max_bytes is 77 here and 0 there"),
+    ],
+)
+def test_a_store_that_is_not_the_runs_is_refused(
+    fields: dict[str, Any], model: dict[str, Any], says: str, store: TokenStore
+) -> None:
+    data = data_section(**store.manifest.source).model_dump() | {"seq_len": 8, "batch_tokens": 32}
+    check_store(store, run_config(data=data))
+    check_store(store, run_config(data={"tokenizer": "bytes", "store": "x", "seq_len": 8, "batch_tokens": 32}))
+    shape = run_config().model.model_dump() | model
+    with pytest.raises(UserError, match=says) as caught:
+        check_store(store, run_config(data=data | fields, model=shape))
+    assert "data.store" in caught.value.remedy
+
+
+@pytest.mark.parametrize(("vocab", "says"), [(290, "beyond the embedding"), (310, "has 300 entries")])
+def test_a_store_with_another_vocabulary_than_the_model_is_refused(
+    vocab: int, says: str, bpe_store: TokenStore
+) -> None:
+    data = data_section(**bpe_store.manifest.source).model_dump() | {"seq_len": 8, "batch_tokens": 32}
+    shape = run_config().model.model_dump() | {"vocab": vocab}
+    with pytest.raises(UserError, match=says):
+        check_store(bpe_store, run_config(data=data, model=shape))

@@ -1,0 +1,226 @@
+"""Preparing: documents are split by content before all else, and a store is whole or not there."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from corpora import data_section, run_config, texts, write_jsonl
+from minka.data import corpus as corpus_module
+from minka.data import prepare as prepare_module
+from minka.data.building import building
+from minka.data.corpus import content_hash, read_corpus, survey
+from minka.data.manifest import SPLITS
+from minka.data.prepare import open_or_prepare, prepare, store_folder
+from minka.data.store import TokenStore
+from minka.data.tokenizer import train_bpe
+from minka.data.verify import verify
+from minka.plan.errors import UserError
+from minka.plan.sections import DataSection
+
+
+def jsonl(path: Path, *given: str) -> list[str]:
+    """data.paths of a file with these documents."""
+    return [str(write_jsonl(path, [{"text": text} for text in given]))]
+
+
+def sides(store: TokenStore) -> dict[str, list[str]]:
+    """The texts of both splits."""
+    return {
+        name: [split.text_of(i) for i in range(split.n_documents)]
+        for name, split in ((name, store.split(name)) for name in SPLITS)
+    }
+
+
+def prepared(folder: Path, **fields: Any) -> TokenStore:
+    """A store of plain bytes."""
+    prepare(data_section(**fields), 256, folder)
+    return TokenStore.open(folder)
+
+
+def test_the_side_of_a_document_follows_from_its_content_alone(tmp_path: Path) -> None:
+    given = texts(300)
+    one = sides(
+        prepared(tmp_path / "1", source="jsonl", paths=jsonl(tmp_path / "a.jsonl", *given), validation_fraction=0.2)
+    )
+    mixed = [*reversed(given), *texts(50, seed=9)]
+    other = sides(
+        prepared(tmp_path / "2", source="jsonl", paths=jsonl(tmp_path / "b.jsonl", *mixed), validation_fraction=0.2)
+    )
+    for name in SPLITS:
+        assert set(one[name]) == set(other[name]) & set(given)
+    cutoff = int(0.2 * 2**64)
+    assert set(one["validation"]) == {t for t in given if int.from_bytes(content_hash(t.encode())[:8]) < cutoff}
+    assert 30 < len(one["validation"]) < 90  # 60 are expected; these bounds are four standard deviations
+
+
+def test_exact_duplicates_are_on_the_same_side(tmp_path: Path) -> None:
+    given = texts(100) * 2
+    both = sides(
+        prepared(tmp_path / "s", source="jsonl", paths=jsonl(tmp_path / "a.jsonl", *given), validation_fraction=0.3)
+    )
+    assert not set(both["train"]) & set(both["validation"])
+    assert sorted(both["train"] + both["validation"]) == sorted(given)
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
+def test_neither_side_of_a_small_corpus_is_empty_and_the_manifest_says_so(fraction: float, tmp_path: Path) -> None:
+    paths = jsonl(tmp_path / "a.jsonl", "one", "two", "three")
+    store = prepared(tmp_path / "s", source="jsonl", paths=paths, validation_fraction=fraction)
+    by_hash = sorted(["one", "two", "three"], key=lambda text: content_hash(text.encode()))
+    both = sides(store)
+    alone = "validation" if fraction < 0.5 else "train"
+    assert both[alone] == [by_hash[0] if fraction < 0.5 else by_hash[-1]]
+    assert "content hash" in store.manifest.moved
+
+
+def test_a_tokenizer_sees_the_training_split_only(tmp_path: Path) -> None:
+    given = texts(80)
+    fields = {"source": "jsonl", "paths": jsonl(tmp_path / "a.jsonl", *given), "validation_fraction": 0.5}
+    prepare(data_section(**fields, tokenizer="bpe"), 300, tmp_path / "s")
+    store = TokenStore.open(tmp_path / "s")
+    train = [text for text in given if text in set(sides(store)["train"])]
+    alone = train_bpe([text.encode() for text in train], 300, 0)
+    assert store.tokenizer.backend.to_str() == alone.backend.to_str()
+    everything = train_bpe([text.encode() for text in given], 300, 0)
+    assert everything.backend.to_str() != alone.backend.to_str()
+
+
+def test_the_sample_a_tokenizer_is_trained_on_is_bounded_and_does_not_depend_on_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus_module, "SAMPLE_BYTES", 3_000)
+    given = texts(400)
+    found = []
+    for i, order in enumerate((given, given[::-1])):
+        section = data_section(source="jsonl", paths=jsonl(tmp_path / f"{i}.jsonl", *order), tokenizer="bpe")
+        found.append(survey(section, lambda n: None).sample)
+    assert 2_000 < sum(map(len, found[0])) <= 3_000
+    assert sorted(found[0]) == sorted(found[1])
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_preparing_twice_gives_the_same_bytes(tokenizer: str, corpus: Path, tmp_path: Path) -> None:
+    vocab = 256 if tokenizer == "bytes" else 280
+    for name in "ab":
+        prepare(data_section(source="jsonl", paths=[str(corpus)], tokenizer=tokenizer), vocab, tmp_path / name)
+    assert TokenStore.open(tmp_path / "a").hash == TokenStore.open(tmp_path / "b").hash
+
+
+def test_groups_do_not_change_what_is_written(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = data_section(source="jsonl", paths=[str(corpus)])
+    prepare(section, 256, tmp_path / "a")
+    monkeypatch.setattr(prepare_module, "ENCODE_BYTES", 100)
+    monkeypatch.setattr(prepare_module, "ENCODE_DOCUMENTS", 3)
+    prepare(section, 256, tmp_path / "b")
+    assert TokenStore.open(tmp_path / "a").hash == TokenStore.open(tmp_path / "b").hash
+
+
+def test_empty_documents_are_left_out_and_counted(tmp_path: Path) -> None:
+    store = prepared(tmp_path / "s", source="jsonl", paths=jsonl(tmp_path / "a.jsonl", "", "one", "", "two"))
+    assert store.manifest.empty == 2
+    assert sum(part.documents for part in store.manifest.splits.values()) == 2
+
+
+def test_progress_covers_the_corpus(corpus: Path, tmp_path: Path) -> None:
+    seen: dict[str, list[int]] = {}
+
+    @contextmanager
+    def note(total: int | None, what: str, unit: str) -> Iterator[Callable[[int], None]]:
+        yield seen.setdefault(f"{what} {total}", []).append
+
+    section = data_section(source="jsonl", paths=[str(corpus)])
+    prepare(section, 256, tmp_path / "s", note)
+    size = sum(len(item.raw) for item in read_corpus(section))
+    assert {what: sum(parts) for what, parts in seen.items()} == {
+        "reading the corpus None": size,
+        f"tokenizing {size}": size,
+    }
+
+
+def test_the_stores_name_follows_from_what_defines_its_tokens(tmp_path: Path) -> None:
+    def name(**data: Any) -> Path:
+        return store_folder(run_config(data={"tokenizer": "bytes", "seq_len": 8, "batch_tokens": 32} | data), tmp_path)
+
+    assert name() == name(seq_len=16, batch_tokens=64, dropped_samples=[[0, 1]])
+    others = [name(), name(max_bytes=5), name(validation_fraction=0.5), name(source="text", paths=["x"])]
+    assert len(set(others)) == 4
+    assert name().parent == tmp_path / "stores"
+    assert name().name.startswith("stdlib-")
+    assert len(name().name) == len("stdlib-") + 12
+    assert name(store="mine") == tmp_path / "mine"
+    assert name(store="/else/where") == Path("/else/where")
+
+
+def test_a_missing_store_is_prepared_once_and_then_opened(corpus: Path, tmp_path: Path) -> None:
+    data = {"source": "jsonl", "paths": [str(corpus)], "tokenizer": "bytes", "seq_len": 8, "batch_tokens": 32}
+    config = run_config(data=data)
+    first = open_or_prepare(config, tmp_path)
+    stamp = (first.folder / "train.bin").stat().st_mtime_ns
+    second = open_or_prepare(config, tmp_path)
+    assert second.folder == first.folder == store_folder(config, tmp_path)
+    assert (second.folder / "train.bin").stat().st_mtime_ns == stamp
+    assert os.listdir(tmp_path / "stores") == [first.folder.name]  # no temporary folder stays
+
+
+def open_together(barrier: Any, folder: Path, section: dict[str, Any], found: Any) -> None:
+    """What each of several processes does at the same moment."""
+    barrier.wait(timeout=60)
+    found.put(open_or_prepare(run_config(data=section), folder).hash)
+
+
+def test_processes_that_prepare_at_once_end_with_one_whole_store(corpus: Path, tmp_path: Path) -> None:
+    section = {"source": "jsonl", "paths": [str(corpus)], "tokenizer": "bytes", "seq_len": 8, "batch_tokens": 32}
+    context = multiprocessing.get_context("fork")
+    barrier, found = context.Barrier(3), context.SimpleQueue()
+    workers = [context.Process(target=open_together, args=(barrier, tmp_path, section, found)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=60)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert len({found.get() for _ in workers}) == 1
+    (folder,) = (tmp_path / "stores").iterdir()
+    assert verify(folder)["ok"]
+
+
+def test_whoever_is_second_keeps_what_is_there(tmp_path: Path) -> None:
+    with building(tmp_path / "store") as work:
+        (work.folder / "mine").write_text("second")
+        (tmp_path / "store").mkdir()
+        (tmp_path / "store" / "theirs").write_text("first")
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "store", tmp_path / "store" / "theirs"]
+
+
+@pytest.mark.parametrize("when", ["reading", "writing"])
+def test_whatever_goes_wrong_nothing_stays_behind(
+    when: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_module, "survey" if when == "reading" else "hash_files", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(data_section(source="jsonl", paths=[str(corpus)]), 256, tmp_path / "new" / "deep" / "store")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_corpus_that_changes_between_the_readings_is_refused(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.jsonl"
+    paths = jsonl(file, *texts(10))
+
+    def changing(data: DataSection, advance: Callable[[int], None]) -> object:
+        found = survey(data, advance)
+        jsonl(file, *texts(11))
+        return found
+
+    monkeypatch.setattr(prepare_module, "survey", changing)
+    with pytest.raises(UserError, match="the corpus changed while it was being read"):
+        prepare(data_section(source="jsonl", paths=paths), 256, tmp_path / "store")
+    assert not (tmp_path / "store").exists()

@@ -1,0 +1,129 @@
+"""Tokenizers: exact round trips, an end of document that text cannot make, and folders that transformers loads."""
+
+import gc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from corpora import data_section, run_config, texts, write_jsonl
+from minka.data.prepare import check_store, prepare
+from minka.data.store import TokenStore
+from minka.data.tokenizer import EOD_TOKEN, TextTokenizer, bytes_tokenizer, load_hf, read_tokenizer, train_bpe
+from minka.plan.errors import UserError
+
+TRAINED = train_bpe([text.encode() for text in texts(100)], 300, 0)
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+
+
+@pytest.mark.parametrize("tokenizer", [bytes_tokenizer(), TRAINED], ids=["bytes", "bpe"])
+@given(text=ANY_TEXT)
+def test_any_text_comes_back_exactly_and_holds_no_end_of_document(tokenizer: TextTokenizer, text: str) -> None:
+    for trap in (text, f"{text}{EOD_TOKEN}{text}", f"\r\n{text}ÿ\x00"):
+        (tokens,) = tokenizer.encode([trap])
+        assert tokenizer.decode(tokens) == trap
+        assert tokenizer.decode([*tokens.tolist(), tokenizer.eod]) == trap
+        assert tokenizer.eod not in tokens
+        assert tokens.max(initial=0) < tokenizer.entries
+
+
+def test_a_token_of_the_bytes_tokenizer_is_a_byte() -> None:
+    (tokens,) = bytes_tokenizer().encode(["héllo"])
+    assert tokens.tolist() == list("héllo".encode())
+    assert bytes_tokenizer().eod == 0xFF
+
+
+@pytest.mark.parametrize("kind", ["store", "bpe_store"])
+def test_transformers_loads_the_folder_and_agrees(kind: str, request: pytest.FixtureRequest) -> None:
+    store: TokenStore = request.getfixturevalue(kind)
+    theirs = AutoTokenizer.from_pretrained(store.tokenizer_folder)
+    assert (theirs.eos_token, theirs.eos_token_id, len(theirs)) == (EOD_TOKEN, store.eod, store.manifest.vocab)
+    plain = [text for text in texts(50, seed=3) if EOD_TOKEN not in text]
+    for text, ours in zip(plain, store.tokenizer.encode(plain), strict=True):
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ours.tolist()
+        assert theirs.decode(ours.tolist()) == text
+
+
+def test_a_saved_tokenizer_is_read_back_the_same(tmp_path: Path) -> None:
+    TRAINED.save(tmp_path / "tokenizer")
+    again = read_tokenizer(tmp_path / "tokenizer", "bpe", TRAINED.eod, TRAINED.entries)
+    for text, tokens in zip(texts(20), TRAINED.encode(texts(20)), strict=True):
+        assert np.array_equal(again.encode([text])[0], tokens)
+
+
+def test_training_is_deterministic_and_fills_the_vocabulary_exactly() -> None:
+    again = train_bpe([text.encode() for text in texts(100)], 300, 0)
+    assert again.backend.to_str() == TRAINED.backend.to_str()
+    assert TRAINED.backend.get_vocab_size() == TRAINED.entries == 300
+
+
+def test_a_vocabulary_the_text_cannot_fill_names_one_that_it_can() -> None:
+    with pytest.raises(UserError) as caught:
+        train_bpe([b"abababab cdcd"], 5_000, 13)
+    fits = int(caught.value.what.split()[3])
+    assert f"model.vocab={fits}" in caught.value.remedy
+    assert train_bpe([b"abababab cdcd"], fits, 13).entries == fits
+
+
+def test_a_vocabulary_without_room_for_the_bytes_is_refused() -> None:
+    with pytest.raises(UserError, match="at least 257"):
+        train_bpe([b"abc"], 256, 3)
+
+
+def test_a_hugging_face_folder_tokenizes_a_store(tmp_path: Path) -> None:
+    TRAINED.save(tmp_path / "mine")
+    write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts(40)])
+    fields = {"source": "jsonl", "paths": [str(tmp_path / "a.jsonl")], "tokenizer": str(tmp_path / "mine")}
+    prepare(data_section(**fields), 512, tmp_path / "store")
+    store = TokenStore.open(tmp_path / "store")
+    assert (store.manifest.tokenizer.kind, store.manifest.vocab, store.eod) == ("hf", 300, TRAINED.eod)
+    assert store.manifest.exact
+    split = store.split("train")
+    (tokens,) = TRAINED.encode([split.text_of(0)])
+    assert split.document(0).tolist() == [*tokens.tolist(), TRAINED.eod]
+    config = run_config(
+        data=data_section(**fields).model_dump(), model=run_config().model.model_dump() | {"vocab": 512}
+    )
+    check_store(store, config)  # an embedding may have more rows than the tokenizer has entries
+    narrow = config.model_copy(update={"model": config.model.model_copy(update={"vocab": 299})})
+    with pytest.raises(UserError, match="has 300 entries, the model's embedding 299 rows"):
+        check_store(store, narrow)
+    saved = (store.tokenizer_folder / "tokenizer_config.json").read_text()
+    assert str(tmp_path) not in saved
+
+
+def test_a_hugging_face_tokenizer_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
+    TRAINED.save(tmp_path / "mine")
+    with pytest.raises(UserError, match=r"reach 299, beyond the 256 rows.*model.vocab to 300 or more"):
+        load_hf(str(tmp_path / "mine"), 256)
+
+
+def test_a_hugging_face_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
+    TRAINED.save(tmp_path / "mine")
+    (tmp_path / "mine" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(UserError, match="names no end-of-text token"):
+        load_hf(str(tmp_path / "mine"), 512)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_tokenizer_whose_end_is_made_from_text_is_refused(tmp_path: Path) -> None:
+    """A letter as end of text would cut documents in two, and masks and bytes would be wrong without a word."""
+    TRAINED.save(tmp_path / "mine")
+    config = '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "e"}'
+    (tmp_path / "mine" / "tokenizer_config.json").write_text(config)
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "e"}])
+    section = data_section(source="jsonl", paths=[str(tmp_path / "a.jsonl")], tokenizer=str(tmp_path / "mine"))
+    with pytest.raises(UserError, match="made its end-of-document token"):
+        prepare(section, 512, tmp_path / "store")
+    gc.collect()  # half-written files must not complain on stderr when they go
+
+
+@pytest.mark.parametrize("content", [None, "{}", "no json"])
+def test_a_tokenizer_that_cannot_be_loaded_is_refused(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_hf(str(tmp_path), 512)

@@ -1,0 +1,182 @@
+"""The rules of the house as code: who may import whom, and what no file may do. docs/architecture.md says why."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+FLOORS: dict[str, frozenset[str]] = {
+    "plan": frozenset(),
+    "kernels": frozenset(),
+    "data": frozenset({"plan"}),
+    "model": frozenset({"plan", "kernels"}),
+    "parallel": frozenset({"plan", "kernels", "model"}),
+    "eval": frozenset({"plan", "data", "model", "parallel"}),
+    "train": frozenset({"plan", "kernels", "data", "model", "parallel", "eval"}),
+    "report": frozenset({"plan"}),
+    "slurm": frozenset({"plan"}),
+}
+TORCH_FREE = frozenset({"plan", "report", "slurm"})
+KERNELS_MAY = frozenset({"torch", "triton"})
+EXECUTES = frozenset({"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"})
+FILE_LINES, FUNCTION_LINES = 300, 60
+
+
+class Breach(NamedTuple):
+    """One place that breaks one rule."""
+
+    rule: str
+    where: str
+    detail: str
+
+
+class Import(NamedTuple):
+    """One imported module, and whether the statement stands at the top level of its file."""
+
+    module: str
+    line: int
+    top: bool
+
+
+def breaches(root: Path) -> list[Breach]:
+    """Every breach under `root`, in the order of the files."""
+    found = [
+        Breach("no __init__.py", str(path.relative_to(root)), "shadows installed packages") for path in _inits(root)
+    ]
+    graph: dict[str, set[str]] = {}
+    for path in sources(root):
+        name = path.relative_to(root).as_posix()
+        tree = ast.parse(path.read_text(encoding="utf-8"), filename=name)
+        found += [Breach(rule, f"{name}:{line}", detail) for rule, line, detail in _of_file(path, root, tree)]
+        module = "minka." + name.removesuffix(".py").replace("/", ".")
+        graph[module] = {imported.module for imported in _imports(tree)}
+    found += [Breach("no cycles", cycle[0], " -> ".join(cycle)) for cycle in _cycles(graph)]
+    return found
+
+
+def sources(root: Path) -> list[Path]:
+    """Our own modules: the front door and the mapped folders."""
+    files = [root / "__main__.py"] if (root / "__main__.py").exists() else []
+    return files + [path for folder in FLOORS for path in sorted((root / folder).glob("*.py"))]
+
+
+def sizes(root: Path) -> tuple[dict[str, int], list[str], list[str]]:
+    """Lines by folder (tests too), files over the aim, functions over the aim."""
+    lines = dict.fromkeys((".", *FLOORS, "tests"), 0)
+    long_files, long_functions = [], []
+    for path in [*sources(root), *sorted((root / "tests").rglob("*.py"))]:
+        name = path.relative_to(root).as_posix()
+        text = path.read_text(encoding="utf-8")
+        count = text.count("\n")
+        lines[name.split("/")[0] if "/" in name else "."] += count
+        if count > FILE_LINES:
+            long_files.append(f"{name} {count}")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > FUNCTION_LINES:
+                    long_functions.append(f"{name}:{node.lineno} {node.name} {length}")
+    return lines, long_files, long_functions
+
+
+def _inits(root: Path) -> Iterator[Path]:
+    for folder in (*FLOORS, "tests"):
+        yield from sorted((root / folder).rglob("__init__.py"))
+    if (root / "__init__.py").exists():
+        yield root / "__init__.py"
+
+
+def _of_file(path: Path, root: Path, tree: ast.Module) -> Iterator[tuple[str, int, str]]:
+    folder = path.parent.name if path.parent != root else ""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            yield "no relative imports", node.lineno, "." * node.level + (node.module or "")
+        if isinstance(node, ast.Call):
+            yield from _call(node, folder)
+    for imported in _imports(tree):
+        yield from _import(imported, folder, path)
+    for statement in tree.body:
+        yield from _state(statement)
+
+
+def _import(imported: Import, folder: str, path: Path) -> Iterator[tuple[str, int, str]]:
+    module, line, top = imported
+    outer = module.split(".")[0]
+    if outer in EXECUTES:
+        yield "nothing is executed from disk", line, module
+    if folder in TORCH_FREE and outer == "torch":
+        yield "torch-free folders", line, module
+    if outer != "minka":
+        if folder == "kernels" and outer not in KERNELS_MAY and outer not in sys.stdlib_module_names:
+            yield "kernels import torch and triton only", line, module
+        return
+    if module.count(".") < 2:
+        yield "import a module, not the namespace", line, module
+        return
+    target = module.split(".")[1]
+    if target != folder and target not in FLOORS.get(folder, frozenset()):
+        yield "floors", line, f"{folder or 'the front door'} may not import {module}"
+    if not top and path.name != "command.py":  # there, so that --help stays instant
+        yield "no own imports inside functions", line, module
+
+
+def _imports(tree: ast.Module) -> list[Import]:
+    top = {id(node) for node in tree.body}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [Import(alias.name, node.lineno, id(node) in top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            modules = [node.module]
+            if node.module.startswith("minka.") and node.module.count(".") == 1:  # from minka.plan import config
+                modules = [f"{node.module}.{alias.name}" for alias in node.names]
+            found += [Import(module, node.lineno, id(node) in top) for module in modules]
+    return found
+
+
+def _call(node: ast.Call, folder: str) -> Iterator[tuple[str, int, str]]:
+    called = ast.unparse(node.func)
+    if called in ("eval", "exec", "torch.load"):
+        yield "nothing is executed from disk", node.lineno, called
+    if any(word.arg == "allow_pickle" and ast.unparse(word.value) != "False" for word in node.keywords):
+        yield "nothing is executed from disk", node.lineno, f"{called}(allow_pickle=...)"
+    by_name = called in ("importlib.import_module", "import_module", "__import__")
+    named = str(node.args[0].value) if node.args and isinstance(node.args[0], ast.Constant) else ""
+    if folder and by_name and named.split(".")[0] == "minka":
+        yield "no own imports by name", node.lineno, named
+
+
+def _state(statement: ast.stmt) -> Iterator[tuple[str, int, str]]:
+    if isinstance(statement, ast.Assign):
+        targets, value = statement.targets, statement.value
+    elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
+        targets, value = [statement.target], statement.value
+    else:
+        return
+    mutable = isinstance(value, ast.Dict | ast.List | ast.Set | ast.DictComp | ast.ListComp | ast.SetComp) or (
+        isinstance(value, ast.Call) and ast.unparse(value.func).split(".")[-1] in ("dict", "list", "set", "defaultdict")
+    )
+    for target in targets:
+        if mutable and isinstance(target, ast.Name) and not target.id.isupper() and not target.id.startswith("__"):
+            yield "no module-level mutable state", statement.lineno, target.id
+
+
+def _cycles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Each cycle once, from the module that was met first."""
+    done: set[str] = set()
+    found: list[list[str]] = []
+
+    def visit(module: str, path: list[str]) -> None:
+        if module in path:
+            found.append([*path[path.index(module) :], module])
+            return
+        if module in done or module not in graph:
+            return
+        for target in sorted(graph[module]):
+            visit(target, [*path, module])
+        done.add(module)
+
+    for module in sorted(graph):
+        visit(module, [])
+    return found

@@ -1,0 +1,81 @@
+"""Structures of packed batches, and the calls of a kernel that this machine may not have."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minka.model import attention as attention_module
+from minka.model.attention import Structure, attention, document_structure
+from minka.plan.errors import UserError
+from minka.plan.sections import KernelsSection
+from models import packed
+
+CPU, AUTO = torch.device("cpu"), KernelsSection()
+
+
+def structure(documents: Tensor | None, kernels: KernelsSection = AUTO) -> Structure:
+    return document_structure(documents, kernels, device=CPU, dtype=torch.float32)
+
+
+def test_rows_of_one_document_take_the_causal_kernel_and_others_a_mask() -> None:
+    ids = torch.tensor([[3, 3, 3], [7, 7, 7]])
+    assert structure(None).kind == structure(ids).kind == "causal"
+    mixed = structure(torch.tensor([[3, 3, 3], [0, 1, 1]]))
+    assert mixed.kind == "mask"
+    assert mixed.mask is not None
+    inf = float("inf")
+    assert mixed.mask[1, 0].tolist() == [[0, -inf, -inf], [-inf, 0, -inf], [-inf, 0, 0]]
+
+
+def test_kernels_that_cannot_run_here_are_refused() -> None:
+    with pytest.raises(UserError, match=r"kernels\.attention"):
+        structure(torch.zeros(1, 4, dtype=torch.int64), KernelsSection(attention="varlen"))
+
+
+def test_starts_are_cumulative_lengths_padded_to_a_power_of_two() -> None:
+    documents = torch.tensor([[0, 0, 1, 1], [1, 2, 3, 3]])  # ids that meet across rows are two documents
+    starts = attention_module._starts(documents)
+    assert starts.dtype == torch.int32
+    assert starts.tolist() == [0, 2, 4, 5, 6, 8, 8, 8]
+    assert attention_module._starts(torch.zeros(1, 4, dtype=torch.int64)).tolist() == [0, 4]
+    assert attention_module._starts(torch.arange(3)[None]).tolist() == [0, 1, 2, 3]
+
+
+def of_2_13(q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
+            window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False) -> Tensor:  # fmt: skip
+    """torch 2.13's contract, document by document."""
+    assert window_size == (-1, 0)
+    assert enable_gqa or q.shape[1] == k.shape[1]
+    return by_document(q, k, v, cu_seq_q, max_q)
+
+
+def of_2_10(q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
+            is_causal: bool = False) -> Tensor:  # fmt: skip
+    """An older contract: no groups, causality by name."""
+    assert is_causal
+    assert q.shape == k.shape == v.shape
+    return by_document(q, k, v, cu_seq_q, max_q)
+
+
+def by_document(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
+    y = torch.empty_like(q)
+    for begin, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        assert end - begin <= longest
+        part = [x[begin:end].transpose(0, 1)[None] for x in (q, k, v)]
+        y[begin:end] = F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+    return y
+
+
+@pytest.mark.parametrize("kernel", [of_2_13, of_2_10])
+def test_variable_length_kernels_are_called_rightly(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_module, "VARLEN", kernel)
+    monkeypatch.setattr(attention_module, "VARLEN_TAKES", inspect.signature(kernel).parameters)
+    _, documents, _, _ = packed(rows=3, length=20, vocab=300)
+    q, k, v = torch.randn(3, 20, 4, 8), torch.randn(3, 20, 2, 8), torch.randn(3, 20, 2, 8)
+    heads = [x.transpose(1, 2) for x in (q, k, v)]
+    varlen = Structure("varlen", documents, starts=attention_module._starts(documents))
+    torch.testing.assert_close(attention(*heads, varlen), attention(*heads, structure(documents)), rtol=1e-5, atol=1e-6)

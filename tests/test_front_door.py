@@ -1,0 +1,109 @@
+"""The front door: instant help, nothing heavy imported, a wrong word gets the nearest right one."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minka.__main__ import COMMANDS, main
+
+HEAVY = frozenset(
+    "torch triton numpy pydantic transformers tokenizers datasets pyarrow plotly safetensors pandas".split()
+)
+HELP_CPU_SECONDS = 0.5  # the promise made to people in docs/architecture.md
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help_takes_less_than_half_a_second_of_cpu(command: str, source_environment: dict[str, str]) -> None:
+    """CPU time, not wall time, and the least of three: a busy machine is no failure."""
+    assert min(_cpu_seconds([command, "--help"], source_environment) for _ in range(3)) < HELP_CPU_SECONDS
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help_imports_nothing_heavy_and_names_the_command(command: str, source_environment: dict[str, str]) -> None:
+    script = (
+        "import json, sys\nfrom minka.__main__ import main\n"
+        f"status = main([{command!r}, '--help'])\n"
+        "print(json.dumps([status, sorted({m.split('.')[0] for m in sys.modules})]), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=source_environment, capture_output=True, text=True, check=True, timeout=60
+    )
+    status, modules = json.loads(done.stderr.splitlines()[-1])
+    assert status == 0
+    assert HEAVY.isdisjoint(modules), HEAVY & set(modules)
+    assert f"minka {command}" in done.stdout
+
+
+def test_the_front_door_itself_imports_only_the_standard_library(source_environment: dict[str, str]) -> None:
+    script = (
+        "import sys\nbefore = set(sys.modules)\nimport minka.__main__\n"
+        "print(*{m.split('.')[0] for m in set(sys.modules) - before})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", script], env=source_environment, capture_output=True, text=True, check=True
+    )
+    assert set(done.stdout.split()) - sys.stdlib_module_names == {"minka"}
+
+
+def test_every_command_names_a_module_that_is_there(root: Path) -> None:
+    for target, _ in COMMANDS.values():
+        module, function = target.split(":")
+        source = (root / Path(*module.split(".")[1:])).with_suffix(".py").read_text()
+        assert f"\ndef {function}(argv: Sequence[str]) -> int:" in source, target
+
+
+def test_every_command_module_has_a_command(root: Path) -> None:
+    doors = {f"minka.{path.parent.name}.command" for path in root.glob("*/command.py")}
+    assert doors == {target.split(":")[0] for target, _ in COMMANDS.values()}
+
+
+@pytest.mark.parametrize("word", ["-h", "--help", "help"])
+def test_help_lists_every_command(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([word]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {command} " in shown and line in shown for command, (_, line) in COMMANDS.items())
+
+
+def test_no_command_at_all_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "usage: minka COMMAND" in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_refused_and_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian", "demo"]) == 2
+    refused = capsys.readouterr()
+    assert refused.out == ""
+    assert "'trian'" in refused.err
+    assert "`minka train`" in refused.err
+
+
+def test_a_word_like_no_command_gets_the_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["xyzzy"]) == 2
+    error = capsys.readouterr().err
+    assert "Did you mean" not in error
+    assert all(command in error for command in COMMANDS)
+
+
+def test_version_is_the_projects(root: Path, source_environment: dict[str, str]) -> None:
+    """Run with -S (no site-packages), so that an installed minka cannot answer for the source tree."""
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "minka", "--version"],
+        env=source_environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f'version = "{done.stdout.split()[1]}"' in (root / "pyproject.toml").read_text()
+
+
+def _cpu_seconds(arguments: list[str], environment: dict[str, str]) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with open(os.devnull, "w") as nowhere:
+        subprocess.run([sys.executable, "-m", "minka", *arguments], env=environment, stdout=nowhere, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

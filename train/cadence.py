@@ -1,0 +1,26 @@
+"""When something is due: pure functions of configuration and position, the same on every rank."""
+
+from minka.plan.config import RunConfig
+from minka.train.state import State
+
+
+def checkpoint_due(config: RunConfig, step: int) -> bool:
+    """Every checkpoint.every_steps steps."""
+    return _every(config.checkpoint.every_steps, step)
+
+
+def detail_due(config: RunConfig, step: int) -> bool:
+    """Every tracking.detail_every steps, and on the first when there are any."""
+    return _every(config.tracking.detail_every, step) or (config.tracking.detail_every > 0 and step == 1)
+
+
+def eval_due(config: RunConfig, before: State, after: State) -> bool:
+    """Every eval.every_steps steps, and whenever eval.every_tokens more tokens have been consumed."""
+    tokens = config.eval.every_tokens
+    return _every(config.eval.every_steps, after.step) or (
+        tokens > 0 and after.tokens // tokens > before.tokens // tokens
+    )
+
+
+def _every(interval: int, step: int) -> bool:
+    return interval > 0 and step % interval == 0

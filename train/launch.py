@@ -1,0 +1,192 @@
+"""The supervisor: owns the ranks of this machine and never imports torch.
+
+It starts one process that imports torch once and forks the ranks (train/ranks.py), hands on signals, reads the ranks'
+heartbeats from a pipe, dumps stacks and ends everything when one stops beating, and decides the exit status.
+"""
+
+import json
+import os
+import re
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from minka.plan.config import RunConfig
+from minka.plan.errors import ExitStatus, UserError
+from minka.plan.run import RunFolder, write_json
+
+HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # each asks the ranks to save and stop
+STACKS_SIGNAL = signal.SIGUSR2
+CPU_RANKS = 2
+KILL_SECONDS = 5.0
+
+
+def joined(environment: Mapping[str, str]) -> str | None:
+    """Who started this process as one rank of many: torchrun, slurm, or nobody."""
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return "torchrun"
+    if "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:  # a batch script has the first alone
+        return "slurm"
+    return None
+
+
+def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """torch's names for a rank's place, from those srun gives each task."""
+    hosts = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "WORLD_SIZE": environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"],
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(hosts),
+        # Every task must choose the same port without talking: the job's and step's numbers, above the reserved ports.
+        "MASTER_PORT": environment.get("MASTER_PORT")
+        or str(20_000 + (int(environment["SLURM_JOB_ID"]) * 31 + int(environment["SLURM_STEP_ID"])) % 40_000),
+    }
+
+
+def first_host(hosts: str) -> str:
+    """The first name of a Slurm host list: "node[07-09,12],login1" gives node07."""
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", hosts)
+    if match is None:
+        raise UserError(f"{hosts!r} is no Slurm host list", where="SLURM_JOB_NODELIST")
+    return "".join(part or "" for part in match.groups())
+
+
+def default_ranks(environment: Mapping[str, str], devices: Path = Path("/dev")) -> int:
+    """One rank a GPU that this process may see, else two."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    gpus = [p for p in devices.glob("nvidia*") if p.name.removeprefix("nvidia").isdigit()]
+    if visible is not None and gpus:
+        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")]) or CPU_RANKS
+    return len(gpus) or CPU_RANKS
+
+
+@dataclass
+class Ranks:
+    """What the supervisor knows of its ranks: pids, and when each was last heard of."""
+
+    pids: dict[int, int] = field(default_factory=dict)
+    heard: dict[int, float] = field(default_factory=dict)
+    steps: dict[int, int] = field(default_factory=dict)
+
+    def hear(self, line: str, now: float) -> None:
+        """One line of the pipe: `rank pid step`."""
+        rank, pid, step = (int(word) for word in line.split())
+        self.pids[rank], self.heard[rank], self.steps[rank] = pid, now, step
+
+    def silent(self, now: float, seconds: float) -> list[int]:
+        """Ranks not heard of for so long."""
+        return sorted(rank for rank, when in self.heard.items() if now - when > seconds)
+
+
+def supervise(config: RunConfig, ranks: int, profile: str, as_json: bool) -> int:
+    """Run `ranks` ranks of `config` here and give the exit status of the whole."""
+    folder = RunFolder.of(config)
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)  # a rank never waits for a slow supervisor: it drops the beat
+    job = {
+        "config": config.model_dump(mode="json"),
+        "ranks": ranks,
+        "profile": profile,
+        "json": as_json,
+        "beat": write_end,
+        "parent": os.getpid(),
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minka.train.ranks"],
+        stdin=subprocess.PIPE,
+        pass_fds=(write_end,),
+        start_new_session=True,  # a terminal's Ctrl-C reaches the supervisor alone
+        text=True,
+    )
+    os.close(write_end)
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(job))
+    process.stdin.close()
+    try:
+        with os.fdopen(read_end) as beats, _Handing() as handing:
+            status, reason, step = _watch(process, beats.fileno(), handing, config.guard.hang_seconds, folder)
+    finally:
+        _end(process)
+    if folder.exists() and status not in (
+        ExitStatus.DONE,
+        ExitStatus.REFUSED,
+        ExitStatus.STOPPED,
+        ExitStatus.NEEDS_PERSON,
+    ):
+        # The ranks write the reason of an end in good order; of any other end only the supervisor can tell.
+        requeue = status == ExitStatus.HUNG
+        write_json(folder.exit_file, {"code": status, "reason": reason, "step": step, "requeue": requeue})
+    return status
+
+
+class _Handing:
+    """While entered, signals are counted instead of obeyed."""
+
+    def __enter__(self) -> "_Handing":
+        self.received = 0
+        self._before = {number: signal.signal(number, self._count) for number in HANDED_ON}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _count(self, number: int, frame: object) -> None:
+        self.received += 1
+
+
+def _watch(
+    process: "subprocess.Popen[str]", beats: int, handing: _Handing, hang_seconds: float, folder: RunFolder
+) -> tuple[int, str, int]:
+    ranks, buffer, handed = Ranks(), b"", 0
+    selector = selectors.DefaultSelector()
+    selector.register(beats, selectors.EVENT_READ)
+    while process.poll() is None:
+        if selector.select(timeout=0.2):
+            buffer += os.read(beats, 65536)
+            *lines, buffer = buffer.split(b"\n")
+            for line in lines:
+                ranks.hear(line.decode(), time.monotonic())
+        if handing.received > handed:
+            handed = handing.received
+            if handed == 1:
+                print("stopping after this step; once more to stop at once, unsaved", file=sys.stderr)
+                _signal(ranks, signal.SIGTERM) if ranks.pids else process.terminate()
+            else:
+                return int(ExitStatus.FAILED), "interrupted twice: not saved", max(ranks.steps.values(), default=0)
+        silent = ranks.silent(time.monotonic(), hang_seconds)
+        if silent:
+            _signal(ranks, STACKS_SIGNAL)
+            time.sleep(1.0)  # for the stacks to be written
+            reason = f"no heartbeat from rank {', '.join(map(str, silent))} for {hang_seconds:g} s"
+            print(f"minka: {reason}. The stacks of all ranks are in {folder.logs}.", file=sys.stderr)
+            return int(ExitStatus.HUNG), reason, max(ranks.steps.values(), default=0)
+    status = process.returncode if process.returncode >= 0 else int(ExitStatus.FAILED)
+    reasons = {0: "done", 85: "stopped and saved", 86: "stopped by a rule", 2: "refused"}
+    return status, reasons.get(status, "a rank failed"), max(ranks.steps.values(), default=0)
+
+
+def _signal(ranks: Ranks, number: signal.Signals) -> None:
+    for pid in ranks.pids.values():
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    """End the whole session that was started, gently and then not."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None:
+            return
+        os.killpg(process.pid, number)
+        try:
+            process.wait(KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            continue

@@ -1,0 +1,76 @@
+"""The training loop, flat: what happens in a step is what stands here, in this order."""
+
+from dataclasses import dataclass, replace
+
+from minka.data.loader import Loader
+from minka.parallel.engine import ShardedEngine
+from minka.parallel.mesh import Mesh
+from minka.plan.config import RunConfig
+from minka.plan.errors import ExitStatus
+from minka.train.cadence import checkpoint_due, detail_due, eval_due
+from minka.train.detail import Detail
+from minka.train.guard import accepts
+from minka.train.metrics import Metrics, Stopwatch
+from minka.train.optim import AdamW
+from minka.train.profile import Profile
+from minka.train.record import Record
+from minka.train.schedule import learning_rate
+from minka.train.signals import Outside
+from minka.train.state import State
+
+
+@dataclass
+class Session:
+    """What one rank needs to train; made by worker.py."""
+
+    config: RunConfig
+    mesh: Mesh
+    engine: ShardedEngine
+    optimizer: AdamW
+    loader: Loader
+    record: Record
+    outside: Outside
+    profile: Profile
+
+
+def train(run: Session, state: State) -> tuple[State, ExitStatus]:
+    """Train from `state` to the run's end, a stop, or a verdict that a person is needed. Collective."""
+    config, mesh, engine, record = run.config, run.mesh, run.engine, run.record
+    metrics, watch, status = Metrics(config, mesh), Stopwatch(), ExitStatus.DONE
+    metrics.start(state)
+    while not config.finished(state.step, state.tokens) and status == ExitStatus.DONE:
+        with watch.time("data"):
+            batch, loaded = next(run.loader)
+            micro_batches = [part.to(mesh.device) for part in batch.micro_batches(config.layout.micro_batch)]
+            targets, stop = mesh.sum_on_host([batch.target_count, run.outside.stop_asked()])
+        with watch.time("compute"):
+            rate = learning_rate(config, state.step, state.tokens)
+            sums = engine.forward_backward(micro_batches, targets)
+            norm = engine.grad_norm()
+            detail = Detail(engine, run.optimizer, mesh) if detail_due(config, state.step + 1) else None
+            if detail:
+                detail.before_apply(micro_batches[0])
+            engine.apply(rate, config.optimizer.max_norm, accepts(sums, norm))
+        before, state = state, state.after(loaded)
+        metrics.note(state, sums, norm, rate, targets, watch)
+        record.samples(state, batch.samples)
+        run.profile.step(state.step)
+        run.outside.alive(state.step)
+        if detail:
+            record.detail(state, detail.after_apply(rate))
+        last = stop or config.finished(state.step, state.tokens)
+        save, evaluate = checkpoint_due(config, state.step), eval_due(config, before, state)
+        if metrics.due or save or evaluate or last:  # a checkpoint never holds steps that were not judged
+            judged = record.steps(metrics, state)
+            state = replace(state, refused_in_a_row=judged.refused_in_a_row)
+            status = ExitStatus.NEEDS_PERSON if judged.action == "stop" else status
+        if save or last or status != ExitStatus.DONE:
+            with watch.time("save"):
+                if record.save(state, engine.tensors()) is None and last:
+                    status = ExitStatus.FAILED
+        if evaluate or (last and not stop):
+            with watch.time("eval"):
+                record.evaluate(state, engine)
+        if stop and status == ExitStatus.DONE and not config.finished(state.step, state.tokens):
+            status = ExitStatus.STOPPED
+    return state, status

@@ -1,0 +1,154 @@
+"""What a run writes down: ledger, trackers, console, checkpoints, evaluations, samples. The loop calls it by name.
+
+Every rank has one, since judging, saving and evaluating are collective; only rank 0's writes and speaks.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from minka.data.batch import FILLER
+from minka.data.store import TokenStore
+from minka.eval.bits import SUITE, Scores, heldout, write_scores
+from minka.eval.samples import samples
+from minka.parallel.checkpoint import Saved, prune, save
+from minka.parallel.engine import Scorer
+from minka.parallel.mesh import Mesh
+from minka.parallel.pieces import Piece
+from minka.plan.config import RunConfig
+from minka.plan.guard import Judgement, judge
+from minka.plan.run import Ledger, RunFolder
+from minka.train.console import Console
+from minka.train.metrics import Metrics, StepRecord, memory_bytes
+from minka.train.signals import Outside
+from minka.train.state import State
+from minka.train.track import Tracker
+
+
+class Record:
+    """See the module. `ledger` is None and `trackers` is empty on every rank but the first."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        mesh: Mesh,
+        store: TokenStore,
+        outside: Outside,
+        ledger: Ledger | None,
+        trackers: Sequence[Tracker],
+        console: Console,
+    ) -> None:
+        self.config, self.mesh, self.store, self.outside = config, mesh, store, outside
+        self.ledger, self.trackers, self.console = ledger, trackers, console
+        self.folder = RunFolder.of(config)
+        self.scores: Scores | None = None
+        self.last: StepRecord | None = None
+        self.tokens_per_second: float | None = None
+        self._saved: tuple[int, Saved] | None = None
+        self._left_out = 0.0  # seconds of saving and evaluating since speed was last taken
+        self._samples = None
+        if config.tracking.record_samples:
+            self._samples = (self.folder.logs / f"samples-{mesh.rank:05d}.jsonl").open("a")
+
+    def event(self, event: str, state: State, **fields: object) -> None:
+        """One line of the ledger."""
+        if self.ledger is not None:
+            self.ledger.append(event, step=state.step, tokens=state.tokens, **fields)
+
+    def steps(self, metrics: Metrics, state: State) -> Judgement:
+        """Read the waiting steps from the device, judge and write each; the last verdict. Collective in effect."""
+        records = metrics.flush()
+        verdict = Judgement("accept", "", state.refused_in_a_row)
+        self._left_out += sum(r.seconds["save"] + r.seconds["eval"] for r in records)
+        speed = metrics.speed(state, self._left_out)
+        self._left_out = 0.0
+        memory = memory_bytes(self.mesh.device)
+        for record in records:
+            at = State(step=record.step, tokens=record.tokens)
+            fields = {k: v for k, v in record._asdict().items() if k not in ("step", "tokens")}
+            self.event("step", at, **fields, **speed, memory_bytes=memory)
+            verdict = judge(
+                record.loss,
+                record.grad_norm,
+                refused_in_a_row=verdict.refused_in_a_row,
+                max_refused=self.config.guard.max_refused_steps,
+            )
+            if verdict.action != "accept":
+                self.event(verdict.action, at, reason=verdict.reason, loss=record.loss, grad_norm=record.grad_norm)
+                self.console.say(f"step {record.step}: {verdict.reason}; the step was refused, no weight changed")
+            if verdict.action == "stop":
+                break
+        if records:
+            self.last, self.tokens_per_second = records[-1], speed["tokens_per_second"]
+            self._show(records[-1], speed)
+        return verdict
+
+    def samples(self, state: State, ids: Tensor) -> None:
+        """The sample ids this rank trained on in the step that ended at `state`, fillers left out."""
+        if self._samples is not None:
+            here = [i for i in ids.tolist() if i != FILLER]
+            self._samples.write(json.dumps({"step": state.step, "samples": here}) + "\n")
+            self._samples.flush()
+
+    def detail(self, state: State, fields: Mapping[str, object]) -> None:
+        """A detailed step: per-layer numbers."""
+        self.event("detail", state, **fields)
+        flat = {f"{kind}/{layer}": v for kind, by in fields.items() if isinstance(by, dict) for layer, v in by.items()}
+        for tracker in self.trackers:
+            tracker.log(state.step, flat)
+
+    def save(self, state: State, tensors: Mapping[str, Piece]) -> Path | None:
+        """Write a checkpoint; a failure is an event, and the run goes on with the one before. Collective."""
+        if self._saved is not None and self._saved[0] == state.step:
+            return self._saved[1].path
+        self.outside.alive(state.step)
+        began = time.perf_counter()
+        try:
+            saved = save(self.folder.checkpoints, state.step, tensors, state.as_json(), self.mesh)
+        except OSError as error:
+            self.event("save_failed", state, reason=str(error))
+            self.console.say(f"step {state.step}: the checkpoint could not be written: {error}")
+            return None
+        self._saved = (state.step, saved)
+        self.outside.alive(state.step)
+        if self.mesh.is_first:
+            prune(self.folder.checkpoints, self.config.checkpoint.keep)
+        took = time.perf_counter() - began
+        sizes = {"bytes": saved.bytes, "stall_seconds": took, "total_seconds": took}
+        self.event("save", state, path=str(saved.path), permanent=False, **sizes)
+        return saved.path
+
+    def evaluate(self, state: State, scorer: Scorer) -> None:
+        """Bits per byte on the validation split, and samples. Collective."""
+        split, eod = self.store.split("validation"), self.store.eod
+        self.scores = heldout(scorer, split, self.config, self.mesh, eod, lambda: self.outside.alive(state.step))
+        written = samples(scorer, self.store.tokenizer_folder / "tokenizer.json", self.config, self.mesh, eod)
+        if not self.mesh.is_first:
+            return
+        write_scores(self.folder.evals, state.step, state.tokens, self.scores, written)
+        scores = {"scores": self.scores.scores, "stderr": self.scores.stderr}
+        self.event("eval", state, suite=SUITE, **scores)
+        self.console.say(f"step {state.step}: {self.scores.scores['bits_per_byte']:.4f} bits per byte, held out")
+        for prompt, text in written:
+            self.console.say(f"  {prompt!r} -> {text!r}")
+        for tracker in self.trackers:
+            tracker.log(state.step, {f"eval/{name}": value for name, value in self.scores.scores.items()})
+
+    def close(self) -> None:
+        """Finish every file and tracker."""
+        for tracker in self.trackers:
+            tracker.close()
+        if self.ledger is not None:
+            self.ledger.close()
+        if self._samples is not None:
+            self._samples.close()
+
+    def _show(self, record: StepRecord, speed: Mapping[str, float | None]) -> None:
+        self.console.step(record, speed["tokens_per_second"] or 0.0, speed["mfu"])
+        numbers = {"loss": record.loss, "grad_norm": record.grad_norm, "learning_rate": record.learning_rate}
+        numbers |= {name: value for name, value in speed.items() if value is not None}
+        for tracker in self.trackers:
+            tracker.log(record.step, numbers)

@@ -1,0 +1,41 @@
+"""What reaches a rank from outside: the wish to stop, the supervisor's pipe, the request for stacks."""
+
+import faulthandler
+import os
+import signal
+from pathlib import Path
+
+
+class Outside:
+    """Counts wishes to stop and beats the heart. One for each rank; signal handlers live here and nowhere else."""
+
+    def __init__(self, rank: int, stop_file: Path, beat: int | None, stacks: Path) -> None:
+        self.rank, self.stop_file, self._beat = rank, stop_file, beat
+        self._asked = False
+        self._stacks = stacks.open("a")
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._ask)
+        faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
+
+    def stop_asked(self) -> bool:
+        """Whether this rank was signalled, or a person put a file called STOP into the run's folder (rank 0 looks)."""
+        return self._asked or (self.rank == 0 and self.stop_file.exists())
+
+    def alive(self, step: int) -> None:
+        """Tell the supervisor. Never waits: a full pipe drops the beat."""
+        if self._beat is None:
+            return
+        try:
+            os.write(self._beat, f"{self.rank} {os.getpid()} {step}\n".encode())
+        except (BlockingIOError, BrokenPipeError):
+            return
+
+    def close(self) -> None:
+        """Default handling of signals again."""
+        faulthandler.unregister(signal.SIGUSR2)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
+        self._stacks.close()
+
+    def _ask(self, number: int, frame: object) -> None:
+        self._asked = True

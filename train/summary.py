@@ -1,0 +1,62 @@
+"""What a run says at its end: one table for people, one JSON document for machines."""
+
+from minka.eval.compress import compressed_bits_per_byte
+from minka.plan.cli import print_json
+from minka.plan.errors import ExitStatus
+from minka.train.record import Record
+from minka.train.state import State
+
+MOST_DOCUMENTS = 100_000
+
+
+def summarise(record: Record, state: State, status: ExitStatus, *, as_json: bool) -> None:
+    """Print how the run ended, and its bits per byte beside what compressors make of the same documents."""
+    config, scores = record.config, record.scores
+    beside = _beside(record) if scores is not None else {}
+    bits = scores.scores["bits_per_byte"] if scores is not None else None
+    if as_json:
+        last = record.last
+        print_json(
+            {
+                "run": str(record.folder.path),
+                "status": int(status),
+                "step": state.step,
+                "tokens": state.tokens,
+                "loss": last.loss if last else None,
+                "tokens_per_second": record.tokens_per_second,
+                "bits_per_byte": bits,
+                "compressors_bits_per_byte": beside,
+                "export": str(record.folder.export) if config.checkpoint.export else None,
+            }
+        )
+        return
+    lines = {"stopped after": f"step {state.step:,} of {config.total_steps:,}, {state.tokens:,} tokens"}
+    if record.last is not None:
+        lines["loss"] = f"{record.last.loss:.4f} nats a token"
+    if scores is not None and bits is not None:
+        held = f"{scores.documents:,} documents, {scores.bytes:,} bytes held out"
+        lines["bits per byte"] = f"{bits:.4f} +- {scores.stderr['bits_per_byte']:.4f}  ({held})"
+        for name, value in beside.items():
+            lines[f"  {name}"] = f"{value:.4f}  (this model: {bits / value:.3f} of it)"
+    lines["run"] = str(record.folder.path)
+    if config.checkpoint.export:
+        lines["for transformers"] = str(record.folder.export)
+    if status == ExitStatus.STOPPED:
+        lines["to go on"] = f"minka train {record.folder.path}"
+    record.console.say(table(lines))
+
+
+def table(lines: dict[str, str]) -> str:
+    """Two columns, framed by rules; the same on a terminal and in a log."""
+    width = max(map(len, lines))
+    rows = [f"{name:<{width}}  {value}" for name, value in lines.items()]
+    rule = "-" * max(map(len, rows))
+    return "\n".join([rule, *rows, rule])
+
+
+def _beside(record: Record) -> dict[str, float]:
+    split = record.store.split("validation")
+    count = min(record.config.eval.max_documents or split.n_documents, split.n_documents)
+    if count > MOST_DOCUMENTS:
+        return {}
+    return compressed_bits_per_byte(split.text_of(i).encode() for i in range(count))
