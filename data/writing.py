@@ -46,8 +46,7 @@ class SplitWriter:
             self._open.close()
             return
         with suppress(pa.ArrowException, OSError):
-            self._table.close()
-        self._table.is_open = False  # else it tries again when it is collected, and complains on stderr
+            self._table.close()  # left open, it would try when it is collected, and complain on stderr
         with suppress(OSError):  # a full disk fails again as the buffers are flushed
             self._open.close()
 

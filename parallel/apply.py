@@ -48,7 +48,7 @@ def recompute(block: nn.Module) -> None:
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-    block.forward = recomputed  # type: ignore[method-assign]
+    block.forward = recomputed
 
 
 def initialise(model: Transformer, config: RunConfig) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,14 +80,15 @@ def start_mesh(layout: Layout, *, timeout_seconds: float = 600.0) -> Iterator[Me
     if ranks == 1 and device.type == "cpu" and layout.precision != "bf16":  # bf16 compute is FSDP2's mixed precision
         yield Mesh(layout, device, 0, None)
         return
-    options = {"timeout": timedelta(seconds=timeout_seconds), "rank": rank, "world_size": ranks}
     store = os.environ.get("MINKA_STORE")
-    init = f"file://{store}" if store else "env://" if "MASTER_ADDR" in os.environ else "tcp://127.0.0.1:0"
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if ranks == 1 and init.startswith("tcp"):
-        dist.init_process_group(backend, store=dist.HashStore(), **options)
-    else:
-        dist.init_process_group(backend, init_method=init, **options)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=timeout_seconds),
+        rank=rank,
+        world_size=ranks,
+        init_method=None if ranks == 1 else f"file://{store}" if store else "env://",
+        store=_lone_store() if ranks == 1 else None,
+    )
     try:
         axes = init_device_mesh(device.type, (layout.replicate, layout.shard), mesh_dim_names=MESH_AXES)
         mesh = Mesh(layout, device, rank, axes)
@@ -103,3 +105,8 @@ def local_device() -> torch.device:
     index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def _lone_store() -> Any:
+    """For a single rank: nobody to meet, so any free port will do."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True)  # type: ignore[attr-defined]

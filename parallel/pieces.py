@@ -37,7 +37,7 @@ def piece_of(tensor: Tensor) -> Piece:
         if isinstance(placement, Replicate):  # not `not is_shard()`: a strided shard says it is none
             copies *= mesh.size(axis)
             first = first and coordinate[axis] == 0
-    return Piece(tensor.detach().to_local(), tuple(offset), tuple(tensor.shape), copies, first)
+    return Piece(tensor.to_local().detach(), tuple(offset), tuple(tensor.shape), copies, first)
 
 
 def like(piece: Piece, local: Tensor) -> Piece:

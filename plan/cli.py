@@ -56,8 +56,8 @@ def progress(total: int | None, what: str, unit: str) -> Iterator[Callable[[int]
     Yields advance(n). A total of None shows a count only.
     """
     if sys.stderr.isatty():
-        with _bar(total, what, unit) as advance:
-            yield advance
+        with _bar(total, what, unit) as move:
+            yield move
         return
     done, began, said = 0, time.monotonic(), time.monotonic()
 

@@ -18,7 +18,7 @@ from minka.plan.sections import (
     TrackingSection,
 )
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 # Sections that decide which numbers a run produces. A run may go on with other values of the rest.
 IDENTITY = ("run", "model", "data", "optimizer", "schedule")
 
@@ -46,6 +46,11 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
         if self.data.seq_len > self.model.max_positions:
             raise ValueError(
                 f"data.seq_len={self.data.seq_len} is longer than model.max_positions={self.model.max_positions}"
+            )
+        if self.checkpoint.export and self.model.qkv_bias and self.model.qk_norm:
+            raise ValueError(
+                "model.qkv_bias with model.qk_norm: no Hugging Face model has both, so the run could not be exported; "
+                "drop one of them, or set checkpoint.export=false"
             )
         if self.schedule.warmup >= self.horizon:
             raise ValueError(

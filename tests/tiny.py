@@ -1,6 +1,7 @@
 """A run small enough to repeat under every layout: bytes, uneven documents, accumulation, batch warm-up, fillers."""
 
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 from minka.plan.config import RunConfig
@@ -20,7 +21,7 @@ def corpus(folder: Path, documents: int = 60, seed: int = 1) -> Path:
     return folder
 
 
-def tiny(folder: Path, **sections: dict[str, object]) -> RunConfig:
+def tiny(folder: Path, **sections: Mapping[str, object]) -> RunConfig:
     """A run under `folder` on `corpus(folder / "corpus")`. Keyword arguments override sections: run={"seed": 3}."""
     if not (folder / "corpus").exists():
         corpus(folder / "corpus")

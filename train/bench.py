@@ -21,7 +21,7 @@ import torch
 
 from minka.data.batch import Batch
 from minka.data.bench import samples_per_second, synthetic_stream
-from minka.model.hub import hf_config
+from minka.model.hub_config import family_of, to_config
 from minka.parallel.engine import ShardedEngine
 from minka.parallel.mesh import start_mesh
 from minka.plan.cli import print_json
@@ -94,15 +94,15 @@ def config_of(shape: str, compiled: bool, folder: str = "bench") -> RunConfig:
     )
 
 
-def made_up_batch(vocab: int, sequences: int) -> Batch:
+def made_up_batch(vocab: int, sequences: int, seq_len: int = SEQ_LEN) -> Batch:
     """Random tokens, one document a row: what a plain causal model can train on too."""
-    tokens = torch.randint(vocab, (sequences, SEQ_LEN + 1), generator=torch.Generator().manual_seed(0))
-    zeros = torch.zeros(sequences, SEQ_LEN, dtype=torch.int64)
-    positions = torch.arange(SEQ_LEN).repeat(sequences, 1)
+    tokens = torch.randint(vocab, (sequences, seq_len + 1), generator=torch.Generator().manual_seed(0))
+    zeros = torch.zeros(sequences, seq_len, dtype=torch.int64)
+    positions = torch.arange(seq_len).repeat(sequences, 1)
     ids = torch.arange(sequences)
     targets = tokens[:, 1:].contiguous()
     targets[:, -1] = -100  # the peer shifts inside a row, and so has one target fewer
-    return Batch(tokens[:, :-1].contiguous(), targets, zeros, positions, ids, sequences * (SEQ_LEN - 1))
+    return Batch(tokens[:, :-1].contiguous(), targets, zeros, positions, ids, sequences * (seq_len - 1))
 
 
 def our_step(engine: ShardedEngine, batch: Batch, config: RunConfig, targets: int) -> Callable[[], None]:
@@ -116,12 +116,15 @@ def our_step(engine: ShardedEngine, batch: Batch, config: RunConfig, targets: in
     return step
 
 
-def peer_step(shape: str, batch: Batch, compiled: bool) -> Callable[[], None]:
+def peer_step(
+    config: RunConfig, batch: Batch, *, compiled: bool, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Callable[[], None]:
     """One whole training step of a transformers model with torch's fused AdamW: as fast as it comes."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = config_of(shape, compiled)
-    model: Any = AutoModelForCausalLM.from_config(hf_config(config.model), attn_implementation="sdpa")
+    values = to_config(config.model, family_of(config.model), None, str(dtype).removeprefix("torch."))
+    kind = AutoConfig.for_model(values.pop("model_type"), **values)
+    model: Any = AutoModelForCausalLM.from_config(kind, attn_implementation="sdpa", dtype=dtype).to(device)
     model.train()
     forward = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -170,7 +173,7 @@ def one_process(shape: str, compiled: bool) -> float:
     with start_mesh(config.layout) as mesh:
         engine, _ = build_engine(config, mesh)
         ours = timed(our_step(engine, batch.to(mesh.device), config, batch.target_count))
-        return paired(ours, timed(peer_step(shape, batch, compiled)))
+        return paired(ours, timed(peer_step(config, batch, compiled=compiled)))
 
 
 def sharded_against_threads() -> float:

@@ -39,7 +39,7 @@ class Wandb:
             name=config.run.name,
             id=config.run.name,
             resume="allow",
-            mode=config.tracking.wandb,
+            mode="online" if config.tracking.wandb == "online" else "offline",
             dir=str(folder.path),
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(console="off", silent=True),
@@ -60,7 +60,7 @@ class TensorBoard:
     def __init__(self, folder: RunFolder) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(log_dir=str(folder.logs / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(log_dir=str(folder.logs / "tensorboard"))
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         """Numbers of one step."""

@@ -1,5 +1,6 @@
 """Bad input: each is one paragraph that says where and what would work, exit status 2, and leaves nothing behind."""
 
+import gc
 import gzip
 import json
 import os
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,6 +21,7 @@ from corpora import data_section, run_config, texts, write_jsonl
 from minka.data.command import main
 from minka.data.prepare import open_or_prepare, prepare
 from minka.data.store import TokenStore
+from minka.data.writing import SplitWriter
 from minka.plan.errors import UserError
 
 MIB = 2**20
@@ -215,6 +218,15 @@ def test_a_file_size_limit_is_a_full_disk_too(
     assert (status, "file-size limit" in said, "Traceback" in said) == (2, True, False), said
     assert "Exception ignored" not in said
     assert os.listdir(tmp_path) == ["big.jsonl"]
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_writer_whose_disk_is_gone_does_not_complain_once_more_when_it_goes(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="gone"), SplitWriter(tmp_path, "train", np.dtype("<u2"), 255) as writer:
+        writer._sidecar.close()  # its table cannot write its end any more
+        raise OSError("gone")
+    del writer
+    gc.collect()
 
 
 def test_what_is_no_store_is_not_written_over(corpus: Path, tmp_path: Path) -> None:

@@ -80,13 +80,13 @@ def run_of(config: RunConfig, ranks: int, fault: str = "") -> dict[str, Any]:
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
     """Worst relative difference of losses and norms; of tensors, by kind, in relative Frobenius norm."""
-    worst = {key: float(np.max(np.abs(one[key] - other[key]) / other[key])) for key in ("loss", "grad_norm")}
+    worst = {key: float(np.abs((one[key] - other[key]) / other[key]).max()) for key in ("loss", "grad_norm")}
     for name, tensor in one["tensors"].items():
         kind = name.split(".")[0]
         if kind in BOUNDS:
             reference = other["tensors"][name]
-            error = np.linalg.norm(tensor - reference) / max(np.linalg.norm(reference), 1e-30)
-            worst[kind] = max(worst.get(kind, 0.0), float(error))
+            error = float(np.linalg.norm(tensor - reference)) / max(float(np.linalg.norm(reference)), 1e-30)
+            worst[kind] = max(worst.get(kind, 0.0), error)
     return worst
 
 
@@ -131,7 +131,7 @@ def plant_missing_reduction() -> None:
 
     def wrong(self: ShardedEngine) -> torch.Tensor:
         summed = Mesh.sum_
-        Mesh.sum_ = lambda mesh, tensor: tensor  # type: ignore[method-assign]
+        Mesh.sum_ = lambda mesh, tensor: tensor  # type: ignore[method-assign,assignment]
         try:
             return right(self)
         finally:

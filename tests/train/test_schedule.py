@@ -35,8 +35,8 @@ def test_wsd_is_flat_until_its_last_part(tmp_path: Path) -> None:
 
 
 def test_in_tokens_the_same_tokens_have_the_same_rate_whatever_the_batches(tmp_path: Path) -> None:
-    sections = {"run": {"max_steps": None, "max_tokens": 64 * 32 * 10}, "schedule": {"unit": "tokens", "warmup": 640}}
-    small = tiny(tmp_path, **sections, data={"batch_tokens": 64, "batch_warmup": []})
-    large = tiny(tmp_path, **sections, data={"batch_tokens": 128, "batch_warmup": []})
+    run, schedule = {"max_steps": None, "max_tokens": 64 * 32 * 10}, {"unit": "tokens", "warmup": 640}
+    small = tiny(tmp_path, run=run, schedule=schedule, data={"batch_tokens": 64, "batch_warmup": []})
+    large = tiny(tmp_path, run=run, schedule=schedule, data={"batch_tokens": 128, "batch_warmup": []})
     # Both steps end at 1,280 tokens.
     assert learning_rate(small, 19, 1280 - 64) == learning_rate(large, 9, 1280 - 128)

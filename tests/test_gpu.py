@@ -1,0 +1,87 @@
+"""What only a GPU can show: the variable-length kernels, nccl, bf16 under FSDP2, compiled blocks. `make gpu-check`."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minka.model.attention import attention, document_structure
+from minka.parallel.mesh import start_mesh
+from minka.plan.load import load_run
+from minka.plan.run import RunFolder, read_ledger
+from minka.plan.sections import KernelsSection
+from minka.train.bench import made_up_batch, our_step, peer_step
+from minka.train.worker import build_engine
+from tiny import tiny, train_rank
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+
+
+@pytest.mark.parametrize("kv_heads", [8, 2])
+def test_varlen_attention_is_masked_attention(kv_heads: int) -> None:
+    documents = torch.zeros(2, 512, dtype=torch.int64, device="cuda")
+    documents[0, 100:] = 1
+    documents[0, 101:] = 2  # a document of one token
+    documents[1, 300:] = 1
+    shapes = [(2, 8, 512, 64), (2, kv_heads, 512, 64), (2, kv_heads, 512, 64)]
+    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    found = {}
+    for name, kernels, dtype in (
+        ("varlen", KernelsSection(), torch.bfloat16),
+        ("sdpa", KernelsSection(attention="sdpa"), torch.bfloat16),
+        ("truth", KernelsSection(attention="sdpa"), torch.float32),
+    ):
+        structure = document_structure(documents, kernels, device=torch.device("cuda"), dtype=dtype)
+        q, k, v = (x.to(dtype) for x in inputs)
+        y = attention(q, k, v, structure)
+        gradients = torch.autograd.grad(y.float().square().sum(), inputs)
+        found[name] = [y.float(), *(g.float() for g in gradients)]
+    for varlen, sdpa, truth in zip(*found.values(), strict=True):
+        assert (varlen - truth).norm() <= 2 * (sdpa - truth).norm() + 1e-5 * truth.norm()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_bf16_training_follows_fp32(compiled: bool, recompute: str, tmp_path: Path) -> None:
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        config = tiny(
+            tmp_path,
+            run={"name": precision},
+            layout={"precision": precision, "recompute": recompute},
+            kernels={"compile": compiled and precision == "bf16"},
+        )
+        assert train_rank(config) == 0
+        events = read_ledger(RunFolder.of(config).ledger_file)
+        losses[precision] = [e["loss"] for e in events if e["event"] == "step"]
+    for low, full in zip(losses["bf16"], losses["fp32"], strict=True):
+        assert low == pytest.approx(full, rel=2e-2)
+
+
+def test_a_step_of_dense_125m_beside_transformers() -> None:
+    config = load_run("dense-125m", ["data.seq_len=2048", "layout.micro_batch=8", "kernels.compile=true"]).config
+    batch = made_up_batch(config.model.vocab, 8, 2048).to("cuda")
+    with start_mesh(config.layout) as mesh:
+        engine, _ = build_engine(config, mesh)
+        ours = our_step(engine, batch, config, batch.target_count)
+        theirs = peer_step(config, batch, compiled=True, device="cuda", dtype=torch.bfloat16)
+        ratios = [seconds(theirs) / seconds(ours) for _ in range(5)]
+    rate = batch.tokens.numel() / seconds(ours)
+    print(f"{torch.cuda.get_device_name()}: {rate:,.0f} tokens/s, {sorted(ratios)[2]:.2f}x transformers")
+    assert sorted(ratios)[2] > 1.0
+
+
+def seconds(step: Any, steps: int = 10) -> float:
+    """Seconds a step, the device waited for."""
+    step()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(steps):
+        step()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - began) / steps
