@@ -78,7 +78,7 @@ def _prepare(config: RunConfig) -> None:
 
 def _rank_body(config: RunConfig, job: dict[str, Any], rank: int, store: str) -> Callable[[], int]:
     def body() -> int:
-        threads = max(1, (os.cpu_count() or 1) // job["ranks"])
+        threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or max(1, len(os.sched_getaffinity(0)) // job["ranks"])
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]), MINKA_STORE=store)
         if rank:
             _redirect(rank_log(config, rank))

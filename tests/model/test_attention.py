@@ -24,6 +24,7 @@ def structure(documents: Tensor | None, kernels: KernelsSection = AUTO) -> Struc
 def test_rows_of_one_document_take_the_causal_kernel_and_others_a_mask() -> None:
     ids = torch.tensor([[3, 3, 3], [7, 7, 7]])
     assert structure(None).kind == structure(ids).kind == "causal"
+    assert structure(torch.tensor([[0, 1]])).kind == "mask"
     mixed = structure(torch.tensor([[3, 3, 3], [0, 1, 1]]))
     assert mixed.kind == "mask"
     assert mixed.mask is not None
@@ -65,8 +66,8 @@ def by_document(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -
     y = torch.empty_like(q)
     for begin, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
         assert end - begin <= longest
-        part = [x[begin:end].transpose(0, 1)[None] for x in (q, k, v)]
-        y[begin:end] = F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+        a, b, c = (x[begin:end].transpose(0, 1)[None] for x in (q, k, v))
+        y[begin:end] = F.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
     return y
 
 
@@ -75,7 +76,8 @@ def test_variable_length_kernels_are_called_rightly(kernel: Any, monkeypatch: py
     monkeypatch.setattr(attention_module, "VARLEN", kernel)
     monkeypatch.setattr(attention_module, "VARLEN_TAKES", inspect.signature(kernel).parameters)
     _, documents, _, _ = packed(rows=3, length=20, vocab=300)
-    q, k, v = torch.randn(3, 20, 4, 8), torch.randn(3, 20, 2, 8), torch.randn(3, 20, 2, 8)
-    heads = [x.transpose(1, 2) for x in (q, k, v)]
+    q, k, v = (torch.randn(3, 20, heads, 8).transpose(1, 2) for heads in (4, 2, 2))
     varlen = Structure("varlen", documents, starts=attention_module._starts(documents))
-    torch.testing.assert_close(attention(*heads, varlen), attention(*heads, structure(documents)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        attention(q, k, v, varlen), attention(q, k, v, structure(documents)), rtol=1e-5, atol=1e-6
+    )

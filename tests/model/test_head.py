@@ -44,9 +44,9 @@ def test_loss_z_loss_and_gradients_are_the_definition_s(rows: int, dtype: torch.
     hidden.grad = head.matrix().grad = None
     loss, z = plain(hidden, head.matrix(), targets)
     ((loss + z) / 7).backward()
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-13}
-    torch.testing.assert_close((sums.loss, sums.z_loss), (loss.detach(), z.detach()), **tolerance)
-    torch.testing.assert_close(mine, (hidden.grad, head.matrix().grad), **tolerance)
+    rtol, atol = (1e-5, 1e-6) if dtype == torch.float32 else (1e-12, 1e-13)
+    torch.testing.assert_close((sums.loss, sums.z_loss), (loss.detach(), z.detach()), rtol=rtol, atol=atol)
+    torch.testing.assert_close(mine, (hidden.grad, head.matrix().grad), rtol=rtol, atol=atol)
 
 
 def test_only_the_objective_has_a_gradient_and_it_is_the_sum_of_both() -> None:
@@ -67,6 +67,7 @@ def test_far_apart_logits_neither_overflow_nor_lose_the_loss() -> None:
     loss, _ = plain(hidden.double(), head.matrix().double(), targets)
     assert loss > 1e4  # probabilities of targets vanish in fp32
     torch.testing.assert_close(sums.loss.double(), loss, rtol=1e-5, atol=0)
+    assert hidden.grad is not None
     assert torch.isfinite(hidden.grad).all()
 
 
@@ -76,10 +77,9 @@ def test_targets_all_ignored_give_zeros() -> None:
     sums = head(hidden, torch.full_like(targets, IGNORED))
     sums.objective.backward()
     assert [value.item() for value in sums] == [0, 0, 0]
-    assert hidden.grad is not None
-    assert head.matrix().grad is not None
-    assert not hidden.grad.any()
-    assert not head.matrix().grad.any()
+    for gradient in (hidden.grad, head.matrix().grad):
+        assert gradient is not None
+        assert not gradient.any()
 
 
 def test_losses_of_single_tokens_are_the_definition_s() -> None:
@@ -128,7 +128,7 @@ def test_bf16_is_as_near_to_the_truth_as_torch_and_sums_chunks_in_fp32(monkeypat
     head = make_head(dtype=torch.bfloat16)
     hidden, targets = batch(256, torch.bfloat16)
 
-    def gradients(loss: Tensor) -> tuple[Tensor, Tensor]:
+    def gradients(loss: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(loss, (hidden, head.weight))
 
     truth = gradients(sum(plain(hidden.double(), head.weight.double(), targets)))  # type: ignore[arg-type]

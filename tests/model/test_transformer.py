@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minka.model.transformer import Transformer
+from minka.model.transformer import Rope, Transformer
 from models import model, packed, plain, section
 
 GOLDENS = Path(__file__).parent.parent / "goldens" / "model_shapes.csv"
@@ -114,7 +114,7 @@ def test_one_document_a_row_is_the_same_with_ids_without_and_with_a_mask() -> No
 
 def recompute(block: nn.Module) -> None:
     forward = block.forward
-    block.forward = lambda *arguments: checkpoint(forward, *arguments, use_reentrant=False)  # type: ignore[method-assign]
+    block.forward = lambda *arguments: checkpoint(forward, *arguments, use_reentrant=False)
 
 
 def compile_graph(block: nn.Module) -> None:
@@ -168,15 +168,16 @@ def test_the_tables_of_rotation_are_fp32_in_a_bf16_model() -> None:
 def test_the_probe_gives_each_layer_s_largest_allowed_logit() -> None:
     built = model(section())
     tokens, documents, positions, _ = packed(rows=2, length=24, vocab=300)
-    seen: list[tuple[Tensor, Tensor]] = []
-    for block in built.blocks.values():
-        block.attention.register_forward_pre_hook(lambda module, args: seen.append(args[:2]))
+    seen: list[tuple[Tensor, Rope]] = []
+    layers = [built.get_submodule(f"blocks.{layer}.attention") for layer in range(2)]
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda module, args: seen.append(args[:2]))
     probe: list[Tensor] = []
     built(tokens, documents, positions, probe=probe)
     assert len(probe) == 2
-    for block, (x, rope), largest in zip(built.blocks.values(), seen, probe, strict=True):
-        q = block.attention.wq(x).view(2, 24, 4, 12)
-        k = block.attention.wk(x).view(2, 24, 2, 12).repeat_interleave(2, dim=2)
+    for layer, (x, rope), largest in zip(layers, seen, probe, strict=True):
+        q = layer.get_submodule("wq")(x).view(2, 24, 4, 12)
+        k = layer.get_submodule("wk")(x).view(2, 24, 2, 12).repeat_interleave(2, dim=2)
         turned = [y * rope.cos + torch.cat((y[..., 6:], y[..., :6]), -1) * rope.sin for y in (q, k)]
         logits = torch.einsum("bqhc,bkhc->bhqk", *turned) / 12**0.5
         allowed = (documents[:, None, :, None] == documents[:, None, None, :]) & torch.ones(24, 24).tril().bool()
