@@ -12,14 +12,14 @@ from minka.parallel.mesh import start_mesh
 from minka.parallel.pieces import piece_of
 from minka.plan.layout import Layout
 from minka.plan.load import load_run
-from minka.plan.run import RunFolder, store_of
+from minka.plan.run import find_run, store_of
 
 
 def score_checkpoint(run: str, overrides: Sequence[str], alive: Callable[[], None]) -> Any:
     """Bits per byte of RUN or RUN@STEP, written to the run's evals/ and returned. Raises UserError."""
     name, _, step = run.partition("@")
-    config = load_run(name, overrides).config
-    folder = RunFolder.of(config)
+    folder = find_run(name)
+    config = load_run(str(folder.config_file), overrides).config
     checkpoint = find_checkpoint(folder.checkpoints, step)
     store = TokenStore.open(store_of(folder).folder)
     layout = Layout(micro_batch=config.layout.micro_batch, precision=config.layout.precision)

@@ -12,9 +12,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from minka.kernels.rms_norm import rms_norm
+from minka.kernels.rotate import rotate
+from minka.kernels.swiglu import swiglu
 from minka.model.attention import Structure, attention, document_structure, largest_logit
 from minka.model.head import IGNORED, Head, HeadSums
-from minka.model.ops import rms_norm, rotate, swiglu
 from minka.plan.sections import KernelsSection, ModelSection
 
 __all__ = ["IGNORED", "MLP", "Attention", "Block", "RMSNorm", "Rope", "Transformer", "rope_table"]

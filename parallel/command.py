@@ -23,14 +23,12 @@ def main(argv: Sequence[str]) -> int:
     ) -> int:
         from minka.parallel.checkpoint import find_checkpoint
         from minka.parallel.export import export_checkpoint
-        from minka.plan.load import load_run
-        from minka.plan.run import RunFolder, store_of
+        from minka.plan.run import find_run, store_of
 
         name, _, step = run.partition("@")
-        config = load_run(name).config
-        checkpoint = find_checkpoint(RunFolder.of(config).checkpoints, step)
-        store = store_of(RunFolder.of(config))
-        export_checkpoint(checkpoint, folder, config.model, store.tokenizer, store.eod)
+        found = find_run(name)
+        checkpoint, store = find_checkpoint(found.checkpoints, step), store_of(found)
+        export_checkpoint(checkpoint, folder, found.config().model, store.tokenizer, store.eod)
         if as_json:
             print_json({"checkpoint": str(checkpoint), "folder": str(folder)})
         else:

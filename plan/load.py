@@ -44,14 +44,15 @@ def load_run(source: str, overrides: Sequence[str] = (), runs: str = "runs") -> 
 
 
 def find(source: str, runs: str = "runs") -> Path:
-    """The TOML file that `source` means. Raises UserError with the nearest recipe."""
+    """The TOML file that `source` means: a file, a run's folder, a recipe, a name under `runs`, in this order.
+
+    A recipe's name always means the recipe, whatever was once run under it. Raises UserError with the nearest recipe.
+    """
     given = Path(source)
-    for candidate in (given if given.suffix == ".toml" else None, given / "run.toml", Path(runs) / source / "run.toml"):
-        if candidate is not None and candidate.is_file():
+    places = (given / "run.toml", RECIPES / f"{source}.toml", Path(runs) / source / "run.toml")
+    for candidate in (given, *places) if given.suffix == ".toml" else places:
+        if candidate.is_file():
             return candidate
-    recipe = RECIPES / f"{source}.toml"
-    if recipe.is_file():
-        return recipe
     names = recipe_names()
     near = difflib.get_close_matches(source, names, n=1)
     raise UserError(
@@ -117,7 +118,10 @@ def _split(override: str) -> tuple[str, object]:
 def _put(values: dict[str, Any], key: str, value: object) -> None:
     *tables, last = key.split(".")
     for table in tables:
-        values = values.setdefault(table, {})
+        inner = values.setdefault(table, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"{table} is {inner!r} in the file, and {key} needs it to be a table")
+        values = inner
     # The two ways to say when a run ends exclude each other: the newer word replaces the older.
     if key in ("run.max_steps", "run.max_tokens"):
         values.pop("max_tokens" if last == "max_steps" else "max_steps", None)

@@ -90,6 +90,19 @@ class RunFolder:
             )
 
 
+def find_run(name: str, runs: str = "runs") -> RunFolder:
+    """The run that `name` means: a folder, or a name under `runs`. Raises UserError naming the runs there are."""
+    for path in (Path(name), Path(runs) / name):
+        if RunFolder(path).exists():
+            return RunFolder(path)
+    there = sorted(path.parent.name for path in Path(runs).glob("*/run.toml"))
+    raise UserError(
+        f"there is no run called {name!r}",
+        why=f"looked for {Path(name) / 'run.toml'} and {Path(runs) / name / 'run.toml'}",
+        remedy=f"runs here: {', '.join(there)}" if there else "train one first: minka train demo",
+    )
+
+
 class StorePlace(NamedTuple):
     """The token store a run was trained on: for those who need its tokenizer and not its tokens."""
 

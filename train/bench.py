@@ -49,16 +49,18 @@ class Row(NamedTuple):
     larger_is_better: bool
     unit: str
 
-    @property
-    def kept(self) -> bool:
-        """Whether the bound holds."""
-        return self.value >= self.bound if self.larger_is_better else self.value <= self.bound
+    def kept(self, slack: float = 1.0) -> bool:
+        """Whether that share of the bound holds."""
+        if self.larger_is_better:
+            return self.value >= slack * self.bound
+        return self.value <= self.bound / slack
 
 
 def main() -> int:
     """Run the rows whose name contains --only (default: all); exit status 1 when a bound is broken."""
     parser = argparse.ArgumentParser(description="Speed beside a peer, as ratios.")
     parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--slack", type=float, default=1.0, help="of each bound, the share that must be kept")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
     rows = []
@@ -68,15 +70,15 @@ def main() -> int:
             rows.append(Row(name, value, *BOUNDS[name]))
             print(f"{name}: {value:.4g}", file=sys.stderr, flush=True)
     if options.json:
-        print_json([row._asdict() | {"kept": row.kept} for row in rows])
+        print_json([row._asdict() | {"kept": row.kept()} for row in rows])
     else:
         print(table({row.name: _line(row) for row in rows}))
-    return 0 if all(row.kept for row in rows) else 1
+    return 0 if all(row.kept(options.slack) for row in rows) else 1
 
 
 def _line(row: Row) -> str:
     sign = ">=" if row.larger_is_better else "<="
-    return f"{row.value:>10.4g} {row.unit}  (bound {sign} {row.bound:g}{'' if row.kept else ', BROKEN'})"
+    return f"{row.value:>10.4g} {row.unit}  (bound {sign} {row.bound:g}{'' if row.kept() else ', BROKEN'})"
 
 
 def config_of(shape: str, compiled: bool, folder: str = "bench") -> RunConfig:

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minka.model.ops import rms_norm, rotate, swiglu
+from minka.kernels.rms_norm import rms_norm
+from minka.kernels.rotate import rotate
+from minka.kernels.swiglu import swiglu
 
 B, T, H, C = 2, 5, 3, 8
 

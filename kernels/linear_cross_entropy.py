@@ -1,0 +1,107 @@
+"""Linear cross-entropy: from hidden states, a vocabulary's matrix and targets to the loss, never holding all logits.
+
+N tokens of the flattened batch · D width · V vocabulary
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minka.kernels.precision import wide
+
+IGNORED = -100  # a target that counts for nothing
+CPU_ROWS = 512  # logits of so many tokens at once: 256 to 1024 were equal on two cores, fewer and more slower
+GPU_LOGITS = 2**28  # 1 GiB of fp32: thousands of tokens a product, which cuBLAS needs for its full rate
+
+
+def linear_cross_entropy(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(objective, loss, z_loss): sums over the targets that are not IGNORED, fp32 scalars, objective = loss + z_loss.
+
+    loss is in nats; z_loss is z_weight * logsumexp^2 (Chowdhery et al. 2022, section 5). Only objective has a gradient.
+    """
+    objective, loss, z_loss = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, z_weight)
+    return objective, loss, z_loss
+
+
+@torch.no_grad()
+def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """Nats of each target, [N] fp32, 0 where ignored; no gradient."""
+    losses, _, _, _ = _chunked(hidden_ND, weight_VD, targets_N, 0.0, False, False)
+    return losses
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Takes the gradients in the forward pass, while a chunk's probabilities are in cache; backward only scales."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_weight: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        losses, z_losses, d_hidden, d_weight = _chunked(
+            hidden_ND, weight_VD, targets_N, z_weight, need_hidden, need_weight
+        )
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.dtypes = hidden_ND.dtype, weight_VD.dtype
+        loss, z_loss = losses.sum(), z_losses.sum()
+        ctx.mark_non_differentiable(loss, z_loss)
+        return loss + z_loss, loss, z_loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        scaled = [
+            None if saved is None else (saved * grad).to(dtype)
+            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return scaled[0], scaled[1], None, None
+
+
+def _chunked(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_weight: float, need_hidden: bool, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Losses [N] and weighted z-losses [N] in fp32, and the gradients of their sum; those of the weight in fp32."""
+    (tokens, _), vocab = hidden_ND.shape, weight_VD.shape[0]
+    rows = max(1, min(tokens, max(CPU_ROWS, GPU_LOGITS // vocab) if hidden_ND.is_cuda else CPU_ROWS))
+    exact = wide(hidden_ND).dtype
+    losses = torch.empty(tokens, dtype=exact, device=hidden_ND.device)
+    z_losses = torch.empty_like(losses)
+    buffer = torch.empty(rows, vocab, dtype=hidden_ND.dtype, device=hidden_ND.device)
+    d_hidden = torch.empty_like(hidden_ND) if need_hidden else None
+    d_weight = torch.zeros(weight_VD.shape, dtype=exact, device=weight_VD.device) if need_weight else None
+    for begin in range(0, tokens, rows):
+        part = slice(begin, begin + rows)
+        hidden, counts = hidden_ND[part], targets_N[part, None] != IGNORED
+        target = targets_N[part, None].where(counts, 0)
+        logits = torch.mm(hidden, weight_VD.t(), out=buffer[: len(hidden)])
+        shifted = wide(logits)
+        peak = shifted.amax(dim=1, keepdim=True)
+        at_target = shifted.gather(1, target)
+        exponents = shifted.sub_(peak).exp_()
+        total = exponents.sum(dim=1, keepdim=True)
+        log_total = total.log().add_(peak)
+        losses[part] = ((log_total - at_target) * counts).squeeze(1)
+        z_losses[part] = (z_weight * log_total.square() * counts).squeeze(1)
+        if not (need_hidden or need_weight):
+            continue
+        scale = counts * (1 + 2 * z_weight * log_total) / total  # probability, z-loss and mask in one factor
+        # The target's entry is formed before rounding: probability - 1 cancels.
+        exponents.scatter_add_(1, target, total / -(1 + 2 * z_weight * log_total))
+        d_logits = torch.mul(exponents, scale, out=logits)
+        if d_hidden is not None:
+            torch.mm(d_logits, weight_VD, out=d_hidden[part])
+        if d_weight is not None:
+            _add_product(d_weight, d_logits.t(), hidden)
+    return losses, z_losses, d_hidden, d_weight
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, with the sum over chunks in total's dtype."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)
