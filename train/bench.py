@@ -32,7 +32,7 @@ from minka.train.summary import table
 from minka.train.worker import build_engine
 
 PAIRS = 5
-SEQUENCES, SEQ_LEN = 8, 256
+SEQUENCES, SEQ_LEN = 16, 256
 SHAPES: dict[str, dict[str, int]] = {
     "1M": {"layers": 4, "d_model": 128, "heads": 4, "kv_heads": 2, "head_dim": 32, "d_ff": 384, "vocab": 2048},
     "20M": {"layers": 8, "d_model": 384, "heads": 6, "kv_heads": 2, "head_dim": 64, "d_ff": 1024, "vocab": 8192},
