@@ -52,6 +52,10 @@ class Batch:
             )
         return pieces
 
+    def largest_token(self) -> int:
+        """The largest id among tokens and targets, on the host."""
+        return max(int(self.tokens.max()), int(self.targets.max()))
+
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device; the copy overlaps with other work when the batch is pinned."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))

@@ -4,6 +4,8 @@ Every byte of a document is paid for. Its first token has no context and is char
 costs what the model says and counts no byte. Losses are summed by document, in fp64, over all ranks.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -25,19 +27,24 @@ VERSION = 1
 
 
 class Scores(NamedTuple):
-    """`scores` and `stderr` by name: bits_per_byte and bits_per_byte/SOURCE."""
+    """`scores` and `stderr` by name: bits_per_byte and bits_per_byte/SOURCE.
+
+    `settings` are all that the numbers depend on besides the weights and the data.
+    """
 
     scores: dict[str, float]
     stderr: dict[str, float]
     documents: int
     bytes: int
     tokens: int
+    settings: dict[str, int]
 
 
 def heldout(scorer: Scorer, split: Split, config: RunConfig, mesh: Mesh, eod: int, alive: Callable[[], None]) -> Scores:
     """Score the first eval.max_documents documents of `split` (0 = all). Collective; equal on every rank.
 
-    Windows of data.seq_len overlap by half: a target has at least half a sequence of context where there is one.
+    Windows of data.seq_len overlap by half (`stride_of`): a target has at least half a sequence of context where
+    there is one.
     """
     count = min(config.eval.max_documents or split.n_documents, split.n_documents)
     nats = torch.zeros(count, dtype=torch.float64, device=mesh.device)
@@ -56,30 +63,63 @@ def heldout(scorer: Scorer, split: Split, config: RunConfig, mesh: Mesh, eod: in
     for name, chosen in [("", np.ones(count, bool))] + [(f"/{s}", sources == s) for s in sorted(set(sources))]:
         ratio, error = ratio_of_sums(bits[chosen], sizes[chosen])
         scores["bits_per_byte" + name], stderr["bits_per_byte" + name] = ratio, error
-    return Scores(scores, stderr, count, int(sizes.sum()), tokens)
+    length = config.data.seq_len
+    settings = {"max_documents": config.eval.max_documents, "window": length, "stride": stride_of(length)}
+    return Scores(scores, stderr, count, int(sizes.sum()), tokens, settings)
 
 
 def write_scores(
-    evals: Path, step: int, tokens: int, scores: Scores, samples: Sequence[tuple[str, str]] = ()
+    evals: Path,
+    step: int,
+    tokens: int,
+    scores: Scores,
+    samples: Sequence[tuple[str, str]] | None = None,
+    checkpoint: Path | None = None,
 ) -> dict[str, Any]:
-    """Write evals/step-XXXXXXXX/heldout@1.json and return what it holds."""
+    """Write evals/step-XXXXXXXX/heldout@1.json; what it holds, and its `path`.
+
+    A result that was made with other settings is never replaced: then the name is heldout@1-HASH.json, by the
+    settings. None for `samples` keeps those of the result that is replaced. `checkpoint`: None if weights in memory
+    were scored. Raises OSError.
+    """
+    folder = evals / f"step-{step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{SUITE}@{VERSION}.json"
+    if file.exists() and _read(file).get("settings") != scores.settings:
+        settings = json.dumps(scores.settings, sort_keys=True)
+        file = folder / f"{SUITE}@{VERSION}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.json"
+    texts = [{"prompt": prompt, "text": text} for prompt, text in samples or ()]
     result = {
         "format": 1,
         "suite": SUITE,
         "version": VERSION,
         "step": step,
         "tokens": tokens,
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+        "settings": scores.settings,
         "scores": scores.scores,
         "stderr": scores.stderr,
         "documents": scores.documents,
         "bytes": scores.bytes,
         "document_tokens": scores.tokens,
-        "samples": [{"prompt": prompt, "text": text} for prompt, text in samples],
+        "samples": _read(file).get("samples", []) if samples is None else texts,
     }
-    folder = evals / f"step-{step:08d}"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / f"{SUITE}@{VERSION}.json", result)
-    return result
+    write_json(file, result)
+    return result | {"path": str(file)}
+
+
+def stride_of(length: int) -> int:
+    """Tokens between the beginnings of two windows of `length`."""
+    return max(1, length // 2)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A result that was written before; empty where there is none, or none that can be read."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def ratio_of_sums(bits: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
@@ -95,7 +135,7 @@ def ratio_of_sums(bits: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
 def _my_batches(split: Split, count: int, config: RunConfig, mesh: Mesh, eod: int) -> Iterator[Rows]:
     """This rank's batches; every rank gives as many as the one with most."""
     length, batch, ways = config.data.seq_len, config.eval.batch_sequences, mesh.layout.data_ways
-    cut = (w for i in range(count) for w in windows(i, np.asarray(split.document(i)), length, max(1, length // 2)))
+    cut = (w for i in range(count) for w in windows(i, np.asarray(split.document(i)), length, stride_of(length)))
     mine = rows(_every(cut, mesh.data_rank, ways), length, batch, eod)
     while True:
         rows_here = next(mine, None)

@@ -29,6 +29,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             for name, value in result["scores"].items():
                 print(f"{name}  {value:.4f} +- {result['stderr'][name]:.4f}")
+            print(result["path"])
         return 0
 
     return run_app(app, argv, "minka eval")

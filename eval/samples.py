@@ -12,7 +12,7 @@ from minka.plan.config import RunConfig
 
 
 def samples(scorer: Scorer, tokenizer_file: Path, config: RunConfig, mesh: Mesh, eod: int) -> list[tuple[str, str]]:
-    """(prompt, continuation) for each of eval.prompts. Collective: every rank walks the same tokens."""
+    """(prompt, continuation) for each of eval.prompts. Collective: every rank walks the tokens that rank 0 chose."""
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     found = []
     for prompt in config.eval.prompts:
@@ -25,6 +25,7 @@ def samples(scorer: Scorer, tokenizer_file: Path, config: RunConfig, mesh: Mesh,
             temperature=config.eval.temperature,
             stop=eod,
             seed=config.run.seed,
+            agree=lambda token: mesh.sum_on_host([token if mesh.is_first else 0])[0],
         )
         found.append((prompt, decode(tokenizer, new)))
     return found

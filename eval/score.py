@@ -1,32 +1,53 @@
 """A checkpoint on disk, scored by one process; the result lands where the run itself would have put it."""
 
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from minka.data.store import TokenStore
 from minka.eval.bits import heldout, write_scores
 from minka.parallel.apply import build_model
-from minka.parallel.checkpoint import find_checkpoint, load_manifest, restore_from
+from minka.parallel.checkpoint import restore_from
 from minka.parallel.engine import ShardedScorer
+from minka.parallel.manifest import load_manifest
 from minka.parallel.mesh import start_mesh
 from minka.parallel.pieces import piece_of
+from minka.parallel.shelf import find_checkpoint, run_and_step
+from minka.plan.errors import UserError
 from minka.plan.layout import Layout
 from minka.plan.load import load_run
-from minka.plan.run import find_run, store_of
+from minka.plan.run import find_run, store_of, writing
+from minka.plan.sections import EvalSection
 
 
 def score_checkpoint(run: str, overrides: Sequence[str], alive: Callable[[], None]) -> Any:
     """Bits per byte of RUN or RUN@STEP, written to the run's evals/ and returned. Raises UserError."""
-    name, _, step = run.partition("@")
+    _check_overrides(overrides)
+    name, step = run_and_step(run)
     folder = find_run(name)
     config = load_run(str(folder.config_file), overrides).config
     checkpoint = find_checkpoint(folder.checkpoints, step)
     store = TokenStore.open(store_of(folder).folder)
+    with writing(folder.evals):  # before the work, which may take hours
+        folder.evals.mkdir(exist_ok=True)
+        tempfile.TemporaryFile(dir=folder.evals).close()
     layout = Layout(micro_batch=config.layout.micro_batch, precision=config.layout.precision)
     with start_mesh(layout) as mesh:
         model = build_model(config, mesh)
         restore_from(checkpoint, {f"model.{n}": piece_of(p) for n, p in model.named_parameters()})
         scorer = ShardedScorer(model, mesh)
         scores = heldout(scorer, store.split("validation"), config, mesh, store.eod, alive)
-        state = load_manifest(checkpoint)["state"]
-        return write_scores(folder.evals, state["step"], state["tokens"], scores)
+    state = load_manifest(checkpoint)["state"]
+    with writing(folder.evals):
+        return write_scores(folder.evals, state["step"], state["tokens"], scores, checkpoint=checkpoint)
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        if not override.startswith("eval."):
+            raise UserError(
+                f"{override!r} is no setting of an evaluation",
+                where="overrides",
+                why="everything else belongs to the run, and its score would be another run's",
+                remedy=f"allowed: {', '.join(f'eval.{name}' for name in EvalSection.model_fields)}",
+            )

@@ -19,6 +19,7 @@ from minka.plan.sections import KernelsSection
 
 HALF = (torch.bfloat16, torch.float16)
 VARLEN: Callable[..., Any] = varlen_attn  # its signature differs between torch 2.11 and 2.13
+PROBE_BYTES = 2**24  # of logits that the probe holds at once
 VARLEN_TAKES = inspect.signature(varlen_attn).parameters
 
 
@@ -88,17 +89,33 @@ def allowed_pairs(documents_BT: Tensor) -> Tensor:
 
 @torch.no_grad()
 def largest_logit(q_BHTC: Tensor, k_BKTC: Tensor, structure: Structure) -> Tensor:
-    """The largest scaled logit of any head over the allowed pairs; scalar fp32. One row of the batch at a time."""
+    """The largest scaled logit of any head over the allowed pairs; scalar fp32.
+
+    Some queries of one group of heads at a time: never more than PROBE_BYTES of logits, or those of one query.
+    """
     batch, heads, tokens, width = q_BHTC.shape
-    documents = structure.documents
-    if documents is None:
-        documents = torch.zeros(batch, tokens, dtype=torch.int64, device=q_BHTC.device)
-    largest = []
+    groups = k_BKTC.shape[1]
+    queries = max(1, PROBE_BYTES // (4 * tokens * (heads // groups)))
+    largest = torch.full((), float("-inf"), device=q_BHTC.device)
     for b in range(batch):
-        keys = k_BKTC[b].float().repeat_interleave(heads // k_BKTC.shape[1], dim=0)
-        logits_HTT = q_BHTC[b].float() @ keys.transpose(-1, -2)
-        largest.append(logits_HTT.masked_fill(~allowed_pairs(documents[b : b + 1]), float("-inf")).amax())
-    return torch.stack(largest).amax() / width**0.5
+        q_KGTC = q_BHTC[b].unflatten(0, (groups, heads // groups))
+        for first in range(0, tokens, queries):
+            last = min(first + queries, tokens)  # no query sees a key behind it
+            hidden = ~_allowed_queries(structure.documents, b, first, last, q_BHTC.device)
+            for group in range(groups):
+                keys_CT = k_BKTC[b, group, :last].float().T
+                logits_GQT = q_KGTC[group, :, first:last].float() @ keys_CT
+                largest = torch.maximum(largest, logits_GQT.masked_fill_(hidden, float("-inf")).amax())
+    return largest / width**0.5
+
+
+def _allowed_queries(documents_BT: Tensor | None, row: int, first: int, last: int, device: torch.device) -> Tensor:
+    """Bool [last - first, last]: those rows of `allowed_pairs` and the keys that they may see."""
+    at = torch.arange(last, device=device)
+    allowed = at[first:, None] >= at
+    if documents_BT is None:
+        return allowed
+    return allowed & (documents_BT[row, first:last, None] == documents_BT[row, :last])
 
 
 def _varlen(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, structure: Structure) -> Tensor:

@@ -1,5 +1,6 @@
 """Hugging Face folders in and out: both JSON files, safetensors with their index, the tokenizer's files."""
 
+import errno
 import json
 import os
 import re
@@ -16,9 +17,11 @@ from torch import Tensor
 from minka.model.hub_config import from_config, to_config
 from minka.model.transformer import Transformer
 from minka.plan.errors import UserError
+from minka.plan.run import writing
 from minka.plan.sections import ModelSection
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MARKER, MARKER_FORMAT = "minka_export.json", 1  # only a folder with this file in it is ever replaced
 # Ours -> theirs. Both rotate half-split channels, so no weight needs a permutation.
 OUTER = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 INNER = {
@@ -91,30 +94,33 @@ def write_folder(
     eod_token: int | None,
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: float = 5e9,
+    source: str = "",
 ) -> None:
     """Write a folder that transformers loads. `tensors` (our names) are taken one at a time, a shard held at once.
 
-    It is written aside and renamed when whole; a folder of that name is replaced.
-    Raises UserError where no family can represent `cfg`, before anything is written.
+    It is written aside and renamed when whole, over nothing, an empty folder, or what an earlier call wrote.
+    `source` says in it where the weights come from. Raises UserError before any tensor is read where no family can
+    represent `cfg` and where something else stands in that place; and, with nothing changed, when the disk is full.
     """
     config = to_config(cfg, family, eod_token, str(dtype).removeprefix("torch."))
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        _write_shards(aside, tensors, dtype, max_shard_bytes)
-        _write_json(aside / "config.json", config)
-        generation = {"bos_token_id": None, "do_sample": False, "eos_token_id": eod_token, "use_cache": True}
-        _write_json(aside / "generation_config.json", generation)
-        if tokenizer is not None:
-            for path in sorted(tokenizer.iterdir()):
+    folder = Path(os.path.realpath(folder))
+    aside = folder.parent / f".{folder.name}.{os.getpid()}.partial"
+    with writing(folder):
+        _check_replaceable(folder)
+        _sweep(folder)
+        try:
+            aside.mkdir(parents=True)
+            _write_shards(aside, tensors, dtype, max_shard_bytes)
+            _write_json(aside / "config.json", config)
+            generation = {"bos_token_id": None, "do_sample": False, "eos_token_id": eod_token, "use_cache": True}
+            _write_json(aside / "generation_config.json", generation)
+            for path in sorted(tokenizer.iterdir()) if tokenizer is not None else ():
                 if path.is_file():
                     shutil.copyfile(path, aside / path.name)
-        if folder.exists():
-            shutil.rmtree(folder)
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            _write_json(aside / MARKER, {"format": MARKER_FORMAT, "source": source})
+            _replace(folder, aside)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def their_name(name: str) -> str:
@@ -126,6 +132,64 @@ def their_name(name: str) -> str:
     return f"{OUTER[module]}.{kind}"
 
 
+def _check_replaceable(folder: Path) -> None:
+    """Raises UserError unless `folder` may be replaced whole."""
+    if not folder.exists():
+        return
+    what, why = "", "an export replaces a whole folder, and only one that an earlier export wrote"
+    if not folder.is_dir():
+        what = "this is a file"
+    elif Path.cwd().is_relative_to(folder):
+        what = "the current folder cannot be replaced"
+    elif any(folder.iterdir()) and not _is_export(folder):
+        what, why = "this folder holds something else", f"{why}, which has a {MARKER}"
+    if what:
+        raise UserError(
+            what, where=str(folder), why=why, remedy="choose a folder that is not there yet, or an empty one"
+        )
+
+
+def _is_export(folder: Path) -> bool:
+    try:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(marker, dict) and isinstance(marker.get("format"), int)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes that are no more have left beside `folder`."""
+    for path in folder.parent.iterdir() if folder.parent.is_dir() else ():
+        found = re.fullmatch(rf"\.{re.escape(folder.name)}\.(\d+)(\.old)?\.partial", path.name)
+        if found and (int(found[1]) == os.getpid() or not _runs(int(found[1]))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def _replace(folder: Path, aside: Path) -> None:
+    """Give `aside` the name `folder`; what had it is deleted after, and gets it back if that fails."""
+    _check_replaceable(folder)  # again: hours may lie between
+    old = folder.parent / f".{folder.name}.{os.getpid()}.old.partial"
+    try:
+        if folder.exists():
+            folder.rename(old)
+        aside.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, limit: float) -> None:
     """Shards are numbered as they fill, and get their final names, which say how many there are, at the end."""
     shards: list[list[str]] = []
@@ -134,7 +198,11 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: to
 
     def flush() -> None:
         nonlocal shard, held
-        save_file(shard, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        try:
+            save_file(shard, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        except SafetensorError as error:  # wraps what the system said
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error), str(folder)) from None
         shards.append(list(shard))
         shard, held = {}, 0
 

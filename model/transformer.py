@@ -149,7 +149,7 @@ class Embedding(nn.Embedding):
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary tables [B, T, 1, C] in fp32; sin with the signs of `ops.rotate`. No pytree, as Structure."""
+    """Rotary tables [B, T, 1, C] in fp32; sin with the signs that `kernels.rotate` wants. No pytree, as Structure."""
 
     cos: Tensor
     sin: Tensor

@@ -3,13 +3,13 @@
     checkpoints/step-00000500/rank-00000.safetensors   the pieces that rank 0 holds first
                               rank-00000.json          where each piece lies in its global tensor; hashes of the file
                               ...
-                              manifest.json            all of that, and the run's state; written last
+                              manifest.json            all of that, and the run's state; written last (manifest.py)
 
 A save goes to a hidden folder and one rename makes it a checkpoint. A restore checks the hashes of every file it reads
-and takes the one before when one does not hold. Tensors are safetensors and state is JSON: nothing is unpickled.
+and takes the one before when one does not hold. One run has one writer, so whatever is hidden when a save begins is a
+leftover of an attempt that was cut off. Tensors are safetensors and state is JSON: nothing is unpickled.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,17 +18,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minka.parallel.manifest import NAME, check_hashes, hash_chunks, load_manifest, seal
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece
+from minka.parallel.shelf import checkpoints, grave_of, prune, step_name, steps_of
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.run import write_json
 
-FORMAT = 1
-CHUNK_BYTES = 16 * 2**20
+__all__ = ["checkpoints", "load_manifest", "prune"]  # of the files beside this one, for those who train
+
+DAMAGE = (OSError, ValueError, KeyError, SafetensorError)  # what reading a damaged checkpoint raises
 
 
 class Saved(NamedTuple):
@@ -38,20 +41,29 @@ class Saved(NamedTuple):
     bytes: int
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Piece], state: Mapping[str, object], mesh: Mesh) -> Saved:
+def save(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Piece],
+    state: Mapping[str, object],
+    mesh: Mesh,
+    *,
+    alive: Callable[[], None] = lambda: None,
+) -> Saved:
     """Write a checkpoint of all ranks' pieces. Collective. Raises OSError on every rank when any rank could not write.
 
-    `folder` is the run's checkpoints folder; nothing of a failed save stays.
+    `folder` is the run's checkpoints folder; nothing of a failed save stays. `alive` is called for each chunk hashed.
     """
     final, temporary = folder / step_name(step), folder / f".{step_name(step)}.saving"
 
     def begin() -> None:
         if mesh.is_first:
-            shutil.rmtree(temporary, ignore_errors=True)  # of a run that was cut off here
+            for leftover in (*folder.glob(".step-*.saving"), *folder.glob(".step-*.deleting")):
+                shutil.rmtree(leftover, ignore_errors=True)
             temporary.mkdir(parents=True)
 
     problem = _everywhere(mesh, begin)
-    problem = problem or _everywhere(mesh, lambda: _write_rank(temporary, mesh.rank, tensors))
+    problem = problem or _everywhere(mesh, lambda: _write_rank(temporary, mesh.rank, tensors, alive))
     if not problem:
         problem = _everywhere(mesh, lambda: _commit(temporary, final, step, state) if mesh.is_first else None)
     if problem:
@@ -62,24 +74,32 @@ def save(folder: Path, step: int, tensors: Mapping[str, Piece], state: Mapping[s
     return Saved(final, size)
 
 
-def restore(folder: Path, tensors: Mapping[str, Piece], mesh: Mesh, note: Callable[[Path, str], None]) -> Any:
+def restore(
+    folder: Path,
+    tensors: Mapping[str, Piece],
+    mesh: Mesh,
+    note: Callable[[Path, str], None],
+    *,
+    alive: Callable[[], None] = lambda: None,
+) -> Any:
     """Fill `tensors` from the newest whole checkpoint and give its state, or None when there is no checkpoint.
 
-    Collective. `note(path, reason)` is told of each checkpoint passed over because it is damaged. Raises UserError when
-    there are checkpoints and none of them is whole.
+    Collective. `note(path, reason)` is told of each checkpoint passed over because it is damaged; `alive` is called
+    for each chunk hashed. Raises UserError when there are checkpoints and none of them is whole.
     """
-    paths = sorted(checkpoints(folder), reverse=True)
-    for path in paths:
+    steps = _agreed(mesh, sorted(steps_of(folder), reverse=True))
+    for path in [folder / step_name(step) for step in steps]:
+        read, state, problem = None, None, ""
         try:
-            read, problem = _read(path, tensors), ""
-        except (OSError, ValueError, KeyError) as error:
-            read, problem = None, str(error)
+            read, state = _read(path, tensors, alive)
+        except DAMAGE as error:
+            problem = str(error) or type(error).__name__
         if not any(mesh.sum_on_host([bool(problem)])):  # all ranks or none
             assert read is not None
             _put(read, tensors)
-            return load_manifest(path)["state"]
+            return state
         note(path, problem or "damaged on another rank")
-    if paths:
+    if steps:
         raise UserError(
             "none of the checkpoints is whole",
             where=str(folder),
@@ -93,86 +113,39 @@ def restore(folder: Path, tensors: Mapping[str, Piece], mesh: Mesh, note: Callab
 def restore_from(path: Path, tensors: Mapping[str, Piece]) -> None:
     """Fill `tensors` from this very checkpoint. Raises UserError when it is damaged."""
     try:
-        _put(_read(path, tensors), tensors)
-    except (OSError, ValueError, KeyError) as error:
+        _put(_read(path, tensors, lambda: None)[0], tensors)
+    except DAMAGE as error:
         raise UserError(f"damaged: {error}", where=str(path), remedy="take another checkpoint (RUN@STEP)") from None
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Committed checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / "manifest.json").is_file())
+def whole_tensors(path: Path, prefix: str, *, alive: Callable[[], None] = lambda: None) -> Iterator[tuple[str, Tensor]]:
+    """(name without prefix, whole tensor) one at a time, hashes checked: what an export reads. No process group.
 
-
-def find_checkpoint(folder: Path, step: str = "") -> Path:
-    """The newest checkpoint, or that of `step`. Raises UserError saying which there are."""
-    found = checkpoints(folder)
-    chosen = [path for path in found if not step or (step.isdigit() and path.name == step_name(int(step)))]
-    if not chosen:
-        steps = ", ".join(str(int(path.name.removeprefix("step-"))) for path in found)
-        raise UserError(
-            f"there is no checkpoint of step {step}" if step else "there is no checkpoint",
-            where=str(folder),
-            remedy=f"steps saved here: {steps}" if found else "train the run first",
-        )
-    return chosen[-1]
-
-
-def prune(folder: Path, keep: int) -> list[Path]:
-    """Delete all but the newest `keep`; each loses its name first, so half a deletion leaves no half checkpoint."""
-    old = checkpoints(folder)[:-keep]
-    for path in old:
-        grave = path.with_name(f".{path.name}.deleting")
-        path.rename(grave)
-        shutil.rmtree(grave, ignore_errors=True)
-    return old
-
-
-def whole_tensors(path: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """(name without prefix, whole tensor) one at a time, hashes checked: what an export reads. No process group."""
+    `alive` is called for each chunk hashed and each tensor read. Raises DAMAGE.
+    """
     manifest = load_manifest(path)
     for file in manifest["files"]:
-        check_hashes(path, file, manifest["files"][file])
+        check_hashes(path, file, manifest["files"][file], alive)
     for name, entry in manifest["tensors"].items():
         if name.startswith(prefix):
             shape = tuple(entry["shape"])
             box = torch.empty(shape, dtype=getattr(torch, entry["dtype"]))
             _fill(path, name, entry, Piece(box, (0,) * len(shape), shape))
+            alive()
             yield name.removeprefix(prefix), box
 
 
-def step_name(step: int) -> str:
-    """Folder name of a checkpoint: sorts by step."""
-    return f"step-{step:08d}"
+def _agreed(mesh: Mesh, steps: list[int]) -> list[int]:
+    """Rank 0's list on every rank: a file system may show one rank what it hides from another. Collective."""
+    (count,) = mesh.sum_on_host([len(steps) if mesh.is_first else 0])
+    return mesh.sum_on_host(steps if mesh.is_first else [0] * count) if count else []
 
 
-def load_manifest(path: Path) -> Any:
-    """A checkpoint's manifest. Raises ValueError when it is damaged or of a format that is not known."""
-    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"{path / 'manifest.json'} has format {manifest.get('format')!r}, not {FORMAT}")
-    return manifest
-
-
-def check_hashes(folder: Path, file: str, entry: Mapping[str, Any]) -> None:
-    """Raises ValueError naming the chunk of `file` whose hash does not hold."""
-    found = hash_chunks(folder / file)
-    if found != list(entry["sha256"]):
-        wrong = next((i for i, (a, b) in enumerate(zip(found, entry["sha256"], strict=False)) if a != b), len(found))
-        raise ValueError(f"{folder / file}: chunk {wrong} ({CHUNK_BYTES} bytes each) does not match its hash")
-
-
-def hash_chunks(path: Path) -> list[str]:
-    """sha256 of each CHUNK_BYTES of a file."""
-    with path.open("rb") as file:
-        return [hashlib.sha256(chunk).hexdigest() for chunk in iter(lambda: file.read(CHUNK_BYTES), b"")]
-
-
-def _write_rank(folder: Path, rank: int, tensors: Mapping[str, Piece]) -> None:
+def _write_rank(folder: Path, rank: int, tensors: Mapping[str, Piece], alive: Callable[[], None]) -> None:
     file = f"rank-{rank:05d}.safetensors"
     mine = {name: piece for name, piece in tensors.items() if piece.first and piece.local.numel()}
     save_file({name: piece.local.detach().cpu().contiguous() for name, piece in mine.items()}, folder / file)
-    with (folder / file).open("rb") as written:
-        os.fsync(written.fileno())
+    _sync(folder / file)
     pieces = {
         name: {
             "shape": piece.global_shape,
@@ -182,7 +155,7 @@ def _write_rank(folder: Path, rank: int, tensors: Mapping[str, Piece]) -> None:
         }
         for name, piece in mine.items()
     }
-    entry = {"bytes": (folder / file).stat().st_size, "sha256": hash_chunks(folder / file)}
+    entry = {"bytes": (folder / file).stat().st_size, "sha256": hash_chunks(folder / file, alive)}
     write_json(folder / f"rank-{rank:05d}.json", {"file": file, "entry": entry, "pieces": pieces})
 
 
@@ -196,22 +169,35 @@ def _commit(temporary: Path, final: Path, step: int, state: Mapping[str, object]
             entry = tensors.setdefault(name, {"shape": piece["shape"], "dtype": piece["dtype"], "pieces": []})
             entry["pieces"].append({"file": rank["file"], "offset": piece["offset"], "size": piece["size"]})
         part.unlink()
-    manifest = {"format": FORMAT, "step": step, "state": dict(state), "files": files, "tensors": tensors}
-    write_json(temporary / "manifest.json", manifest)
-    if final.exists():  # the same step again, after a rewind or a restart: the newer one takes its place
-        grave = final.with_name(f".{final.name}.deleting")
+    manifest = seal({"step": step, "state": dict(state), "files": files, "tensors": tensors})
+    write_json(temporary / NAME, manifest)
+    _sync(temporary)  # its names must be on the disk before its own name is
+    grave = grave_of(final)
+    shutil.rmtree(grave, ignore_errors=True)
+    replaced = final.exists()  # the same step again, after a rewind or a restart: the newer one takes its place
+    if replaced:
         final.rename(grave)
-        shutil.rmtree(grave, ignore_errors=True)
-    os.rename(temporary, final)
-    handle = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        if replaced:
+            grave.rename(final)
+        raise
+    _sync(final.parent)
+    shutil.rmtree(grave, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """A file's or a folder's content on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def _read(path: Path, tensors: Mapping[str, Piece]) -> dict[str, Tensor]:
-    """This rank's boxes, read beside the live tensors: those change only when every rank has read well."""
+def _read(path: Path, tensors: Mapping[str, Piece], alive: Callable[[], None]) -> tuple[dict[str, Tensor], Any]:
+    """This rank's boxes and the state. Boxes are read beside the live tensors: those change when every rank is well."""
     manifest = load_manifest(path)
     read = {}
     checked: set[str] = set()
@@ -221,12 +207,12 @@ def _read(path: Path, tensors: Mapping[str, Piece]) -> dict[str, Tensor]:
             raise ValueError(f"{path}: {name} is {entry and entry['shape']} there, {list(piece.global_shape)} here")
         for part in entry["pieces"]:
             if part["file"] not in checked and _overlap(piece, part) is not None:
-                check_hashes(path, part["file"], manifest["files"][part["file"]])
+                check_hashes(path, part["file"], manifest["files"][part["file"]], alive)
                 checked.add(part["file"])
         box = torch.empty_like(piece.local, device="cpu")
         _fill(path, name, entry, piece._replace(local=box))
         read[name] = box
-    return read
+    return read, manifest["state"]
 
 
 def _put(read: Mapping[str, Tensor], tensors: Mapping[str, Piece]) -> None:

@@ -18,14 +18,16 @@ def main(argv: Sequence[str]) -> int:
         run: Annotated[
             str, typer.Argument(help="run folder, or name under runs/; RUN@STEP takes that step's checkpoint")
         ],
-        folder: Annotated[Path, typer.Argument(help="folder to write; what an earlier export left there is replaced")],
+        folder: Annotated[
+            Path, typer.Argument(help="folder to write; an earlier export there is replaced, nothing else")
+        ],
         as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
     ) -> int:
-        from minka.parallel.checkpoint import find_checkpoint
         from minka.parallel.export import export_checkpoint
+        from minka.parallel.shelf import find_checkpoint, run_and_step
         from minka.plan.run import find_run, store_of
 
-        name, _, step = run.partition("@")
+        name, step = run_and_step(run)
         found = find_run(name)
         checkpoint, store = find_checkpoint(found.checkpoints, step), store_of(found)
         export_checkpoint(checkpoint, folder, found.config().model, store.tokenizer, store.eod)

@@ -45,8 +45,9 @@ def print_error(error: UserError, *, as_json: bool) -> None:
 
 
 def print_json(value: object) -> None:
-    """One JSON document on stdout."""
-    print(json.dumps(value, indent=2, default=str))
+    """One JSON document on stdout; non-finite numbers are the strings NaN, Infinity, -Infinity, as in the ledger."""
+    plain = json.loads(json.dumps(value, default=str), parse_constant=str)
+    print(json.dumps(plain, indent=2, allow_nan=False))
 
 
 @contextmanager

@@ -14,6 +14,18 @@ class ExitStatus(IntEnum):
     HUNG = 88  # a rank made no progress within guard.hang_seconds
     BAD_NODE = 89  # this machine should not be used
 
+    @property
+    def reason(self) -> str:
+        """The same in words."""
+        return {
+            ExitStatus.DONE: "done",
+            ExitStatus.REFUSED: "refused",
+            ExitStatus.STOPPED: "stopped and saved",
+            ExitStatus.NEEDS_PERSON: "stopped by a rule",
+            ExitStatus.HUNG: "hung",
+            ExitStatus.BAD_NODE: "this machine should not be used",
+        }.get(self, "failed")
+
 
 class UserError(Exception):
     """An error for people: what is wrong, where, why, and what would work.

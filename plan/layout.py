@@ -10,7 +10,7 @@ AXES = ("pipeline", "replicate", "shard", "context", "tensor")  # mesh order, ou
 AVAILABLE_AXES = ("replicate", "shard")
 
 
-class Layout(BaseModel, frozen=True, extra="forbid"):
+class Layout(BaseModel, frozen=True, extra="forbid", strict=True):
     """How many ways each axis of the work is cut; the product is the world size. `shard = 0` means all ranks left."""
 
     pipeline: int = Field(1, ge=1, description="stages of consecutive layers")

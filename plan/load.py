@@ -1,13 +1,15 @@
 """From TOML and overrides to one RunConfig, or to one error that names field, value, reason and remedy."""
 
 import difflib
+import json
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
@@ -36,8 +38,9 @@ def load_run(source: str, overrides: Sequence[str] = (), runs: str = "runs") -> 
     before = flatten(values)
     changed = {}
     for override in overrides:
-        key, value = _split(override)
+        key, text = _split(override)
         _check_key(key, override)
+        value = _value(key, text)
         changed[key] = (before.get(key, _default(key)), value)
         _put(values, key, value)
     return Loaded(validate(values, str(path)), changed, str(path))
@@ -81,7 +84,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, object]:
 def validate(values: dict[str, Any], where: str) -> RunConfig:
     """A RunConfig, or a UserError with a line for each field that is wrong."""
     try:
-        config = RunConfig.model_validate(values)
+        config = from_json(json.dumps(values, default=str))
     except ValidationError as error:
         raise UserError(
             "; ".join(_explain(problem) for problem in error.errors()),
@@ -90,6 +93,11 @@ def validate(values: dict[str, Any], where: str) -> RunConfig:
         ) from None
     check_layout(config.layout)
     return config
+
+
+def from_json(text: str) -> RunConfig:
+    """A RunConfig from JSON, where a list is the only way to write a tuple. Raises pydantic's ValidationError."""
+    return RunConfig.model_validate_json(text)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -101,7 +109,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
 
 
-def _split(override: str) -> tuple[str, object]:
+def _split(override: str) -> tuple[str, str]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(
@@ -109,10 +117,21 @@ def _split(override: str) -> tuple[str, object]:
             why="an override is section.key=value",
             remedy="for example run.max_steps=100 or data.source=stdlib",
         )
+    return key, text
+
+
+def _value(key: str, text: str) -> object:
+    """What is written behind the equals sign: TOML, or a bare word; a single value where a list belongs is its one."""
+    annotation: Any = _field(key).annotation
     try:
-        return key, tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return key, text  # a bare word is a string
+        value = text
+    if annotation is str and not isinstance(value, str):
+        return text  # run.name=2026
+    if get_origin(annotation) is tuple and not isinstance(value, list):
+        return [value]
+    return value
 
 
 def _put(values: dict[str, Any], key: str, value: object) -> None:
@@ -136,12 +155,17 @@ def _check_key(key: str, override: str) -> None:
 
 
 def _default(key: str) -> object:
+    field = _field(key)
+    return None if field.is_required() else field.get_default(call_default_factory=True)
+
+
+def _field(key: str) -> FieldInfo:
     model: Any = RunConfig
     *tables, last = key.split(".")
     for table in tables:
         model = _section(model.model_fields[table].annotation)
-    field = model.model_fields[last]
-    return None if field.is_required() else field.get_default(call_default_factory=True)
+    field: FieldInfo = model.model_fields[last]
+    return field
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:

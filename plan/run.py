@@ -1,5 +1,6 @@
 """The run folder and its ledger: what is on disk of a run, written so that a crash loses at most one line."""
 
+import fcntl
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +56,7 @@ class RunFolder:
         """
         if self.exists():
             self.check_same(config)
+            self._check_data(provenance)
         elif self.path.exists() and any(self.path.iterdir()):
             raise UserError(
                 "this folder is not empty and holds no run.toml",
@@ -67,6 +70,46 @@ class RunFolder:
             if not (self.path / "provenance.json").exists():
                 write_json(self.path / "provenance.json", provenance)
             write_text(self.config_file, dump_toml(config))  # last: with it, the run exists
+
+    def _check_data(self, provenance: Mapping[str, Any]) -> None:
+        file = self.path / "provenance.json"
+        began = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        old, new = (p.get("data", {}).get("manifest_sha256") for p in (began, provenance))
+        if old != new:
+            raise UserError(
+                f"the token store is not the one this run began with (hash {str(old)[:8]} then, {str(new)[:8]} now)",
+                where=str(provenance.get("data", {}).get("store", self.path)),
+                why="the same ids could mean other text, and the run would go on without a word",
+                remedy="put the old store back, or give the new data a run of their own (run.name=...)",
+            )
+
+    @contextmanager
+    def only_writer(self) -> Iterator[None]:
+        """Held by the one process that writes here. Raises UserError while another one does."""
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(
+                    "this run is being trained by another process",
+                    where=str(self.path),
+                    why="two writers would mix their checkpoints",
+                    remedy="wait for it, or stop it (put a file called STOP into the folder)",
+                ) from None
+            yield
+
+    def check_may_start(self) -> None:
+        """Raises UserError while another process trains the run, or a person's STOP file is there."""
+        if self.stop_file.exists():
+            raise UserError(
+                "a person asked this run to stop: there is a file called STOP",
+                where=str(self.stop_file),
+                why="starting would save and stop again, for ever",
+                remedy="delete the file to let the run go on",
+                status=ExitStatus.NEEDS_PERSON,
+            )
+        with self.only_writer():
+            pass
 
     def finished(self) -> bool:
         """Whether the run came to its end, by the exit reason it left."""
@@ -133,22 +176,30 @@ class Ledger:
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         torn = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
-        self._file = path.open("a", encoding="utf-8")
-        if torn:  # a crash cut the last line: end it, so that the next event stands on its own
-            self._file.write("\n")
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        # A crash cut the last line: end it, so that the next event stands on its own.
+        self._waiting = b"\n" if torn else b""
 
-    def append(self, event: str, *, step: int, tokens: int, **fields: object) -> None:
-        """Write one event. `step` and `tokens` count what was begun on the current lineage."""
+    def append(self, event: str, *, step: int, tokens: int, **fields: object) -> bool:
+        """Write one event; false when the disk did not take it: then it waits and goes out with a later one.
+
+        `step` and `tokens` count what was begun on the current lineage.
+        """
         if event not in EVENTS:
             raise ValueError(f"{event!r} is no ledger event; known: {sorted(EVENTS)}")
         line = {"event": event, "time": self._clock(), "step": step, "tokens": tokens, **fields}
-        self._file.write(json.dumps(finite(line), allow_nan=False) + "\n")
-        self._file.flush()
+        self._waiting += json.dumps(finite(line), allow_nan=False).encode() + b"\n"
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[os.write(self._file, self._waiting) :]
+        except OSError:
+            return False
+        return True
 
     def close(self) -> None:
         """Flush to the disk and close."""
-        os.fsync(self._file.fileno())
-        self._file.close()
+        os.fsync(self._file)
+        os.close(self._file)
 
 
 def read_ledger(path: Path) -> Iterator[dict[str, Any]]:

@@ -10,8 +10,8 @@ from pydantic import BaseModel, Field, model_validator
 Name = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
-class Section(BaseModel, frozen=True, extra="forbid"):
-    """Base of every section: frozen, and an unknown key is an error."""
+class Section(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
+    """Base of every section: frozen, an unknown key is an error, and so is a value of another type."""
 
 
 class RunSection(Section):
@@ -130,7 +130,7 @@ class OptimizerSection(Section):
     beta2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0, description="on matrices; never on norms and biases")
-    decay_embeddings: bool = False
+    decay_embeddings: bool = Field(False, description="decay the embedding, and the head where it is not tied, too")
     max_norm: float = Field(1.0, gt=0, description="global gradient norm is clipped to this")
 
 

@@ -9,6 +9,7 @@ from minka.plan.cli import new_app, print_json, run_app
 
 if TYPE_CHECKING:
     from minka.plan.load import Loaded
+    from minka.plan.run import RunFolder
 
 SOURCE = "recipe, run.toml, run folder, or name under runs/"
 OVERRIDES = "section.key=value, as many as you like"
@@ -60,39 +61,63 @@ def doctor(argv: Sequence[str]) -> int:
 
 def _start(loaded: "Loaded", ranks: int | None, profile: str, as_json: bool) -> int:
     import os
-    import sys
 
     from minka.plan.errors import UserError
     from minka.plan.run import RunFolder
-    from minka.train.launch import default_ranks, joined, slurm_environment, supervise
+    from minka.train.launch import choose_ranks, joined, parse_window, slurm_environment, supervise, visible_gpus
+    from minka.train.track import check_trackers
 
-    config, joins = loaded.config, joined(os.environ)
-    if ranks is not None and ranks < 1:
-        raise UserError(f"--ranks {ranks}: at least one rank is needed", remedy="leave it out, or give 1 or more")
+    config, joins, gpus = loaded.config, joined(os.environ), visible_gpus(os.environ)
+    parse_window(profile)
+    check_trackers(config)
+    if config.kernels.attention == "varlen" and not gpus:
+        raise UserError(
+            "varlen attention needs a GPU, and there is none here",
+            where="kernels.attention",
+            remedy='set it to "auto"',
+        )
     if ranks is not None and joins:
         raise UserError(f"--ranks cannot be given: {joins} has started the ranks", remedy="leave it out")
     folder = RunFolder.of(config)
     if folder.exists():
         folder.check_same(config)
         if folder.finished():
-            print(f"{folder.path} is finished. Its export: {folder.export}", file=sys.stderr if as_json else sys.stdout)
-            return 0
-    if not as_json:
-        for key, (old, new) in loaded.changed.items():
-            print(f"{key} = {new!r} (was {old!r})")
+            return _say_finished(folder, as_json)
+        if not joins:
+            folder.check_may_start()
     if joins == "slurm":
         os.environ.update(slurm_environment(os.environ))
     if joins:
         return _join(loaded, profile, as_json)
-    count = ranks or default_ranks(os.environ)
+    count = choose_ranks(ranks, gpus)
     config.layout.resolve(count)  # refuses here, before anything is started
+    if not as_json:
+        for key, (old, new) in loaded.changed.items():
+            print(f"{key} = {new!r} (was {old!r})", flush=True)
     return supervise(config, count, profile, as_json)
 
 
-def _join(loaded: "Loaded", profile: str, as_json: bool) -> int:
-    from minka.train.worker import WorkerJob, work
+def _say_finished(folder: "RunFolder", as_json: bool) -> int:
+    if as_json:
+        print_json({"run": str(folder.path), "status": 0, "finished": True, "export": str(folder.export)})
+    else:
+        print(f"{folder.path} is finished. Its export: {folder.export}")
+    return 0
 
-    return work(WorkerJob(loaded.config, profile, as_json, threads=None, beat=None))
+
+def _join(loaded: "Loaded", profile: str, as_json: bool) -> int:
+    import sys
+
+    from minka.train.ranks import run_guarded
+    from minka.train.worker import WorkerJob, prepare_joined, work
+
+    job = WorkerJob(loaded.config, profile, as_json, threads=None, beat=None, prepared=False)
+
+    def body() -> int:
+        prepare_joined(loaded.config, sys.argv)
+        return work(job)
+
+    return run_guarded(body, as_json)
 
 
 def _print_run(loaded: "Loaded", as_json: bool) -> int:

@@ -20,7 +20,7 @@ from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.run import RunFolder, write_json
 
-HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # each asks the ranks to save and stop
+HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # each asks the ranks to save and stop
 STACKS_SIGNAL = signal.SIGUSR2
 CPU_RANKS = 2
 KILL_SECONDS = 5.0
@@ -30,7 +30,8 @@ def joined(environment: Mapping[str, str]) -> str | None:
     """Who started this process as one rank of many: torchrun, slurm, or nobody."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return "torchrun"
-    if "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:  # a batch script has the first alone
+    # A batch script has the first of these alone, and a shell that srun started is a step of one task.
+    if "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment and _slurm_tasks(environment) > 1:
         return "slurm"
     return None
 
@@ -41,12 +42,16 @@ def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         "RANK": environment["SLURM_PROCID"],
         "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "WORLD_SIZE": environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"],
+        "WORLD_SIZE": str(_slurm_tasks(environment)),
         "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(hosts),
         # Every task must choose the same port without talking: the job's and step's numbers, above the reserved ports.
         "MASTER_PORT": environment.get("MASTER_PORT")
         or str(20_000 + (int(environment["SLURM_JOB_ID"]) * 31 + int(environment["SLURM_STEP_ID"])) % 40_000),
     }
+
+
+def _slurm_tasks(environment: Mapping[str, str]) -> int:
+    return int(environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS") or 1)
 
 
 def first_host(hosts: str) -> str:
@@ -57,13 +62,36 @@ def first_host(hosts: str) -> str:
     return "".join(part or "" for part in match.groups())
 
 
-def default_ranks(environment: Mapping[str, str], devices: Path = Path("/dev")) -> int:
-    """One rank a GPU that this process may see, else two."""
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
+def visible_gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -> int:
+    """GPUs that this process may use, without asking torch."""
     gpus = [p for p in devices.glob("nvidia*") if p.name.removeprefix("nvidia").isdigit()]
-    if visible is not None and gpus:
-        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")]) or CPU_RANKS
-    return len(gpus) or CPU_RANKS
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or not gpus:
+        return len(gpus)
+    return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+
+
+def choose_ranks(asked: int | None, gpus: int) -> int:
+    """How many ranks to start here: as asked, else one a GPU, else two. Raises UserError when that cannot be."""
+    if asked is not None and asked < 1:
+        raise UserError(f"--ranks {asked}: at least one rank is needed", remedy="leave it out, or give 1 or more")
+    if asked is not None and gpus and asked > gpus:
+        raise UserError(
+            f"--ranks {asked}: there are {gpus} GPUs here",
+            why="every rank needs a GPU of its own",
+            remedy=f"give at most {gpus}, or CUDA_VISIBLE_DEVICES= to train on the CPU",
+        )
+    return asked or gpus or CPU_RANKS
+
+
+def parse_window(window: str) -> tuple[int, int]:
+    """ "10:13" as (10, 13): three steps, the eleventh to the thirteenth; "" as (0, 0). Raises UserError."""
+    first, colon, last = window.partition(":")
+    if not window:
+        return 0, 0
+    if not (colon and first.isdigit() and last.isdigit() and int(first) < int(last)):
+        raise UserError(f"{window!r} is no window of steps", where="--profile", remedy="for example --profile 10:13")
+    return int(first), int(last)
 
 
 @dataclass
@@ -75,9 +103,11 @@ class Ranks:
     steps: dict[int, int] = field(default_factory=dict)
 
     def hear(self, line: str, now: float) -> None:
-        """One line of the pipe: `rank pid step`."""
-        rank, pid, step = (int(word) for word in line.split())
+        """One line of the pipe: `rank pid step`, and `done` behind it when the rank has only to end."""
+        rank, pid, step = (int(word) for word in line.split()[:3])
         self.pids[rank], self.heard[rank], self.steps[rank] = pid, now, step
+        if line.endswith("done"):
+            del self.heard[rank]
 
     def silent(self, now: float, seconds: float) -> list[int]:
         """Ranks not heard of for so long."""
@@ -86,7 +116,7 @@ class Ranks:
 
 def supervise(config: RunConfig, ranks: int, profile: str, as_json: bool) -> int:
     """Run `ranks` ranks of `config` here and give the exit status of the whole."""
-    folder = RunFolder.of(config)
+    folder, handing = RunFolder.of(config), _Handing()
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)  # a rank never waits for a slow supervisor: it drops the beat
     job = {
@@ -96,6 +126,7 @@ def supervise(config: RunConfig, ranks: int, profile: str, as_json: bool) -> int
         "json": as_json,
         "beat": write_end,
         "parent": os.getpid(),
+        "command": sys.argv,
     }
     process = subprocess.Popen(
         [sys.executable, "-m", "minka.train.ranks"],
@@ -109,10 +140,11 @@ def supervise(config: RunConfig, ranks: int, profile: str, as_json: bool) -> int
     process.stdin.write(json.dumps(job))
     process.stdin.close()
     try:
-        with os.fdopen(read_end) as beats, _Handing() as handing:
+        with os.fdopen(read_end) as beats:
             status, reason, step = _watch(process, beats.fileno(), handing, config.guard.hang_seconds, folder)
     finally:
         _end(process)
+        handing.leave()
     if folder.exists() and status not in (
         ExitStatus.DONE,
         ExitStatus.REFUSED,
@@ -126,19 +158,21 @@ def supervise(config: RunConfig, ranks: int, profile: str, as_json: bool) -> int
 
 
 class _Handing:
-    """While entered, signals are counted instead of obeyed."""
+    """From here on signals are counted instead of obeyed, to the process's end: a late one must not undo an ending."""
 
-    def __enter__(self) -> "_Handing":
-        self.received = 0
-        self._before = {number: signal.signal(number, self._count) for number in HANDED_ON}
-        return self
+    def __init__(self) -> None:
+        self.received = self.interrupts = 0
+        for number in HANDED_ON:
+            signal.signal(number, self._count)
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def leave(self) -> None:
+        """Python puts its own handlers back while it ends, but leaves ignored signals ignored."""
+        for number in HANDED_ON:
+            signal.signal(number, signal.SIG_IGN)
 
     def _count(self, number: int, frame: object) -> None:
         self.received += 1
+        self.interrupts += number == signal.SIGINT
 
 
 def _watch(
@@ -154,12 +188,12 @@ def _watch(
             for line in lines:
                 ranks.hear(line.decode(), time.monotonic())
         if handing.received > handed:
+            if handing.interrupts > 1:  # a person at a terminal; schedulers send several signals as a matter of course
+                return int(ExitStatus.FAILED), "interrupted twice", max(ranks.steps.values(), default=0)
+            if not handed:
+                print("stopping after this step; Ctrl-C once more to stop at once, unsaved", file=sys.stderr)
             handed = handing.received
-            if handed == 1:
-                print("stopping after this step; once more to stop at once, unsaved", file=sys.stderr)
-                _signal(ranks, signal.SIGTERM) if ranks.pids else process.terminate()
-            else:
-                return int(ExitStatus.FAILED), "interrupted twice: not saved", max(ranks.steps.values(), default=0)
+            process.terminate()  # it hands the wish on to whatever it has started
         silent = ranks.silent(time.monotonic(), hang_seconds)
         if silent:
             _signal(ranks, STACKS_SIGNAL)

@@ -1,6 +1,6 @@
 """The training loop, flat: what happens in a step is what stands here, in this order."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from minka.data.loader import Loader
 from minka.parallel.engine import ShardedEngine
@@ -9,7 +9,7 @@ from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
 from minka.train.cadence import checkpoint_due, detail_due, eval_due
 from minka.train.detail import Detail
-from minka.train.guard import accepts
+from minka.train.guard import accepts, refuse_tokens
 from minka.train.metrics import Metrics, Stopwatch
 from minka.train.optim import AdamW
 from minka.train.profile import Profile
@@ -38,11 +38,17 @@ def train(run: Session, state: State) -> tuple[State, ExitStatus]:
     config, mesh, engine, record = run.config, run.mesh, run.engine, run.record
     metrics, watch, status = Metrics(config, mesh), Stopwatch(), ExitStatus.DONE
     metrics.start(state)
-    while not config.finished(state.step, state.tokens) and status == ExitStatus.DONE:
+    while status == ExitStatus.DONE and not config.finished(state.step, state.tokens):
         with watch.time("data"):
             batch, loaded = next(run.loader)
             micro_batches = [part.to(mesh.device) for part in batch.micro_batches(config.layout.micro_batch)]
-            targets, stop = mesh.sum_on_host([batch.target_count, run.outside.stop_asked()])
+            beyond = batch.largest_token() >= config.model.vocab
+            targets, stop, broken = mesh.sum_on_host([batch.target_count, run.outside.stop_asked(), beyond])
+        if broken:
+            refuse_tokens(batch, config.model.vocab, mesh)
+        if stop:
+            status = ExitStatus.STOPPED
+            break
         with watch.time("compute"):
             rate = learning_rate(config, state.step, state.tokens)
             sums = engine.forward_backward(micro_batches, targets)
@@ -58,19 +64,18 @@ def train(run: Session, state: State) -> tuple[State, ExitStatus]:
         run.outside.alive(state.step)
         if detail:
             record.detail(state, detail.after_apply(rate))
-        last = stop or config.finished(state.step, state.tokens)
         save, evaluate = checkpoint_due(config, state.step), eval_due(config, before, state)
-        if metrics.due or save or evaluate or last:  # a checkpoint never holds steps that were not judged
-            judged = record.steps(metrics, state)
-            state = replace(state, refused_in_a_row=judged.refused_in_a_row)
-            status = ExitStatus.NEEDS_PERSON if judged.action == "stop" else status
-        if save or last or status != ExitStatus.DONE:
-            with watch.time("save"):
-                if record.save(state, engine.tensors()) is None and last:
-                    status = ExitStatus.FAILED
-        if evaluate or (last and not stop):
-            with watch.time("eval"):
-                record.evaluate(state, engine)
-        if stop and status == ExitStatus.DONE and not config.finished(state.step, state.tokens):
-            status = ExitStatus.STOPPED
-    return state, status
+        if metrics.due or save or evaluate:  # a checkpoint never holds steps that were not judged
+            state, status = record.judge(metrics, state)
+        if save:
+            record.save(state, engine.tensors(), watch)
+        if evaluate:
+            record.evaluate(state, engine, watch)
+    if status != ExitStatus.NEEDS_PERSON:
+        state, judged = record.judge(metrics, state)
+        status = status if judged == ExitStatus.DONE else judged
+    saved = record.save(state, engine.tensors(), watch)
+    if status == ExitStatus.DONE:
+        record.evaluate(state, engine, watch)
+    record.event("stop", state, reason=status.reason, seconds=watch.read())
+    return state, status if saved else ExitStatus.FAILED

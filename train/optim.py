@@ -29,9 +29,11 @@ class AdamW:
         self._moment2 = {name: torch.zeros_like(tensor) for name, tensor in self._weights.items()}
         device = next(iter(self._weights.values())).device
         self._count = torch.zeros((), dtype=torch.float32, device=device)
+        self._accepted = torch.zeros((), dtype=torch.bool, device=device)
 
     def step(self, gradients: Mapping[str, Tensor], learning_rate: float, divisor: Tensor, accept: Tensor) -> None:
         """See parallel.engine.Optimizer. A refused step is the kernel's `found_inf`: it returns before any write."""
+        self._accepted = accept
         self._count += accept  # the bias correction counts accepted steps only
         refuse = (~accept).float()
         for decay in sorted(set(self._decay.values())):
@@ -65,7 +67,7 @@ class AdamW:
         return self._count
 
     def update_squares(self, learning_rate: float) -> dict[str, Tensor]:
-        """Squared norm of what the last accepted step took from each local tensor, rebuilt from the moments.
+        """Squared norm of what the last step took from each local tensor, rebuilt from the moments; 0 if refused.
 
         The step took lr * (m_hat / (sqrt(v_hat) + eps) + decay * weight); one tensor at a time, so that it needs no
         second copy of the model. The weight is the one after the step, which differs by lr * decay of itself.
@@ -75,5 +77,6 @@ class AdamW:
             m = self._moment1[name] / (1 - s.beta1**self._count)
             v = self._moment2[name] / (1 - s.beta2**self._count)
             update = m / (v.sqrt() + s.eps) + self._decay[name] * weight
-            found[name] = (learning_rate * update).double().square().sum()
+            square = (learning_rate * update).double().square().sum()
+            found[name] = torch.where(self._accepted, square, torch.zeros_like(square))
         return found

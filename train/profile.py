@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 
-from minka.plan.errors import UserError
+from minka.train.launch import parse_window
 
 
 class Profile:
     """Traces steps first < step <= last, counted as in the ledger. An empty window traces nothing."""
 
     def __init__(self, window: str, file: Path) -> None:
-        self.first, self.last = parse_window(window) if window else (0, 0)
+        self.first, self.last = parse_window(window)
         self.file = file
         self._profiler: Any = None
         self.step(0)
@@ -31,11 +31,3 @@ class Profile:
             self._profiler.stop()
             self._profiler.export_chrome_trace(str(self.file))
             self._profiler = None
-
-
-def parse_window(window: str) -> tuple[int, int]:
-    """ "10:13" as (10, 13): three steps, the eleventh to the thirteenth. Raises UserError."""
-    first, colon, last = window.partition(":")
-    if not (colon and first.isdigit() and last.isdigit() and int(first) < int(last)):
-        raise UserError(f"{window!r} is no window of steps", where="--profile", remedy="for example --profile 10:13")
-    return int(first), int(last)

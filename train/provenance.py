@@ -6,20 +6,23 @@ import platform
 import subprocess
 import sys
 import time
+import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 from minka.data.store import TokenStore
 from minka.plan.config import RunConfig
 
+ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("minka", "torch", "numpy", "tokenizers", "transformers", "datasets", "pyarrow", "safetensors", "triton")
 
 
-def provenance(config: RunConfig, store: TokenStore) -> dict[str, object]:
+def provenance(config: RunConfig, store: TokenStore, command: Sequence[str]) -> dict[str, object]:
     """Everything needed to say what ran, on what, from what; no secrets (the environment is left out)."""
     return {
         "format": 1,
         "time": time.time(),
-        "command": sys.argv,
+        "command": list(command),
         "commit": _git("rev-parse", "HEAD"),
         "changed_files": _git("status", "--porcelain"),
         "python": sys.version,
@@ -48,13 +51,20 @@ def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return None
+        source = ROOT / "pyproject.toml"
+        if name != "minka" or not source.exists():
+            return None
+        return str(tomllib.loads(source.read_text(encoding="utf-8"))["project"]["version"])
 
 
 def _git(*words: str) -> str | None:
-    here = Path(__file__).resolve().parent
+    """What git says of minka's own repository; None where minka is installed inside somebody else's."""
     try:
-        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10)
+        top, said = (
+            subprocess.run(["git", "-C", str(ROOT), *w], capture_output=True, text=True, timeout=10)
+            for w in (("rev-parse", "--show-toplevel"), words)
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    ours = top.returncode == 0 and Path(top.stdout.strip()).resolve() == ROOT
+    return said.stdout.strip() if ours and said.returncode == 0 else None

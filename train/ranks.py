@@ -12,6 +12,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from minka.data.prepare import open_or_prepare
 from minka.plan.cli import print_error, progress
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
+from minka.plan.load import from_json
 from minka.plan.run import RunFolder
 from minka.train.provenance import provenance
+from minka.train.signals import ASKING
 from minka.train.worker import WorkerJob, work
 
 GRACE_SECONDS = 5.0
@@ -31,17 +34,49 @@ def main() -> int:
     """Prepare the data in one child, then run the ranks; the first failure decides the status."""
     job = json.load(sys.stdin)
     die_with(job["parent"])
-    config = RunConfig.model_validate(job["config"])
+    config = from_json(json.dumps(job["config"]))
+    children = Children()
     # In a child of its own: tokenizers and torch start threads, and a process with threads must not be forked from.
-    status = _wait([_fork(lambda: _prepare(config), job["json"])], {})
-    if status:
-        return status
-    with tempfile.TemporaryDirectory(prefix="minka-") as folder:
-        store, pids = Path(folder) / "rendezvous", {}
-        for rank in range(job["ranks"]):
-            body = _rank_body(config, job, rank, str(store))
-            pids[_fork(body, job["json"])] = rank
-        return _wait(list(pids), {pid: (rank, rank_log(config, rank)) for pid, rank in pids.items()})
+    # Interrupted, it cleans up after itself.
+    children.pids.append(_fork(lambda: _prepare(config, job["command"]), job["json"], hold=False))
+    status = _wait(children.pids, {})
+    if not status and not children.asked:
+        with tempfile.TemporaryDirectory(prefix="minka-") as folder:
+            store, logs = Path(folder) / "rendezvous", {}
+            children.take_over(signal.SIGTERM)
+            for rank in range(job["ranks"]):
+                children.pids.append(_fork(_rank_body(config, job, rank, str(store)), job["json"], hold=True))
+                logs[children.pids[-1]] = (rank, rank_log(config, rank))
+            status = _wait(children.pids, logs)
+    children.leave()
+    return status or (int(ExitStatus.FAILED) if children.asked and not children.ranks else 0)
+
+
+class Children:
+    """Who is told when this process is asked to stop: it only hands the wish on, and never ends of it."""
+
+    def __init__(self) -> None:
+        self.pids: list[int] = []
+        self.asked = self.ranks = False
+        self._number = signal.SIGINT  # what a child that prepares data cleans up after
+        for asking in ASKING:
+            signal.signal(asking, self._hand_on)
+
+    def take_over(self, number: signal.Signals) -> None:
+        """From now on other children, told by `number`."""
+        self.pids, self._number = [], number
+        self.ranks = True
+
+    def leave(self) -> None:
+        """A late signal must not undo the status that is on its way."""
+        for asking in ASKING:
+            signal.signal(asking, signal.SIG_IGN)
+
+    def _hand_on(self, received: int, frame: object) -> None:
+        self.asked = True
+        for pid in self.pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, self._number)
 
 
 def rank_log(config: RunConfig, rank: int) -> Path:
@@ -65,15 +100,18 @@ def run_guarded(body: Callable[[], int | None], as_json: bool) -> int:
         print_error(error, as_json=as_json)
         return int(error.status)
     except KeyboardInterrupt:
+        print("minka: interrupted before training began; nothing half-made was kept.", file=sys.stderr)
         return int(ExitStatus.FAILED)
+    except SystemExit as end:
+        return int(end.code or 0)
     except Exception:
         traceback.print_exc()
         return int(ExitStatus.FAILED)
 
 
-def _prepare(config: RunConfig) -> None:
+def _prepare(config: RunConfig, command: list[str]) -> None:
     store = open_or_prepare(config, Path(), progress)
-    RunFolder.of(config).open(config, provenance(config, store))
+    RunFolder.of(config).open(config, provenance(config, store, command))
 
 
 def _rank_body(config: RunConfig, job: dict[str, Any], rank: int, store: str) -> Callable[[], int]:
@@ -82,7 +120,7 @@ def _rank_body(config: RunConfig, job: dict[str, Any], rank: int, store: str) ->
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]), MINKA_STORE=store)
         if rank:
             _redirect(rank_log(config, rank))
-        return work(WorkerJob(config, job["profile"], job["json"], threads, job["beat"]))
+        return work(WorkerJob(config, job["profile"], job["json"], threads, job["beat"], prepared=True))
 
     return body
 
@@ -93,15 +131,22 @@ def _redirect(path: Path) -> None:
     os.dup2(handle, 2)
 
 
-def _fork(body: Callable[[], int | None], as_json: bool) -> int:
+def _fork(body: Callable[[], int | None], as_json: bool, *, hold: bool) -> int:
+    """Run `body` in a child. `hold`: wishes to stop wait until the body lets them in (train/signals.py)."""
     sys.stdout.flush()
     sys.stderr.flush()
     me = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)  # none may reach the child before it has handlers of its own
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
         return pid
     status = int(ExitStatus.FAILED)
     try:
+        for number in ASKING:  # the forker's handlers are not the child's
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if not hold:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
         die_with(me)
         status = run_guarded(body, as_json)
     finally:

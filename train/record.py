@@ -6,7 +6,7 @@ Every rank has one, since judging, saving and evaluating are collective; only ra
 import json
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -14,15 +14,16 @@ from minka.data.batch import FILLER
 from minka.data.store import TokenStore
 from minka.eval.bits import SUITE, Scores, heldout, write_scores
 from minka.eval.samples import samples
-from minka.parallel.checkpoint import Saved, prune, save
+from minka.parallel.checkpoint import prune, save
 from minka.parallel.engine import Scorer
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece
 from minka.plan.config import RunConfig
-from minka.plan.guard import Judgement, judge
+from minka.plan.errors import ExitStatus
+from minka.plan.guard import judge
 from minka.plan.run import Ledger, RunFolder
 from minka.train.console import Console
-from minka.train.metrics import Metrics, StepRecord, memory_bytes
+from minka.train.metrics import Metrics, StepRecord, Stopwatch, memory_bytes
 from minka.train.signals import Outside
 from minka.train.state import State
 from minka.train.track import Tracker
@@ -47,44 +48,44 @@ class Record:
         self.scores: Scores | None = None
         self.last: StepRecord | None = None
         self.tokens_per_second: float | None = None
-        self._saved: tuple[int, Saved] | None = None
-        self._left_out = 0.0  # seconds of saving and evaluating since speed was last taken
+        self._saved_at = -1
+        self._evaluated = -1
+        self._ledger_writes = True
         self._samples = None
         if config.tracking.record_samples:
             self._samples = (self.folder.logs / f"samples-{mesh.rank:05d}.jsonl").open("a")
 
     def event(self, event: str, state: State, **fields: object) -> None:
-        """One line of the ledger."""
-        if self.ledger is not None:
-            self.ledger.append(event, step=state.step, tokens=state.tokens, **fields)
+        """One line of the ledger. A disk that takes none does not end the run: the lines wait and go out later."""
+        if self.ledger is None:
+            return
+        written = self.ledger.append(event, step=state.step, tokens=state.tokens, **fields)
+        if not written and self._ledger_writes:
+            self.console.say(f"step {state.step}: the ledger cannot be written (is the disk full?); its lines wait")
+        self._ledger_writes = written
 
-    def steps(self, metrics: Metrics, state: State) -> Judgement:
-        """Read the waiting steps from the device, judge and write each; the last verdict. Collective in effect."""
+    def judge(self, metrics: Metrics, state: State) -> tuple[State, ExitStatus]:
+        """Read the waiting steps from the device, judge and write each. Every rank reads the same numbers."""
         records = metrics.flush()
-        verdict = Judgement("accept", "", state.refused_in_a_row)
-        self._left_out += sum(r.seconds["save"] + r.seconds["eval"] for r in records)
-        speed = metrics.speed(state, self._left_out)
-        self._left_out = 0.0
-        memory = memory_bytes(self.mesh.device)
+        if not records:
+            return state, ExitStatus.DONE
+        speed = metrics.speed(state, sum(r.seconds["save"] + r.seconds["eval"] for r in records))
+        memory, refused, status = memory_bytes(self.mesh.device), state.refused_in_a_row, ExitStatus.DONE
         for record in records:
             at = State(step=record.step, tokens=record.tokens)
             fields = {k: v for k, v in record._asdict().items() if k not in ("step", "tokens")}
             self.event("step", at, **fields, **speed, memory_bytes=memory)
-            verdict = judge(
-                record.loss,
-                record.grad_norm,
-                refused_in_a_row=verdict.refused_in_a_row,
-                max_refused=self.config.guard.max_refused_steps,
-            )
+            most = self.config.guard.max_refused_steps
+            verdict = judge(record.loss, record.grad_norm, refused_in_a_row=refused, max_refused=most)
+            refused = verdict.refused_in_a_row
             if verdict.action != "accept":
                 self.event(verdict.action, at, reason=verdict.reason, loss=record.loss, grad_norm=record.grad_norm)
                 self.console.say(f"step {record.step}: {verdict.reason}; the step was refused, no weight changed")
             if verdict.action == "stop":
-                break
-        if records:
-            self.last, self.tokens_per_second = records[-1], speed["tokens_per_second"]
-            self._show(records[-1], speed)
-        return verdict
+                status = ExitStatus.NEEDS_PERSON
+        self.last, self.tokens_per_second = records[-1], speed["tokens_per_second"]
+        self._show(records[-1], speed)
+        return replace(state, refused_in_a_row=refused), status
 
     def samples(self, state: State, ids: Tensor) -> None:
         """The sample ids this rank trained on in the step that ended at `state`, fillers left out."""
@@ -100,35 +101,48 @@ class Record:
         for tracker in self.trackers:
             tracker.log(state.step, flat)
 
-    def save(self, state: State, tensors: Mapping[str, Piece]) -> Path | None:
+    def save(self, state: State, tensors: Mapping[str, Piece], watch: Stopwatch) -> bool:
         """Write a checkpoint; a failure is an event, and the run goes on with the one before. Collective."""
-        if self._saved is not None and self._saved[0] == state.step:
-            return self._saved[1].path
-        self.outside.alive(state.step)
+        if self._saved_at == state.step:
+            return True
         began = time.perf_counter()
         try:
-            saved = save(self.folder.checkpoints, state.step, tensors, state.as_json(), self.mesh)
+            with watch.time("save"):
+                saved = save(
+                    self.folder.checkpoints,
+                    state.step,
+                    tensors,
+                    state.as_json(),
+                    self.mesh,
+                    alive=lambda: self.outside.alive(state.step),
+                )
         except OSError as error:
-            self.event("save_failed", state, reason=str(error))
-            self.console.say(f"step {state.step}: the checkpoint could not be written: {error}")
-            return None
-        self._saved = (state.step, saved)
-        self.outside.alive(state.step)
+            self._failed(state, "checkpoint", error)
+            return False
+        self._saved_at = state.step
         if self.mesh.is_first:
             prune(self.folder.checkpoints, self.config.checkpoint.keep)
         took = time.perf_counter() - began
         sizes = {"bytes": saved.bytes, "stall_seconds": took, "total_seconds": took}
         self.event("save", state, path=str(saved.path), permanent=False, **sizes)
-        return saved.path
+        return True
 
-    def evaluate(self, state: State, scorer: Scorer) -> None:
+    def evaluate(self, state: State, scorer: Scorer, watch: Stopwatch) -> None:
         """Bits per byte on the validation split, and samples. Collective."""
+        if self._evaluated == state.step:
+            return
+        self._evaluated = state.step
         split, eod = self.store.split("validation"), self.store.eod
-        self.scores = heldout(scorer, split, self.config, self.mesh, eod, lambda: self.outside.alive(state.step))
-        written = samples(scorer, self.store.tokenizer_folder / "tokenizer.json", self.config, self.mesh, eod)
+        with watch.time("eval"):
+            self.scores = heldout(scorer, split, self.config, self.mesh, eod, lambda: self.outside.alive(state.step))
+            tokenizer = self.store.tokenizer_folder / "tokenizer.json"
+            written = samples(scorer, tokenizer, self.config, self.mesh, eod)
         if not self.mesh.is_first:
             return
-        write_scores(self.folder.evals, state.step, state.tokens, self.scores, written)
+        try:
+            write_scores(self.folder.evals, state.step, state.tokens, self.scores, written)
+        except OSError as error:
+            self._failed(state, "evaluation", error)
         scores = {"scores": self.scores.scores, "stderr": self.scores.stderr}
         self.event("eval", state, suite=SUITE, **scores)
         self.console.say(f"step {state.step}: {self.scores.scores['bits_per_byte']:.4f} bits per byte, held out")
@@ -136,6 +150,10 @@ class Record:
             self.console.say(f"  {prompt!r} -> {text!r}")
         for tracker in self.trackers:
             tracker.log(state.step, {f"eval/{name}": value for name, value in self.scores.scores.items()})
+
+    def _failed(self, state: State, what: str, error: OSError) -> None:
+        self.event("save_failed", state, reason=f"{what}: {error}")
+        self.console.say(f"step {state.step}: the {what} could not be written: {error}")
 
     def close(self) -> None:
         """Finish every file and tracker."""

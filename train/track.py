@@ -18,12 +18,11 @@ class Tracker(Protocol):
 
 def open_trackers(config: RunConfig, folder: RunFolder) -> list[Tracker]:
     """The trackers the run asks for. Raises UserError when one is not installed."""
+    check_trackers(config)
     trackers: list[Tracker] = []
     if config.tracking.wandb != "off":
-        _need("wandb", "tracking.wandb")
         trackers.append(Wandb(config, folder))
     if config.tracking.tensorboard:
-        _need("tensorboard", "tracking.tensorboard")
         trackers.append(TensorBoard(folder))
     return trackers
 
@@ -72,10 +71,12 @@ class TensorBoard:
         self._writer.close()
 
 
-def _need(package: str, setting: str) -> None:
-    if importlib.util.find_spec(package) is None:
+def check_trackers(config: RunConfig) -> None:
+    """Raises UserError when a tracker that the run asks for is not installed. Imports none of them."""
+    asked = {"wandb": config.tracking.wandb != "off", "tensorboard": config.tracking.tensorboard}
+    for package in (name for name, wanted in asked.items() if wanted and importlib.util.find_spec(name) is None):
         raise UserError(
-            f"{setting} asks for {package}, which is not installed",
-            where=setting,
+            f"{package} is not installed",
+            where=f"tracking.{package}",
             remedy=f"pip install 'minka[{package}]', or drop the setting: the ledger is always written",
         )

@@ -1,6 +1,8 @@
 """One rank, from its environment to its exit status: mesh, data, model, engine, newest checkpoint, loop, export."""
 
 import os
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from minka.data.loader import Loader
-from minka.data.prepare import open_or_prepare
+from minka.data.prepare import open_or_prepare, store_folder
 from minka.data.store import TokenStore
 from minka.parallel.apply import build_model, compute_dtype
 from minka.parallel.checkpoint import checkpoints, restore
@@ -34,12 +36,7 @@ from minka.train.state import State
 from minka.train.summary import summarise
 from minka.train.track import open_trackers
 
-REASONS = {
-    ExitStatus.DONE: "done",
-    ExitStatus.STOPPED: "stopped and saved",
-    ExitStatus.NEEDS_PERSON: "stopped by a rule",
-    ExitStatus.FAILED: "the last checkpoint could not be written",
-}
+GROUP_SECONDS = 300.0  # beyond guard.hang_seconds: the supervisor must notice a hang before the group gives up
 
 
 class WorkerJob(NamedTuple):
@@ -50,6 +47,7 @@ class WorkerJob(NamedTuple):
     as_json: bool
     threads: int | None  # of torch; None leaves torch's choice
     beat: int | None  # the supervisor's pipe
+    prepared: bool = False  # whether data and run folder have been made ready by the process that forked this one
 
 
 def work(job: WorkerJob) -> int:
@@ -57,16 +55,39 @@ def work(job: WorkerJob) -> int:
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     config = job.config
-    with start_mesh(config.layout, timeout_seconds=config.guard.hang_seconds) as mesh:
-        with session(job, mesh) as (run, state):
-            state, status = train(run, state)
-            run.profile.close()
-            run.record.console.end()
-            run.record.event("stop", state, reason=REASONS[status])
-        mesh.barrier()  # every rank is done with the folder before one of them exports
-        if mesh.is_first:
-            _finish(job, run, state, status)
-    return int(status)
+    with (
+        start_mesh(config.layout, timeout_seconds=config.guard.hang_seconds + GROUP_SECONDS) as mesh,
+        session(job, mesh) as (run, state),
+    ):
+        state, status = train(run, state)
+        run.profile.close()
+        run.record.console.end()
+        mesh.barrier()  # every rank has written what it has to
+        run.outside.alive(state.step, done=True)
+        return int(_finish(job, run, state, status) if mesh.is_first else status)
+
+
+def prepare_joined(config: RunConfig, command: list[str]) -> None:
+    """Before ranks of torchrun or Slurm meet: the first prepares the data, the others wait for as long as it works.
+
+    Outside the process group, whose collectives give up long before a large corpus is done. Raises UserError.
+    """
+    if os.environ["RANK"] == "0":
+        store = open_or_prepare(config, Path(), progress)
+        RunFolder.of(config).open(config, provenance(config, store, command))
+        return
+    folder, heard = store_folder(config, Path()), time.monotonic()
+    while not folder.exists():
+        if any(folder.parent.glob(f".{folder.name}.preparing-*")):
+            heard = time.monotonic()
+        if time.monotonic() - heard > config.guard.hang_seconds:
+            raise UserError(
+                f"rank 0 has not prepared the token store in {config.guard.hang_seconds:g} s",
+                where=str(folder),
+                why="it is not there, and nobody is at work on it",
+                remedy="look at rank 0's output; `minka data prepare` makes the store beforehand",
+            )
+        time.sleep(0.2)
 
 
 @contextmanager
@@ -74,7 +95,7 @@ def session(job: WorkerJob, mesh: Mesh) -> Iterator[tuple[Session, State]]:
     """Everything a rank trains with, and the state to go on from; all of it is closed again. Collective."""
     config, folder = job.config, RunFolder.of(job.config)
     with ExitStack() as stack:
-        store = _shared_store(config, mesh)
+        store = _open_run(job, mesh, stack)
         outside = Outside(mesh.rank, folder.stop_file, job.beat, folder.logs / f"stacks-{mesh.rank:05d}.txt")
         stack.callback(outside.close)
         outside.alive(0)
@@ -102,23 +123,22 @@ def build_engine(config: RunConfig, mesh: Mesh) -> tuple[ShardedEngine, AdamW]:
     return ShardedEngine(model, mesh, optimizer), optimizer
 
 
-def _shared_store(config: RunConfig, mesh: Mesh) -> TokenStore:
-    """The token store; rank 0 makes it (and the run's folder) if nobody has, and a refusal reaches every rank."""
+def _open_run(job: WorkerJob, mesh: Mesh, stack: ExitStack) -> TokenStore:
+    """The run's token store. Rank 0 opens the run's folder and holds its lock; a refusal reaches every rank."""
     problem: UserError | None = None
-    if mesh.is_first and not (job_is_prepared(config)):
+    folder = RunFolder.of(job.config)
+    if mesh.is_first:
         try:
-            store = open_or_prepare(config, Path(), progress)
-            RunFolder.of(config).open(config, provenance(config, store))
+            if not job.prepared:
+                store = open_or_prepare(job.config, Path(), progress)
+                folder.open(job.config, provenance(job.config, store, sys.argv))
+            folder.check_may_start()
+            stack.enter_context(folder.only_writer())
         except UserError as error:
             problem = error
     if any(mesh.sum_on_host([problem is not None])):
         raise problem or SystemExit(int(ExitStatus.REFUSED))  # the first rank says why
-    return open_or_prepare(config, Path(), progress)
-
-
-def job_is_prepared(config: RunConfig) -> bool:
-    """Whether a supervisor has opened the run's folder with this very configuration already."""
-    return "MINKA_STORE" in os.environ and RunFolder.of(config).exists()
+    return open_or_prepare(job.config, Path(), progress)
 
 
 def _restored(engine: ShardedEngine, record: Record, mesh: Mesh) -> State:
@@ -128,6 +148,7 @@ def _restored(engine: ShardedEngine, record: Record, mesh: Mesh) -> State:
         engine.tensors(),
         mesh,
         lambda path, reason: damaged.append({"path": str(path), "reason": reason}),
+        alive=lambda: record.outside.alive(0),
     )
     state = State() if saved is None else State.from_json(saved)
     for one in damaged:
@@ -162,15 +183,22 @@ def _announce(record: Record, state: State, engine: ShardedEngine, mesh: Mesh) -
     )
 
 
-def _finish(job: WorkerJob, run: Session, state: State, status: ExitStatus) -> None:
+def _finish(job: WorkerJob, run: Session, state: State, status: ExitStatus) -> ExitStatus:
+    """Say how it ended and export; rank 0 alone, while the others are done. A lost export loses no checkpoint."""
     folder, config = run.record.folder, job.config
+    ending = {"code": int(status), "reason": status.reason, "step": state.step}
+    write_json(
+        folder.exit_file, {**ending, "requeue": status == ExitStatus.STOPPED}
+    )  # first: the export may be cut off
     saved = checkpoints(folder.checkpoints)
     if config.checkpoint.export and saved:
-        export_checkpoint(
-            saved[-1], folder.export, config.model, run.record.store.tokenizer_folder, run.record.store.eod
-        )
-    requeue = status == ExitStatus.STOPPED
-    write_json(
-        folder.exit_file, {"code": int(status), "reason": REASONS[status], "step": state.step, "requeue": requeue}
-    )
+        store = run.record.store
+        try:
+            export_checkpoint(saved[-1], folder.export, config.model, store.tokenizer_folder, store.eod)
+        except (OSError, ValueError, UserError) as error:
+            run.record.event("save_failed", state, reason=f"export: {error}")
+            remedy = f"`minka export {folder.path} FOLDER` tries again"
+            run.record.console.say(f"the export could not be written ({error}); {remedy}")
+            status = ExitStatus.FAILED if status == ExitStatus.DONE else status
     summarise(run.record, state, status, as_json=job.as_json)
+    return status

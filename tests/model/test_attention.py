@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minka.model import attention as attention_module
-from minka.model.attention import Structure, attention, document_structure
+from minka.model.attention import Structure, allowed_pairs, attention, document_structure, largest_logit
 from minka.plan.errors import UserError
 from minka.plan.sections import KernelsSection
 from models import packed
@@ -81,3 +82,38 @@ def test_variable_length_kernels_are_called_rightly(kernel: Any, monkeypatch: py
     torch.testing.assert_close(
         attention(q, k, v, varlen), attention(q, k, v, structure(documents)), rtol=1e-5, atol=1e-6
     )
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that any operation within makes; views of `given` are none."""
+
+    def __init__(self, *given: Tensor) -> None:
+        super().__init__()
+        self.given = {tensor.untyped_storage().data_ptr() for tensor in given}
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in self.given:
+            self.bytes = max(self.bytes, result.nbytes)
+        return result
+
+
+@pytest.mark.parametrize("one_document", [False, True])
+@pytest.mark.parametrize("queries", [1, 7, 50, 1000])
+def test_the_probe_finds_the_largest_logit_in_bounded_memory(
+    queries: int, one_document: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, tokens, heads, groups, width = 3, 50, 6, 2, 8
+    monkeypatch.setattr(attention_module, "PROBE_BYTES", 4 * tokens * (heads // groups) * queries)
+    _, documents, _, _ = packed(rows, tokens, vocab=300)
+    q, k = (torch.randn(rows, tokens, h, width).transpose(1, 2) for h in (heads, groups))
+    q[:, :, 0], k[:, :, -1] = 9.0, 9.0  # the largest of all is a pair that no mask allows
+    at = documents[:1] * 0 if one_document else documents
+    logits = q @ k.repeat_interleave(heads // groups, dim=1).transpose(2, 3) / width**0.5
+    expected = logits.masked_fill(~allowed_pairs(at)[:, None], float("-inf")).amax()
+    of = structure(None if one_document else documents)
+    with Largest(q, k) as seen:
+        found = largest_logit(q, k, of)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert seen.bytes <= max(attention_module.PROBE_BYTES, 4 * tokens * width)  # the latter: one head's keys

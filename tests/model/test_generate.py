@@ -48,3 +48,11 @@ def test_a_sample_follows_from_its_seed_and_warmth_spreads_it() -> None:
 def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(ValueError, match="prompt"):
         generate(successor, [], 4, context=8, temperature=0, stop=None, seed=0)
+
+
+def test_it_goes_on_with_the_token_that_was_agreed_on() -> None:
+    def agree(token: int) -> int:
+        return 20 if token == 5 else token
+
+    found = generate(successor, [3], 9, context=8, temperature=0, stop=22, seed=0, agree=agree)
+    assert found == [4, 20, 21, 22]

@@ -82,7 +82,7 @@ def test_shards_index_tokenizer_and_dtype(tmp_path: Path) -> None:
     tokenizer.mkdir()
     (tokenizer / "tokenizer.json").write_text("{}")
     ours, out = model(section()), tmp_path / "out"
-    out.mkdir()
+    write_folder(out, ours.cfg, [], eod_token=0)
     (out / "stale.safetensors").touch()
     write_folder(
         out,

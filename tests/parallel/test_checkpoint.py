@@ -1,5 +1,6 @@
 """A checkpoint is whole or does not exist, and any number of ranks reads what any other number wrote."""
 
+import os
 import resource
 import shutil
 import signal
@@ -9,25 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from minka.parallel.checkpoint import checkpoints, find_checkpoint, prune, restore, save, whole_tensors
+from minka.parallel import manifest as manifest_module
+from minka.parallel.checkpoint import restore, save, whole_tensors
 from minka.parallel.mesh import Mesh, start_mesh
-from minka.parallel.pieces import Piece, piece_of
+from minka.parallel.pieces import Piece
+from minka.parallel.shelf import checkpoints
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.layout import Layout
 from ranks import on_ranks
-
-ALONE = Mesh(Layout(shard=1), torch.device("cpu"), 0, None)
-
-
-def tensors(seed: int = 0) -> dict[str, Piece]:
-    """A matrix, a vector and a scalar, each in one piece."""
-    generator = torch.Generator().manual_seed(seed)
-    made = {"model.w": torch.randn(7, 3, generator=generator), "model.b": torch.randn(5, generator=generator)}
-    return {name: piece_of(tensor) for name, tensor in (made | {"count": torch.tensor(float(seed))}).items()}
-
-
-def silent(path: Path, reason: str) -> None:
-    raise AssertionError(f"{path} was passed over: {reason}")
+from saved import ALONE, silent, tensors
 
 
 def test_what_was_saved_is_restored_bitwise_with_its_state(tmp_path: Path) -> None:
@@ -57,9 +48,19 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(damage: str, tmp
     assert torch.equal(read["model.w"].local, tensors(1)["model.w"].local)
 
 
-def test_no_whole_checkpoint_needs_a_person(tmp_path: Path) -> None:
+def test_a_step_without_a_manifest_is_passed_over_and_told_of(tmp_path: Path) -> None:
+    save(tmp_path, 1, tensors(1), {"step": 1}, ALONE)
+    newest = save(tmp_path, 2, tensors(2), {"step": 2}, ALONE).path
+    (newest / "manifest.json").unlink()
+    passed: list[Path] = []
+    assert restore(tmp_path, tensors(), ALONE, lambda path, reason: passed.append(path)) == {"step": 1}
+    assert passed == [newest]
+
+
+@pytest.mark.parametrize("lost", ["rank-00000.safetensors", "manifest.json"])
+def test_no_whole_checkpoint_needs_a_person(lost: str, tmp_path: Path) -> None:
     path = save(tmp_path, 1, tensors(1), {}, ALONE).path
-    (path / "rank-00000.safetensors").unlink()
+    (path / lost).unlink()
     with pytest.raises(UserError) as caught:
         restore(tmp_path, tensors(), ALONE, lambda path, reason: None)
     assert caught.value.status == ExitStatus.NEEDS_PERSON
@@ -72,15 +73,60 @@ def test_a_save_that_fails_leaves_nothing_and_keeps_the_one_before(tmp_path: Pat
     assert restore(tmp_path, tensors(), ALONE, silent) == {"step": 1}
 
 
-def test_prune_keeps_the_newest_and_find_names_what_there_is(tmp_path: Path) -> None:
-    for step in (1, 2, 3):
-        save(tmp_path, step, tensors(step), {"step": step}, ALONE)
-    assert [p.name for p in prune(tmp_path, 2)] == ["step-00000001"]
-    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
-    assert find_checkpoint(tmp_path, "2").name == "step-00000002"
-    with pytest.raises(UserError, match="step 7") as caught:
-        find_checkpoint(tmp_path, "7")
-    assert "2, 3" in str(caught.value)
+def test_a_save_sweeps_what_attempts_of_any_step_left(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, tensors(1), {"step": 1}, ALONE).path
+    for name in (".step-00000002.saving", ".step-00000001.deleting", ".step-00000007.deleting"):
+        shutil.copytree(path, tmp_path / name)
+    save(tmp_path, 1, tensors(2), {"step": 1, "again": True}, ALONE)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    assert restore(tmp_path, tensors(), ALONE, silent) == {"step": 1, "again": True}
+
+
+def test_a_replacement_that_fails_keeps_the_checkpoint_it_was_to_replace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1, tensors(1), {"old": True}, ALONE)
+
+    def refusing(source: Path, target: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
+        patch.setattr("minka.parallel.checkpoint.os.rename", refusing)
+        save(tmp_path, 1, tensors(2), {"old": False}, ALONE)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    assert restore(tmp_path, tensors(), ALONE, silent) == {"old": True}
+
+
+def test_files_and_their_folder_are_on_the_disk_before_the_name_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def noted_sync(handle: int) -> None:
+        done.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        fsync(handle)
+
+    def noted_rename(source: Path, target: Path) -> None:
+        done.append(f"-> {Path(target).name}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    save(tmp_path, 1, tensors(), {}, ALONE)
+    assert "rank-00000.safetensors" in done
+    assert done[-3:] == [".step-00000001.saving", "-> step-00000001", tmp_path.name]
+
+
+def test_long_saves_and_restores_keep_a_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest_module, "CHUNK_BYTES", 64)
+    beats: list[str] = []
+    path = save(tmp_path, 1, tensors(), {}, ALONE, alive=lambda: beats.append("save")).path
+    chunks = -(-(path / "rank-00000.safetensors").stat().st_size // 64)
+    restore(tmp_path, tensors(), ALONE, silent, alive=lambda: beats.append("restore"))
+    list(whole_tensors(path, "model.", alive=lambda: beats.append("whole")))
+    assert chunks > 3
+    assert [beats.count(kind) for kind in ("save", "restore", "whole")] == [chunks, chunks, chunks + 2]
 
 
 @pytest.mark.parametrize("writers", [1, 3])

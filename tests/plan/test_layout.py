@@ -13,10 +13,11 @@ WAYS = st.integers(1, 6)
 
 @given(replicate=WAYS, shard=WAYS, tensor=WAYS, context=WAYS, pipeline=WAYS)
 def test_shard_zero_takes_all_ranks_that_are_left(**ways: int) -> None:
-    asked = Layout(**ways | {"shard": 0})
-    world = Layout(**ways).world
+    asked = Layout.model_validate(ways | {"shard": 0})
+    whole = Layout.model_validate(ways)
+    world = whole.world
     resolved = asked.resolve(world)
-    assert resolved == Layout(**ways)
+    assert resolved == whole
     assert resolved.world == world
     assert resolved.data_ways == ways["replicate"] * ways["shard"]
 
@@ -37,7 +38,7 @@ def test_a_layout_resolves_to_exactly_the_ranks_there_are_or_is_refused(replicat
 
 @pytest.mark.parametrize("axis", AXES)
 def test_an_axis_runs_or_is_refused_by_name(axis: str) -> None:
-    layout = Layout(**{axis: 2})
+    layout = Layout.model_validate({axis: 2})
     if axis in AVAILABLE_AXES:
         check_layout(layout)
         return

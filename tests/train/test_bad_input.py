@@ -1,11 +1,14 @@
 """Whatever a user gets wrong is one paragraph and the right exit status, with nothing lost and no traceback."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from commands import minka, written
+from commands import environment, minka, written
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
 from minka.plan.run import RunFolder
@@ -72,8 +75,83 @@ def test_a_run_of_that_name_with_another_configuration(tmp_path: Path) -> None:
 def test_a_disk_that_is_full_when_the_run_is_created(tmp_path: Path) -> None:
     config = tiny(tmp_path)
     assert minka("data", "prepare", str(written(config))).returncode == 0
-    blocked = tiny(tmp_path, run={"folder": str(tmp_path / "corpus" / "000.txt" / "runs")})  # below a file
-    assert "cannot be written" in refused(blocked)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    full = tiny(tmp_path, run={"folder": str(disk / "runs")})
+    command = f"mount -t tmpfs -o size=4k,nr_inodes=4 minka {disk}; dd if=/dev/zero of={disk}/x bs=4k count=1; "
+    command += f"{sys.executable} -m minka train {written(full)}"
+    namespace = ["unshare", "--map-root-user", "--mount", "sh", "-c", command]
+    done = subprocess.run(namespace, capture_output=True, text=True, timeout=120, env=environment(), check=False)
+    assert done.returncode == ExitStatus.REFUSED, done.stderr
+    assert "cannot be written: No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_folder_below_a_file(tmp_path: Path) -> None:
+    config = tiny(tmp_path)
+    assert minka("data", "prepare", str(written(config))).returncode == 0
+    assert "cannot be written" in refused(tiny(tmp_path, run={"folder": str(tmp_path / "corpus" / "000.txt" / "runs")}))
+
+
+def test_a_token_beyond_the_vocabulary(tmp_path: Path) -> None:
+    config = tiny(tmp_path, model={"vocab": 300}, data={"tokenizer": "bpe"})
+    assert minka("data", "prepare", str(written(config))).returncode == 0
+    file = tmp_path / "store" / "train.bin"
+    tokens = bytearray(file.read_bytes())
+    tokens[400:402] = (349).to_bytes(2, "little")
+    file.write_bytes(tokens)
+    done = minka("train", str(written(config)))
+    assert done.returncode == ExitStatus.REFUSED, done.stderr
+    assert "has token id 349, and model.vocab is 300" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.max_steps=true", "run.max_steps"),
+        ("run.max_steps='7'", "run.max_steps"),
+        ("optimizer.learning_rate=inf", "optimizer.learning_rate"),
+        ("guard.hang_seconds=nan", "guard.hang_seconds"),
+        ("model.layers=1.5", "model.layers"),
+        ("kernels.attention=varlen", "kernels.attention"),
+    ],
+)
+def test_a_value_of_another_type_or_that_cannot_run_here(override: str, message: str, tmp_path: Path) -> None:
+    assert message in refused(tiny(tmp_path), override)
+
+
+def test_a_window_that_is_none_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    assert "--profile" in refused(tiny(tmp_path), "--profile", "5")
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_store_made_again_from_other_text(tmp_path: Path) -> None:
+    config = tiny(tmp_path, run={"max_steps": 2}, schedule={"warmup": 0})
+    file = str(written(config))
+    assert minka("train", file, "--ranks", "1").returncode == 0
+    (RunFolder.of(config).exit_file).unlink()  # as if it had been cut off
+    shutil.rmtree(tmp_path / "store")
+    (tmp_path / "corpus" / "000.txt").write_text("other text than before")
+    assert "not the one this run began with" in refused(config, "--ranks", "1")
+
+
+def test_a_stop_file_that_was_left_there(tmp_path: Path) -> None:
+    config = tiny(tmp_path, run={"max_steps": 2}, schedule={"warmup": 0})
+    assert minka("train", str(written(config)), "--ranks", "1").returncode == 0
+    RunFolder.of(config).exit_file.unlink()
+    RunFolder.of(config).stop_file.touch()
+    done = minka("train", str(written(config)))
+    assert done.returncode == ExitStatus.NEEDS_PERSON
+    assert "STOP" in done.stderr
+
+
+def test_a_run_that_another_process_trains(tmp_path: Path) -> None:
+    config = tiny(tmp_path, run={"max_steps": 2}, schedule={"warmup": 0})
+    assert minka("train", str(written(config)), "--ranks", "1").returncode == 0
+    RunFolder.of(config).exit_file.unlink()
+    with RunFolder.of(config).only_writer():
+        assert "being trained by another process" in refused(config)
 
 
 def test_a_read_only_folder(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ import pytest
 from commands import environment, train, written
 from minka.parallel.checkpoint import checkpoints, whole_tensors
 from minka.plan.config import RunConfig
-from minka.plan.errors import ExitStatus
+from minka.plan.errors import ExitStatus, UserError
 from minka.plan.run import RunFolder, read_ledger
-from minka.train.launch import Ranks, default_ranks, first_host, joined, slurm_environment
+from minka.train.launch import Ranks, choose_ranks, first_host, joined, slurm_environment, visible_gpus
 from tiny import tiny
 
 
@@ -30,6 +30,7 @@ def test_first_host_of_a_slurm_list(hosts: str, first: str) -> None:
 def test_joins_torchrun_and_srun_but_not_a_batch_script() -> None:
     assert joined({"RANK": "1", "WORLD_SIZE": "2"}) == "torchrun"
     assert joined({"SLURM_PROCID": "0", "SLURM_JOB_ID": "5"}) is None
+    assert joined({"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}) is None  # srun --pty bash
     step = {
         "SLURM_PROCID": "3",
         "SLURM_LOCALID": "1",
@@ -45,13 +46,16 @@ def test_joins_torchrun_and_srun_but_not_a_batch_script() -> None:
     assert slurm_environment({**step, "SLURM_PROCID": "0"})["MASTER_PORT"] == found["MASTER_PORT"]
 
 
-def test_one_rank_a_gpu_else_two(tmp_path: Path) -> None:
-    assert default_ranks({}, tmp_path) == 2
+def test_one_rank_a_gpu_else_two_and_never_more_than_gpus(tmp_path: Path) -> None:
+    assert visible_gpus({}, tmp_path) == 0
     for name in ("nvidia0", "nvidia1", "nvidia2", "nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
-    assert default_ranks({}, tmp_path) == 3
-    assert default_ranks({"CUDA_VISIBLE_DEVICES": "0,2"}, tmp_path) == 2
-    assert default_ranks({"CUDA_VISIBLE_DEVICES": ""}, tmp_path) == 2  # none visible: two on the CPU
+    assert visible_gpus({}, tmp_path) == 3
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "0,2"}, tmp_path) == 2
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}, tmp_path) == 0
+    assert [choose_ranks(None, 0), choose_ranks(None, 3), choose_ranks(2, 3), choose_ranks(5, 0)] == [2, 3, 2, 5]
+    with pytest.raises(UserError, match="there are 3 GPUs"):
+        choose_ranks(4, 3)
 
 
 def test_a_rank_is_silent_after_the_limit_and_not_before() -> None:
@@ -60,6 +64,8 @@ def test_a_rank_is_silent_after_the_limit_and_not_before() -> None:
     ranks.hear("1 101 5", now=12.0)
     assert ranks.silent(now=12.5, seconds=3) == []
     assert ranks.silent(now=13.5, seconds=3) == [0]
+    ranks.hear("0 100 5 done", now=13.6)  # it exports, which may take long
+    assert ranks.silent(now=99, seconds=3) == [1]
     assert (ranks.pids, ranks.steps) == ({0: 100, 1: 101}, {0: 5, 1: 5})
 
 
@@ -81,6 +87,49 @@ def test_a_stop_saves_and_going_on_gives_the_run_that_was_never_stopped(tmp_path
     for name, weight in one.items():
         assert float((weight - other[name]).norm()) <= 1e-4 * float(weight.norm()), name
     assert samples_of(stopped) == samples_of(whole)
+
+
+def test_an_interrupt_while_preparing_leaves_nothing(tmp_path: Path) -> None:
+    config = tiny(tmp_path)
+    text = "all work and no play makes a long corpus to read through " * 200
+    for number in range(3000):
+        (tmp_path / "corpus" / f"long-{number}.txt").write_text(f"{number} {text}")
+    process = train(config)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".store.preparing-*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == ExitStatus.FAILED
+    assert "Traceback" not in errors
+    assert not list(tmp_path.glob("*store*"))
+    assert not RunFolder.of(config).path.exists()
+
+
+def test_signals_while_a_stopped_run_ends_do_not_undo_the_stop(tmp_path: Path) -> None:
+    config = tiny(tmp_path, run={"max_steps": 100_000}, checkpoint={"export": True})
+    process = train(config)
+    at_step(config, 3)
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):  # as a scheduler sends them
+        process.send_signal(number)
+        time.sleep(0.1)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == ExitStatus.STOPPED, errors
+    assert (RunFolder.of(config).export / "config.json").exists()
+    assert json.loads(RunFolder.of(config).exit_file.read_text())["requeue"] is True
+
+
+def test_a_signal_to_every_process_saves_too(tmp_path: Path) -> None:
+    config = tiny(tmp_path, run={"max_steps": 100_000})
+    process = train(config)
+    at_step(config, 3)
+    (forker,) = children(process.pid)
+    for pid in [process.pid, forker, *children(forker)]:
+        os.kill(pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == ExitStatus.STOPPED, errors
+    assert len(checkpoints(RunFolder.of(config).checkpoints)) == 1
 
 
 def test_a_finished_run_says_so_and_a_changed_one_is_refused(tmp_path: Path) -> None:

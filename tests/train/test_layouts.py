@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from minka.model.transformer import Transformer
+from minka.parallel import shard
 from minka.parallel.apply import build_model
 from minka.parallel.checkpoint import checkpoints, whole_tensors
 from minka.parallel.engine import MicroBatch, ShardedEngine, Sums
@@ -24,6 +25,12 @@ LAYOUTS = {
     "shard 2": {"shard": 2},
     "replicate 2": {"replicate": 2, "shard": 1},
     "replicate 2 x shard 2": {"replicate": 2, "shard": 2},
+}
+# Models above the demo's size are sharded in units of blocks; here one block is a unit.
+UNITS: dict[str, dict[str, dict[str, object]]] = {
+    "shard 2, resharded, recomputed": {"layout": {"shard": 2, "reshard": "always", "recompute": "block"}},
+    "replicate 2 x shard 2, kept": {"layout": {"replicate": 2, "shard": 2, "reshard": "never"}},
+    "shard 2, tied": {"layout": {"shard": 2}, "model": {"tied": True, "qk_norm": True, "qkv_bias": True}},
 }
 BOUNDS = {"loss": 2e-6, "grad_norm": 2e-5, "model": 2e-5, "moment1": 1e-4, "moment2": 1e-4}
 
@@ -46,6 +53,18 @@ def test_every_layout_gives_the_single_device_run(layout: str, folder: Path, alo
     for name, error in differences(run_of(config, config.layout.world), alone).items():
         print(f"{layout}: {name} {error:.1e}")
         assert error <= BOUNDS[name], name
+
+
+@pytest.mark.parametrize("case", UNITS)
+def test_units_of_blocks_give_the_single_device_run(case: str, folder: Path) -> None:
+    sections = UNITS[case]
+    model, name = sections.get("model", {}), "".join(c if c.isalnum() else "-" for c in case)
+    layout = {"micro_batch": 2, **sections["layout"]}
+    one = run_of(tiny(folder, run={"name": f"{name}-1"}, model=model), 1)
+    config = tiny(folder, run={"name": name}, model=model, layout=layout)
+    for kind, error in differences(run_of(config, config.layout.world, "units of one block"), one).items():
+        print(f"{case}: {kind} {error:.1e}")
+        assert error <= BOUNDS[kind], kind
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -150,8 +169,14 @@ def plant_leaking_boundary() -> None:
     Transformer.forward = wrong  # type: ignore[assignment,method-assign]
 
 
+def make_units() -> None:
+    """No fault: every block becomes a unit of its own."""
+    shard.UNIT_BYTES = 1
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     "wrong divisor": plant_wrong_divisor,
     "missing reduction": plant_missing_reduction,
     "leaking boundary": plant_leaking_boundary,
+    "units of one block": make_units,
 }

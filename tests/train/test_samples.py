@@ -51,9 +51,9 @@ def train_until(config: RunConfig, stop_after: int = 0) -> int:
     if stop_after:
         alive = Outside.alive
 
-        def counted(self: Outside, step: int) -> None:
-            alive(self, step)
-            self._asked = step >= stop_after - 1
+        def counted(self: Outside, step: int, *, done: bool = False) -> None:
+            alive(self, step, done=done)
+            self._asked = step >= stop_after
 
         Outside.alive = counted  # type: ignore[method-assign]
     return train_rank(config)

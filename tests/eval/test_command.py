@@ -1,0 +1,104 @@
+"""`minka eval` as a user types it: what it writes beside the run's own results, and what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minka.eval.bits import Scores, write_scores
+from minka.eval.command import main
+from minka.plan.errors import ExitStatus
+from minka.plan.run import RunFolder
+from saved import saved_run
+
+OWN = "heldout@1.json"
+SETTINGS = {"max_documents": 0, "window": 32, "stride": 16}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """A run with a checkpoint of step 3 and the result that it wrote itself."""
+    found = saved_run(tmp_path, 3)
+    write_scores(found.evals, 3, 96, scores(SETTINGS), [("one", "two")])
+    return found
+
+
+def scores(settings: dict[str, int]) -> Scores:
+    return Scores({"bits_per_byte": 1.5}, {"bits_per_byte": float("nan")}, 4, 100, 104, settings)
+
+
+def results(run: RunFolder) -> dict[str, Any]:
+    folder = run.evals / "step-00000003"
+    return {path.name: json.loads(path.read_text()) for path in sorted(folder.iterdir())}
+
+
+def test_other_settings_go_beside_the_runs_own_result(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    before = results(run)
+    for _ in range(2):
+        assert main([str(run.path), "eval.max_documents=1", "--json"]) == 0
+        printed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+        (other,) = results(run).keys() - {OWN}
+        assert other == Path(printed["path"]).name
+        assert results(run)[OWN] == before[OWN]
+        written = results(run)[other]
+        assert written["settings"] == {**SETTINGS, "max_documents": 1}
+        assert written["checkpoint"] == str(run.checkpoints / "step-00000003")
+        assert (written["documents"], written["step"], written["tokens"]) == (1, 3, 96)
+        assert printed["stderr"]["bits_per_byte"] == "NaN"  # of one document
+
+
+def test_equal_settings_replace_the_result_and_keep_its_samples(run: RunFolder) -> None:
+    assert main([f"{run.config_file}@3", "eval.batch_sequences=3"]) == 0
+    (found,) = results(run).values()
+    assert found["scores"]["bits_per_byte"] != 1.5
+    assert found["samples"] == [{"prompt": "one", "text": "two"}]
+
+
+@pytest.mark.parametrize("old", ["{}", "[]", "cut o"])
+def test_a_result_that_does_not_say_its_settings_is_not_replaced(old: str, run: RunFolder) -> None:
+    own = run.evals / "step-00000003" / OWN
+    own.write_text(old)
+    write_scores(run.evals, 3, 96, scores(SETTINGS), [])
+    assert own.read_text() == old
+    assert len(list(own.parent.iterdir())) == 2
+
+
+def test_a_run_that_evaluates_a_step_again_has_only_its_new_samples(run: RunFolder) -> None:
+    write_scores(run.evals, 3, 96, scores(SETTINGS), [])
+    assert results(run)[OWN]["samples"] == []
+
+
+@pytest.mark.parametrize("override", ["data.seq_len=64", "model.layers=1", "run.seed=3", "nonsense"])
+def test_only_settings_of_the_evaluation_are_taken(
+    override: str, run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = results(run)
+    assert main([str(run.path), override]) == ExitStatus.REFUSED
+    errors = capsys.readouterr().err
+    assert override in errors
+    assert "eval.max_documents" in errors
+    assert results(run) == before
+
+
+def test_a_folder_that_cannot_be_written_is_one_paragraph_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = saved_run(tmp_path, 3)
+    run.evals.touch()  # a file in its place stands for what root cannot be forbidden
+    monkeypatch.setattr("minka.eval.score.heldout", pytest.fail)
+    assert main([str(run.path)]) == ExitStatus.REFUSED
+    errors = capsys.readouterr().err
+    assert "cannot be written" in errors
+    assert errors.count("\n") == 1
+
+
+def test_a_disk_that_fills_during_the_work_is_one_paragraph(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("minka.eval.bits.write_json", full)
+    assert main([str(run.path)]) == ExitStatus.REFUSED
+    assert "No space left" in capsys.readouterr().err

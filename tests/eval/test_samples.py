@@ -1,0 +1,48 @@
+"""Samples are collective: ranks whose logits differ in the end take the same tokens and make the same calls."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+
+from minka.eval.samples import samples
+from minka.parallel.engine import Scorer
+from minka.parallel.mesh import Mesh, start_mesh
+from minka.plan.config import RunConfig
+from minka.plan.layout import Layout
+from ranks import on_ranks
+from tiny import tiny
+
+WORDS = {f"w{number}": number for number in range(8)}
+EOD = 7
+
+
+def test_ranks_that_would_choose_differently_go_on_with_the_first_ones_tokens(tmp_path: Path) -> None:
+    config = tiny(tmp_path, eval={"prompts": ["w1", "w2 w3"], "sample_tokens": 6})
+    found = on_ranks(sampled, 3, config, str(tmp_path / "tokenizer.json"), seconds=20.0)
+    assert found[0] == found[1] == found[2]
+    assert [text for _, text in found[0]] == ["w2 w3 w4 w5 w6 w7", "w4 w5 w6 w7"]
+
+
+class Disagreeing:
+    """Rank 0 says one more than the token it reads; the others would end at once. Every call is collective."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        self.mesh.barrier()
+        said = tokens + 1 if self.mesh.is_first else torch.full_like(tokens, EOD)
+        return torch.nn.functional.one_hot(said.clamp(max=EOD), len(WORDS)).float()
+
+
+def sampled(config: RunConfig, file: str) -> Any:
+    with start_mesh(Layout()) as mesh:
+        if mesh.is_first:
+            tokenizer = Tokenizer(models.WordLevel(WORDS, unk_token="w0"))
+            tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+            tokenizer.save(file)
+        mesh.barrier()
+        return samples(cast(Scorer, Disagreeing(mesh)), Path(file), config, mesh, EOD)

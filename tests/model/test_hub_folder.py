@@ -1,0 +1,121 @@
+"""An export replaces what an earlier export wrote and nothing else, and leaves nothing half-made."""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from minka.model import hub
+from minka.model.hub import MARKER, write_folder
+from minka.plan.errors import UserError
+from models import section
+
+
+def untouched() -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors that must not be read."""
+    for name in ("norm.weight", "head.weight"):
+        pytest.fail(f"{name} was asked for")
+        yield name, torch.ones(1)
+
+
+def other_files(out: Path) -> None:
+    out.mkdir()
+    (out / "thesis.tex").touch()
+
+
+def no_marker(out: Path) -> None:
+    """As save_pretrained of somebody else leaves it."""
+    write_folder(out, section(), [], eod_token=0)
+    (out / MARKER).unlink()
+
+
+def spoilt_marker(out: Path) -> None:
+    write_folder(out, section(), [], eod_token=0)
+    (out / MARKER).write_text("[]")
+
+
+def here(out: Path) -> None:
+    out.mkdir()
+    os.chdir(out)
+
+
+@pytest.mark.parametrize("make", [other_files, no_marker, spoilt_marker, here, Path.touch])
+def test_a_folder_that_no_export_wrote_is_left_alone(
+    make: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "out")
+    before = sorted((path, path.stat().st_ino) for path in tmp_path.rglob("*"))
+    with pytest.raises(UserError) as caught:
+        write_folder(Path() if make is here else tmp_path / "out", section(), untouched(), eod_token=0)
+    assert str(tmp_path / "out") in str(caught.value)
+    assert sorted((path, path.stat().st_ino) for path in tmp_path.rglob("*")) == before
+
+
+def test_an_empty_folder_and_an_export_are_replaced_and_say_where_they_came_from(tmp_path: Path) -> None:
+    out, link = tmp_path / "out", tmp_path / "link"
+    out.mkdir()
+    link.symlink_to(out)
+    for source in ("first", "second"):
+        write_folder(link, section(), [], eod_token=0, source=source)
+        assert json.loads((out / MARKER).read_text()) == {"format": 1, "source": source}
+    assert link.is_symlink()
+
+
+def test_what_dead_processes_left_is_swept_and_what_living_ones_write_is_not(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    names = [f".out[1].{ended.pid}.partial", f".out[1].{ended.pid}.old.partial", f".out1.{ended.pid}.partial"]
+    names += [f".out[1].{os.getppid()}.partial", ".out[1].x.partial"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    write_folder(tmp_path / "out[1]", section(), [], eod_token=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names[2:], "out[1]"])
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
+    def interrupted() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "norm.weight", torch.ones(3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(tmp_path / "out", section(), interrupted(), eod_token=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_cannot_be_put_in_place_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path / "out", section(), [], eod_token=0, source="old")
+    rename = Path.rename
+
+    def refusing(self: Path, target: Path) -> Path:
+        if self.name.endswith(f".{os.getpid()}.partial"):
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refusing)
+    with pytest.raises(UserError):
+        write_folder(tmp_path / "out", section(), [], eod_token=0, source="new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert json.loads((tmp_path / "out" / MARKER).read_text())["source"] == "old"
+
+
+def test_a_place_that_cannot_be_written_and_a_full_disk_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="cannot be written"):
+        write_folder(Path("/proc/out"), section(), untouched(), eod_token=0)
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(hub, "save_file", full)
+    with pytest.raises(UserError, match="No space left"):
+        write_folder(tmp_path / "out", section(), [], eod_token=0)
+    assert list(tmp_path.iterdir()) == []
