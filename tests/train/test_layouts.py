@@ -67,6 +67,29 @@ def test_units_of_blocks_give_the_single_device_run(case: str, folder: Path) -> 
         assert error <= BOUNDS[kind], kind
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_compiled_blocks_in_shards_give_the_single_device_run(
+    recompute: str, folder: Path, alone: dict[str, Any]
+) -> None:
+    layout = {"micro_batch": 2, "shard": 2, "recompute": recompute}
+    config = tiny(folder, run={"name": f"compiled-{recompute}"}, layout=layout, kernels={"compile": True})
+    for kind, error in differences(run_of(config, 2, "units of one block", seconds=240), alone).items():
+        print(f"compiled, recompute {recompute}: {kind} {error:.1e}")
+        assert error <= BOUNDS[kind], kind
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bf16_compute_follows_fp32(ranks: int, folder: Path, alone: dict[str, Any]) -> None:
+    layout = {"micro_batch": 2, "precision": "bf16"}
+    config = tiny(folder, run={"name": f"bf16-{ranks}"}, layout=layout)
+    low = run_of(config, ranks)
+    assert np.abs(low["loss"] / alone["loss"] - 1).max() <= 2e-2
+    assert np.abs(low["loss"] / alone["loss"] - 1).max() > 1e-6  # it did compute in bf16
+    dtypes = {str(tensor.dtype) for _, tensor in whole_tensors(checkpoints(RunFolder.of(config).checkpoints)[-1], "")}
+    assert dtypes == {"torch.float32"}  # weights and moments
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_initial_weights_are_bitwise_equal_under_every_layout(layout: str, folder: Path) -> None:
     alone = whole_initial(tiny(folder), 1)
@@ -83,9 +106,9 @@ def test_the_comparison_sees_a_planted_fault(fault: str, folder: Path, alone: di
     assert any(error > 10 * BOUNDS[name] for name, error in broken.items()), broken
 
 
-def run_of(config: RunConfig, ranks: int, fault: str = "") -> dict[str, Any]:
+def run_of(config: RunConfig, ranks: int, fault: str = "", seconds: float = 120) -> dict[str, Any]:
     """Losses, norms and all final tensors of a whole run by the real worker."""
-    on_ranks(train_with, ranks, config, fault, seconds=120)
+    on_ranks(train_with, ranks, config, fault, seconds=seconds)
     folder = RunFolder.of(config)
     steps = [line for line in read_ledger(folder.ledger_file) if line["event"] == "step"]
     assert len(steps) == config.total_steps
