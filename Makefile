@@ -34,5 +34,6 @@ clean: ## everything that can be made again; runs/ and stores/ stay
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv: a few minutes the first time"
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@

@@ -22,7 +22,9 @@ def new_app(help: str) -> typer.Typer:
 def run_app(app: typer.Typer, argv: Sequence[str], prog: str) -> int:
     """Run one command's application; its callbacks return an exit status or None for done."""
     try:
-        result = get_command(app).main(args=list(argv), prog_name=prog, standalone_mode=False)
+        command = get_command(app)
+        command.help = command.help or str(app.info.help)  # a lone command would show none
+        result = command.main(args=list(argv), prog_name=prog, standalone_mode=False)
         return int(result or 0)
     except UserError as error:
         print_error(error, as_json="--json" in argv)

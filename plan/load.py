@@ -41,9 +41,12 @@ def load_run(source: str, overrides: Sequence[str] = (), runs: str = "runs") -> 
         key, text = _split(override)
         _check_key(key, override)
         value = _value(key, text)
-        changed[key] = (before.get(key, _default(key)), value)
         _put(values, key, value)
-    return Loaded(validate(values, str(path)), changed, str(path))
+        old = before.get(key, _default(key))
+        if old != value:
+            changed[key] = (old, value)
+    where = f"{path} with {' '.join(overrides)}" if overrides else str(path)
+    return Loaded(validate(values, where), changed, str(path))
 
 
 def find(source: str, runs: str = "runs") -> Path:
@@ -89,7 +92,7 @@ def validate(values: dict[str, Any], where: str) -> RunConfig:
         raise UserError(
             "; ".join(_explain(problem) for problem in error.errors()),
             where=where,
-            remedy="`minka train RECIPE --dry-run` prints a run that is right",
+            remedy="docs/configuration.md has every setting, and what it may be",
         ) from None
     check_layout(config.layout)
     return config

@@ -68,7 +68,8 @@ def _start(loaded: "Loaded", ranks: int | None, profile: str, as_json: bool) -> 
     from minka.train.track import check_trackers
 
     config, joins, gpus = loaded.config, joined(os.environ), visible_gpus(os.environ)
-    parse_window(profile)
+    if parse_window(profile)[0] >= config.total_steps:
+        raise UserError(f"{profile} lies behind the run's end, step {config.total_steps:,}", where="--profile")
     check_trackers(config)
     if config.kernels.attention == "varlen" and not gpus:
         raise UserError(
@@ -101,7 +102,7 @@ def _say_finished(folder: "RunFolder", as_json: bool) -> int:
     if as_json:
         print_json({"run": str(folder.path), "status": 0, "finished": True, "export": str(folder.export)})
     else:
-        print(f"{folder.path} is finished. Its export: {folder.export}")
+        print(f"{folder.path} is finished. Its export: {folder.export}. A new run needs a name: run.name=...")
     return 0
 
 

@@ -23,8 +23,11 @@ class Console:
             return
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
-        else:
+            return
+        try:
             print(text, file=self.out, flush=True)
+        except BrokenPipeError:  # who listened has gone (`| head`); a run goes on without
+            self.speaks = False
 
     def begin(self, step: int) -> None:
         """Training starts at `step`."""

@@ -189,6 +189,7 @@ def _watch(
                 ranks.hear(line.decode(), time.monotonic())
         if handing.received > handed:
             if handing.interrupts > 1:  # a person at a terminal; schedulers send several signals as a matter of course
+                print(f"stopped at once, unsaved; `minka train {folder.path}` goes on from the last checkpoint")
                 return int(ExitStatus.FAILED), "interrupted twice", max(ranks.steps.values(), default=0)
             if not handed:
                 print("stopping after this step; Ctrl-C once more to stop at once, unsaved", file=sys.stderr)
@@ -201,6 +202,9 @@ def _watch(
             reason = f"no heartbeat from rank {', '.join(map(str, silent))} for {hang_seconds:g} s"
             print(f"minka: {reason}. The stacks of all ranks are in {folder.logs}.", file=sys.stderr)
             return int(ExitStatus.HUNG), reason, max(ranks.steps.values(), default=0)
+    if handed and not ranks.pids:
+        print("stopped before the first step: there was nothing to save", file=sys.stderr)
+        return int(ExitStatus.STOPPED), "stopped before the first step", 0
     status = process.returncode if process.returncode >= 0 else int(ExitStatus.FAILED)
     reasons = {0: "done", 85: "stopped and saved", 86: "stopped by a rule", 2: "refused"}
     return status, reasons.get(status, "a rank failed"), max(ranks.steps.values(), default=0)

@@ -150,8 +150,9 @@ def _fork(body: Callable[[], int | None], as_json: bool, *, hold: bool) -> int:
         die_with(me)
         status = run_guarded(body, as_json)
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(BrokenPipeError):
+                stream.flush()
         os._exit(status)  # no atexit of the parent's
 
 

@@ -49,7 +49,8 @@ class Record:
         self.last: StepRecord | None = None
         self.tokens_per_second: float | None = None
         self._saved_at = -1
-        self._evaluated = -1
+        self.evaluated_at = -1
+        self.refused_steps = 0
         self._ledger_writes = True
         self._samples = None
         if config.tracking.record_samples:
@@ -79,6 +80,7 @@ class Record:
             verdict = judge(record.loss, record.grad_norm, refused_in_a_row=refused, max_refused=most)
             refused = verdict.refused_in_a_row
             if verdict.action != "accept":
+                self.refused_steps += 1
                 self.event(verdict.action, at, reason=verdict.reason, loss=record.loss, grad_norm=record.grad_norm)
                 self.console.say(f"step {record.step}: {verdict.reason}; the step was refused, no weight changed")
             if verdict.action == "stop":
@@ -129,9 +131,9 @@ class Record:
 
     def evaluate(self, state: State, scorer: Scorer, watch: Stopwatch) -> None:
         """Bits per byte on the validation split, and samples. Collective."""
-        if self._evaluated == state.step:
+        if self.evaluated_at == state.step:
             return
-        self._evaluated = state.step
+        self.evaluated_at = state.step
         split, eod = self.store.split("validation"), self.store.eod
         with watch.time("eval"):
             self.scores = heldout(scorer, split, self.config, self.mesh, eod, lambda: self.outside.alive(state.step))

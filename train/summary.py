@@ -1,5 +1,7 @@
 """What a run says at its end: one table for people, one JSON document for machines."""
 
+import math
+
 from minka.eval.compress import compressed_bits_per_byte
 from minka.plan.cli import print_json
 from minka.plan.errors import ExitStatus
@@ -23,6 +25,7 @@ def summarise(record: Record, state: State, status: ExitStatus, *, as_json: bool
                 "step": state.step,
                 "tokens": state.tokens,
                 "loss": last.loss if last else None,
+                "refused_steps": record.refused_steps,
                 "tokens_per_second": record.tokens_per_second,
                 "bits_per_byte": bits,
                 "compressors_bits_per_byte": beside,
@@ -35,9 +38,14 @@ def summarise(record: Record, state: State, status: ExitStatus, *, as_json: bool
         lines["loss"] = f"{record.last.loss:.4f} nats a token"
     if scores is not None and bits is not None:
         held = f"{scores.documents:,} documents, {scores.bytes:,} bytes held out"
-        lines["bits per byte"] = f"{bits:.4f} +- {scores.stderr['bits_per_byte']:.4f}  ({held})"
+        error = scores.stderr["bits_per_byte"]
+        error_text = f"standard error {error:.4f}" if math.isfinite(error) else "one document: no standard error"
+        at = f", at step {record.evaluated_at:,}" if record.evaluated_at != state.step else ""
+        lines["bits per byte"] = f"{bits:.4f}  ({held}{at}; {error_text})"
         for name, value in beside.items():
-            lines[f"  {name}"] = f"{value:.4f}  (this model: {bits / value:.3f} of it)"
+            lines[f"  {name}"] = f"{value:.4f}  (this model takes {bits / value:.3f} of that)"
+    if record.refused_steps:
+        lines["refused steps"] = f"{record.refused_steps:,}: not finite, no weight changed (see `skip` in the ledger)"
     lines["run"] = str(record.folder.path)
     if config.checkpoint.export:
         lines["for transformers"] = str(record.folder.export)

@@ -179,7 +179,13 @@ def _announce(record: Record, state: State, engine: ShardedEngine, mesh: Mesh) -
     )
     record.console.say(
         f"{config.run.name}: {parameters(config.model):,} parameters, {config.total_tokens:,} tokens in "
-        f"{config.total_steps:,} steps; {mesh.ranks} x {device}, {dtype}"
+        f"{config.total_steps:,} steps; {mesh.ranks} {'rank' if mesh.ranks == 1 else 'ranks'} on {device}, {dtype}"
+    )
+    train, held = record.store.split("train"), record.store.split("validation")
+    epochs = config.total_tokens / train.n_tokens
+    record.console.say(
+        f"{record.store.folder}: {train.n_tokens:,} tokens to train on ({epochs:.2g} epochs), "
+        f"{held.n_documents:,} documents held out"
     )
 
 

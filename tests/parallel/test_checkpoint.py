@@ -87,11 +87,15 @@ def test_a_replacement_that_fails_keeps_the_checkpoint_it_was_to_replace(
 ) -> None:
     save(tmp_path, 1, tensors(1), {"old": True}, ALONE)
 
+    rename = os.rename
+
     def refusing(source: Path, target: Path) -> None:
-        raise OSError(5, "Input/output error")
+        if str(source).endswith(".saving"):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
-        patch.setattr("minka.parallel.checkpoint.os.rename", refusing)
+        patch.setattr(os, "rename", refusing)
         save(tmp_path, 1, tensors(2), {"old": False}, ALONE)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     assert restore(tmp_path, tensors(), ALONE, silent) == {"old": True}

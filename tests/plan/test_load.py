@@ -103,7 +103,9 @@ def test_another_format_is_refused() -> None:
         ("run.max_steps=1_000", "run.max_steps", 1000),
         ('eval.prompts=["a", "b"]', "eval.prompts", ("a", "b")),
         ("model.rope_scaling.factor=4.0", "model.rope_scaling.factor", 4.0),
-        ("data.store=", "data.store", ""),
+        ("data.store=here", "data.store", "here"),
+        ("run.name=2026", "run.name", "2026"),
+        ("data.paths=corpus", "data.paths", ("corpus",)),
     ],
 )
 def test_an_override_sets_one_field_and_is_reported(override: str, key: str, value: object) -> None:
@@ -114,6 +116,10 @@ def test_an_override_sets_one_field_and_is_reported(override: str, key: str, val
     same = [name for name in RunConfig.model_fields if name != section]
     assert [getattr(loaded.config, name) for name in same] == [getattr(plain, name) for name in same]
     assert rest
+
+
+def test_an_override_that_changes_nothing_is_not_reported() -> None:
+    assert load_run("demo", ["data.store=", "data.seq_len=256"]).changed == {}
 
 
 def test_an_override_reports_the_value_before() -> None:

@@ -101,7 +101,8 @@ def test_an_interrupt_while_preparing_leaves_nothing(tmp_path: Path) -> None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == ExitStatus.FAILED
+    assert process.returncode == ExitStatus.STOPPED
+    assert "nothing to save" in errors
     assert "Traceback" not in errors
     assert not list(tmp_path.glob("*store*"))
     assert not RunFolder.of(config).path.exists()
