@@ -14,11 +14,12 @@ from minka.data.loader import Loader
 from minka.data.prepare import open_or_prepare, store_folder
 from minka.data.store import TokenStore
 from minka.parallel.apply import build_model, compute_dtype
-from minka.parallel.checkpoint import checkpoints, restore
+from minka.parallel.checkpoint import restore
 from minka.parallel.engine import ShardedEngine
 from minka.parallel.export import export_checkpoint
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.parallel.pieces import piece_of
+from minka.parallel.shelf import step_name
 from minka.plan.cli import progress
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
@@ -196,11 +197,11 @@ def _finish(job: WorkerJob, run: Session, state: State, status: ExitStatus) -> E
     write_json(
         folder.exit_file, {**ending, "requeue": status == ExitStatus.STOPPED}
     )  # first: the export may be cut off
-    saved = checkpoints(folder.checkpoints)
-    if config.checkpoint.export and saved:
+    checkpoint = folder.checkpoints / step_name(state.step)  # the one just written, not whatever sorts last
+    if config.checkpoint.export and checkpoint.exists():
         store = run.record.store
         try:
-            export_checkpoint(saved[-1], folder.export, config.model, store.tokenizer_folder, store.eod)
+            export_checkpoint(checkpoint, folder.export, config.model, store.tokenizer_folder, store.eod)
         except (OSError, ValueError, UserError) as error:
             run.record.event("save_failed", state, reason=f"export: {error}")
             remedy = f"`minka export {folder.path} FOLDER` tries again"
