@@ -3,15 +3,19 @@
 Cross-section rules stand in config.py, next to RunConfig; rules on one section stand here, under its fields.
 """
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
+Range = Annotated[tuple[int, int], Field(strict=False)]
 Name = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class Section(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
-    """Base of every section: frozen, an unknown key is an error, and so is a value of another type."""
+    """Base of every section: frozen, an unknown key is an error, and so is a value of another type.
+
+    Only lists are not strict: a list will do for a tuple.
+    """
 
 
 class RunSection(Section):
@@ -84,7 +88,7 @@ class DataSection(Section):
     """Where the tokens come from, and how they are cut into sequences and batches."""
 
     source: Literal["stdlib", "text", "jsonl", "parquet", "datasets"] = "stdlib"
-    paths: tuple[str, ...] = Field((), description="files, folders or globs for text, jsonl and parquet")
+    paths: tuple[str, ...] = Field((), strict=False, description="files, folders or globs for text, jsonl and parquet")
     dataset: str = Field("", description="first argument of datasets.load_dataset")
     dataset_config: str = ""
     dataset_split: str = "train"
@@ -95,8 +99,10 @@ class DataSection(Section):
     max_bytes: int = Field(0, ge=0, description="read at most this much text; 0 = all")
     seq_len: int = Field(ge=2, description="tokens in a sequence")
     batch_tokens: int = Field(ge=1, description="tokens in a global batch; a multiple of seq_len")
-    batch_warmup: tuple[BatchStage, ...] = ()
-    dropped_samples: tuple[tuple[int, int], ...] = Field((), description="[first, last) ranges left out of the order")
+    batch_warmup: tuple[BatchStage, ...] = Field((), strict=False, description="smaller batches to begin with")
+    dropped_samples: tuple[Range, ...] = Field(
+        (), strict=False, description="[first, last) ranges left out of the order"
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -166,7 +172,7 @@ class EvalSection(Section):
     every_tokens: int = Field(0, ge=0)
     max_documents: int = Field(0, ge=0, description="of the validation split, in order; 0 = all")
     batch_sequences: int = Field(8, ge=1, description="sequences a rank evaluates at once")
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = Field((), strict=False, description="texts that are gone on with at each evaluation")
     sample_tokens: int = Field(48, ge=1)
     temperature: float = Field(0.0, ge=0, description="0 = greedy")
 
