@@ -21,7 +21,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP) ## prints a table of what a step costs on this machine
+bench: $(STAMP) ## speed beside a peer, as ratios with their bounds
 	$(BIN)/python -m minka.train.bench
 
 # For a machine that has torch with CUDA already: no network, no environment of its own.

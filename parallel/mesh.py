@@ -108,5 +108,5 @@ def local_device() -> torch.device:
 
 
 def _lone_store() -> Any:
-    """For a single rank: nobody to meet, so any free port will do."""
+    """For a single rank: nobody to meet, so any free port will do. (Public; torch's type stubs do not export it.)"""
     return dist.TCPStore("127.0.0.1", 0, is_master=True)  # type: ignore[attr-defined]
