@@ -20,7 +20,7 @@ from minka.eval.windows import Rows, Window, filler, rows, windows
 from minka.parallel.engine import Scorer
 from minka.parallel.mesh import Mesh
 from minka.plan.config import RunConfig
-from minka.plan.run import write_json
+from minka.plan.writing import write_json
 
 SUITE = "heldout"
 VERSION = 1

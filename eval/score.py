@@ -16,8 +16,9 @@ from minka.parallel.shelf import find_checkpoint, run_and_step
 from minka.plan.errors import UserError
 from minka.plan.layout import Layout
 from minka.plan.load import load_run
-from minka.plan.run import find_run, store_of, writing
+from minka.plan.run import find_run, store_of
 from minka.plan.sections import EvalSection
+from minka.plan.writing import writing
 
 
 def score_checkpoint(run: str, overrides: Sequence[str], alive: Callable[[], None]) -> Any:

@@ -17,8 +17,8 @@ from torch import Tensor
 from minka.model.hub_config import from_config, to_config
 from minka.model.transformer import Transformer
 from minka.plan.errors import UserError
-from minka.plan.run import writing
 from minka.plan.sections import ModelSection
+from minka.plan.writing import writing
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MARKER, MARKER_FORMAT = "minka_export.json", 1  # only a folder with this file in it is ever replaced

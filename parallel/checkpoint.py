@@ -27,7 +27,7 @@ from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece
 from minka.parallel.shelf import checkpoints, grave_of, prune, step_name, steps_of
 from minka.plan.errors import ExitStatus, UserError
-from minka.plan.run import write_json
+from minka.plan.writing import write_json
 
 __all__ = ["checkpoints", "load_manifest", "prune"]  # of the files beside this one, for those who train
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from minka.plan.run import finite
+from minka.plan.ledger import finite
 
 FORMAT = 1
 NAME = "manifest.json"

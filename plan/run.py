@@ -1,13 +1,8 @@
-"""The run folder and its ledger: what is on disk of a run, written so that a crash loses at most one line."""
+"""The run folder: what is on disk of a run, who may write there, and whether it is the run that is meant."""
 
 import fcntl
 import json
-import math
-import os
-import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +10,7 @@ from typing import Any, NamedTuple
 from minka.plan.config import IDENTITY, RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.load import dump_toml, flatten, load_run
-
-FORMAT = 1
-EVENTS = frozenset(
-    "start step save save_failed eval skip suspect rewind restore fallback restart stop refuse detail".split()
-)
+from minka.plan.writing import write_json, write_text, writing
 
 
 class RunFolder:
@@ -168,109 +159,3 @@ def store_of(folder: RunFolder) -> StorePlace:
             why="the run's tokenizer is found through it",
             remedy="put the run's folder and its token store back where they were",
         ) from None
-
-
-class Ledger:
-    """Append-only JSON lines, one event a line. Opened by one process: rank 0 of the run."""
-
-    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
-        self._clock = clock
-        torn = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        # A crash cut the last line: end it, so that the next event stands on its own.
-        self._waiting = b"\n" if torn else b""
-
-    def append(self, event: str, *, step: int, tokens: int, **fields: object) -> bool:
-        """Write one event; false when the disk did not take it: then it waits and goes out with a later one.
-
-        `step` and `tokens` count what was begun on the current lineage.
-        """
-        if event not in EVENTS:
-            raise ValueError(f"{event!r} is no ledger event; known: {sorted(EVENTS)}")
-        line = {"event": event, "time": self._clock(), "step": step, "tokens": tokens, **fields}
-        self._waiting += json.dumps(finite(line), allow_nan=False).encode() + b"\n"
-        try:
-            while self._waiting:
-                self._waiting = self._waiting[os.write(self._file, self._waiting) :]
-        except OSError:
-            return False
-        return True
-
-    def close(self) -> None:
-        """Flush to the disk and close."""
-        os.fsync(self._file)
-        os.close(self._file)
-
-
-def read_ledger(path: Path) -> Iterator[dict[str, Any]]:
-    """The events of a ledger in order, non-finite numbers as floats again; a line cut by a crash is left out."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            try:
-                yield _floats(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-
-
-def finite(value: Any) -> Any:
-    """`value` with non-finite floats as the strings NaN, Infinity, -Infinity (JSON has no word for them)."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
-    if isinstance(value, Mapping):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(inner) for inner in value]
-    return value
-
-
-def _floats(value: Any) -> Any:
-    if value in ("NaN", "Infinity", "-Infinity"):
-        return float(value)
-    if isinstance(value, dict):
-        return {key: _floats(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_floats(inner) for inner in value]
-    return value
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all: written beside, synced, renamed over."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: object) -> None:
-    """`write_text` of one JSON document."""
-    write_text(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
-
-
-class writing:
-    """Turn the errors of writing under `path` into a UserError that says what would work."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, OSError) or error.errno is None:
-            return
-        existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
-        free = shutil.disk_usage(existing).free
-        raise UserError(
-            f"cannot be written: {os.strerror(error.errno)}",
-            where=str(error.filename or self.path),
-            why=f"{free / 2**20:,.0f} MiB are free on its disk",
-            remedy="free some space, or choose another place (run.folder=..., data.store=...)",
-        ) from error

@@ -9,8 +9,9 @@ import torch
 
 from minka.model.attention import attention, document_structure
 from minka.parallel.mesh import start_mesh
+from minka.plan.ledger import read_ledger
 from minka.plan.load import load_run
-from minka.plan.run import RunFolder, read_ledger
+from minka.plan.run import RunFolder
 from minka.plan.sections import KernelsSection
 from minka.train.bench import made_up_batch, our_step, peer_step
 from minka.train.worker import build_engine

@@ -16,8 +16,8 @@ from house import FILE_LINES, FLOORS, sources
 from minka.__main__ import COMMANDS
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
+from minka.plan.ledger import EVENTS
 from minka.plan.load import load_run, recipe_names
-from minka.plan.run import EVENTS
 from minka.plan.sections import BatchStage, RopeScaling
 
 GUIDES = ("architecture", "configuration", "numbers", "data", "training", "evaluation", "failures")

@@ -26,8 +26,8 @@ from minka.parallel.engine import ShardedEngine
 from minka.parallel.mesh import start_mesh
 from minka.plan.cli import print_json
 from minka.plan.config import RunConfig
+from minka.plan.ledger import read_ledger
 from minka.plan.load import validate
-from minka.plan.run import read_ledger
 from minka.train.summary import table
 from minka.train.worker import build_engine
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
-from minka.plan.run import RunFolder, write_json
+from minka.plan.run import RunFolder
+from minka.plan.writing import write_json
 
 HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # each asks the ranks to save and stop
 STACKS_SIGNAL = signal.SIGUSR2

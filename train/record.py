@@ -21,7 +21,8 @@ from minka.parallel.pieces import Piece
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
 from minka.plan.guard import judge
-from minka.plan.run import Ledger, RunFolder
+from minka.plan.ledger import Ledger
+from minka.plan.run import RunFolder
 from minka.train.console import Console
 from minka.train.metrics import Metrics, StepRecord, Stopwatch, memory_bytes
 from minka.train.signals import Outside

@@ -25,7 +25,9 @@ from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.flops import FORMULAS, parameters, training_flops_per_token
 from minka.plan.hardware import find
-from minka.plan.run import Ledger, RunFolder, write_json
+from minka.plan.ledger import Ledger
+from minka.plan.run import RunFolder
+from minka.plan.writing import write_json
 from minka.train.console import Console
 from minka.train.loop import Session, train
 from minka.train.optim import AdamW

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 
 from minka.plan.cli import print_json
-from minka.plan.run import finite
+from minka.plan.ledger import finite
 
 
 class Row(NamedTuple):

@@ -6,7 +6,8 @@ import pytest
 
 from minka.plan.errors import UserError
 from minka.plan.load import load_run
-from minka.plan.run import RunFolder, find_run, store_of, writing
+from minka.plan.run import RunFolder, find_run, store_of
+from minka.plan.writing import writing
 
 
 def test_a_recipes_name_means_the_recipe_and_a_runs_name_the_run(

@@ -14,7 +14,8 @@ from commands import environment, train, written
 from minka.parallel.checkpoint import checkpoints, whole_tensors
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
-from minka.plan.run import RunFolder, read_ledger
+from minka.plan.ledger import read_ledger
+from minka.plan.run import RunFolder
 from minka.train.launch import Ranks, choose_ranks, first_host, joined, slurm_environment, visible_gpus
 from tiny import tiny
 

@@ -17,7 +17,8 @@ from minka.parallel.engine import MicroBatch, ShardedEngine, Sums
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.parallel.pieces import piece_of
 from minka.plan.config import RunConfig
-from minka.plan.run import RunFolder, read_ledger
+from minka.plan.ledger import read_ledger
+from minka.plan.run import RunFolder
 from ranks import on_ranks
 from tiny import tiny, train_rank
 

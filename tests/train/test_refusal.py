@@ -12,7 +12,8 @@ from minka.parallel.engine import MicroBatch, ShardedEngine, Sums
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
 from minka.plan.guard import judge
-from minka.plan.run import RunFolder, read_ledger
+from minka.plan.ledger import read_ledger
+from minka.plan.run import RunFolder
 from ranks import on_ranks
 from tiny import tiny, train_rank
 

@@ -10,7 +10,8 @@ from commands import minka, written
 from minka.parallel.mesh import Mesh
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.layout import Layout
-from minka.plan.run import Ledger, RunFolder, read_ledger
+from minka.plan.ledger import Ledger, read_ledger
+from minka.plan.run import RunFolder
 from minka.train.launch import parse_window
 from minka.train.metrics import device_mfu, layer_norms
 from ranks import on_ranks

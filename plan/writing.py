@@ -1,0 +1,51 @@
+"""Files that are written whole or not at all, and errors of writing that say what would work."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from minka.plan.errors import UserError
+from minka.plan.ledger import finite
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all: written beside, synced, renamed over."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: object) -> None:
+    """`write_text` of one JSON document."""
+    write_text(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
+
+
+class writing:
+    """Turn the errors of writing under `path` into a UserError that says what would work."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, OSError) or error.errno is None:
+            return
+        existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        free = shutil.disk_usage(existing).free
+        raise UserError(
+            f"cannot be written: {os.strerror(error.errno)}",
+            where=str(error.filename or self.path),
+            why=f"{free / 2**20:,.0f} MiB are free on its disk",
+            remedy="free some space, or choose another place (run.folder=..., data.store=...)",
+        ) from error
