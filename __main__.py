@@ -13,6 +13,7 @@ COMMANDS = {  # command: (module:function, called with argv and giving the exit 
     "train": ("minka.train.command:main", "train a recipe, a run.toml, or go on with a run"),
     "eval": ("minka.eval.command:main", "score a checkpoint of a run"),
     "export": ("minka.parallel.command:main", "write a checkpoint as a Hugging Face folder"),
+    "report": ("minka.report.command:main", "show runs as one HTML page"),
     "doctor": ("minka.train.command:doctor", "is this machine, and this recipe, fit to train?"),
 }
 DONE, FAILED, REFUSED = 0, 1, 2  # minka.plan.errors has the whole table; the front door imports nothing

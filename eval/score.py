@@ -9,6 +9,7 @@ from minka.eval.bits import heldout, write_scores
 from minka.parallel.apply import build_model
 from minka.parallel.checkpoint import restore_from
 from minka.parallel.engine import ShardedScorer
+from minka.parallel.lease import leased
 from minka.parallel.manifest import load_manifest
 from minka.parallel.mesh import start_mesh
 from minka.parallel.pieces import piece_of
@@ -35,7 +36,8 @@ def score_checkpoint(run: str, overrides: Sequence[str], alive: Callable[[], Non
     layout = Layout(micro_batch=config.layout.micro_batch, precision=config.layout.precision)
     with start_mesh(layout) as mesh:
         model = build_model(config, mesh)
-        restore_from(checkpoint, {f"model.{n}": piece_of(p) for n, p in model.named_parameters()})
+        with leased(folder.path, checkpoint):
+            restore_from(checkpoint, {f"model.{n}": piece_of(p) for n, p in model.named_parameters()}, mesh)
         scorer = ShardedScorer(model, mesh)
         scores = heldout(scorer, store.split("validation"), config, mesh, store.eod, alive)
     state = load_manifest(checkpoint)["state"]

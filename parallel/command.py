@@ -24,13 +24,15 @@ def main(argv: Sequence[str]) -> int:
         as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
     ) -> int:
         from minka.parallel.export import export_checkpoint
+        from minka.parallel.lease import leased
         from minka.parallel.shelf import find_checkpoint, run_and_step
         from minka.plan.run import find_run, store_of
 
         name, step = run_and_step(run)
         found = find_run(name)
         checkpoint, store = find_checkpoint(found.checkpoints, step), store_of(found)
-        export_checkpoint(checkpoint, folder, found.config().model, store.tokenizer, store.eod)
+        with leased(found.path, checkpoint):
+            export_checkpoint(checkpoint, folder, found.config().model, store.tokenizer, store.eod)
         if as_json:
             print_json({"checkpoint": str(checkpoint), "folder": str(folder)})
         else:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -27,6 +27,7 @@ class Mesh:
     device: torch.device
     rank: int
     axes: DeviceMesh | None
+    host: Any = None  # the process group of sum_on_host; None is the default one
 
     @property
     def ranks(self) -> int:
@@ -59,8 +60,12 @@ class Mesh:
         if self.axes is None:
             return list(numbers)
         tensor = torch.tensor(numbers, dtype=torch.int64)
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=self.host)
         return [int(n) for n in tensor.tolist()]
+
+    def beside(self) -> "Mesh":
+        """The same mesh with a group of its own for sum_on_host, for a thread beside the training. Collective."""
+        return self if self.axes is None else replace(self, host=dist.new_group(backend="gloo"))
 
     def barrier(self) -> None:
         """Wait for every rank, on the host."""

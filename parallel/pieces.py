@@ -1,5 +1,7 @@
 """A piece: the box of a global tensor that one rank holds. Checkpoints, initial weights and norms speak of pieces."""
 
+import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -12,14 +14,14 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 class Piece(NamedTuple):
     """`local` is the box of a tensor of `global_shape` that begins at `offset`.
 
-    `copies` ranks hold the same box; `first` is true on the one that writes it.
+    `copies` ranks hold the same box, and this one is number `copy` of them.
     """
 
     local: Tensor
     offset: tuple[int, ...]
     global_shape: tuple[int, ...]
     copies: int = 1
-    first: bool = True
+    copy: int = 0
 
 
 def piece_of(tensor: Tensor) -> Piece:
@@ -27,22 +29,39 @@ def piece_of(tensor: Tensor) -> Piece:
     if not isinstance(tensor, DTensor):
         alone = not dist.is_initialized() or dist.get_world_size() == 1
         copies = 1 if alone else dist.get_world_size()
-        return Piece(tensor.detach(), (0,) * tensor.ndim, tuple(tensor.shape), copies, alone or dist.get_rank() == 0)
+        return Piece(tensor.detach(), (0,) * tensor.ndim, tuple(tensor.shape), copies, 0 if alone else dist.get_rank())
     mesh, placements = tensor.device_mesh, tensor.placements
     _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-    copies, first = 1, True
+    copies, copy = 1, 0
     coordinate = mesh.get_coordinate()
     assert coordinate is not None  # every rank is on the mesh
     for axis, placement in enumerate(placements):
         if isinstance(placement, Replicate):  # not `not is_shard()`: a strided shard says it is none
             copies *= mesh.size(axis)
-            first = first and coordinate[axis] == 0
-    return Piece(tensor.to_local().detach(), tuple(offset), tuple(tensor.shape), copies, first)
+            copy = copy * mesh.size(axis) + coordinate[axis]
+    return Piece(tensor.to_local().detach(), tuple(offset), tuple(tensor.shape), copies, copy)
 
 
 def like(piece: Piece, local: Tensor) -> Piece:
     """The same box with another tensor in it: an optimizer moment beside its parameter."""
     return piece._replace(local=local)
+
+
+def to_write(pieces: Mapping[str, Piece]) -> dict[str, Piece]:
+    """What this rank writes of its pieces: of each box one copy is written, and the copies share the work.
+
+    Each box goes to the copy that has the least so far. Ranks agree without a word, since all of them go through the
+    same names and global shapes in the same order.
+    """
+    loads: dict[int, list[int]] = {}
+    mine = {}
+    for name, piece in pieces.items():
+        load = loads.setdefault(piece.copies, [0] * piece.copies)
+        writer = load.index(min(load))
+        load[writer] += math.prod(piece.global_shape) + 1  # ties go round
+        if writer == piece.copy and piece.local.numel():
+            mine[name] = piece
+    return mine
 
 
 def squared_norm(pieces: list[Piece]) -> Tensor:

@@ -19,8 +19,6 @@ from minka.plan.sections import (
 )
 
 FORMAT: Literal[1] = 1
-# Sections that decide which numbers a run produces. A run may go on with other values of the rest.
-IDENTITY = ("run", "model", "data", "optimizer", "schedule")
 
 
 class RunConfig(BaseModel, frozen=True, extra="forbid"):

@@ -2,15 +2,28 @@
 
 import fcntl
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minka.plan.config import IDENTITY, RunConfig
+from pydantic import ValidationError
+
+from minka.plan.changes import Changes, changes, check_resume
+from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
-from minka.plan.load import dump_toml, flatten, load_run
+from minka.plan.load import dump_toml, from_json, load_run
 from minka.plan.writing import write_json, write_text, writing
+
+LINEAGE_FORMAT = 1
+
+
+class History(NamedTuple):
+    """What a ledger says of a run's starts and saves since it last began again."""
+
+    starts: int
+    saves: int
+    config: RunConfig | None  # as it was last started; None in a ledger that does not say
 
 
 class RunFolder:
@@ -20,6 +33,7 @@ class RunFolder:
         self.path = path
         self.config_file = path / "run.toml"
         self.ledger_file = path / "ledger.jsonl"
+        self.lineage_file = path / "lineage.json"
         self.checkpoints = path / "checkpoints"
         self.evals = path / "evals"
         self.export = path / "export"
@@ -33,22 +47,57 @@ class RunFolder:
         return cls(Path(config.run.folder) / config.run.name)
 
     def exists(self) -> bool:
-        """Whether a run was begun here."""
+        """Whether a run was made here."""
         return self.config_file.is_file()
 
+    def begun(self) -> bool:
+        """Whether it has come as far as its first step or checkpoint. Before that, making it again loses nothing."""
+        recorded = self.ledger_file.exists() and self.ledger_file.stat().st_size > 0
+        return self.exists() and (recorded or any(self.checkpoints.glob("step-*")))
+
     def config(self) -> RunConfig:
-        """The run as it was last started."""
+        """The run as its run.toml has it."""
         return load_run(str(self.config_file)).config
 
-    def open(self, config: RunConfig, provenance: Mapping[str, object]) -> None:
-        """Create the folder, or check that the run in it is the one `config` describes.
+    def history(self) -> History:
+        """Starts and saves since the run last began again, and the configuration that it was last started with."""
+        starts = saves = 0
+        config: RunConfig | None = None
+        for event in self._events():
+            match event.get("event"):
+                case "restart":
+                    starts = saves = 0
+                case "save":
+                    saves += 1
+                case "start":
+                    starts += 1
+                    with suppress(ValidationError):
+                        config = from_json(json.dumps(event["config"])) if "config" in event else None
+        return History(starts, saves, config)
 
-        Raises UserError when another configuration has this name, and when the disk is full or may not be written.
+    def changes(self, config: RunConfig) -> Changes:
+        """Where `config` differs from the run as it was last started. A run.toml edited since does not hide it."""
+        return changes(self.history().config or self.config(), config)
+
+    def lineage(self) -> list[dict[str, Any]]:
+        """The checkpoints that the run came from, nearest first; empty when it began from new weights."""
+        if not self.lineage_file.exists():
+            return []
+        try:
+            return list(json.loads(self.lineage_file.read_text(encoding="utf-8"))["parents"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"cannot be read: {error}", where=str(self.lineage_file), remedy="mend the file") from None
+
+    def open(self, config: RunConfig, provenance: Mapping[str, object], lineage: Sequence[object] = ()) -> None:
+        """Make the folder, or check that the run begun in it may go on as `config` describes it.
+
+        Raises UserError when another run has this name, and when the disk is full or may not be written.
         """
-        if self.exists():
-            self.check_same(config)
+        begun = self.begun()
+        if begun:
+            check_resume(self.changes(config), config.run.name, str(self.path))
             self._check_data(provenance)
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif not self.exists() and self.path.exists() and any(self.path.iterdir()):
             raise UserError(
                 "this folder is not empty and holds no run.toml",
                 where=str(self.path),
@@ -58,9 +107,19 @@ class RunFolder:
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self.logs.mkdir(exist_ok=True)
-            if not (self.path / "provenance.json").exists():
+            if not begun:
                 write_json(self.path / "provenance.json", provenance)
-            write_text(self.config_file, dump_toml(config))  # last: with it, the run exists
+                self.lineage_file.unlink(missing_ok=True)
+                if lineage:
+                    write_json(self.lineage_file, {"format": LINEAGE_FORMAT, "parents": list(lineage)})
+                write_text(self.config_file, dump_toml(config))  # last: with it, the run exists
+
+    def begin(self, config: RunConfig) -> None:
+        """Training begins: `config` is the run's from here on, and how it ended before no longer counts."""
+        with writing(self.path):
+            self.exit_file.unlink(missing_ok=True)
+            if self.config_file.read_text(encoding="utf-8") != dump_toml(config):
+                write_text(self.config_file, dump_toml(config))
 
     def _check_data(self, provenance: Mapping[str, Any]) -> None:
         file = self.path / "provenance.json"
@@ -109,19 +168,18 @@ class RunFolder:
         except (OSError, ValueError, KeyError):
             return False
 
-    def check_same(self, config: RunConfig) -> None:
-        """Raises UserError naming each value in which the run here and `config` are different runs."""
-        old, new = (flatten(c.model_dump(mode="json", include=set(IDENTITY))) for c in (self.config(), config))
-        differ = [k for k in sorted(old.keys() | new.keys()) if k != "run.folder" and old.get(k) != new.get(k)]
-        if differ:
-            lines = "; ".join(f"{key} is {old.get(key)!r} there and {new.get(key)!r} here" for key in differ)
-            raise UserError(
-                f"a run called {config.run.name!r} exists with another configuration: {lines}",
-                where=str(self.path),
-                why="going on would mix two runs under one name",
-                remedy=f"give the new one a name (run.name=...), or drop the overrides to go on with the old one "
-                f"(minka train {self.path})",
-            )
+    def _events(self) -> Iterator[dict[str, Any]]:
+        """The ledger without its steps, which are nearly all of it: a start need not wait for those to be read."""
+        if not self.ledger_file.exists():
+            return
+        with self.ledger_file.open("rb") as lines:
+            for line in lines:
+                if line.startswith(b'{"event": "step"'):
+                    continue
+                with suppress(ValueError):  # a line that a crash cut off
+                    event = json.loads(line)
+                    if isinstance(event, dict):
+                        yield event
 
 
 def find_run(name: str, runs: str = "runs") -> RunFolder:

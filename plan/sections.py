@@ -26,11 +26,15 @@ class RunSection(Section):
     max_steps: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
     folder: str = Field("runs", min_length=1)
+    start_from: str = Field("", description="RUN, RUN@STEP or a Hugging Face folder; empty: from new weights")
+    start_with: Literal["weights", "all"] = Field("weights", description="all: optimizer, counters, data position too")
 
     @model_validator(mode="after")
     def _one_end(self) -> Self:
         if (self.max_steps is None) == (self.max_tokens is None):
             raise ValueError("give exactly one of run.max_steps and run.max_tokens")
+        if self.start_with == "all" and not self.start_from:
+            raise ValueError('run.start_with="all" needs run.start_from')
         return self
 
 
@@ -155,6 +159,11 @@ class CheckpointSection(Section):
 
     every_steps: int = Field(0, ge=0, description="0 = only at the end and on a stop")
     keep: int = Field(2, ge=1, description="newest checkpoints that stay")
+    keep_every_steps: int = Field(0, ge=0, description="checkpoints at multiples of it stay for ever; 0 = none do")
+    keep_tokens: tuple[int, ...] = Field(
+        (), strict=False, description="saved as soon as so many tokens are consumed, and kept for ever"
+    )
+    asynchronous: bool = Field(True, description="write beside the training, from a copy")
     export: bool = Field(True, description="write a Hugging Face folder at the end and on a stop")
 
 

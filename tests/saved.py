@@ -1,5 +1,6 @@
 """Checkpoints that nobody trained: a few tensors, or a run as `minka eval` and `minka export` find it."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,11 @@ import torch
 
 from minka.data.prepare import open_or_prepare
 from minka.parallel.apply import build_model
-from minka.parallel.checkpoint import save
+from minka.parallel.disk import LOCAL, Disk
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.parallel.pieces import Piece, piece_of
+from minka.parallel.saver import Saver
+from minka.parallel.saving import Contents, Saved
 from minka.plan.layout import Layout
 from minka.plan.run import RunFolder
 from tiny import tiny
@@ -22,6 +25,28 @@ def tensors(seed: int = 0) -> dict[str, Piece]:
     generator = torch.Generator().manual_seed(seed)
     made = {"model.w": torch.randn(7, 3, generator=generator), "model.b": torch.randn(5, generator=generator)}
     return {name: piece_of(tensor) for name, tensor in (made | {"count": torch.tensor(float(seed))}).items()}
+
+
+def save(
+    folder: Path,
+    step: int,
+    pieces: Mapping[str, Piece],
+    state: Mapping[str, object],
+    mesh: Mesh,
+    *,
+    keep: int = 100,
+    permanent: bool = False,
+    alive: Callable[[], None] = lambda: None,
+    disk: Disk = LOCAL,
+) -> Saved:
+    """A checkpoint, and nothing beside it. Raises OSError when it could not be written."""
+    saver = Saver(folder, mesh, keep, asynchronous=False, disk=disk)
+    saver.save(Contents(step, state, permanent), pieces, alive)
+    outcome = saver.poll()
+    assert outcome is not None
+    if outcome.error:
+        raise OSError(outcome.error)
+    return Saved(outcome.path, outcome.bytes)
 
 
 def silent(path: Path, reason: str) -> None:

@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from minka.model.attention import attention, document_structure
+from minka.parallel.checkpoint import restore_from
 from minka.parallel.mesh import start_mesh
+from minka.parallel.pieces import piece_of
+from minka.parallel.saver import Outcome, Saver
+from minka.parallel.saving import Contents
+from minka.plan.layout import Layout
 from minka.plan.ledger import read_ledger
 from minka.plan.load import load_run
 from minka.plan.run import RunFolder
@@ -75,6 +80,32 @@ def test_a_step_of_dense_125m_beside_transformers() -> None:
     rate = batch.tokens.numel() / seconds(ours)
     print(f"{torch.cuda.get_device_name()}: {rate:,.0f} tokens/s, {sorted(ratios)[2]:.2f}x transformers")
     assert sorted(ratios)[2] > 1.0
+
+
+def test_a_save_beside_the_training_holds_the_tensors_as_they_were(tmp_path: Path) -> None:
+    """256 MB on the device, changed as soon as the save has its copy; how long the training waited is printed."""
+    with start_mesh(Layout()) as mesh:
+        state = {f"model.{i}": piece_of(torch.randn(1024, 4096, device="cuda")) for i in range(16)}
+        truth = {name: piece.local.clone() for name, piece in state.items()}
+        saver, a = Saver(tmp_path, mesh, 2), torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+        outcomes: list[Outcome] = []
+        for step in (1, 2):  # the first one makes the staging buffer
+            for name, piece in state.items():
+                piece.local.copy_(truth[name])
+            saver.save(Contents(step, {"step": step}), state)
+            for _ in range(50):
+                a @ a  # a forward and backward pass
+            saver.settle()
+            for piece in state.values():
+                piece.local.zero_()  # the update
+            ended = saver.wait()
+            assert ended is not None
+            assert not ended.error
+            outcomes.append(ended)
+        outcome = outcomes[-1]
+        print(f"waited {outcome.stall_seconds * 1e3:.1f} ms of {outcome.total_seconds * 1e3:.0f} ms, the end included")
+        assert restore_from(outcome.path, state, mesh) == {"step": 2}
+        assert all(torch.equal(piece.local, truth[name]) for name, piece in state.items())
 
 
 def seconds(step: Any, steps: int = 10) -> float:

@@ -20,7 +20,17 @@ from minka.plan.ledger import EVENTS
 from minka.plan.load import load_run, recipe_names
 from minka.plan.sections import BatchStage, RopeScaling
 
-GUIDES = ("architecture", "configuration", "numbers", "data", "training", "evaluation", "failures")
+GUIDES = (
+    "architecture",
+    "configuration",
+    "numbers",
+    "data",
+    "training",
+    "checkpoints",
+    "evaluation",
+    "failures",
+    "report",
+)
 TABLES: dict[str, Any] = {name: field.annotation for name, field in RunConfig.model_fields.items() if name != "format"}
 TABLES |= {"model.rope_scaling": RopeScaling, "data.batch_warmup": BatchStage}
 

@@ -22,6 +22,7 @@ import torch
 from minka.data.batch import Batch
 from minka.data.bench import samples_per_second, synthetic_stream
 from minka.model.hub_config import family_of, to_config
+from minka.parallel import bench as saves
 from minka.parallel.engine import ShardedEngine
 from minka.parallel.mesh import start_mesh
 from minka.plan.cli import print_json
@@ -276,6 +277,7 @@ ROWS: dict[str, Callable[[], float]] = {
     "loader, samples of 2,048 a core": lambda: samples_per_second(synthetic_stream(1_000), rows=16),
     "start of the demo to its first step": start_seconds,
     "--help of the slowest command": help_seconds,
+    **saves.ROWS,
 }
 BOUNDS: dict[str, tuple[float, bool, str]] = {
     "eager 1M against transformers": (1.15, True, "x"),
@@ -286,6 +288,7 @@ BOUNDS: dict[str, tuple[float, bool, str]] = {
     "loader, samples of 2,048 a core": (20_000, True, "/s"),
     "start of the demo to its first step": (15.0, False, "s beyond the import of torch"),
     "--help of the slowest command": (0.5, False, "s of CPU time"),
+    **saves.BOUNDS,
 }
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """When something is due: pure functions of configuration and position, the same on every rank."""
 
 from minka.plan.config import RunConfig
+from minka.plan.retention import milestone_passed
 from minka.train.state import State
 
 
-def checkpoint_due(config: RunConfig, step: int) -> bool:
-    """Every checkpoint.every_steps steps."""
-    return _every(config.checkpoint.every_steps, step)
+def checkpoint_due(config: RunConfig, before: State, after: State) -> bool:
+    """Every checkpoint.every_steps steps, and when a number of checkpoint.keep_tokens has been consumed."""
+    settings = config.checkpoint
+    return _every(settings.every_steps, after.step) or milestone_passed(settings, before.tokens, after.tokens)
 
 
 def detail_due(config: RunConfig, step: int) -> bool:

@@ -28,14 +28,22 @@ def main(argv: Sequence[str]) -> int:
         ] = None,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved run and exit")] = False,
         profile: Annotated[str, typer.Option(help="FIRST:LAST steps to trace, for example 10:13")] = "",
+        from_scratch: Annotated[
+            bool, typer.Option("--from-scratch", help="begin again at step 0; checkpoints are moved aside")
+        ] = False,
+        replay: Annotated[
+            int | None, typer.Option(help="run this step again, on one process, and compare", show_default=False)
+        ] = None,
         as_json: Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")] = False,
     ) -> int:
         from minka.plan.load import load_run
 
+        if replay is not None:
+            return _replay(source, overrides or [], replay, as_json)
         loaded = load_run(source, overrides or [])
         if dry_run:
             return _print_run(loaded, as_json)
-        return _start(loaded, ranks, profile, as_json)
+        return _start(loaded, ranks, profile, from_scratch, as_json)
 
     return run_app(app, argv, "minka train")
 
@@ -59,12 +67,21 @@ def doctor(argv: Sequence[str]) -> int:
     return run_app(app, argv, "minka doctor")
 
 
-def _start(loaded: "Loaded", ranks: int | None, profile: str, as_json: bool) -> int:
+def _start(loaded: "Loaded", ranks: int | None, profile: str, from_scratch: bool, as_json: bool) -> int:
     import os
 
     from minka.plan.errors import UserError
     from minka.plan.run import RunFolder
-    from minka.train.launch import choose_ranks, joined, parse_window, slurm_environment, supervise, visible_gpus
+    from minka.train.launch import (
+        choose_ranks,
+        joined,
+        parse_window,
+        restarted,
+        slurm_environment,
+        supervise,
+        visible_gpus,
+    )
+    from minka.train.standing import begin_again
     from minka.train.track import check_trackers
 
     config, joins, gpus = loaded.config, joined(os.environ), visible_gpus(os.environ)
@@ -80,33 +97,83 @@ def _start(loaded: "Loaded", ranks: int | None, profile: str, as_json: bool) -> 
     if ranks is not None and joins:
         raise UserError(f"--ranks cannot be given: {joins} has started the ranks", remedy="leave it out")
     folder = RunFolder.of(config)
-    if folder.exists():
-        folder.check_same(config)
-        if folder.finished():
-            return _say_finished(folder, as_json)
-        if not joins:
-            folder.check_may_start()
+    begun = folder.begun()
+    # A scheduler repeats the command as it was typed: only the first start may throw away what there is.
+    from_scratch = from_scratch and begun and not restarted(os.environ)
+    if _is_over(folder, loaded, from_scratch, as_json):
+        return 0
+    if begun and not joins:
+        folder.check_may_start()
     if joins == "slurm":
         os.environ.update(slurm_environment(os.environ))
     if joins:
-        return _join(loaded, profile, as_json)
+        return _join(loaded, profile, from_scratch, as_json)
     count = choose_ranks(ranks, gpus)
     config.layout.resolve(count)  # refuses here, before anything is started
-    if not as_json:
+    if from_scratch:
+        aside = begin_again(folder)
+        if aside and not as_json:
+            print(f"the checkpoints there were lie in {aside}")
+    if not as_json and not begun:  # of a run that goes on, the ranks say what is another than before
         for key, (old, new) in loaded.changed.items():
             print(f"{key} = {new!r} (was {old!r})", flush=True)
     return supervise(config, count, profile, as_json)
 
 
-def _say_finished(folder: "RunFolder", as_json: bool) -> int:
+def _is_over(folder: "RunFolder", loaded: "Loaded", from_scratch: bool, as_json: bool) -> bool:
+    """Whether the run is finished, which is said. Raises UserError for a run that may not begin or go on like this."""
+    from minka.plan.changes import LENGTH, check_resume
+
+    config = loaded.config
+    changed = folder.changes(config) if folder.begun() else None
+    if config.run.start_from and (changed is None or "run.start_from" in changed):  # then it may be the run itself
+        from minka.train.origin import check_parent, check_tokenizer, find_parent
+
+        parent = find_parent(config)
+        if parent and changed is None:
+            check_parent(parent, config)
+            check_tokenizer(parent, config)
+    if changed is None:
+        return False
+    from minka.train.standing import check_goes_on, standing
+
+    check_resume(changed, config.run.name, str(folder.path))
+    if from_scratch:
+        return False
+    over = folder.finished()
+    if not over or any(key in changed for key in LENGTH):
+        check_goes_on(folder, config)
+        place = standing(folder)
+        over = over and (place is None or config.finished(place.step, place.tokens))
+    if over:
+        _say_finished(folder, [key for key in changed if key not in LENGTH], as_json)
+    return over
+
+
+def _say_finished(folder: "RunFolder", ignored: list[str], as_json: bool) -> None:
     if as_json:
         print_json({"run": str(folder.path), "status": 0, "finished": True, "export": str(folder.export)})
-    else:
-        print(f"{folder.path} is finished. Its export: {folder.export}. A new run needs a name: run.name=...")
-    return 0
+        return
+    print(
+        f"{folder.path} is finished. Its export: {folder.export}. To go on, make it longer (run.max_steps=...); "
+        "a new run needs a name (run.name=...)"
+    )
+    if ignored:
+        print(f"Without more steps, {', '.join(ignored)} changes nothing in it.")
 
 
-def _join(loaded: "Loaded", profile: str, as_json: bool) -> int:
+def _replay(source: str, overrides: list[str], step: int, as_json: bool) -> int:
+    from minka.plan.errors import UserError
+    from minka.train.replay import replay_command
+
+    if overrides:
+        raise UserError(
+            "overrides cannot be given", where="--replay", why="a step is run again as it was", remedy="leave them out"
+        )
+    return replay_command(source, step, as_json)
+
+
+def _join(loaded: "Loaded", profile: str, from_scratch: bool, as_json: bool) -> int:
     import sys
 
     from minka.train.ranks import run_guarded
@@ -115,7 +182,7 @@ def _join(loaded: "Loaded", profile: str, as_json: bool) -> int:
     job = WorkerJob(loaded.config, profile, as_json, threads=None, beat=None, prepared=False)
 
     def body() -> int:
-        prepare_joined(loaded.config, sys.argv)
+        prepare_joined(loaded.config, sys.argv, from_scratch=from_scratch)
         return work(job)
 
     return run_guarded(body, as_json)

@@ -37,6 +37,12 @@ def joined(environment: Mapping[str, str]) -> str | None:
     return None
 
 
+def restarted(environment: Mapping[str, str]) -> bool:
+    """Whether a scheduler or torchrun starts this command again by itself."""
+    counts = (environment.get(name, "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    return any(count.isdecimal() and int(count) > 0 for count in counts)
+
+
 def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """torch's names for a rank's place, from those srun gives each task."""
     hosts = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]

@@ -56,6 +56,8 @@ def train(run: Session, state: State) -> tuple[State, ExitStatus]:
             detail = Detail(engine, run.optimizer, mesh) if detail_due(config, state.step + 1) else None
             if detail:
                 detail.before_apply(micro_batches[0])
+        record.settle(watch)  # a save under way has its copy of what is about to change
+        with watch.time("compute"):
             engine.apply(rate, config.optimizer.max_norm, accepts(sums, norm))
         before, state = state, state.after(loaded)
         metrics.note(state, sums, norm, rate, targets, watch)
@@ -64,7 +66,7 @@ def train(run: Session, state: State) -> tuple[State, ExitStatus]:
         run.outside.alive(state.step)
         if detail:
             record.detail(state, detail.after_apply(rate))
-        save, evaluate = checkpoint_due(config, state.step), eval_due(config, before, state)
+        save, evaluate = checkpoint_due(config, before, state), eval_due(config, before, state)
         if metrics.due or save or evaluate:  # a checkpoint never holds steps that were not judged
             state, status = record.judge(metrics, state)
         if save:
@@ -74,8 +76,9 @@ def train(run: Session, state: State) -> tuple[State, ExitStatus]:
     if status != ExitStatus.NEEDS_PERSON:
         state, judged = record.judge(metrics, state)
         status = status if judged == ExitStatus.DONE else judged
-    saved = record.save(state, engine.tensors(), watch)
+    record.save(state, engine.tensors(), watch)
     if status == ExitStatus.DONE:
         record.evaluate(state, engine, watch)
+    saved = record.saved(state, watch)
     record.event("stop", state, reason=status.reason, seconds=watch.read())
     return state, status if saved else ExitStatus.FAILED

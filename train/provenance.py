@@ -26,7 +26,7 @@ def provenance(config: RunConfig, store: TokenStore, command: Sequence[str]) -> 
         "commit": _git("rev-parse", "HEAD"),
         "changed_files": _git("status", "--porcelain"),
         "python": sys.version,
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": versions(*PACKAGES),
         "machine": {
             "system": platform.platform(),
             "processor": processor(),
@@ -36,6 +36,11 @@ def provenance(config: RunConfig, store: TokenStore, command: Sequence[str]) -> 
         "data": {"store": str(store.folder.resolve()), "manifest_sha256": store.hash},
         "seed": config.run.seed,
     }
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """What is installed of these; None where one is not."""
+    return {name: _version(name) for name in packages}
 
 
 def processor() -> str:

@@ -16,13 +16,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from minka.data.prepare import open_or_prepare
-from minka.plan.cli import print_error, progress
+from minka.plan.cli import print_error
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.load import from_json
 from minka.plan.run import RunFolder
-from minka.train.provenance import provenance
+from minka.train.origin import open_run
 from minka.train.signals import ASKING
 from minka.train.worker import WorkerJob, work
 
@@ -110,8 +109,7 @@ def run_guarded(body: Callable[[], int | None], as_json: bool) -> int:
 
 
 def _prepare(config: RunConfig, command: list[str]) -> None:
-    store = open_or_prepare(config, Path(), progress)
-    RunFolder.of(config).open(config, provenance(config, store, command))
+    open_run(config, command)
 
 
 def _rank_body(config: RunConfig, job: dict[str, Any], rank: int, store: str) -> Callable[[], int]:

@@ -4,8 +4,7 @@ Every rank has one, since judging, saving and evaluating are collective; only ra
 """
 
 import json
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -14,19 +13,22 @@ from minka.data.batch import FILLER
 from minka.data.store import TokenStore
 from minka.eval.bits import SUITE, Scores, heldout, write_scores
 from minka.eval.samples import samples
-from minka.parallel.checkpoint import prune, save
 from minka.parallel.engine import Scorer
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece
+from minka.parallel.saver import Outcome, Saver
+from minka.parallel.saving import Contents
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
 from minka.plan.guard import judge
 from minka.plan.ledger import Ledger
+from minka.plan.retention import permanent
 from minka.plan.run import RunFolder
 from minka.train.console import Console
+from minka.train.contents import contents
 from minka.train.metrics import Metrics, StepRecord, Stopwatch, memory_bytes
 from minka.train.signals import Outside
-from minka.train.state import State
+from minka.train.state import State, randomness
 from minka.train.track import Tracker
 
 
@@ -42,6 +44,7 @@ class Record:
         ledger: Ledger | None,
         trackers: Sequence[Tracker],
         console: Console,
+        lineage: Sequence[Mapping[str, object]] = (),
     ) -> None:
         self.config, self.mesh, self.store, self.outside = config, mesh, store, outside
         self.ledger, self.trackers, self.console = ledger, trackers, console
@@ -49,7 +52,10 @@ class Record:
         self.scores: Scores | None = None
         self.last: StepRecord | None = None
         self.tokens_per_second: float | None = None
-        self._saved_at = -1
+        self.lineage = lineage
+        settings = config.checkpoint
+        self._saver = Saver(self.folder.checkpoints, mesh, settings.keep, asynchronous=settings.asynchronous)
+        self._saved = State(step=-1)
         self.evaluated_at = -1
         self.refused_steps = 0
         self._ledger_writes = True
@@ -104,31 +110,56 @@ class Record:
         for tracker in self.trackers:
             tracker.log(state.step, flat)
 
-    def save(self, state: State, tensors: Mapping[str, Piece], watch: Stopwatch) -> bool:
-        """Write a checkpoint; a failure is an event, and the run goes on with the one before. Collective."""
-        if self._saved_at == state.step:
-            return True
-        began = time.perf_counter()
-        try:
-            with watch.time("save"):
-                saved = save(
-                    self.folder.checkpoints,
-                    state.step,
-                    tensors,
-                    state.as_json(),
-                    self.mesh,
-                    alive=lambda: self.outside.alive(state.step),
-                )
-        except OSError as error:
-            self._failed(state, "checkpoint", error)
-            return False
-        self._saved_at = state.step
-        if self.mesh.is_first:
-            prune(self.folder.checkpoints, self.config.checkpoint.keep)
-        took = time.perf_counter() - began
-        sizes = {"bytes": saved.bytes, "stall_seconds": took, "total_seconds": took}
-        self.event("save", state, path=str(saved.path), permanent=False, **sizes)
-        return True
+    def resumed(self, state: State) -> None:
+        """The run goes on from a checkpoint of its own, which need not be saved again."""
+        self._saved = state
+
+    def save(self, state: State, tensors: Mapping[str, Piece], watch: Stopwatch) -> None:
+        """Begin a checkpoint, once the one before it has ended; a failure is an event, and the run goes on. Collective.
+
+        No tensor may change before `settle`.
+        """
+        with watch.time("save"):
+            self._saving_ended(self._saver.wait(self._beat(state)))
+            if self._saved.step == state.step:
+                return
+            stays = permanent(self.config.checkpoint, state.step, self._saved.tokens, state.tokens)
+            told = contents(self.config, state, self.mesh, self.store.hash, self.lineage)
+            self._saver.save(Contents(state.step, told, stays), {**tensors, **randomness()}, self._beat(state))
+            self._saving_ended(self._saver.poll())
+
+    def settle(self, watch: Stopwatch) -> None:
+        """Before an update: a save under way has its own copy of every tensor when this returns."""
+        with watch.time("save"):
+            self._saver.settle(self._beat(self._saved))
+            self._saving_ended(self._saver.poll())
+
+    def saved(self, state: State, watch: Stopwatch) -> bool:
+        """Whether `state` is safe in a checkpoint, once the save under way has ended. Collective."""
+        with watch.time("save"):
+            self._saving_ended(self._saver.wait(self._beat(state)))
+        return self._saved.step == state.step
+
+    def _saving_ended(self, outcome: Outcome | None) -> None:
+        if outcome is None:
+            return
+        state = State.from_json(outcome.contents.state)
+        if outcome.error:
+            self._failed(state, "checkpoint", outcome.error)
+            return
+        self._saved = state
+        self.event(
+            "save",
+            state,
+            path=str(outcome.path),
+            bytes=outcome.bytes,
+            stall_seconds=outcome.stall_seconds,
+            total_seconds=outcome.total_seconds,
+            permanent=outcome.contents.permanent,
+        )
+
+    def _beat(self, state: State) -> Callable[[], None]:
+        return lambda: self.outside.alive(state.step)
 
     def evaluate(self, state: State, scorer: Scorer, watch: Stopwatch) -> None:
         """Bits per byte on the validation split, and samples. Collective."""
@@ -145,7 +176,7 @@ class Record:
         try:
             write_scores(self.folder.evals, state.step, state.tokens, self.scores, written)
         except OSError as error:
-            self._failed(state, "evaluation", error)
+            self._failed(state, "evaluation", str(error))
         scores = {"scores": self.scores.scores, "stderr": self.scores.stderr}
         self.event("eval", state, suite=SUITE, **scores)
         self.console.say(f"step {state.step}: {self.scores.scores['bits_per_byte']:.4f} bits per byte, held out")
@@ -154,12 +185,14 @@ class Record:
         for tracker in self.trackers:
             tracker.log(state.step, {f"eval/{name}": value for name, value in self.scores.scores.items()})
 
-    def _failed(self, state: State, what: str, error: OSError) -> None:
+    def _failed(self, state: State, what: str, error: str) -> None:
         self.event("save_failed", state, reason=f"{what}: {error}")
         self.console.say(f"step {state.step}: the {what} could not be written: {error}")
 
     def close(self) -> None:
-        """Finish every file and tracker."""
+        """Finish the save under way, every file and every tracker."""
+        # Also when the training has broken down: what the save needs it has, and the other ranks' savers still run.
+        self._saving_ended(self._saver.close(self.config.guard.hang_seconds))
         for tracker in self.trackers:
             tracker.close()
         if self.ledger is not None:

@@ -1,9 +1,12 @@
 """Where a run is: a few numbers, the same on every rank, and all that a restart needs beside the tensors."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+import torch
+
 from minka.data.loader import LoaderState
+from minka.parallel.pieces import Piece, piece_of
 
 
 @dataclass(frozen=True)
@@ -30,5 +33,10 @@ class State:
 
     @classmethod
     def from_json(cls, values: Any) -> "State":
-        """From a checkpoint's manifest."""
-        return cls(**values)
+        """From a checkpoint's manifest, which says more than this."""
+        return cls(**{field.name: int(values[field.name]) for field in fields(cls)})
+
+
+def randomness() -> dict[str, Piece]:
+    """torch's generator on this rank as a tensor of a checkpoint. Nothing that trains draws from it so far."""
+    return {"rng.torch": piece_of(torch.get_rng_state())}

@@ -11,16 +11,15 @@ from typing import NamedTuple
 import torch
 
 from minka.data.loader import Loader
-from minka.data.prepare import open_or_prepare, store_folder
+from minka.data.prepare import store_folder
 from minka.data.store import TokenStore
 from minka.parallel.apply import build_model, compute_dtype
-from minka.parallel.checkpoint import restore
+from minka.parallel.commit import step_name
 from minka.parallel.engine import ShardedEngine
 from minka.parallel.export import export_checkpoint
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.parallel.pieces import piece_of
-from minka.parallel.shelf import step_name
-from minka.plan.cli import progress
+from minka.plan.changes import Changes, told
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.flops import FORMULAS, parameters, training_flops_per_token
@@ -31,10 +30,13 @@ from minka.plan.writing import write_json
 from minka.train.console import Console
 from minka.train.loop import Session, train
 from minka.train.optim import AdamW
+from minka.train.origin import open_run
 from minka.train.profile import Profile
-from minka.train.provenance import processor, provenance
+from minka.train.provenance import processor
 from minka.train.record import Record
+from minka.train.resume import begin, on_first
 from minka.train.signals import Outside
+from minka.train.standing import begin_again, check_goes_on
 from minka.train.state import State
 from minka.train.summary import summarise
 from minka.train.track import open_trackers
@@ -70,14 +72,15 @@ def work(job: WorkerJob) -> int:
         return int(_finish(job, run, state, status) if mesh.is_first else status)
 
 
-def prepare_joined(config: RunConfig, command: list[str]) -> None:
+def prepare_joined(config: RunConfig, command: list[str], *, from_scratch: bool = False) -> None:
     """Before ranks of torchrun or Slurm meet: the first prepares the data, the others wait for as long as it works.
 
     Outside the process group, whose collectives give up long before a large corpus is done. Raises UserError.
     """
     if os.environ["RANK"] == "0":
-        store = open_or_prepare(config, Path(), progress)
-        RunFolder.of(config).open(config, provenance(config, store, command))
+        open_run(config, command)
+        if from_scratch:
+            begin_again(RunFolder.of(config))
         return
     folder, heard = store_folder(config, Path()), time.monotonic()
     while not folder.exists():
@@ -98,19 +101,21 @@ def session(job: WorkerJob, mesh: Mesh) -> Iterator[tuple[Session, State]]:
     """Everything a rank trains with, and the state to go on from; all of it is closed again. Collective."""
     config, folder = job.config, RunFolder.of(job.config)
     with ExitStack() as stack:
-        store = _open_run(job, mesh, stack)
+        store, changed = _open_run(job, mesh, stack)
         outside = Outside(mesh.rank, folder.stop_file, job.beat, folder.logs / f"stacks-{mesh.rank:05d}.txt")
         stack.callback(outside.close)
         outside.alive(0)
         trackers = open_trackers(config, folder) if mesh.is_first else []
         ledger = Ledger(folder.ledger_file) if mesh.is_first else None
         console = Console(config, speaks=mesh.is_first, as_json=job.as_json)
-        record = Record(config, mesh, store, outside, ledger, trackers, console)
+        lineage = folder.lineage() if mesh.is_first else []
+        record = Record(config, mesh, store, outside, ledger, trackers, console, lineage)
         stack.callback(record.close)
         stack.callback(console.end)
         engine, optimizer = build_engine(config, mesh)
-        state = _restored(engine, record, mesh)
-        _announce(record, state, engine, mesh)
+        state = begin(engine, record, mesh)
+        on_first(lambda: folder.begin(config), mesh)
+        _announce(record, state, mesh, changed)
         loader = Loader(config, store.split("train"), mesh.data_rank, mesh.layout.data_ways, state.loader, mesh.device)
         stack.callback(loader.close)
         profile = Profile(job.profile, folder.logs / f"trace-{mesh.rank:05d}.json")
@@ -126,44 +131,27 @@ def build_engine(config: RunConfig, mesh: Mesh) -> tuple[ShardedEngine, AdamW]:
     return ShardedEngine(model, mesh, optimizer), optimizer
 
 
-def _open_run(job: WorkerJob, mesh: Mesh, stack: ExitStack) -> TokenStore:
-    """The run's token store. Rank 0 opens the run's folder and holds its lock; a refusal reaches every rank."""
-    problem: UserError | None = None
+def _open_run(job: WorkerJob, mesh: Mesh, stack: ExitStack) -> tuple[TokenStore, Changes]:
+    """The run's token store, and what is another than when it was last started.
+
+    Rank 0 opens the run's folder and holds its lock; a refusal reaches every rank.
+    """
     folder = RunFolder.of(job.config)
-    if mesh.is_first:
-        try:
-            if not job.prepared:
-                store = open_or_prepare(job.config, Path(), progress)
-                folder.open(job.config, provenance(job.config, store, sys.argv))
-            folder.check_may_start()
-            stack.enter_context(folder.only_writer())
-        except UserError as error:
-            problem = error
-    if any(mesh.sum_on_host([problem is not None])):
-        raise problem or SystemExit(int(ExitStatus.REFUSED))  # the first rank says why
-    return open_or_prepare(job.config, Path(), progress)
+    changed: Changes = {}
+
+    def opened() -> None:
+        if not job.prepared:
+            open_run(job.config, sys.argv)
+        folder.check_may_start()
+        stack.enter_context(folder.only_writer())
+        check_goes_on(folder, job.config)
+        changed.update(folder.changes(job.config))
+
+    on_first(opened, mesh)
+    return TokenStore.open(store_folder(job.config, Path())), changed
 
 
-def _restored(engine: ShardedEngine, record: Record, mesh: Mesh) -> State:
-    damaged: list[dict[str, str]] = []
-    saved = restore(
-        record.folder.checkpoints,
-        engine.tensors(),
-        mesh,
-        lambda path, reason: damaged.append({"path": str(path), "reason": reason}),
-        alive=lambda: record.outside.alive(0),
-    )
-    state = State() if saved is None else State.from_json(saved)
-    for one in damaged:
-        record.event("fallback", state, **one)
-        record.console.say(f"{one['path']} is damaged ({one['reason']}); taking the one before")
-    if saved is not None:
-        record.event("restore", state, reason="the run is going on")
-        record.console.say(f"going on from step {state.step}")
-    return state
-
-
-def _announce(record: Record, state: State, engine: ShardedEngine, mesh: Mesh) -> None:
+def _announce(record: Record, state: State, mesh: Mesh, changed: Changes) -> None:
     config = record.config
     gpu = find(torch.cuda.get_device_name(mesh.device)) if mesh.device.type == "cuda" else None
     device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else processor()
@@ -175,11 +163,17 @@ def _announce(record: Record, state: State, engine: ShardedEngine, mesh: Mesh) -
         layout=mesh.layout.model_dump(),
         device=device,
         compute_dtype=dtype,
+        threads=torch.get_num_threads(),
         parameters=parameters(config.model),
         flops_per_token=training_flops_per_token(config.model, config.data.seq_len),
         mfu_formula=FORMULAS["causal"],
         mfu_peak_flops=gpu.peak_flops if gpu else None,
+        config=config.model_dump(mode="json"),
+        changed=changed,
+        lineage=record.lineage,
     )
+    for line in told(changed):
+        record.console.say(line)
     record.console.say(
         f"{config.run.name}: {parameters(config.model):,} parameters, {config.total_tokens:,} tokens in "
         f"{config.total_steps:,} steps; {mesh.ranks} {'rank' if mesh.ranks == 1 else 'ranks'} on {device}, {dtype}"

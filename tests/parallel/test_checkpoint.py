@@ -1,6 +1,7 @@
 """A checkpoint is whole or does not exist, and any number of ranks reads what any other number wrote."""
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -10,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from minka.parallel import manifest as manifest_module
-from minka.parallel.checkpoint import restore, save, whole_tensors
+from minka.parallel import saving
+from minka.parallel.checkpoint import restore, whole_tensors
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.parallel.pieces import Piece
 from minka.parallel.shelf import checkpoints
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.layout import Layout
 from ranks import on_ranks
-from saved import ALONE, silent, tensors
+from saved import ALONE, save, silent, tensors
 
 
 def test_what_was_saved_is_restored_bitwise_with_its_state(tmp_path: Path) -> None:
@@ -75,7 +76,7 @@ def test_a_save_that_fails_leaves_nothing_and_keeps_the_one_before(tmp_path: Pat
 
 def test_a_save_sweeps_what_attempts_of_any_step_left(tmp_path: Path) -> None:
     path = save(tmp_path, 1, tensors(1), {"step": 1}, ALONE).path
-    for name in (".step-00000002.saving", ".step-00000001.deleting", ".step-00000007.deleting"):
+    for name in (".step-00000002.saving-1f3a", ".step-00000001.deleting", ".step-00000007.deleting"):
         shutil.copytree(path, tmp_path / name)
     save(tmp_path, 1, tensors(2), {"step": 1, "again": True}, ALONE)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
@@ -90,7 +91,7 @@ def test_a_replacement_that_fails_keeps_the_checkpoint_it_was_to_replace(
     rename = os.rename
 
     def refusing(source: Path, target: Path) -> None:
-        if str(source).endswith(".saving"):
+        if ".saving-" in str(source):
             raise OSError(5, "Input/output error")
         rename(source, target)
 
@@ -118,19 +119,21 @@ def test_files_and_their_folder_are_on_the_disk_before_the_name_is(
     monkeypatch.setattr(os, "fsync", noted_sync)
     monkeypatch.setattr(os, "rename", noted_rename)
     save(tmp_path, 1, tensors(), {}, ALONE)
-    assert "rank-00000.safetensors" in done
-    assert done[-3:] == [".step-00000001.saving", "-> step-00000001", tmp_path.name]
+    assert {"rank-00000.safetensors", "manifest.json"} < set(done)
+    assert re.fullmatch(r"\.step-00000001\.saving-[0-9a-f]+", done[-3])
+    assert done[-2:] == ["-> step-00000001", tmp_path.name]
 
 
 def test_long_saves_and_restores_keep_a_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest_module, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(saving, "CHUNK_BYTES", 64)
     beats: list[str] = []
     path = save(tmp_path, 1, tensors(), {}, ALONE, alive=lambda: beats.append("save")).path
     chunks = -(-(path / "rank-00000.safetensors").stat().st_size // 64)
     restore(tmp_path, tensors(), ALONE, silent, alive=lambda: beats.append("restore"))
     list(whole_tensors(path, "model.", alive=lambda: beats.append("whole")))
     assert chunks > 3
-    assert [beats.count(kind) for kind in ("save", "restore", "whole")] == [chunks, chunks, chunks + 2]
+    assert beats.count("save") == 2 * chunks  # hashed, and written
+    assert min(beats.count("restore"), beats.count("whole")) >= chunks
 
 
 @pytest.mark.parametrize("writers", [1, 3])
@@ -145,7 +148,7 @@ def test_any_number_of_ranks_reads_what_any_number_wrote(writers: int, readers: 
 
 def test_an_unfinished_save_is_no_checkpoint(tmp_path: Path) -> None:
     path = save(tmp_path, 1, tensors(1), {"step": 1}, ALONE).path
-    shutil.copytree(path, tmp_path / ".step-00000002.saving")
+    shutil.copytree(path, tmp_path / ".step-00000002.saving-1f3a")
     assert checkpoints(tmp_path) == [path]
     save(tmp_path, 2, tensors(2), {"step": 2}, ALONE)
     assert [p.name for p in checkpoints(tmp_path)] == ["step-00000001", "step-00000002"]

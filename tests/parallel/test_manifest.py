@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from minka.parallel.checkpoint import restore, save
+from minka.parallel.checkpoint import restore
 from minka.parallel.manifest import KEYS, load_manifest
-from saved import ALONE, tensors
+from saved import ALONE, save, tensors
 
 
 def rewrite(path: Path, change: Callable[[Any], Any]) -> None:
@@ -27,7 +27,7 @@ SPOILT: dict[str, Callable[[Any], Any]] = {
     "the place of a piece": lambda m: m | {"tensors": m["tensors"] | {"model.b": m["tensors"]["count"]}},
     "no object": lambda m: [m],
     "no word": lambda m: None,
-    "another format": lambda m: m | {"format": 2},
+    "another format": lambda m: m | {"format": 3},
     **{f"no {key}": without(key) for key in KEYS},
 }
 

@@ -1,24 +1,33 @@
 """Which folders are checkpoints, which of them is meant, and which go."""
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
-from minka.parallel.checkpoint import restore, save
+from minka.parallel.checkpoint import restore
 from minka.parallel.shelf import checkpoints, find_checkpoint, prune, run_and_step
 from minka.plan.errors import UserError
-from saved import ALONE, silent, tensors
+from saved import ALONE, save, silent, tensors
 
 
 def test_hidden_folders_and_other_names_are_no_checkpoints(tmp_path: Path) -> None:
     path = save(tmp_path, 1, tensors(1), {}, ALONE).path
-    for name in (".step-00000002.saving", ".step-00000001.deleting", "step-00000001-copy"):
+    for name in (".step-00000002.saving-1f3a", ".step-00000001.deleting", "step-00000001-copy", "step-0000000001"):
         shutil.copytree(path, tmp_path / name)
     shutil.rmtree(path)
-    (tmp_path / "step-00000009").touch()
     assert restore(tmp_path, tensors(), ALONE, silent) is None
     assert checkpoints(tmp_path) == []
+
+
+def test_a_file_with_a_checkpoints_name_is_damage_and_named(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, tensors(1), {"step": 1}, ALONE).path
+    (tmp_path / "step-00000009").touch()
+    passed: list[str] = []
+    assert restore(tmp_path, tensors(), ALONE, lambda path, reason: passed.append(reason)) == {"step": 1}
+    assert "step-00000009" in passed[0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [path.name, "step-00000009.damaged-1"]
 
 
 def test_prune_keeps_the_newest_and_find_names_what_there_is(tmp_path: Path) -> None:
@@ -46,14 +55,14 @@ def test_prune_never_raises_and_is_not_in_the_way_of_itself(tmp_path: Path, monk
     stale = tmp_path / ".step-00000001.deleting" / "rank-00000.safetensors"
     stale.parent.mkdir()
     stale.touch()
-    rename = Path.rename
+    rename = os.rename
 
-    def refusing(self: Path, target: Path) -> Path:
-        if self.name == "step-00000002":
+    def refusing(source: Path, target: Path) -> None:
+        if Path(source).name == "step-00000002":
             raise PermissionError(13, "Permission denied")
-        return rename(self, target)
+        rename(source, target)
 
-    monkeypatch.setattr(Path, "rename", refusing)
+    monkeypatch.setattr(os, "rename", refusing)
     assert [p.name for p in prune(tmp_path, 1)] == ["step-00000001"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
 

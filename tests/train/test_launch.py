@@ -139,9 +139,9 @@ def test_a_finished_run_says_so_and_a_changed_one_is_refused(tmp_path: Path) -> 
     assert ended(config)[0] == ExitStatus.DONE
     status, output, _ = ended(config)
     assert (status, "finished" in output) == (ExitStatus.DONE, True)
-    status, _, errors = ended(config, "optimizer.learning_rate=1")
+    status, _, errors = ended(config, "run.seed=8")
     assert status == ExitStatus.REFUSED
-    assert "optimizer.learning_rate is 0.003 there and 1.0 here" in errors
+    assert "run.seed is 7 there and 8 here" in errors
     assert "Traceback" not in errors
 
 

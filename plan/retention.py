@@ -1,0 +1,35 @@
+"""Which checkpoints are worth keeping, and which may go: values in, steps out."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from minka.plan.sections import CheckpointSection
+
+
+class Kept(NamedTuple):
+    """A committed checkpoint. `number` counts the saves of the run: after a return to an earlier step, a lower step
+    can be the newer one."""
+
+    step: int
+    number: int
+    permanent: bool = False
+
+
+def permanent(settings: CheckpointSection, step: int, tokens_before: int, tokens: int) -> bool:
+    """Whether the checkpoint after `step` stays for ever: a multiple of keep_every_steps, or the first at a milestone.
+
+    `tokens_before` is what the save before it had consumed.
+    """
+    every = settings.keep_every_steps
+    return (every > 0 and step % every == 0) or milestone_passed(settings, tokens_before, tokens)
+
+
+def milestone_passed(settings: CheckpointSection, tokens_before: int, tokens: int) -> bool:
+    """Whether a number of checkpoint.keep_tokens lies in (tokens_before, tokens]."""
+    return any(tokens_before < milestone <= tokens for milestone in settings.keep_tokens)
+
+
+def expendable(there: Sequence[Kept], newest: int) -> list[int]:
+    """Steps that may be deleted, oldest first: neither among the `newest` saved last nor permanent."""
+    by_age = sorted(there, key=lambda kept: (kept.number, kept.step))
+    return [kept.step for kept in by_age[:-newest] if not kept.permanent]

@@ -1,0 +1,195 @@
+// The plots: which there are, what each draws, one x axis for all of them.
+
+const EVENTS = { // kind: [sign, symbol, colour, whether a line goes through the whole plot, how high the sign stands]
+  start: ["▷", "triangle-right-open", "--faint", false, 0.03],
+  changed: ["▶", "triangle-right", "--warn", true],
+  save: ["■", "square", "--faint", false, 0.08],
+  eval: ["◆", "diamond", "--part-3", false, 0.13],
+  skip: ["✕", "x", "--bad", true],
+  suspect: ["?", "x-thin-open", "--warn", true],
+  restore: ["↩", "triangle-left", "--warn", true],
+  fallback: ["▼", "triangle-down", "--bad", true],
+  rewind: ["«", "triangle-left-open", "--warn", true],
+  restart: ["⟲", "circle-open", "--warn", true],
+  save_failed: ["!", "square-x-open", "--bad", true],
+  refuse: ["⊘", "circle-x-open", "--bad", true],
+  stop: ["●", "circle", "--soft", false, 0.03],
+};
+const PARTS = { compute: ["compute", "solid"], data: ["data", "dot"], save: ["save", "square"], eval: ["eval", "diamond"] };
+const SPLIT = { compute: "--part-0", data: "--part-1", save: "--part-2", eval: "--part-3", again: "--bad", other: "--part-4" };
+const SPLIT_NAMES = { again: "done again", other: "starting, waiting" };
+
+const has = (name) => RUNS.some((run) => run.curves[name]);
+const scoreNames = [...new Set(RUNS.flatMap((run) => Object.keys(run.scores)))];
+const sourceNames = scoreNames.filter((name) => name.includes("bits_per_byte/"));
+const PLOTS = [
+  { id: "loss", title: "Loss", told: "nats a token", wide: true, log: true, traces: () => line("loss") },
+  { id: "score", title: "Evaluation", told: "± standard error", if: scoreNames.length, traces: scoreTraces, select: scoreNames },
+  { id: "sources", title: "By source, newest", told: "bits per byte ± standard error", if: sourceNames.length > 1, traces: sourceTraces, own: true },
+  { id: "grad_norm", title: "Gradient norm", told: "before clipping", log: true, traces: () => line("grad_norm") },
+  { id: "learning_rate", title: "Learning rate", told: "", traces: () => line("learning_rate"), format: ".3~g" },
+  { id: "batch_tokens", title: "Batch size", told: "tokens a step", traces: () => line("batch_tokens"), zero: true },
+  { id: "tokens_per_second", title: "Throughput", told: "tokens a second; saves and evaluations left out", traces: () => line("tokens_per_second"), zero: true },
+  { id: "mfu", title: "MFU", told: mfuTold(), traces: () => line("mfu"), zero: true, percent: true },
+  { id: "parts", title: "Seconds a step", told: "— compute  ··· data  ■ save  ◆ eval", if: has("compute") || has("data"), traces: partTraces, always: "log" },
+  { id: "split", title: "Where the time went", told: "of all running time", wide: true, if: RUNS.some((run) => Object.values(run.time).some((s) => s > 0)), traces: splitTraces, own: true },
+].filter((plot) => (plot.if === undefined ? has(plot.id) : plot.if));
+
+function mfuTold() {
+  const start = RUNS.map((run) => run.started).find((started) => started.mfu_peak_flops);
+  return start ? `of ${short(start.mfu_peak_flops)}FLOP/s a device` : "";
+}
+
+const isOn = (index) => !view.off.includes(RUNS[index].name);
+const on = () => RUNS.map((_, index) => index).filter(isOn);
+const colour = (index) => css(`--run-${index % 8}`);
+
+function timeUnit() {
+  const most = Math.max(0, ...RUNS.flatMap((run) => Object.values(run.curves).map((curve) => curve.seconds.at(-1) || 0)));
+  return most > 3 * 86400 ? [86400, "days"] : most > 7200 ? [3600, "hours"] : most > 180 ? [60, "minutes"] : [1, "seconds"];
+}
+
+const xs = (curve) => (view.x === "time" ? curve.seconds.map((s) => s / timeUnit()[0]) : curve[view.x]);
+
+function line(name) {
+  const traces = [];
+  for (const index of on()) {
+    const curve = RUNS[index].curves[name], smooth = view.smooth && RUNS[index].curves[`${name}_smooth`];
+    const base = { type: "scatter", mode: "lines", name: nameOf(index), connectgaps: false, meta: { run: index } };
+    if (curve) {
+      const alone = curve.value.length === 1;
+      const style = { color: colour(index), width: smooth ? 1 : 1.5 };
+      traces.push({ ...base, mode: alone ? "markers" : "lines", x: xs(curve), y: curve.value, line: style, marker: { color: colour(index) }, opacity: smooth ? 0.35 : 1, meta: { run: index, role: name } });
+    }
+    if (smooth) traces.push({ ...base, x: xs(smooth), y: smooth.value, line: { color: colour(index), width: 2 }, name: `${nameOf(index)}, smoothed`, meta: { run: index, role: `${name}_smooth` } });
+    const bad = RUNS[index].curves.not_finite;
+    if (bad && name === "loss") {
+      const marker = { symbol: "x", size: 8, color: css("--bad") };
+      traces.push({ ...base, mode: "markers", x: xs(bad), y: bad.step.map(() => 0.9), yaxis: "y2", marker, name: "not finite", text: bad.step.map((s) => `${nameOf(index)}: step ${s}`), hovertemplate: "%{text}<extra>loss is not finite</extra>", meta: { run: index, role: "not_finite" } });
+    }
+  }
+  return traces;
+}
+
+function scoreTraces() {
+  const traces = [], name = scoreNames.includes(view.score) ? view.score : scoreNames[0];
+  for (const index of on()) {
+    const score = RUNS[index].scores[name];
+    if (!score) continue;
+    const x = xs(score), error = score.stderr.map((e) => e ?? 0), meta = (role) => ({ run: index, role });
+    const band = { type: "scatter", mode: "lines", x, line: { width: 0 }, hoverinfo: "skip", showlegend: false };
+    if (x.length > 1) {
+      traces.push({ ...band, y: score.value.map((v, i) => (v === null ? null : v - error[i])), meta: meta("low") });
+      traces.push({ ...band, y: score.value.map((v, i) => (v === null ? null : v + error[i])), fill: "tonexty", fillcolor: clear(colour(index), 0.15), meta: meta("high") });
+    }
+    traces.push({ type: "scatter", mode: "lines+markers", x, y: score.value, name: nameOf(index), line: { color: colour(index), width: 2 }, marker: { color: colour(index), size: 6 }, customdata: score.stderr.map((e) => (e === null ? "" : ` ± ${e.toPrecision(3)}`)), hovertemplate: "%{y:.4f}%{customdata}", error_y: x.length > 1 ? undefined : { array: error, color: colour(index), thickness: 1 }, meta: meta("score") });
+  }
+  return traces;
+}
+
+function sourceTraces() {
+  return on().filter((index) => sourceNames.some((name) => RUNS[index].scores[name])).map((index) => {
+    const found = sourceNames.filter((name) => RUNS[index].scores[name]).map((name) => [name.replace(/^.*bits_per_byte\//, ""), RUNS[index].scores[name]]);
+    return { type: "scatter", mode: "markers", orientation: "h", name: nameOf(index), y: found.map(([name]) => cut(name)), x: found.map(([, s]) => s.value.at(-1)), error_x: { array: found.map(([, s]) => s.stderr.at(-1) ?? 0), thickness: 1, width: 3, color: colour(index) }, marker: { color: colour(index), size: 8 }, hovertemplate: "%{x:.4f}", meta: { run: index, role: "sources" } };
+  });
+}
+
+function partTraces() {
+  const traces = [];
+  for (const index of on()) for (const [part, [name, style]] of Object.entries(PARTS)) {
+    const curve = RUNS[index].curves[part];
+    if (!curve) continue;
+    const spikes = part === "save" || part === "eval";
+    traces.push({ type: "scatter", mode: spikes ? "markers" : "lines", x: xs(curve), y: curve.value.map((v) => (v > 0 ? v : null)), name: several ? `${nameOf(index)}: ${name}` : name, line: { color: colour(index), width: 1.5, dash: spikes ? undefined : style }, marker: { symbol: spikes ? style : "circle", color: colour(index), size: 6 }, hovertemplate: "%{y:.3g} s", meta: { run: index, role: part } });
+  }
+  return traces;
+}
+
+function decades() {
+  const all = RUNS.flatMap((run) => Object.keys(PARTS).flatMap((part) => (run.curves[part] || { value: [] }).value)).filter((v) => v > 0);
+  return Math.log10(all.reduce((a, b) => Math.max(a, b), 0) / all.reduce((a, b) => Math.min(a, b), Infinity));
+}
+
+function splitTraces() {
+  return Object.entries(SPLIT).filter(([part]) => RUNS.some((run) => run.time[part] > 0)).map(([part, name]) => {
+    const total = (run) => Object.values(run.time).reduce((a, b) => a + b, 0) || 1;
+    return { type: "bar", orientation: "h", name: SPLIT_NAMES[part] || part, y: on().map((i) => cut(RUNS[i].name)), x: on().map((i) => RUNS[i].time[part] / total(RUNS[i])), customdata: on().map((i) => duration(RUNS[i].time[part])), hovertemplate: "%{x:.1%}, %{customdata}", marker: { color: css(name) }, showlegend: true, meta: { role: part } };
+  });
+}
+
+// What changed the course of a run stands in every plot; what happens all the time, under the loss alone.
+function eventTraces(plot) {
+  const traces = [];
+  for (const index of on()) for (const [kind, marks] of Object.entries(RUNS[index].marks)) {
+    const [, symbol, name, through, high = 0.97] = EVENTS[kind];
+    if (view.hidden.includes(kind) || (!through && plot.id !== "loss")) continue;
+    const x = xs(marks), base = { type: "scatter", yaxis: "y2", showlegend: false };
+    if (through) traces.push({ ...base, mode: "lines", x: x.flatMap((v) => [v, v, null]), y: x.flatMap(() => [0, 1, null]), line: { color: css(name), width: 1, dash: "dot" }, hoverinfo: "skip", meta: { run: index, role: "line", kind } });
+    traces.push({ ...base, mode: "markers", x, y: x.map(() => high), name: kind, marker: { symbol, color: css(name), size: x.length > 80 ? 3 : 6 }, text: marks.text.map((text, i) => clean(`${several ? RUNS[index].name + ": " : ""}step ${marks.step[i]}${text ? ", " + text : ""}`)), hovertemplate: `%{text}<extra>${kind}</extra>`, meta: { run: index, role: "event", kind } });
+  }
+  return traces;
+}
+
+// plotly takes a few tags in its texts (<b>, <a href>): what comes from a run must be none.
+const clean = (text) => (text.length > 120 ? text.slice(0, 119) + "…" : text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;").replaceAll("%{", "% {");
+const nameOf = (index) => clean(RUNS[index].name);
+const cut = (text) => clean(text.length > 22 ? text.slice(0, 10) + "…" + text.slice(-11) : text);
+const clear = (hex, alpha) => hex + Math.round(alpha * 255).toString(16).padStart(2, "0");
+
+function layout(plot, touch) {
+  const axis = { gridcolor: css("--grid"), linecolor: css("--line"), zerolinecolor: css("--line"), tickfont: { size: 11, color: css("--soft") }, exponentformat: "B", automargin: true, fixedrange: touch };
+  const base = {
+    paper_bgcolor: "transparent", plot_bgcolor: "transparent", font: { family: css("--sans"), size: 12, color: css("--ink") }, margin: { l: 48, r: 14, t: 10, b: 34 },
+    hovermode: "x unified", hoverdistance: 12, hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { size: 12, color: css("--ink") }, namelength: 24 },
+    showlegend: false, dragmode: touch ? false : "zoom", separators: ".,",
+  };
+  if (plot.id === "split") return { ...base, barmode: "stack", bargap: 0.35, hovermode: "closest", showlegend: true, legend: { orientation: "h", y: -0.28, x: 0, font: { size: 11 }, itemclick: false, itemdoubleclick: false, traceorder: "normal" }, margin: { l: 10, r: 14, t: 6, b: 30 }, xaxis: { ...axis, range: [0, 1], tickformat: ".0%", fixedrange: true }, yaxis: { ...axis, fixedrange: true, autorange: "reversed", visible: several } };
+  if (plot.id === "sources") return { ...base, hovermode: "closest", xaxis: { ...axis, fixedrange: true }, yaxis: { ...axis, fixedrange: true, autorange: "reversed", type: "category" }, margin: { ...base.margin, l: 10 } };
+  const log = plot.always === "log" || (plot.log && view.log), unit = view.x === "time" ? `running time, ${timeUnit()[1]}` : view.x;
+  return {
+    ...base,
+    xaxis: { ...axis, title: { text: unit, font: { size: 11, color: css("--faint") }, standoff: 4 }, range: view.range ? [...view.range] : undefined, autorange: !view.range, hoverformat: view.x === "time" ? ".2f" : ",d", rangemode: "tozero", zeroline: false },
+    yaxis: { ...axis, type: log ? "log" : "linear", dtick: plot.always === "log" && decades() > 2 ? 1 : undefined, exponentformat: log ? "power" : "B", rangemode: plot.zero && !log ? "tozero" : "normal", tickformat: plot.percent ? ".0%" : plot.format, hoverformat: plot.percent ? ".1%" : ".4~g", zeroline: false },
+    yaxis2: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },
+  };
+}
+
+function plotCards() {
+  const narrow = PLOTS.filter((plot) => !plot.wide);
+  if (narrow.length % 2) narrow.at(-1).wide = true; // no hole in the grid
+  return PLOTS.map((plot) => {
+    const select = plot.select && plot.select.length > 1 && el("select", { "aria-label": "which score", onchange: (event) => { view.score = event.target.value; draw([plot]); } },
+      plot.select.map((name) => el("option", { value: name, selected: name === view.score }, name)));
+    const head = el("div", { class: "head" }, el("h2", {}, plot.title), plot.told ? el("span", {}, plot.told) : null, select || null);
+    const rows = plot.id === "split" ? RUNS.length : 0;
+    const node = el("section", { class: `card${plot.wide ? " wide" : ""}${rows ? " short" : ""}` }, head, el("div", { class: "plot", id: `plot-${plot.id}` }));
+    if (rows) node.style.setProperty("--rows", rows + 1);
+    return node;
+  });
+}
+
+async function draw(plots = PLOTS) {
+  const touch = matchMedia("(pointer: coarse)").matches; // a finger scrolls the page instead of zooming
+  for (const plot of plots) {
+    const node = $(`plot-${plot.id}`), traces = plot.own ? plot.traces() : [...plot.traces(), ...eventTraces(plot)];
+    await Plotly.react(node, traces, layout(plot, touch), { responsive: true, displayModeBar: false, doubleClick: "reset+autosize" });
+    if (!plot.own && !node.dataset.linked) {
+      node.dataset.linked = "yes";
+      node.on("plotly_relayout", (change) => zoomed(plot, change));
+    }
+  }
+}
+
+// One range for all: a zoom in one plot is a zoom in all of them; a double click gives everything back.
+function zoomed(from, change) {
+  let range = view.range;
+  if (Array.isArray(change["xaxis.range"])) range = change["xaxis.range"];
+  else if ("xaxis.range[0]" in change) range = [change["xaxis.range[0]"], change["xaxis.range[1]"]];
+  else if (change["xaxis.autorange"]) range = null;
+  if (String(range) === String(view.range)) return;
+  view.range = range;
+  for (const plot of PLOTS) {
+    if (plot.own || plot === from) continue;
+    Plotly.relayout($(`plot-${plot.id}`), range ? { "xaxis.range": [...range] } : { "xaxis.autorange": true });
+  }
+}

@@ -1,0 +1,97 @@
+"""No path of a checkpoint makes an object from bytes: all that could is made to fail, and everything works."""
+
+import _pickle
+import contextlib
+import pickle  # noqa: TID251 - to make it fail
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from minka.parallel.checkpoint import restore
+from minka.parallel.export import export_checkpoint
+from minka.parallel.mesh import Mesh, start_mesh
+from minka.parallel.pieces import Piece, piece_of
+from minka.parallel.saver import Saver
+from minka.parallel.saving import Contents
+from minka.plan.layout import Layout
+from minka.plan.run import RunFolder, store_of
+from ranks import on_ranks
+from saved import saved_run
+
+OBJECTS = "all_gather_object gather_object broadcast_object_list scatter_object_list send_object_list recv_object_list"
+
+
+def forbid_pickle() -> None:
+    """From here on this process raises wherever an object might be made from bytes."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("pickle was called")
+
+    for module in (pickle, _pickle):
+        for name in ("load", "loads", "Unpickler", "dump", "dumps", "Pickler"):
+            setattr(module, name, refuse)
+    for name in ("load", "save"):
+        setattr(torch, name, refuse)
+    for name in OBJECTS.split():
+        setattr(dist, name, refuse)
+    for name in (*OBJECTS.split(), "_pickler", "_unpickler"):
+        assert hasattr(dist.distributed_c10d, name)
+        setattr(dist.distributed_c10d, name, refuse)
+
+
+def rows(rank: int, ranks: int, value: float) -> dict[str, Piece]:
+    each = 4 // ranks
+    return {
+        "model.w": Piece(torch.full((each, 3), value), (each * rank, 0), (4, 3)),
+        "count": piece_of(torch.tensor(value)),
+    }
+
+
+def save_without_pickle(folder: str) -> str:
+    with start_mesh(Layout()) as mesh:
+        forbid_pickle()
+        saver = Saver(Path(folder), mesh, 2)
+        for step in (1, 2, 3):
+            saver.save(Contents(step, {"step": step}), rows(mesh.rank, mesh.ranks, float(step)))
+            saver.settle()
+            outcome = saver.wait()
+            assert outcome is not None
+            assert not outcome.error, outcome.error
+        return restored_without_pickle(folder, mesh)
+
+
+def restore_without_pickle(folder: str) -> str:
+    with start_mesh(Layout()) as mesh:
+        forbid_pickle()
+        return restored_without_pickle(folder, mesh)
+
+
+def restored_without_pickle(folder: str, mesh: Mesh) -> str:
+    read = rows(mesh.rank, mesh.ranks, -1.0)
+    state = restore(Path(folder), read, mesh, lambda path, reason: None)
+    assert bool((read["model.w"].local == state["step"]).all())
+    with contextlib.suppress(AssertionError):
+        pickle.loads(b"")  # noqa: S301
+        return "pickle could still be called"
+    return f"step {state['step']}"
+
+
+def export_without_pickle(run: str, folder: str) -> str:
+    forbid_pickle()
+    found = RunFolder(Path(run))
+    store = store_of(found)
+    checkpoint = found.checkpoints / "step-00000001"
+    export_checkpoint(checkpoint, Path(folder), found.config().model, store.tokenizer, store.eod)
+    return "exported"
+
+
+def test_no_path_calls_pickle(tmp_path: Path) -> None:
+    """Saved by two ranks beside the training, restored by two and by one, and exported."""
+    folder = str(tmp_path / "checkpoints")
+    assert on_ranks(save_without_pickle, 2, folder) == ["step 3"] * 2
+    assert on_ranks(restore_without_pickle, 1, folder) == ["step 3"]
+    assert on_ranks(restore_without_pickle, 4, folder) == ["step 3"] * 4
+    run = saved_run(tmp_path / "run", 1)
+    assert on_ranks(export_without_pickle, 1, str(run.path), str(tmp_path / "out")) == ["exported"]

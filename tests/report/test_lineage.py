@@ -1,0 +1,104 @@
+"""Where runs come from, drawn: one lane a run, parents first, a link a fork, a row for each time a run went on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ledgers import event, run_of, start, steps
+from minka.plan.run import RunFolder
+from minka.report.lineage import MOST_ROWS, Graph, rows_of
+from minka.report.read import read_run
+
+
+def drawn(*folders: RunFolder) -> dict[str, Any]:
+    graph = Graph()
+    runs = [read_run(str(folder.path)) for folder in folders]
+    graph.add(runs, [folder.path.name for folder in folders])
+    return graph.as_json()
+
+
+def comes_from(folder: RunFolder, *parents: tuple[Path, int]) -> None:
+    told = [
+        {"run": path.name, "folder": str(path), "step": step, "tokens": 1, "sha256": "ab" * 32, "with": "weights",
+         "changed": {"schedule.kind": ["cosine", "wsd"]}}
+        for path, step in parents
+    ]  # fmt: skip
+    (folder.path / "lineage.json").write_text(json.dumps({"format": 1, "parents": told}))
+
+
+def links(graph: dict[str, Any]) -> set[tuple[str, int, str]]:
+    """(parent, step, child) of each link."""
+    rows, lanes = graph["rows"], graph["lanes"]
+    named = [(rows[a], rows[b]) for a, b in graph["links"]]
+    return {(lanes[a["lane"]]["name"], a["step"], lanes[b["lane"]]["name"]) for a, b in named}
+
+
+def test_a_chain_of_parents_that_are_not_on_the_page_is_drawn_from_the_child_alone(tmp_path: Path) -> None:
+    child = run_of(tmp_path, "child", [start(), *steps(1, 2)])
+    comes_from(child, (tmp_path / "mid", 20), (tmp_path / "base", 80))
+    graph = drawn(child)
+    assert [(lane["name"], lane["run"]) for lane in graph["lanes"]] == [("base", None), ("mid", None), ("child", 0)]
+    assert links(graph) == {("base", 80, "mid"), ("mid", 20, "child")}
+    assert "from mid at step 20, with schedule.kind: cosine → wsd" in graph["rows"][-1]["text"]
+
+
+def test_two_children_of_one_parent_fork_from_its_own_lane(tmp_path: Path) -> None:
+    base = run_of(tmp_path, "base", [start(), *steps(1, 9), event("stop", 9, reason="done")])
+    one, two = (run_of(tmp_path, name, [start(), *steps(1, 2)]) for name in ("one", "two"))
+    comes_from(one, (base.path, 5))
+    comes_from(two, (base.path, 9))
+    graph = drawn(two, base, one)
+    assert [lane["name"] for lane in graph["lanes"]] == ["base", "two", "one"]
+    assert [lane["run"] for lane in graph["lanes"]] == [1, 0, 2]
+    assert links(graph) == {("base", 5, "one"), ("base", 9, "two")}
+    own = [(row["kind"], row["step"]) for row in graph["rows"] if row["lane"] == 0]
+    assert own == [("start", 0), ("fork", 5), ("stop", 9), ("fork", 9)]
+
+
+def test_coming_back_is_one_row_that_says_what_it_cost_and_what_it_changed(tmp_path: Path) -> None:
+    run = run_of(
+        tmp_path,
+        "a",
+        [
+            start(),
+            *steps(1, 8),
+            event("fallback", 5, path="x/step-00000007", reason="a hash is wrong"),
+            event("restore", 5, reason="the run is going on"),
+            start(5, changed={"run.max_steps": [8, 20]}),
+            *steps(6, 10),
+        ],
+    )
+    rows = rows_of(read_run(str(run.path)))
+    assert [(row["kind"], row["step"], row["title"]) for row in rows] == [
+        ("start", 0, "begun"),
+        ("fallback", 5, "checkpoint passed over"),
+        ("restore", 5, "resumed"),
+    ]
+    assert rows[1]["text"] == "step-00000007: a hash is wrong"
+    assert rows[2]["text"] == "3 steps to be done again; 2 ranks on a processor; run.max_steps: 8 → 20"
+
+
+def test_a_run_taken_up_a_hundred_times_is_folded_in_the_middle(tmp_path: Path) -> None:
+    lines = [line for n in range(100) for line in (event("restore", n, reason=""), start(n))]
+    rows = rows_of(read_run(str(run_of(tmp_path, "a", [start(), *lines]).path)))
+    assert len(rows) == MOST_ROWS + 1
+    assert [row["title"] for row in rows if row["kind"] == "fold"] == [f"{101 - MOST_ROWS} more"]
+    assert (rows[0]["title"], rows[-1]["step"]) == ("begun", 99)
+
+
+def test_a_hugging_face_folder_is_a_parent_too(tmp_path: Path) -> None:
+    child = run_of(tmp_path, "child", [start()])
+    told = {"run": "", "folder": "/models/llama", "step": 0, "tokens": 0, "sha256": "cd" * 32, "with": "weights"}
+    (child.path / "lineage.json").write_text(json.dumps({"format": 1, "parents": [told]}))
+    graph = drawn(child)
+    assert links(graph) == {("llama", 0, "child")}
+    assert "from /models/llama at step 0" in graph["rows"][-1]["text"]
+
+
+def test_lineage_that_is_mangled_draws_the_run_alone(tmp_path: Path) -> None:
+    child = run_of(tmp_path, "child", [start()])
+    for text in ('{"parents": 3}', '{"parents": [7, {"run": "x"}]}', "[]", "{cut"):
+        (child.path / "lineage.json").write_text(text)
+        graph = drawn(child)
+        assert [lane["name"] for lane in graph["lanes"]] == ["child"]
+        assert graph["links"] == []

@@ -1,0 +1,199 @@
+"""A step that is run again on one process: bit for bit, or to rounding, and a difference that was planted is found."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commands import minka
+from families import crash, fork, ledger, samples, stable_phase, trained
+from minka.parallel.checkpoint import checkpoints
+from minka.plan.errors import UserError
+from minka.plan.load import load_run
+from minka.plan.run import RunFolder
+from minka.train import replay as module
+from minka.train.replay import replay, told
+from ranks import on_ranks
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run on one rank, with checkpoints 5, 10, 15 and 20; tests that write into it take a copy."""
+    return stable_phase(tmp_path_factory)
+
+
+def again(folder: RunFolder, step: int) -> dict[str, Any]:
+    """The replay of a step."""
+    (result,) = on_ranks(replay_of, 1, folder.path, step)
+    return dict(result)
+
+
+def replay_of(path: Path, step: int) -> dict[str, Any]:
+    return replay(RunFolder(path), step)
+
+
+def copy(base: RunFolder, to: Path) -> RunFolder:
+    shutil.copytree(base.path, to)
+    return RunFolder(to)
+
+
+def edit(folder: RunFolder, step: int, **factors: float) -> None:
+    """Plant a difference into the line of a step."""
+    lines = [json.loads(line) for line in folder.ledger_file.read_text().splitlines()]
+    for line in lines:
+        if line["event"] == "step" and line["step"] == step:
+            line.update({key: line[key] * factor for key, factor in factors.items()})
+    folder.ledger_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def contents(folder: RunFolder) -> dict[Path, tuple[bytes, int]]:
+    files = [path for path in folder.path.rglob("*") if path.is_file()]
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.mark.parametrize(("step", "origin"), [(13, "step-00000010"), (15, "step-00000010"), (3, "its initial weights")])
+def test_a_step_of_one_rank_is_the_same_bit_for_bit(step: int, origin: str, base: RunFolder) -> None:
+    with base.only_writer():  # as if it were in training
+        before = contents(base)
+        result = again(base, step)
+        assert contents(base) == before
+    assert (result["verdict"], result["status"], result["first_difference"]) == ("bit for bit", 0, None)
+    assert result["from"].endswith(origin)
+    assert [line["step"] for line in result["steps"]] == list(range(11 if step > 5 else 1, step + 1))
+    (line,) = [e for e in ledger(base) if e["event"] == "step" and e["step"] == step]
+    for name in ("loss", "grad_norm", "learning_rate", "target_count"):
+        assert result["steps"][-1][name] == {"recorded": line[name], "replayed": line[name], "difference": 0.0}
+    assert [sample["sample"] for sample in result["samples"]] == samples(base)[step]
+
+
+def test_the_samples_come_with_the_documents_they_were_cut_from(base: RunFolder) -> None:
+    (sample, *_) = again(base, 6)["samples"]
+    assert sum(piece["last"] - piece["first"] for piece in sample["pieces"]) == 32
+    paths = [piece["provenance"]["path"] for piece in sample["pieces"]]
+    assert all(Path(path).is_file() for path in paths)
+    traced = minka("data", "inspect", str(base.path), "--sample", str(sample["sample"]), "--json")
+    assert json.loads(traced.stdout)["pieces"] == sample["pieces"]
+
+
+def test_a_step_of_two_ranks_is_equal_to_rounding(base: RunFolder) -> None:
+    config = load_run(str(base.path), ["run.name=two", "checkpoint.export=false"]).config
+    trained(config, ranks=2)
+    result = again(RunFolder.of(config), 20)
+    assert (result["verdict"], result["status"]) == ("equal to rounding", 0)
+    assert (result["recorded"]["ranks"], result["replayed"]["ranks"]) == (2, 1)
+    assert "equal to rounding (float32: loss 2.0e-06, norm 2.0e-05, relative)" in told(result)[-1]
+
+
+def test_a_step_in_bf16_is_held_against_bf16(base: RunFolder) -> None:
+    config = load_run(str(base.path), ["run.name=bf16", "layout.precision=bf16", "run.max_steps=8"]).config
+    trained(config, ranks=2)
+    result = again(RunFolder.of(config), 8)
+    assert result["verdict"] == "equal to rounding"
+    assert result["replayed"]["compute_dtype"] == result["recorded"]["compute_dtype"] == "bfloat16"
+    assert "bfloat16: loss 1.0e-03, norm 2.0e-02" in told(result)[-1]
+
+
+def test_a_planted_difference_is_found_and_the_step_named(base: RunFolder, tmp_path: Path) -> None:
+    folder = copy(base, tmp_path / "base")
+    edit(folder, 13, loss=1 + 1e-4)
+    done = minka("train", str(folder.path), "--replay", "14", "--json")
+    assert done.returncode == 1, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["verdict"], result["status"], result["first_difference"]) == ("differs", 1, 13)
+    assert result["steps"][2]["loss"]["difference"] == pytest.approx(1e-4, rel=1e-3)
+    done = minka("train", str(folder.path), "--replay", "14")
+    assert done.returncode == 1
+    assert "DIFFERS from step 13 on" in done.stdout
+    assert "3 steps on the way: loss at most 1.0e-04 apart" in done.stdout
+    done = minka("train", str(folder.path / "run.toml"), "--replay", "12")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "bit for bit the same")
+
+
+def test_a_difference_within_rounding_is_not_bit_for_bit(base: RunFolder, tmp_path: Path) -> None:
+    folder = copy(base, tmp_path / "base")
+    edit(folder, 12, grad_norm=1 + 1e-6)
+    assert again(folder, 12)["verdict"] == "equal to rounding"
+
+
+def test_each_step_has_the_settings_that_were_in_force_at_it(base: RunFolder, tmp_path: Path) -> None:
+    here = f"run.folder={tmp_path}"
+    config = load_run(str(base.path), [here, "run.max_steps=12", "checkpoint.export=false"]).config
+    folder = RunFolder.of(config)
+    trained(config)
+    overrides = ["run.max_steps=16", "optimizer.beta1=0.5", "optimizer.learning_rate=1e-3", "schedule.kind=linear"]
+    trained(load_run(str(folder.path), [*overrides, "model.z_loss=1e-2", "data.batch_tokens=192"]).config)
+    for path in checkpoints(folder.checkpoints):
+        if path.name in ("step-00000012", "step-00000015"):
+            shutil.rmtree(path)
+    result = again(folder, 16)
+    assert [line["step"] for line in result["steps"]] == list(range(11, 17))
+    assert result["verdict"] == "bit for bit"
+
+
+def test_the_first_steps_of_a_fork_are_run_again_from_its_parent(base: RunFolder) -> None:
+    config = fork(base, "child", "base@10", "run.start_with=all", "data.seq_len=16", "run.max_steps=14")
+    trained(config)
+    result = again(RunFolder.of(config), 12)
+    assert (result["verdict"], result["from"]) == ("bit for bit", "its parent, base at step 10")
+    hub = fork(base, "hub", str(base.export), "run.max_steps=6")
+    trained(hub)
+    assert again(RunFolder.of(hub), 5)["verdict"] == "bit for bit"
+
+
+def test_steps_after_a_crash_are_run_again_from_what_the_run_went_on_from(base: RunFolder, tmp_path: Path) -> None:
+    config = load_run(str(base.path), [f"run.folder={tmp_path}", "checkpoint.every_steps=6"]).config
+    crash(config, 11)
+    folder = RunFolder.of(config)
+    trained(load_run(str(folder.path), ["optimizer.learning_rate=1e-3", "run.max_steps=14"]).config)
+    result = again(folder, 11)  # of the lineage that counts
+    assert result["verdict"] == "bit for bit"
+    assert result["steps"][-1]["learning_rate"]["replayed"] == 1e-3
+
+
+def test_the_checkpoint_is_leased_while_it_is_read(base: RunFolder) -> None:
+    ((during, after),) = on_ranks(leases_of_replay, 1, base.path)
+    assert [name.startswith("step-00000010-") for name in during] == [True]
+    assert after == []
+
+
+def leases_of_replay(path: Path) -> tuple[list[str], list[str]]:
+    """Names of the run's leases while its checkpoint is read, and after."""
+    right = module.restore_from  # type: ignore[attr-defined]
+    seen: list[str] = []
+
+    def watched(*arguments: Any) -> Any:
+        seen.extend(file.name for file in (path / "leases").iterdir())
+        return right(*arguments)
+
+    module.restore_from = watched  # type: ignore[attr-defined,assignment]
+    replay(RunFolder(path), 11)
+    return seen, [file.name for file in (path / "leases").iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [(8, "no checkpoint before step 8"), (21, "the ledger has no step 21"), (0, "the ledger has no step 0")],
+)
+def test_a_step_that_cannot_be_run_again_is_refused(step: int, message: str, base: RunFolder, tmp_path: Path) -> None:
+    folder = copy(base, tmp_path / "base")
+    for path in checkpoints(folder.checkpoints)[:2]:
+        shutil.rmtree(path)
+    with pytest.raises(UserError, match=message) as caught:
+        replay(folder, step)
+    assert "1 to " in caught.value.remedy
+
+
+def test_another_token_store_is_refused(base: RunFolder, tmp_path: Path) -> None:
+    folder = copy(base, tmp_path / "base")
+    began = json.loads((folder.path / "provenance.json").read_text())
+    began["data"]["manifest_sha256"] = 64 * "0"
+    (folder.path / "provenance.json").write_text(json.dumps(began))
+    with pytest.raises(UserError, match="not the one this run was trained on"):
+        replay(folder, 13)
+
+
+def test_overrides_are_refused(base: RunFolder) -> None:
+    done = minka("train", str(base.path), "--replay", "13", "run.seed=3")
+    assert (done.returncode, "a step is run again as it was" in done.stderr) == (2, True)

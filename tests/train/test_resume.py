@@ -1,0 +1,218 @@
+"""A run that goes on: what may be another is shown, what may not is refused, and nothing begins again unsaid."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from commands import minka, train, written
+from families import crash, ledger, rank_refuses, refused, said, samples, stable_phase, steps, train_refusing, trained
+from minka.parallel.checkpoint import checkpoints, load_manifest
+from minka.plan.config import RunConfig
+from minka.plan.errors import ExitStatus, UserError
+from minka.plan.ledger import read_ledger
+from minka.plan.load import load_run
+from minka.plan.run import RunFolder
+from minka.train import resume
+from minka.train.command import main
+from minka.train.contents import config_hash, contents
+from minka.train.launch import restarted
+from minka.train.resume import check_rate
+from minka.train.schedule import learning_rate
+from minka.train.state import State
+from ranks import on_ranks
+from saved import ALONE
+from tiny import tiny
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A finished run; tests that write into it take a copy."""
+    return stable_phase(tmp_path_factory)
+
+
+def copy(base: RunFolder, name: str, *overrides: str) -> RunConfig:
+    """The finished run under another name, as if it had been trained there."""
+    folder = RunFolder(base.path.parent / name)
+    shutil.copytree(base.path, folder.path)
+    for file in (folder.config_file, folder.ledger_file):
+        file.write_text(file.read_text().replace('"base"', f'"{name}"'))
+    return load_run(str(folder.path), overrides).config
+
+
+def test_a_finished_run_goes_on_when_it_is_made_longer_and_says_what_becomes_of_the_rate(base: RunFolder) -> None:
+    config = copy(base, "longer", "run.max_steps=25", "schedule.kind=linear")
+    text = said(config)
+    rate = learning_rate(config, 20, steps(ledger(base))[20]["tokens"])
+    assert f"learning rate of step 21: 0.003 by the settings it was saved with, {rate:.4g} by those of now" in text
+    assert "run.max_steps = 25 (was 20)" in text
+    folder = RunFolder.of(config)
+    events = ledger(folder)
+    assert [e["step"] for e in events if e["event"] == "step"] == list(range(1, 26))
+    assert steps(events)[21]["learning_rate"] == rate
+    start = [e for e in events if e["event"] == "start"][-1]
+    assert start["changed"] == {"run.max_steps": [20, 25], "schedule.kind": ["constant", "linear"]}
+    assert (start["config"]["run"]["max_steps"], folder.config()) == (25, config)
+    assert samples(folder)[21][0] == samples(folder)[20][-1] + 1
+
+
+def test_a_longer_constant_run_is_the_run_that_was_longer_from_the_beginning(base: RunFolder) -> None:
+    whole = load_run(str(base.path), ["run.name=whole", "run.max_steps=24"]).config
+    assert steps(trained(copy(base, "extended", "run.max_steps=24"))) == steps(trained(whole))
+
+
+def test_a_finished_run_without_more_steps_says_so_and_exits_0(
+    base: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in base.path.rglob("*") if path.is_file()}
+    assert main([str(base.path)]) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert main([str(base.path), "optimizer.beta1=0.8"]) == 0
+    assert "Without more steps, optimizer.beta1 changes nothing" in capsys.readouterr().out
+    assert main([str(base.path), "--json", "run.max_steps=20"]) == 0
+    assert json.loads(capsys.readouterr().out)["finished"] is True
+    assert {path: path.read_bytes() for path in base.path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.max_steps=19", "the run stands at step 20 already, and run.max_steps=19 lies before that"),
+        ("run.max_tokens=6000", "the run stands at 6272 tokens already"),
+        ("run.seed=8", "run.seed is 7 there and 8 here"),
+        ("data.seq_len=16", "data.seq_len is 32 there and 16 here"),
+        ("model.rope_theta=5", "model.rope_theta is 10000.0 there and 5.0 here"),
+        ("model.layers=3", "model.layers is 2 there and 3 here"),
+    ],
+)
+def test_what_may_not_be_another_is_refused_by_name(
+    override: str, message: str, base: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused(capsys, str(base.path), override)
+
+
+def test_changes_from_the_command_line_reach_the_ledger_and_the_reader(base: RunFolder) -> None:
+    config = copy(base, "typed")
+    done = minka("train", str(RunFolder.of(config).path), "--ranks", "1", "run.max_steps=22", "optimizer.beta2=0.9")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run.max_steps = 22 (was 20)") == 1
+    assert "optimizer.beta2 = 0.9 (was 0.95)" in done.stdout
+    start = [e for e in ledger(RunFolder.of(config)) if e["event"] == "start"][-1]
+    assert start["changed"] == {"optimizer.beta2": [0.95, 0.9], "run.max_steps": [20, 22]}
+
+
+def test_the_rate_of_the_next_step_is_held_against_the_checkpoints(base: RunFolder) -> None:
+    config = base.config()
+    saved = load_manifest(checkpoints(base.checkpoints)[1])["state"]
+    state = State.from_json(saved)
+    assert saved["learning_rate"] == learning_rate(config, 10, state.tokens)
+    assert check_rate(saved, base, config, state) == ""
+    assert check_rate({**saved, "learning_rate": saved["learning_rate"] * (1 + 1e-12)}, base, config, state) == ""
+    with pytest.raises(UserError, match=r"learning rate of step 11 would be 0.003, .* written for 0.00303") as caught:
+        check_rate({**saved, "learning_rate": saved["learning_rate"] * 1.01}, base, config, state)
+    assert caught.value.status == ExitStatus.NEEDS_PERSON
+    changed = load_run(str(base.path), ["optimizer.learning_rate=1e-3"]).config
+    assert "0.003 by the settings it was saved with, 0.001 by those of now" in check_rate(saved, base, changed, state)
+    old = {key: saved[key] for key in ("step", "samples", "tokens", "refused_in_a_row")}  # as format 1 has it
+    assert check_rate(old, base, config, state) == ""
+    assert "0.003 by the settings" in check_rate(old, base, changed, state)
+
+
+def test_a_checkpoint_says_the_rate_of_the_step_after_it_and_the_settings_it_was_made_with(tmp_path: Path) -> None:
+    config = tiny(tmp_path)  # a cosine: no two steps have the same
+    state = State(step=7, samples=9, tokens=99)
+    saved = contents(config, state, ALONE, "d" * 64, [{"run": "base", "step": 3}])
+    assert saved["learning_rate"] == learning_rate(config, 7, 99) != learning_rate(config, 8, 99)
+    assert saved["config"] == config.model_dump(mode="json")
+    assert saved["config_sha256"] == config_hash(json.loads(json.dumps(saved["config"])))
+    assert (saved["data_sha256"], saved["lineage"]) == ("d" * 64, [{"run": "base", "step": 3}])
+    assert saved["layout"]["shard"] == 1
+    assert saved["versions"].keys() >= {"minka", "torch"}
+    assert State.from_json(json.loads(json.dumps(saved))) == state
+
+
+def test_a_schedule_that_drifted_under_a_run_stops_it_for_a_person(base: RunFolder) -> None:
+    config = copy(base, "drifted")
+    shutil.rmtree(checkpoints(RunFolder.of(config).checkpoints)[-1])
+    for status, text in on_ranks(train_drifted, 2, config):
+        assert status == ExitStatus.NEEDS_PERSON
+        assert "learning rate of step 16 would be 0.0015, and the checkpoint was written for 0.003" in text
+    last = list(read_ledger(RunFolder.of(config).ledger_file))[-1]
+    assert (last["event"], last["step"]) == ("refuse", 15)
+    assert "would be 0.0015" in last["reason"]
+
+
+def train_drifted(config: RunConfig) -> tuple[int, str]:
+    """One rank of a minka whose schedule is another."""
+    resume.learning_rate = lambda *at: learning_rate(*at) / 2  # type: ignore[attr-defined]
+    return train_refusing(config)
+
+
+def test_a_run_never_begins_from_nothing_where_there_is_history(
+    base: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = copy(base, "lost")
+    folder = RunFolder.of(config)
+    shutil.rmtree(folder.checkpoints)
+    assert main([str(folder.path)]) == 0  # it is finished all the same
+    assert "is finished" in capsys.readouterr().out
+    text = refused(capsys, str(folder.path), "run.max_steps=25", status=ExitStatus.NEEDS_PERSON)
+    assert f"minka train {folder.path} --from-scratch" in text
+    folder.exit_file.unlink()
+    assert "--from-scratch" in refused(capsys, str(folder.path), status=ExitStatus.NEEDS_PERSON)
+    assert "--from-scratch" in rank_refuses(config, ExitStatus.NEEDS_PERSON)
+
+
+def test_from_scratch_moves_the_checkpoints_aside_and_gives_the_same_run_again(base: RunFolder) -> None:
+    config = copy(base, "again")
+    folder = RunFolder.of(config)
+    for number in (1, 2):
+        done = minka("train", str(folder.path), "--ranks", "1", "--from-scratch")
+        assert done.returncode == 0, done.stderr
+        assert f"checkpoints.old-{number}" in done.stdout
+        events = ledger(folder)
+        restart = [e for e in events if e["event"] == "restart"][-1]
+        assert (restart["step"], restart["tokens"]) == (0, 0)
+        assert restart["reason"] == f"--from-scratch was given; its checkpoints lie in checkpoints.old-{number}"
+        assert steps(events) == steps(ledger(base))
+        assert len([e for e in events if e["event"] == "restart"]) == number
+        assert len(checkpoints(folder.path / f"checkpoints.old-{number}")) == 4
+
+
+def test_a_scheduler_that_repeats_a_command_throws_nothing_away() -> None:
+    assert not restarted({})
+    assert not restarted({"SLURM_RESTART_COUNT": "0", "TORCHELASTIC_RESTART_COUNT": "0"})
+    assert restarted({"SLURM_RESTART_COUNT": "1"})
+    assert restarted({"TORCHELASTIC_RESTART_COUNT": "2"})
+
+
+def test_a_killed_extension_is_not_taken_for_finished(base: RunFolder) -> None:
+    config = copy(base, "killed", "run.max_steps=30", "checkpoint.every_steps=0")
+    crash(config, 25)
+    folder = RunFolder.of(config)
+    assert not folder.finished()
+    assert folder.config().run.max_steps == 30
+    events = trained(folder.config())
+    assert [e["step"] for e in events if e["event"] == "restore"] == [20, 20]
+    assert [e["step"] for e in events if e["event"] == "step"] == list(range(1, 31))
+
+
+def test_a_stopped_run_that_is_cut_to_where_it_stands_ends_there(base: RunFolder, tmp_path: Path) -> None:
+    values = ["run.name=cut", f"run.folder={tmp_path}", "run.max_steps=100000"]
+    config = load_run(str(base.path), values).config
+    process = train(config, ranks=1)
+    folder = RunFolder.of(config)
+    while not any(e["event"] == "step" and e["step"] >= 3 for e in ledger(folder)):
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == ExitStatus.STOPPED
+    at = load_manifest(checkpoints(folder.checkpoints)[-1])["step"]
+    file = str(written(config))
+    less = minka("train", file, f"run.max_steps={at - 1}", "--ranks", "1")
+    assert less.returncode == ExitStatus.REFUSED
+    assert minka("train", file, f"run.max_steps={at}", "--ranks", "1").returncode == ExitStatus.DONE
+    assert ledger(folder)[-1]["event"] == "stop"
+    assert (ledger(folder)[-1]["reason"], ledger(folder)[-1]["step"]) == ("done", at)
