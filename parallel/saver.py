@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,10 +11,11 @@ import torch
 
 from minka.parallel.disk import LOCAL, Disk
 from minka.parallel.heard import heard
+from minka.parallel.manifest import CHUNK_BYTES
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece, to_write
 from minka.parallel.saving import Contents, write
-from minka.parallel.shards import Image
+from minka.parallel.shards import Hashes, Image
 from minka.parallel.shelf import prune
 
 POLL_SECONDS = 0.02
@@ -141,38 +142,43 @@ class Saver:
             saving.progress += 1
             alive()
 
-        path, size, problem, pruned, image = self.folder, 0, "", [], None
-        try:
-            image = self._copy(mine, ready)
-        except Exception as error:  # no memory for the buffer
-            problem = _words(error)
-        saving.copied.set()
-        try:
-            problem = heard(self._beside, problem)
-            if image is None or problem:
-                raise OSError(0, problem)
-            path, size = write(self.folder, saving.contents, image, mine, self._beside, alive=on, disk=self.disk)
-            if self._beside.is_first:
-                with suppress(Exception):  # the save is committed, whatever becomes of older ones
-                    pruned = prune(self.folder, self.newest, self.disk)
-        except Exception as error:  # whatever it is: the training goes on, and hears of it
-            problem = _words(error)
+        path, size, problem, pruned = self.folder, 0, "", []
+        with ExitStack() as stack:
+            hashes = None
+            try:
+                hashes = stack.enter_context(Hashes(self._room(mine, ready), CHUNK_BYTES, on))
+                self._copy(hashes, mine, ready)
+            except Exception as error:  # no memory for the buffer
+                problem = _words(error)
+            saving.copied.set()
+            try:
+                problem = heard(self._beside, problem)
+                if hashes is None or problem:
+                    raise OSError(0, problem)
+                path, size = write(self.folder, saving.contents, hashes, mine, self._beside, alive=on, disk=self.disk)
+                if self._beside.is_first:
+                    with suppress(Exception):  # the save is committed, whatever becomes of older ones
+                        pruned = prune(self.folder, self.newest, self.disk)
+            except Exception as error:  # whatever it is: the training goes on, and hears of it
+                problem = _words(error)
         took = time.perf_counter() - saving.began
         saving.outcome = Outcome(saving.contents, path, size, 0.0, took, problem, pruned)
 
-    def _copy(self, mine: Mapping[str, Piece], ready: torch.cuda.Event | None) -> Image:
+    def _room(self, mine: Mapping[str, Piece], ready: torch.cuda.Event | None) -> Image:
         if self._image is None or not self._image.fits(mine):
             self._image = None  # never two buffers at once
             self._image = Image(mine, pinned=ready is not None)
+        return self._image
+
+    def _copy(self, hashes: Hashes, mine: Mapping[str, Piece], ready: torch.cuda.Event | None) -> None:
         if ready is None:
-            self._image.take(mine)
-            return self._image
+            hashes.image.take(mine, hashes.upto)
+            return
         stream = torch.cuda.Stream(self.mesh.device)
         stream.wait_event(ready)
         with torch.cuda.stream(stream):
-            self._image.take(mine)
+            hashes.image.take(mine)
         stream.synchronize()
-        return self._image
 
 
 def _words(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from minka.parallel.commit import begin, commit, discard, step_name
 from minka.parallel.disk import LOCAL, Disk
 from minka.parallel.heard import heard
-from minka.parallel.manifest import CHUNK_BYTES, SHARD, seal
+from minka.parallel.manifest import SHARD, seal
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece
-from minka.parallel.shards import Image, write_shard
+from minka.parallel.shards import Hashes
 from minka.parallel.shelf import next_number
 
 
@@ -35,18 +35,18 @@ class Contents(NamedTuple):
 def write(
     folder: Path,
     contents: Contents,
-    image: Image,
+    hashes: Hashes,
     pieces: Mapping[str, Piece],
     mesh: Mesh,
     *,
     alive: Callable[[], None] = lambda: None,
     disk: Disk = LOCAL,
 ) -> Saved:
-    """Write a checkpoint from all ranks' images. Collective. Raises OSError on every rank when any could not write.
+    """Write a checkpoint from all ranks' images, whose hashes these are. Collective. Raises OSError on every rank when any could not write.
 
     `folder` is the run's checkpoints folder; nothing of a failed save stays. `alive` is called for each chunk.
     """
-    final = folder / step_name(contents.step)
+    final, image = folder / step_name(contents.step), hashes.image
     attempt, total = mesh.sum_on_host([time.time_ns() if mesh.is_first else 0, image.buffer.numel()])
     written = folder / f".{final.name}.saving-{attempt:x}"
 
@@ -58,7 +58,8 @@ def write(
 
     def write_part() -> None:
         file = f"rank-{mesh.rank:05d}.safetensors"
-        entry = {"bytes": image.buffer.numel(), "sha256": write_shard(disk, written / file, image, alive, CHUNK_BYTES)}
+        disk.write(written / file, _beating(image.chunks(hashes.chunk), alive))
+        entry = {"bytes": image.buffer.numel(), "sha256": hashes.result()}
         part = json.dumps({"file": file, "attempt": attempt, "entry": entry, "pieces": _table(pieces)}).encode()
         disk.write(written / f"rank-{mesh.rank:05d}.json", [memoryview(part)])
 
@@ -71,7 +72,7 @@ def write(
                 "step": contents.step,
                 "permanent": contents.permanent,
                 "state": dict(contents.state),
-                "chunk_bytes": CHUNK_BYTES,
+                "chunk_bytes": hashes.chunk,
             }
             commit(disk, written, final, seal(body | _merged(parts)))
 
@@ -83,6 +84,12 @@ def write(
                     discard(disk, written)
             raise OSError(problem.errno, problem.strerror, str(final))
     return Saved(final, total)
+
+
+def _beating(parts: Iterable[memoryview], alive: Callable[[], None]) -> Iterator[memoryview]:
+    for part in parts:
+        yield part
+        alive()
 
 
 def _check_space(disk: Disk, folder: Path, total: int) -> None:

@@ -55,7 +55,7 @@ class Image:
         header, body = _header([(name, *self._kinds[name]) for name in names])
         self.buffer = torch.empty(len(header) + body, dtype=torch.uint8, pin_memory=pinned)
         self.buffer[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-        self._boxes: dict[str, Tensor] = {}
+        self._boxes: dict[str, Tensor] = {}  # in the order in which they lie in the file
         at = len(header)
         for name in names:
             local = pieces[name].local
@@ -67,8 +67,12 @@ class Image:
         """Whether this image has a place for just these."""
         return self._kinds == _kinds(pieces)
 
-    def take(self, pieces: Mapping[str, Piece]) -> None:
-        """Copy them in. For tensors on a GPU the copies are queued on the current stream."""
+    def take(self, pieces: Mapping[str, Piece], filled: Callable[[int], None] = lambda at: None) -> None:
+        """Copy them in. For tensors on a GPU the copies are queued on the current stream.
+
+        `filled` is told up to where the copies reach: for tensors on a CPU those bytes are there.
+        """
+        at = self.buffer.numel() - sum(box.numel() * box.element_size() for box in self._boxes.values())
         for name, box in self._boxes.items():
             source = pieces[name].local.detach()
             if source.device.type == "cpu" and source.is_contiguous():
@@ -76,6 +80,8 @@ class Image:
                 np.copyto(_bytes(box), _bytes(source))
             else:
                 box.copy_(source, non_blocking=True)
+            at += box.numel() * box.element_size()
+            filled(at)
 
     def chunks(self, size: int) -> Iterator[memoryview]:
         """The file's content."""
@@ -84,25 +90,36 @@ class Image:
             yield whole[at : at + size]
 
 
-def write_shard(disk: Disk, file: Path, image: Image, alive: Callable[[], None], chunk: int) -> list[str]:
-    """Write an image and give the sha256 of each chunk. What has been handed to the disk is hashed beside it."""
+class Hashes:
+    """The sha256 of each chunk of an image, taken beside what fills and writes it: a fast disk is as fast as they are."""
 
-    def digest(part: memoryview) -> str:
+    def __init__(self, image: Image, chunk: int, alive: Callable[[], None]) -> None:
+        self.image, self.chunk, self._alive = image, chunk, alive
+        self._parts = image.chunks(chunk)
+        self._begun: list[Future[str]] = []
+        self._beside = ThreadPoolExecutor(HASHERS, thread_name_prefix="minka-hash")
+
+    def __enter__(self) -> "Hashes":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._beside.shutdown(cancel_futures=True)
+
+    def upto(self, filled: int) -> None:
+        """So many bytes of the image will not change any more: begin with the chunks that lie in them."""
+        size = self.image.buffer.numel()
+        while (at := len(self._begun) * self.chunk) < size and min(at + self.chunk, size) <= filled:
+            self._begun.append(self._beside.submit(self._hash, next(self._parts)))
+
+    def result(self) -> list[str]:
+        """All of them, once they are there; then the image must be filled."""
+        self.upto(self.image.buffer.numel())
+        return [one.result() for one in self._begun]
+
+    def _hash(self, part: memoryview) -> str:
         found = hashlib.sha256(part).hexdigest()
-        alive()
+        self._alive()
         return found
-
-    with ThreadPoolExecutor(HASHERS, thread_name_prefix="minka-hash") as beside:
-        hashed: list[Future[str]] = []
-
-        def parts() -> Iterator[memoryview]:
-            for part in image.chunks(chunk):
-                yield part
-                hashed.append(beside.submit(digest, part))
-                alive()
-
-        disk.write(file, parts())
-        return [one.result() for one in hashed]
 
 
 class ShardReader:

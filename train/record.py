@@ -114,6 +114,10 @@ class Record:
         """The run goes on from a checkpoint of its own, which need not be saved again."""
         self._saved = state
 
+    def forked(self, state: State) -> None:
+        """The run goes on from another's checkpoint: token milestones passed there are not its own."""
+        self._saved = replace(state, step=-1)
+
     def save(self, state: State, tensors: Mapping[str, Piece], watch: Stopwatch) -> None:
         """Begin a checkpoint, once the one before it has ended; a failure is an event, and the run goes on. Collective.
 

@@ -90,6 +90,7 @@ def _first(engine: ShardedEngine, record: Record, mesh: Mesh) -> State:
     if parent:
         place, said = begins_at(parent, record.config, record.store.hash)
         state = State(*place)
+        record.forked(state)
         load_parent(parent, engine, record.config.run.start_with, mesh, lambda: record.outside.alive(0))
         record.console.say(said)
         if parent.learning_rate is not None and state.step:

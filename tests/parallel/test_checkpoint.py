@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from minka.parallel import saving
+from minka.parallel import saver
 from minka.parallel.checkpoint import restore, whole_tensors
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.parallel.pieces import Piece
@@ -125,7 +125,7 @@ def test_files_and_their_folder_are_on_the_disk_before_the_name_is(
 
 
 def test_long_saves_and_restores_keep_a_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saving, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(saver, "CHUNK_BYTES", 64)
     beats: list[str] = []
     path = save(tmp_path, 1, tensors(), {}, ALONE, alive=lambda: beats.append("save")).path
     chunks = -(-(path / "rank-00000.safetensors").stat().st_size // 64)

@@ -44,9 +44,9 @@ class GatedDisk(LocalDisk):
 def slow_copies(patch: pytest.MonkeyPatch) -> None:
     take = Image.take
 
-    def slow(self: Image, pieces: Any) -> None:
+    def slow(self: Image, *arguments: Any) -> None:
         time.sleep(TAKES)
-        take(self, pieces)
+        take(self, *arguments)
 
     patch.setattr(Image, "take", slow)
 
