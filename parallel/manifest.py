@@ -1,6 +1,6 @@
 """What a checkpoint says of itself: its manifest, sealed by a hash of its own. Nothing in it is believed unchecked.
 
-    {"format": 2, "number": 7, "time": ..., "step": 500, "permanent": false,   number: which save of the run this was
+    {"format": 2, "number": 7, "time": ..., "step": 500, "permanent": false,   number: grows with every save
      "state": {...},                                                          the run's own words (train/contents.py)
      "chunk_bytes": 16777216,
      "files": {"rank-00000.safetensors": {"bytes": ..., "sha256": [one a chunk of the file]}, ...},

@@ -42,7 +42,9 @@ def write(
     alive: Callable[[], None] = lambda: None,
     disk: Disk = LOCAL,
 ) -> Saved:
-    """Write a checkpoint from all ranks' images, whose hashes these are. Collective. Raises OSError on every rank when any could not write.
+    """Write a checkpoint from all ranks' images, whose hashes these are. Collective.
+
+    Raises OSError on every rank when any could not write.
 
     `folder` is the run's checkpoints folder; nothing of a failed save stays. `alive` is called for each chunk.
     """

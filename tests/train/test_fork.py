@@ -179,6 +179,7 @@ def test_a_run_that_crashed_before_its_first_checkpoint_begins_again_and_says_so
 def test_milestones_that_the_parent_had_passed_keep_nothing_of_the_fork(base: RunFolder) -> None:
     passed = load_manifest(base.checkpoints / "step-00000010")["state"]["tokens"] - 1
     milestones = f"checkpoint.keep_tokens=[{passed}, {passed + 13 * 32 * 2}]"
-    config = fork(base, "miles", "base@10", "run.start_with=all", "run.max_steps=14", milestones)
+    settings = ("run.start_with=all", "run.max_steps=14", "checkpoint.every_steps=1", milestones)
+    config = fork(base, "miles", "base@10", *settings)
     saves = [e for e in trained(config) if e["event"] == "save"]
     assert [(e["step"], e["permanent"]) for e in saves if e["permanent"]] == [(12, True)]
