@@ -175,7 +175,7 @@ class ShardReader:
         if self._cached[0] != index:
             at = index * self._chunk_bytes
             content = self._disk.read(self.file, at, min(self._chunk_bytes, self._bytes - at))
-            if False:
+            if hashlib.sha256(content).hexdigest() != self._hashes[index]:
                 raise Damage(f"{self.file}: chunk {index} ({self._chunk_bytes:,} bytes each) does not match its hash")
             self._cached = (index, content)
             self._alive()

@@ -175,7 +175,6 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
     "a header of 99 MB": lambda path: shard(path, (99 * 10**6).to_bytes(8, "little") + b"{}"),
     "a shard of 7 bytes": lambda path: shard(path, bytes(7)),
     "a header that is a list": raw_header(b"[]"),
-    "a header that is no UTF-8": raw_header(b"\xff\xfe"),
     "a header nested deep": raw_header(b"[" * 100_000),
     "a header of tables nested deep": raw_header(b'{"a":' * 50_000),
     "a header with a number of 10,000 digits": raw_header(b'{"a":' + b"9" * 10_000 + b"}"),
@@ -278,6 +277,7 @@ def test_what_is_made_to_do_harm_is_refused_at_once(what: str, run: Path) -> Non
         with pytest.raises(UserError) as caught:
             restore_from(path, tensors(), ALONE)
         assert len(str(caught.value)) < 2000
+        assert ("no name of a shard" in str(caught.value)) == ("file name" in what)
         with contextlib.suppress(OSError, Damage):  # an export asks for nothing that might be missing
             list(whole_tensors(path, ""))
         for read in (load_manifest, lambda path: restore(path.parent, tensors(), ALONE, lambda p, reason: None)):

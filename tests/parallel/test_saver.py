@@ -207,6 +207,8 @@ def test_a_wait_has_a_heartbeat_while_the_save_gets_on_and_none_while_it_hangs(t
     saver = Saver(tmp_path, ALONE, 2, disk=disk)
     disk.open.clear()
     saver.save(Contents(1, {}), tensors())
+    saver.settle()
+    time.sleep(0.1)  # the hashes need no disk
     threading.Timer(TAKES, disk.open.set).start()
     began = time.perf_counter()
     assert saver.wait(lambda: beats.append(time.perf_counter() - began)) is not None
