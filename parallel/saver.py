@@ -179,6 +179,7 @@ class Saver:
         with torch.cuda.stream(stream):
             hashes.image.take(mine)
         stream.synchronize()
+        hashes.upto(hashes.image.buffer.numel())
 
 
 def _words(error: Exception) -> str:
