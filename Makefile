@@ -30,7 +30,7 @@ gpu-check:
 
 clean: ## everything that can be made again; runs/ and stores/ stay
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find $(FOLDERS) tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find $(wildcard $(FOLDERS)) tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -10,7 +10,6 @@ from minka.parallel.apply import build_model
 from minka.parallel.checkpoint import restore_from
 from minka.parallel.engine import ShardedScorer
 from minka.parallel.lease import leased
-from minka.parallel.manifest import load_manifest
 from minka.parallel.mesh import start_mesh
 from minka.parallel.pieces import piece_of
 from minka.parallel.shelf import find_checkpoint, run_and_step
@@ -37,10 +36,9 @@ def score_checkpoint(run: str, overrides: Sequence[str], alive: Callable[[], Non
     with start_mesh(layout) as mesh:
         model = build_model(config, mesh)
         with leased(folder.path, checkpoint):
-            restore_from(checkpoint, {f"model.{n}": piece_of(p) for n, p in model.named_parameters()}, mesh)
+            state = restore_from(checkpoint, {f"model.{n}": piece_of(p) for n, p in model.named_parameters()}, mesh)
         scorer = ShardedScorer(model, mesh)
         scores = heldout(scorer, store.split("validation"), config, mesh, store.eod, alive)
-    state = load_manifest(checkpoint)["state"]
     with writing(folder.evals):
         return write_scores(folder.evals, state["step"], state["tokens"], scores, checkpoint=checkpoint)
 

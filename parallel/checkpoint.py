@@ -13,13 +13,13 @@ bit without a word, and mixes two steps in a folder that is used twice. Tensors 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minka.parallel.commit import recover, set_aside, step_name
-from minka.parallel.disk import LOCAL, Disk
+from minka.parallel.disk import LOCAL, PASSING, Disk
 from minka.parallel.heard import heard
 from minka.parallel.manifest import NAME, Damage, load_manifest, nbytes
 from minka.parallel.mesh import Mesh
@@ -31,6 +31,7 @@ from minka.plan.errors import ExitStatus, UserError
 __all__ = ["checkpoints", "load_manifest"]  # of the files beside this one, for those who train
 
 DAMAGE = (OSError, Damage)  # what reading a damaged checkpoint raises
+BATCH_BYTES = 2**30  # of tensors that an export holds at once
 OPTIONAL = "rng."  # tensors that older checkpoints lack, and that nothing trained depends on
 
 
@@ -46,21 +47,21 @@ def restore(
     """Fill `tensors` from the newest whole checkpoint and give its state, or None when there is no checkpoint.
 
     Collective, and for the run's one writer: what a save that died has left is mended first. `note(path, reason)` is
-    told of each checkpoint passed over because it is damaged; once another one has been read, damaged ones lose their
-    names. `alive` is called for each chunk read. Raises UserError when there are checkpoints and none is whole, or when
-    the newest whole one is of another model.
+    told of each checkpoint passed over because it is damaged or cannot be read; once another one has been read, damaged
+    ones lose their names. `alive` is called for each chunk read. Raises UserError when there are checkpoints and none
+    is whole, or when the newest whole one is of another model.
     """
     if mesh.is_first:
         with suppress(OSError):  # what is there is read all the same
             recover(disk, folder)
     steps = _agreed(mesh, newest_first(folder, disk) if mesh.is_first else [])
-    damaged: list[tuple[Path, str]] = []
+    damaged: list[tuple[Path, _Problem]] = []
     for step in steps:
         path = folder / step_name(step)
         state, problem = _try(path, tensors, mesh, alive, disk)
-        if not problem:
-            for bad, reason in damaged:
-                if mesh.is_first:
+        if problem is None:
+            for bad, (reason, passing) in damaged:
+                if mesh.is_first and not passing:
                     with suppress(OSError):  # it is passed over again the next time
                         set_aside(disk, bad)
                 note(bad, reason)
@@ -70,7 +71,7 @@ def restore(
         raise UserError(
             "none of the checkpoints is whole",
             where=str(folder),
-            why="; ".join(reason for _, reason in damaged),
+            why="; ".join(problem.reason for _, problem in damaged),
             remedy="look at the disk; `minka train RUN --from-scratch` begins again at step 0",
             status=ExitStatus.NEEDS_PERSON,
         )
@@ -91,27 +92,36 @@ def restore_from(
     """
     state, problem = _try(path, tensors, mesh, alive, disk)
     if problem:
-        raise UserError(f"damaged: {problem}", where=str(path), remedy="take another checkpoint (RUN@STEP)")
+        said = "cannot be read" if problem.passing else "damaged"
+        raise UserError(f"{said}: {problem.reason}", where=str(path), remedy="take another checkpoint (RUN@STEP)")
     return state
 
 
 def whole_tensors(
     path: Path, prefix: str, *, alive: Callable[[], None] = lambda: None, disk: Disk = LOCAL
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name without prefix, whole tensor) one at a time, hashes checked: what an export reads. No process group.
+    """(name without prefix, whole tensor) one after the other, hashes checked: what an export reads. No process group.
 
-    `alive` is called for each chunk read. Raises DAMAGE.
+    Read in batches of BATCH_BYTES, since each goes through all the files. `alive` is called for each chunk read. Raises
+    DAMAGE.
     """
     manifest = load_manifest(path, disk)
     check_files(path, manifest, disk)
+    there = sum(file["bytes"] for file in manifest["files"].values())
+    batch: dict[str, Piece] = {}
+    left = BATCH_BYTES
     for name, entry in manifest["tensors"].items():
-        if name.startswith(prefix):
-            shape = tuple(entry["shape"])
-            if nbytes(entry["shape"], entry["dtype"]) > sum(file["bytes"] for file in manifest["files"].values()):
-                raise Damage(f"{path}: {name} is larger than all files together")
-            box = torch.empty(shape, dtype=getattr(torch, entry["dtype"]))
-            fill(path, manifest, {name: Piece(box, (0,) * len(shape), shape)}, alive, disk)
-            yield name.removeprefix(prefix), box
+        if not name.startswith(prefix):
+            continue
+        size, shape = nbytes(entry["shape"], entry["dtype"]), tuple(entry["shape"])
+        if size > there:
+            raise Damage(f"{path}: {name} is larger than all files together")
+        if batch and size > left:
+            yield from _filled(path, manifest, batch, prefix, alive, disk)
+            batch, left = {}, BATCH_BYTES
+        batch[name] = Piece(torch.empty(shape, dtype=getattr(torch, entry["dtype"])), (0,) * len(shape), shape)
+        left -= size
+    yield from _filled(path, manifest, batch, prefix, alive, disk)
 
 
 def check_files(path: Path, manifest: Mapping[str, Any], disk: Disk = LOCAL) -> None:
@@ -127,11 +137,31 @@ def check_files(path: Path, manifest: Mapping[str, Any], disk: Disk = LOCAL) -> 
             raise Damage(f"{path / name} has {size:,} bytes instead of {entry['bytes']:,}")
 
 
+def _filled(
+    path: Path,
+    manifest: Mapping[str, Any],
+    batch: dict[str, Piece],
+    prefix: str,
+    alive: Callable[[], None],
+    disk: Disk,
+) -> Iterator[tuple[str, Tensor]]:
+    fill(path, manifest, batch, alive, disk)
+    for name in list(batch):
+        yield name.removeprefix(prefix), batch.pop(name).local
+
+
+class _Problem(NamedTuple):
+    """Why a checkpoint was not read; `passing`: by what was said, it may be whole."""
+
+    reason: str
+    passing: bool
+
+
 def _try(
     path: Path, tensors: Mapping[str, Piece], mesh: Mesh, alive: Callable[[], None], disk: Disk
-) -> tuple[Any, str]:
-    """The state and "", or why this checkpoint cannot be read, the same verdict on every rank."""
-    state, problem, other = None, "", ""
+) -> tuple[Any, _Problem | None]:
+    """The state, or why this checkpoint cannot be read, the same verdict on every rank."""
+    state, problem, other, passing = None, "", "", False
     try:
         manifest = load_manifest(path, disk)
         if mesh.is_first:  # thousands of ranks need not look at thousands of files each
@@ -144,9 +174,10 @@ def _try(
     except DAMAGE as error:
         said = str(error) or type(error).__name__
         problem = said if str(path) in said else f"{path}: {said}"
+        passing = isinstance(error, OSError) and error.errno in PASSING
     problem = heard(mesh, problem)
     if problem:
-        return None, problem
+        return None, _Problem(problem, bool(mesh.sum_on_host([passing])[0]))
     other = heard(mesh, other)
     if other:
         raise UserError(
@@ -155,7 +186,7 @@ def _try(
             why="its tensors do not fit this configuration's",
             remedy="give the configuration it was trained with, or another run.name",
         )
-    return state, ""
+    return state, None
 
 
 def _other_model(manifest: Mapping[str, Any], tensors: Mapping[str, Piece]) -> str:

@@ -1,11 +1,20 @@
 """The few things a checkpoint asks of a file system, so that tests can hand in one that dies at any of them."""
 
+import errno
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
+
+# What a file system or a busy host may say of a file that is whole. It is asked again, and if that does not help
+# the file is not read; but it is not called damaged.
+PASSING = frozenset(
+    {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.EAGAIN, errno.EACCES}
+)
+PAUSES = (0.1, 1.0)  # seconds before the second and the third time
 
 
 class Disk(Protocol):
@@ -98,6 +107,16 @@ class LocalDisk:
 
     def read(self, file: Path, offset: int, length: int) -> bytearray:
         """See Disk."""
+        for pause in PAUSES:
+            try:
+                return self._read(file, offset, length)
+            except OSError as error:
+                if error.errno not in PASSING:
+                    raise
+            time.sleep(pause)
+        return self._read(file, offset, length)
+
+    def _read(self, file: Path, offset: int, length: int) -> bytearray:
         handle = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not block
         try:
             found = os.fstat(handle)

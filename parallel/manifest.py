@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,7 +40,7 @@ class Damage(ValueError):
 
 def seal(body: Mapping[str, Any]) -> bytes:
     """The manifest file of `body`, which gets format and hash: what `load_manifest` will check."""
-    plain = json.loads(json.dumps(finite({"format": FORMAT, **body}), allow_nan=False))
+    plain = {"format": FORMAT, **{key: _plain(value) for key, value in body.items()}}
     return _text({**plain, "sha256": _digest(plain)})
 
 
@@ -150,9 +150,24 @@ def _counts(value: Any) -> bool:
     return isinstance(value, list) and all(_count(v) for v in value)
 
 
+# A manifest of many ranks has tens of megabytes, and one call of json keeps the training from running for as long as it
+# takes. So the two large tables are written and hashed entry by entry.
+
+
+def _plain(value: Any) -> Any:
+    """As it will read back: keys are strings there, and tuples lists."""
+    if isinstance(value, Mapping):
+        return {_word(key): json.loads(json.dumps(finite(inner), allow_nan=False)) for key, inner in value.items()}
+    return json.loads(json.dumps(finite(value), allow_nan=False))
+
+
+def _word(key: object) -> str:
+    return key if isinstance(key, str) else next(iter(json.loads(json.dumps({key: 0}))))
+
+
 def _text(manifest: Mapping[str, Any]) -> bytes:
     """One line a key: short for a machine, and a person can still read the first lines."""
-    lines = (f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in manifest.items())
+    lines = (f"{json.dumps(key)}: {''.join(_json(value, ', ', ': '))}" for key, value in manifest.items())
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
@@ -161,5 +176,23 @@ def _text_1(manifest: Mapping[str, Any]) -> bytes:
 
 
 def _digest(plain: Mapping[str, Any]) -> str:
-    """sha256 of the canonical JSON of a document that was read from JSON."""
-    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    """sha256 of the canonical JSON (sorted keys, no spaces) of a document that was read from JSON."""
+    digest = hashlib.sha256(b"{")
+    for number, key in enumerate(sorted(plain)):
+        digest.update(f"{',' if number else ''}{json.dumps(key)}:".encode())
+        for part in _json(plain[key], ",", ":", sort=True):
+            digest.update(part.encode())
+    digest.update(b"}")
+    return digest.hexdigest()
+
+
+def _json(value: Any, comma: str, colon: str, *, sort: bool = False) -> Iterator[str]:
+    """The parts of json.dumps(value), one an entry where it is a table."""
+    if not isinstance(value, dict):
+        yield json.dumps(value, allow_nan=False, separators=(comma, colon), sort_keys=sort)
+        return
+    yield "{"
+    for number, key in enumerate(sorted(value) if sort else value):
+        inner = json.dumps(value[key], allow_nan=False, separators=(comma, colon), sort_keys=sort)
+        yield f"{comma if number else ''}{json.dumps(key)}{colon}{inner}"
+    yield "}"

@@ -13,6 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from minka.plan.layout import Layout
 
+# Of the groups beside the training: a slow disk is no reason to break one. A rank that died is noticed at once, and one
+# that hangs by the supervisor.
+PATIENCE = timedelta(days=1)
 MESH_AXES = ("replicate", "shard")
 
 
@@ -65,7 +68,7 @@ class Mesh:
 
     def beside(self) -> "Mesh":
         """The same mesh with a group of its own for sum_on_host, for a thread beside the training. Collective."""
-        return self if self.axes is None else replace(self, host=dist.new_group(backend="gloo"))
+        return self if self.axes is None else replace(self, host=dist.new_group(backend="gloo", timeout=PATIENCE))
 
     def barrier(self) -> None:
         """Wait for every rank, on the host."""

@@ -16,7 +16,7 @@ from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece, to_write
 from minka.parallel.saving import Contents, write
 from minka.parallel.shards import Hashes, Image
-from minka.parallel.shelf import prune
+from minka.parallel.shelf import Catalogue
 
 POLL_SECONDS = 0.02
 
@@ -30,7 +30,6 @@ class Outcome(NamedTuple):
     stall_seconds: float  # for which the training waited
     total_seconds: float
     error: str
-    pruned: list[Path]
 
 
 class _Saving:
@@ -54,7 +53,7 @@ class Saver:
     """
 
     def __init__(self, folder: Path, mesh: Mesh, newest: int, *, asynchronous: bool = True, disk: Disk = LOCAL) -> None:
-        self.folder, self.mesh, self.newest, self.disk = folder, mesh, newest, disk
+        self.mesh, self.newest, self._catalogue = mesh, newest, Catalogue(folder, disk)
         self.asynchronous = asynchronous
         self._beside = mesh.beside()
         self._image: Image | None = None
@@ -100,7 +99,8 @@ class Saver:
         if saving.thread is not None:
             saving.thread.join()
         self._saving = None
-        return saving.outcome._replace(stall_seconds=saving.stall_seconds)
+        total = max(saving.outcome.total_seconds, saving.stall_seconds)  # who waited heard of the end a moment later
+        return saving.outcome._replace(stall_seconds=saving.stall_seconds, total_seconds=total)
 
     def wait(self, alive: Callable[[], None] = lambda: None) -> Outcome | None:
         """`poll`, when the save under way has ended; the time counts as stall."""
@@ -142,7 +142,7 @@ class Saver:
             saving.progress += 1
             alive()
 
-        path, size, problem, pruned = self.folder, 0, "", []
+        path, size, problem = self._catalogue.folder, 0, ""
         with ExitStack() as stack:
             hashes = None
             try:
@@ -155,14 +155,14 @@ class Saver:
                 problem = heard(self._beside, problem)
                 if hashes is None or problem:
                     raise OSError(0, problem)
-                path, size = write(self.folder, saving.contents, hashes, mine, self._beside, alive=on, disk=self.disk)
+                path, size = write(self._catalogue, saving.contents, hashes, mine, self._beside, alive=on)
                 if self._beside.is_first:
                     with suppress(Exception):  # the save is committed, whatever becomes of older ones
-                        pruned = prune(self.folder, self.newest, self.disk)
+                        self._catalogue.prune(self.newest)
             except Exception as error:  # whatever it is: the training goes on, and hears of it
                 problem = _words(error)
         took = time.perf_counter() - saving.began
-        saving.outcome = Outcome(saving.contents, path, size, 0.0, took, problem, pruned)
+        saving.outcome = Outcome(saving.contents, path, size, 0.0, took, problem)
 
     def _room(self, mine: Mapping[str, Piece], ready: torch.cuda.Event | None) -> Image:
         if self._image is None or not self._image.fits(mine):
@@ -186,5 +186,5 @@ def _words(error: Exception) -> str:
     """An error for the ledger; errno 0 is this project's own, and says nothing."""
     if isinstance(error, OSError):
         own = error.strerror if not error.errno else ""
-        return f"{own}: {error.filename}" if own and error.filename else own or str(error)
+        return f"{own}: {error.filename}" if own and error.filename else own or str(error) or type(error).__name__
     return f"{type(error).__name__}: {error}"

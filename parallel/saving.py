@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minka.parallel.commit import begin, commit, discard, step_name
-from minka.parallel.disk import LOCAL, Disk
+from minka.parallel.disk import Disk
 from minka.parallel.heard import heard
 from minka.parallel.manifest import SHARD, seal
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece
 from minka.parallel.shards import Hashes
-from minka.parallel.shelf import next_number
+from minka.parallel.shelf import Catalogue
+from minka.plan.retention import Kept
 
 
 class Saved(NamedTuple):
@@ -33,28 +34,31 @@ class Contents(NamedTuple):
 
 
 def write(
-    folder: Path,
+    catalogue: Catalogue,
     contents: Contents,
     hashes: Hashes,
     pieces: Mapping[str, Piece],
     mesh: Mesh,
     *,
     alive: Callable[[], None] = lambda: None,
-    disk: Disk = LOCAL,
 ) -> Saved:
     """Write a checkpoint from all ranks' images, whose hashes these are. Collective.
 
     Raises OSError on every rank when any could not write.
 
-    `folder` is the run's checkpoints folder; nothing of a failed save stays. `alive` is called for each chunk.
+    `catalogue` is that of the run's checkpoints folder; nothing of a failed save stays. `alive` is called for each
+    chunk.
     """
+    folder, disk = catalogue.folder, catalogue.disk
     final, image = folder / step_name(contents.step), hashes.image
     attempt, total = mesh.sum_on_host([time.time_ns() if mesh.is_first else 0, image.buffer.numel()])
     written = folder / f".{final.name}.saving-{attempt:x}"
 
     def prepare() -> None:
         if mesh.is_first:
-            folder.mkdir(parents=True, exist_ok=True)
+            if not folder.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                disk.sync(folder.parent)
             begin(disk, folder, contents.step, attempt)  # first: it frees what an attempt that died has left
             _check_space(disk, folder, total)
 
@@ -68,8 +72,9 @@ def write(
     def finish() -> None:
         if mesh.is_first:
             parts = _parts(disk, written, attempt, mesh.ranks)
+            number = catalogue.next_number()
             body = {
-                "number": next_number(folder, disk),
+                "number": number,
                 "time": time.time(),
                 "step": contents.step,
                 "permanent": contents.permanent,
@@ -77,6 +82,7 @@ def write(
                 "chunk_bytes": hashes.chunk,
             }
             commit(disk, written, final, seal(body | _merged(parts)))
+            catalogue.add(Kept(contents.step, number, contents.permanent))
 
     for work in (prepare, write_part, finish):
         problem = _everywhere(mesh, work)

@@ -10,6 +10,8 @@ from minka.parallel.manifest import NAME, Damage, load_manifest
 from minka.plan.errors import UserError
 from minka.plan.retention import Kept, expendable
 
+MOST_NUMBER = 2**62
+
 
 def checkpoints(folder: Path) -> list[Path]:
     """Committed checkpoints, by step."""
@@ -29,7 +31,8 @@ def find_checkpoint(folder: Path, step: str = "") -> Path:
         )
     if step or len(chosen) == 1:
         return chosen[-1]
-    return folder / step_name(newest_first(folder)[0])
+    names = {path.name for path in chosen}
+    return next(folder / step_name(s) for s in newest_first(folder) if step_name(s) in names)
 
 
 def run_and_step(given: str) -> tuple[str, str]:
@@ -51,37 +54,51 @@ def newest_first(folder: Path, disk: Disk = LOCAL) -> list[int]:
     return sorted(found, key=lambda step: (kept.number if (kept := found[step]) else last, step), reverse=True)
 
 
-def next_number(folder: Path, disk: Disk = LOCAL) -> int:
-    """More than any checkpoint here has: microseconds of the clock, since one that cannot be read just now may be the
-    newest, or one more than the highest, since a clock can be set back."""
-    highest = max((kept.number for kept in all_kept(folder, disk)), default=0)
-    return max(highest + 1, time.time_ns() // 1000)
+class Catalogue:
+    """The checkpoints of a folder, for its one writer. Manifests can be large and never change: each is read once."""
 
+    def __init__(self, folder: Path, disk: Disk = LOCAL) -> None:
+        self.folder, self.disk = folder, disk
+        self._known: dict[int, Kept] = {}
 
-def all_kept(folder: Path, disk: Disk = LOCAL) -> list[Kept]:
-    """The checkpoints whose manifests can be read."""
-    found = (_kept(folder / step_name(step), disk) for step in steps_of(folder, disk))
-    return [kept for kept in found if kept]
+    def add(self, kept: Kept) -> None:
+        """One that was written just now."""
+        self._known[kept.step] = kept
 
+    def all(self) -> list[Kept]:
+        """The checkpoints whose manifests can be read."""
+        known = {}
+        for step in steps_of(self.folder, self.disk):
+            kept = self._known.get(step) or _kept(self.folder / step_name(step), self.disk)
+            if kept:
+                known[step] = kept
+        self._known = known
+        return list(known.values())
 
-def prune(folder: Path, newest: int, disk: Disk = LOCAL) -> list[Path]:
-    """Delete what retention lets go and no reader holds, and give those that are gone.
+    def next_number(self) -> int:
+        """More than any checkpoint here has: microseconds of the clock, since one that cannot be read just now may be
+        the newest, or one more than the highest, since a clock can be set back."""
+        highest = max((kept.number for kept in self.all()), default=0)
+        return min(max(highest + 1, time.time_ns() // 1000), MOST_NUMBER)
 
-    Never raises OSError: what cannot be deleted stays. Damaged ones stay too: they are for a person to look at.
-    """
-    gone = []
-    try:
-        steps = expendable(all_kept(folder, disk), newest)
-    except OSError:
-        return []
-    for step in steps:
-        path = folder / step_name(step)
+    def prune(self, newest: int) -> list[Path]:
+        """Delete what retention lets go and no reader holds, and give those that are gone.
+
+        Never raises OSError: what cannot be deleted stays. Damaged ones stay too: they are for a person to look at.
+        """
+        gone = []
         try:
-            if retire(disk, path, lambda path=path: is_leased(folder.parent, path.name)):  # type: ignore[misc]
-                gone.append(path)
+            steps = expendable(self.all(), newest)
         except OSError:
-            continue
-    return gone
+            return []
+        for step in steps:
+            path = self.folder / step_name(step)
+            try:
+                if retire(self.disk, path, lambda path=path: is_leased(self.folder.parent, path.name)):  # type: ignore[misc]
+                    gone.append(path)
+            except OSError:
+                continue
+        return gone
 
 
 def _kept(path: Path, disk: Disk) -> Kept | None:

@@ -1,11 +1,11 @@
 """What of a run may be another when it goes on, and when a run starts from it: one table, with the reason for each."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
-from minka.plan.load import flatten
+from minka.plan.load import flatten, validate
 from minka.plan.sections import BatchStage, ModelSection
 
 Verdict = Literal["free", "shown", "refused"]
@@ -32,7 +32,7 @@ RULES = (
     Rule("kernels.*", "free", "free", "every implementation has the same definition"),
     Rule("guard.*", "free", "free", "it says when a run stops, not what a step does"),
     Rule("run.folder", "free", "free", "it says where the run lies"),
-    Rule("run.name", "refused", "free", "another name is another run"),
+    Rule("run.name", "free", "free", "a run is where it lies, and may have been moved"),
     Rule("run.start_from", "refused", "free", "a run begins once"),
     Rule("run.start_with", "refused", "free", "a run begins once"),
     Rule("run.max_steps", "shown", "shown", "the run becomes longer or shorter, and its schedule with it"),
@@ -72,17 +72,34 @@ def model_changes(old: ModelSection, new: ModelSection) -> Changes:
     return {key: (one.get(key), other.get(key)) for key in keys if one.get(key) != other.get(key)}
 
 
-def check_resume(changed: Changes, name: str, where: str) -> None:
-    """Raises UserError naming each change with which the run `name` cannot go on."""
+def check_resume(
+    changed: Changes, name: str, where: str, *, edited: Collection[str] = (), forked: bool = False
+) -> None:
+    """Raises UserError naming each change with which the run `name` cannot go on.
+
+    For its remedy: what a person has `edited` in the run's run.toml, and whether run.start_from is set.
+    """
     refused = [key for key in changed if rule_of(key).resume == "refused"]
-    if refused:
-        raise UserError(
-            f"a run called {name!r} exists, and it cannot go on with other values: {_listed(changed, refused)}",
-            where=where,
-            why=_reasons(refused),
-            remedy=f"start a run of its own from it (run.name=NEW run.start_from={name}), "
-            f"or drop the overrides to go on with the old one (minka train {where})",
+    if not refused:
+        return
+    shaped = [key for key in refused if rule_of(key).fork == "refused"]
+    if shaped:
+        new = f"begin another run, from new weights ({'run.start_from= ' if forked else ''}run.name=NEW)"
+    else:
+        new = f"start a run of its own from it (run.name=NEW run.start_from={name})"
+    old = f"go on with the old one as it was (minka train {where})"
+    typed = [key for key in edited if rule_of(key).resume == "refused"]
+    if typed:
+        values = ", ".join(typed)
+        old = (
+            f"go on with the old one: set {values} back in {where}/run.toml, which was edited since the run was started"
         )
+    raise UserError(
+        f"a run called {name!r} exists, and it cannot go on with other values: {_listed(changed, refused)}",
+        where=where,
+        why=_reasons(refused),
+        remedy=f"{new}, or {old}",
+    )
 
 
 def check_fork(changed: Changes, parent: str) -> None:
@@ -121,22 +138,41 @@ def check_batch(old: RunConfig, new: RunConfig, step: int, tokens: int) -> None:
 
     Steps follow from tokens, and tokens from steps, only when the batches so far are those that `new` describes.
     """
-    if (new.run.max_steps is not None) == (new.schedule.unit == "steps"):
-        return
-    here = new.run.model_copy(update={"max_steps": step, "max_tokens": None})
-    if new.model_copy(update={"run": here}).total_tokens == tokens:
+    if _reckons(new, step, tokens):
         return
     stages = [stage for stage in old.data.batch_warmup if stage.until_tokens < tokens]
     stages.append(BatchStage(until_tokens=tokens, batch_tokens=old.batch_tokens_at(tokens - 1)))
     listed = ", ".join(f"{{until_tokens={s.until_tokens}, batch_tokens={s.batch_tokens}}}" for s in stages)
+    # A parent that was a fork itself had batches that its own configuration does not tell of.
+    remedied = _with_stages(new, stages)
+    works = remedied is not None and _reckons(remedied, step, tokens)
+    say = f"say what was: 'data.batch_warmup=[{listed}]'; or " if works else ""
     end = "run.max_steps" if new.run.max_steps is not None else "run.max_tokens"
     raise UserError(
         f"{end} with schedule.unit={new.schedule.unit!r} needs the batches that the run has had, and data.batch_tokens "
         "and data.batch_warmup describe others",
         where=new.run.name,
         why=f"the end in {new.schedule.unit} would be reckoned wrongly, and the learning rate with it",
-        remedy=f"say what was: 'data.batch_warmup=[{listed}]'; or count both in the same unit",
+        remedy=f"{say}count both in the same unit",
     )
+
+
+def _reckons(config: RunConfig, step: int, tokens: int) -> bool:
+    """Whether the end is in schedule.unit, or the batches of `config` come to (step, tokens)."""
+    if (config.run.max_steps is not None) == (config.schedule.unit == "steps"):
+        return True
+    here = config.run.model_copy(update={"max_steps": step, "max_tokens": None})
+    return config.model_copy(update={"run": here}).total_tokens == tokens
+
+
+def _with_stages(config: RunConfig, stages: Sequence[BatchStage]) -> RunConfig | None:
+    """`config` with these stages as its batch warm-up; None where they are none."""
+    values = config.model_dump(mode="json")
+    values["data"]["batch_warmup"] = [stage.model_dump() for stage in stages]
+    try:
+        return validate(values, config.run.name)
+    except UserError:
+        return None
 
 
 def decides_rate(changed: Mapping[str, object]) -> bool:

@@ -53,6 +53,7 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
         if self.schedule.warmup >= self.horizon:
             raise ValueError(
                 f"schedule.warmup={self.schedule.warmup} leaves nothing of a run of {self.horizon} {self.schedule.unit}"
+                f"; give {self.horizon - 1} or less, or make the run longer"
             )
         return self
 

@@ -16,6 +16,7 @@ from minka.plan.errors import UserError
 from minka.plan.layout import check_layout
 
 RECIPES = Path(__file__).parent / "recipes"
+BESIDE = "provenance.json"  # what makes the folder of a run.toml a run's
 
 
 class Loaded(NamedTuple):
@@ -35,8 +36,14 @@ def load_run(source: str, overrides: Sequence[str] = (), runs: str = "runs") -> 
     """A run from a recipe's name, a TOML file, a run folder or a name under `runs`. Raises UserError."""
     path = find(source, runs)
     values = _read(path)
+    if path.name == "run.toml" and (path.parent / BESIDE).is_file() and isinstance(values.get("run"), dict):
+        # A run is where it lies, whatever it was called when it began: it may have been moved, or be a copy.
+        values["run"] |= {"name": path.absolute().parent.name, "folder": str(path.parent.parent)}
     before = flatten(values)
     changed = {}
+    given = {_split(override)[0] for override in overrides}
+    if "run.start_from" in given and "run.start_with" not in given:
+        values.get("run", {}).pop("start_with", None)  # that of the file was about another parent
     for override in overrides:
         key, text = _split(override)
         _check_key(key, override)

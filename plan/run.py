@@ -3,7 +3,7 @@
 import fcntl
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from minka.plan.changes import Changes, changes, check_resume
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
+from minka.plan.ledger import parse, read_ledger
 from minka.plan.load import dump_toml, from_json, load_run
 from minka.plan.writing import write_json, write_text, writing
 
@@ -63,8 +64,8 @@ class RunFolder:
         """Starts and saves since the run last began again, and the configuration that it was last started with."""
         starts = saves = 0
         config: RunConfig | None = None
-        for event in self._events():
-            match event.get("event"):
+        for event in read_ledger(self.ledger_file, with_steps=False):
+            match event["event"]:
                 case "restart":
                     starts = saves = 0
                 case "save":
@@ -84,7 +85,7 @@ class RunFolder:
         if not self.lineage_file.exists():
             return []
         try:
-            return list(json.loads(self.lineage_file.read_text(encoding="utf-8"))["parents"])
+            return list(parse(self.lineage_file.read_bytes())["parents"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"cannot be read: {error}", where=str(self.lineage_file), remedy="mend the file") from None
 
@@ -123,8 +124,16 @@ class RunFolder:
 
     def _check_data(self, provenance: Mapping[str, Any]) -> None:
         file = self.path / "provenance.json"
-        began = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        old, new = (p.get("data", {}).get("manifest_sha256") for p in (began, provenance))
+        try:
+            began = parse(file.read_bytes()) if file.exists() else {}
+            old, new = (p.get("data", {}).get("manifest_sha256") for p in (began, provenance))
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"cannot be read: {error}",
+                where=str(file),
+                why="it says which token store this run began with",
+                remedy="mend the file, or give the run a new one (run.name=...)",
+            ) from None
         if old != new:
             raise UserError(
                 f"the token store is not the one this run began with (hash {str(old)[:8]} then, {str(new)[:8]} now)",
@@ -135,17 +144,19 @@ class RunFolder:
 
     @contextmanager
     def only_writer(self) -> Iterator[None]:
-        """Held by the one process that writes here. Raises UserError while another one does."""
-        with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(
-                    "this run is being trained by another process",
-                    where=str(self.path),
-                    why="two writers would mix their checkpoints",
-                    remedy="wait for it, or stop it (put a file called STOP into the folder)",
-                ) from None
+        """Held by the one process that writes here. Raises UserError while another one does, or where none may."""
+        with ExitStack() as stack:
+            with writing(self.path):
+                file = stack.enter_context((self.path / ".lock").open("a"))
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UserError(
+                        "this run is being trained by another process",
+                        where=str(self.path),
+                        why="two writers would mix their checkpoints",
+                        remedy="wait for it, or stop it (put a file called STOP into the folder)",
+                    ) from None
             yield
 
     def check_may_start(self) -> None:
@@ -164,22 +175,9 @@ class RunFolder:
     def finished(self) -> bool:
         """Whether the run came to its end, by the exit reason it left."""
         try:
-            return bool(json.loads(self.exit_file.read_text(encoding="utf-8"))["code"] == ExitStatus.DONE)
-        except (OSError, ValueError, KeyError):
+            return bool(parse(self.exit_file.read_bytes())["code"] == ExitStatus.DONE)
+        except (OSError, ValueError, KeyError, TypeError):
             return False
-
-    def _events(self) -> Iterator[dict[str, Any]]:
-        """The ledger without its steps, which are nearly all of it: a start need not wait for those to be read."""
-        if not self.ledger_file.exists():
-            return
-        with self.ledger_file.open("rb") as lines:
-            for line in lines:
-                if line.startswith(b'{"event": "step"'):
-                    continue
-                with suppress(ValueError):  # a line that a crash cut off
-                    event = json.loads(line)
-                    if isinstance(event, dict):
-                        yield event
 
 
 def find_run(name: str, runs: str = "runs") -> RunFolder:
@@ -207,10 +205,10 @@ def store_of(folder: RunFolder) -> StorePlace:
     """Where a run's tokens came from, by its provenance. Raises UserError when either file is gone."""
     file = folder.path / "provenance.json"
     try:
-        store = Path(json.loads(file.read_text(encoding="utf-8"))["data"]["store"])
+        store = Path(parse(file.read_bytes())["data"]["store"])
         file = store / "manifest.json"
-        return StorePlace(store, store / "tokenizer", int(json.loads(file.read_text(encoding="utf-8"))["eod"]))
-    except (OSError, ValueError, KeyError) as error:
+        return StorePlace(store, store / "tokenizer", int(parse(file.read_bytes())["eod"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"cannot be read: {error}",
             where=str(file),

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, and errors of writing that say what would work."""
 
+import errno
 import json
 import os
 import shutil
@@ -8,6 +9,8 @@ from pathlib import Path
 
 from minka.plan.errors import UserError
 from minka.plan.ledger import finite
+
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -43,11 +46,17 @@ class writing:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if not isinstance(error, OSError) or error.errno is None:
             return
+        what, where = f"cannot be written: {os.strerror(error.errno)}", str(error.filename or self.path)
+        other = "choose another place (run.folder=..., data.store=...)"
+        if error.errno in FORBIDDEN:
+            raise UserError(
+                what, where=where, why="this place may not be written", remedy=f"allow it, or {other}"
+            ) from error
         existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         free = shutil.disk_usage(existing).free
         raise UserError(
-            f"cannot be written: {os.strerror(error.errno)}",
-            where=str(error.filename or self.path),
+            what,
+            where=where,
             why=f"{free / 2**20:,.0f} MiB are free on its disk",
-            remedy="free some space, or choose another place (run.folder=..., data.store=...)",
+            remedy=f"free some space, or {other}",
         ) from error

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from minka.plan.ledger import number
 from minka.plan.load import flatten
 from minka.report.clock import Clock
 from minka.report.figures import checkpoints, figures, scores, time_split, unlike
@@ -77,13 +78,9 @@ def _scores(points: Sequence[Event]) -> dict[str, dict[str, list[Any]]]:
             curve = found.setdefault(label, {key: [] for key in ("step", "tokens", "seconds", "value", "stderr")})
             for key in ("step", "tokens", "seconds"):
                 curve[key].append(point[key])
-            curve["value"] += plain([_float(value)])
-            curve["stderr"] += plain([_float(point["stderr"].get(name))])
+            curve["value"] += plain([number(value)])
+            curve["stderr"] += plain([number(point["stderr"].get(name))])
     return found
-
-
-def _float(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else float("nan")
 
 
 def _changed(starts: Sequence[Event]) -> list[dict[str, Any]]:

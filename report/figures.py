@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from minka.plan.ledger import is_count, number
 from minka.plan.run import RunFolder
 from minka.report.clock import Clock
 from minka.report.read import Event, Run
@@ -105,7 +106,7 @@ def _point(told: Event, suite: str, seconds: float) -> Event:
     return {
         "suite": suite,
         "step": told["step"],
-        "tokens": told.get("tokens"),
+        "tokens": told["tokens"] if is_count(told.get("tokens")) else None,
         "seconds": round(seconds, 2),
         "scores": told["scores"],
         "stderr": errors if isinstance(errors, dict) else {},
@@ -113,8 +114,7 @@ def _point(told: Event, suite: str, seconds: float) -> Event:
 
 
 def _score(point: Event) -> float:
-    value = point["scores"].get(HEADLINE)
-    return float(value) if isinstance(value, int | float) else math.nan
+    return number(point["scores"].get(HEADLINE))
 
 
 def _told(point: Event) -> dict[str, Any]:

@@ -145,4 +145,7 @@ def _is(row: Row, step: int) -> bool:
 
 
 def _key(folder: str) -> str:
-    return str(Path(folder).resolve())
+    try:
+        return str(Path(folder).resolve())
+    except (ValueError, OSError, RuntimeError):  # no path at all, or a circle of links
+        return folder

@@ -1,8 +1,10 @@
 """Events marked on the curves: what happened to the run, by kind, with a line of text each."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+from minka.plan.ledger import number
 from minka.report.clock import Clock
 from minka.report.series import MOST_MARKS
 from minka.report.thin import spread
@@ -41,12 +43,13 @@ def changes(event: Event) -> str:
 
 def size(count: object) -> str:
     """Bytes for people."""
-    if not isinstance(count, int | float):
+    known = number(count)
+    if not math.isfinite(known):
         return "?"
     for unit, of in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= of:
-            return f"{count / of:.3g} {unit}"
-    return f"{count:.0f} B"
+        if known >= of:
+            return f"{known / of:.3g} {unit}"
+    return f"{known:.0f} B"
 
 
 def _reason(event: Event) -> str:

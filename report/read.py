@@ -1,6 +1,5 @@
 """A run's folder as the report sees it: everything is read, nothing is written, and what cannot be read is said."""
 
-import json
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
-from minka.plan.ledger import current, read_ledger
+from minka.plan.ledger import current, is_count, parse, read_ledger
 from minka.plan.load import flatten
 from minka.plan.run import RunFolder, find_run
 
@@ -62,28 +61,15 @@ def read_run(given: str) -> Run:
 
 
 def _events(file: Path, notes: list[str]) -> tuple[list[Event], list[int]]:
-    """The ledger, and its torn lines. A line whose numbers are none is as good as torn, but has no number here."""
+    """The ledger, and its torn lines."""
     torn: list[int] = []
     try:
-        found = list(read_ledger(file, torn.append))
+        events = list(read_ledger(file, torn.append))
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", where=str(file)) from None
-    events = [event for event in found if _sound(event)]
-    if len(events) < len(found):
-        notes.append(f"{file}: {len(found) - len(events)} events without a step, tokens or a time in numbers, left out")
     if not file.exists():
         notes.append(f"{file} is not there: the run has written nothing yet")
     return events, torn
-
-
-def _sound(event: Event) -> bool:
-    numbers = (event["step"], event["tokens"], event["time"])
-    whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers[:2])
-    return whole and isinstance(event["time"], int | float) and abs(event["time"]) < 1e15 and _word(event["event"])
-
-
-def _word(value: object) -> bool:
-    return isinstance(value, str) and value.isidentifier()
 
 
 def _config(folder: RunFolder, events: list[Event], notes: list[str]) -> dict[str, object]:
@@ -93,7 +79,7 @@ def _config(folder: RunFolder, events: list[Event], notes: list[str]) -> dict[st
         return flatten(started[-1])
     try:
         return flatten(tomllib.loads(folder.config_file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         notes.append(f"{folder.config_file}: {error}")
         return {}
 
@@ -101,7 +87,7 @@ def _config(folder: RunFolder, events: list[Event], notes: list[str]) -> dict[st
 def _planned(folder: RunFolder, notes: list[str]) -> RunConfig | None:
     try:
         return folder.config()
-    except UserError as error:
+    except (UserError, RecursionError) as error:
         notes.append(f"what was planned is not known: {error}")
         return None
 
@@ -110,7 +96,7 @@ def _json(file: Path, notes: list[str]) -> object:
     if not file.exists():
         return None
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return parse(file.read_bytes())
     except (OSError, ValueError) as error:
         notes.append(f"{file} cannot be read: {error}")
         return None
@@ -125,7 +111,7 @@ def _evals(folder: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """Results of evals/, `suite` made of the file's name when other settings were used (heldout@1-HASH)."""
     for file in sorted(folder.glob("step-*/*.json")):
         result = _table(file, notes)
-        if not (isinstance(result.get("step"), int) and isinstance(result.get("scores"), dict)):
+        if not (is_count(result.get("step")) and isinstance(result.get("scores"), dict)):
             continue
         suite = str(result.get("suite", file.stem))
         yield {**result, "suite": file.stem if "-" in file.stem else suite}

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minka.plan.ledger import number
 from minka.report.clock import Clock
 from minka.report.read import Run
 from minka.report.thin import Numbers, plain, smooth, spread, thin
@@ -72,15 +73,11 @@ def _curve(table: Columns, values: Numbers, at: Any) -> dict[str, Any]:
 def parts_of(steps: Sequence[dict[str, Any]], part: str) -> Numbers:
     """One part of the seconds of each step; 0 where it is not told."""
     inner = (event.get("seconds") for event in steps)
-    return np.array([_number(seconds.get(part)) if isinstance(seconds, dict) else 0.0 for seconds in inner])
+    return np.array([number(seconds.get(part)) if isinstance(seconds, dict) else 0.0 for seconds in inner])
 
 
 def _numbers(steps: Sequence[dict[str, Any]], name: str) -> Numbers:
-    return np.array([_number(event.get(name)) for event in steps], dtype=np.float64)
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else float("nan")
+    return np.array([number(event.get(name)) for event in steps], dtype=np.float64)
 
 
 def _batches(step: Numbers, tokens: Numbers, events: Sequence[dict[str, Any]]) -> Numbers:

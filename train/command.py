@@ -12,12 +12,31 @@ if TYPE_CHECKING:
     from minka.plan.run import RunFolder
 
 SOURCE = "recipe, run.toml, run folder, or name under runs/"
-OVERRIDES = "section.key=value, as many as you like"
+OVERRIDES = "section.key=value, as many as you like; docs/configuration.md lists the settings"
+HELP = """Train a run: a recipe, a TOML file, or one that was begun before, which goes on where it stopped.
+
+\b
+minka train demo                      begin; the same again: go on
+minka train RUN run.max_steps=2000    go on and make it longer
+minka train RUN run.name=NEW          a new run with its settings
+minka train RUN run.name=NEW run.start_from=RUN@500
+                                      and from its weights at step 500
+minka train RUN --replay 120          run a step again and compare
+
+\b
+Ctrl-C, SIGTERM, or a file called STOP in the run's folder: save and stop.
+A second Ctrl-C stops at once, unsaved. STOP holds until it is deleted.
+
+\b
+exit status  0 done     1 failed: the same command goes on from what is saved
+             2 refused  85 stopped and saved: the same command goes on
+             88 hung    86 needs a person: exit_reason.json, docs/failures.md
+"""
 
 
 def main(argv: Sequence[str]) -> int:
     """Run `minka train`."""
-    app = new_app("Train a run: a recipe, a TOML file, or one that was begun before, which goes on where it stopped.")
+    app = new_app(HELP)
 
     @app.command()
     def train(
@@ -26,7 +45,9 @@ def main(argv: Sequence[str]) -> int:
         ranks: Annotated[
             int | None, typer.Option(help="processes to start here; default: one a GPU, else two", show_default=False)
         ] = None,
-        dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved run and exit")] = False,
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="check the run, print all its values, and exit")
+        ] = False,
         profile: Annotated[str, typer.Option(help="FIRST:LAST steps to trace, for example 10:13")] = "",
         from_scratch: Annotated[
             bool, typer.Option("--from-scratch", help="begin again at step 0; checkpoints are moved aside")
@@ -37,13 +58,18 @@ def main(argv: Sequence[str]) -> int:
         as_json: Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")] = False,
     ) -> int:
         from minka.plan.load import load_run
+        from minka.plan.run import RunFolder
+        from minka.train.ending import explained
 
         if replay is not None:
-            return _replay(source, overrides or [], replay, as_json)
+            others = {"--ranks": ranks is not None, "--dry-run": dry_run, "--from-scratch": from_scratch}
+            others |= {"--profile": bool(profile), "overrides": bool(overrides)}
+            return _replay(source, [name for name, given in others.items() if given], replay, as_json)
         loaded = load_run(source, overrides or [])
         if dry_run:
-            return _print_run(loaded, as_json)
-        return _start(loaded, ranks, profile, from_scratch, as_json)
+            return _print_run(loaded, ranks, profile, from_scratch, as_json)
+        with explained(RunFolder.of(loaded.config)):
+            return _start(loaded, ranks, profile, from_scratch, as_json)
 
     return run_app(app, argv, "minka train")
 
@@ -72,21 +98,12 @@ def _start(loaded: "Loaded", ranks: int | None, profile: str, from_scratch: bool
 
     from minka.plan.errors import UserError
     from minka.plan.run import RunFolder
-    from minka.train.launch import (
-        choose_ranks,
-        joined,
-        parse_window,
-        restarted,
-        slurm_environment,
-        supervise,
-        visible_gpus,
-    )
-    from minka.train.standing import begin_again
+    from minka.train.launch import choose_ranks, joined, restarted, slurm_environment, supervise, visible_gpus
+    from minka.train.start import look
     from minka.train.track import check_trackers
 
     config, joins, gpus = loaded.config, joined(os.environ), visible_gpus(os.environ)
-    if parse_window(profile)[0] >= config.total_steps:
-        raise UserError(f"{profile} lies behind the run's end, step {config.total_steps:,}", where="--profile")
+    _check_profile(profile, loaded)
     check_trackers(config)
     if config.kernels.attention == "varlen" and not gpus:
         raise UserError(
@@ -97,12 +114,13 @@ def _start(loaded: "Loaded", ranks: int | None, profile: str, from_scratch: bool
     if ranks is not None and joins:
         raise UserError(f"--ranks cannot be given: {joins} has started the ranks", remedy="leave it out")
     folder = RunFolder.of(config)
-    begun = folder.begun()
     # A scheduler repeats the command as it was typed: only the first start may throw away what there is.
-    from_scratch = from_scratch and begun and not restarted(os.environ)
-    if _is_over(folder, loaded, from_scratch, as_json):
+    from_scratch = from_scratch and folder.begun() and not restarted(os.environ)
+    outlook = look(config, from_scratch=from_scratch)
+    if outlook.over:
+        _say_finished(folder, outlook.ignored, as_json)
         return 0
-    if begun and not joins:
+    if outlook.begun and not joins:
         folder.check_may_start()
     if joins == "slurm":
         os.environ.update(slurm_environment(os.environ))
@@ -110,65 +128,43 @@ def _start(loaded: "Loaded", ranks: int | None, profile: str, from_scratch: bool
         return _join(loaded, profile, from_scratch, as_json)
     count = choose_ranks(ranks, gpus)
     config.layout.resolve(count)  # refuses here, before anything is started
-    if from_scratch:
-        aside = begin_again(folder)
-        if aside and not as_json:
-            print(f"the checkpoints there were lie in {aside}")
-    if not as_json and not begun:  # of a run that goes on, the ranks say what is another than before
+    if not as_json and not outlook.begun:  # of a run that goes on, the ranks say what is another than before
         for key, (old, new) in loaded.changed.items():
             print(f"{key} = {new!r} (was {old!r})", flush=True)
-    return supervise(config, count, profile, as_json)
+    return supervise(config, count, profile, from_scratch, as_json)
 
 
-def _is_over(folder: "RunFolder", loaded: "Loaded", from_scratch: bool, as_json: bool) -> bool:
-    """Whether the run is finished, which is said. Raises UserError for a run that may not begin or go on like this."""
-    from minka.plan.changes import LENGTH, check_resume
+def _check_profile(profile: str, loaded: "Loaded") -> None:
+    from minka.plan.errors import UserError
+    from minka.train.launch import parse_window
 
-    config = loaded.config
-    changed = folder.changes(config) if folder.begun() else None
-    if config.run.start_from and (changed is None or "run.start_from" in changed):  # then it may be the run itself
-        from minka.train.origin import check_parent, check_tokenizer, find_parent
-
-        parent = find_parent(config)
-        if parent and changed is None:
-            check_parent(parent, config)
-            check_tokenizer(parent, config)
-    if changed is None:
-        return False
-    from minka.train.standing import check_goes_on, standing
-
-    check_resume(changed, config.run.name, str(folder.path))
-    if from_scratch:
-        return False
-    over = folder.finished()
-    if not over or any(key in changed for key in LENGTH):
-        check_goes_on(folder, config)
-        place = standing(folder)
-        over = over and (place is None or config.finished(place.step, place.tokens))
-    if over:
-        _say_finished(folder, [key for key in changed if key not in LENGTH], as_json)
-    return over
+    if parse_window(profile)[0] >= loaded.config.total_steps:
+        raise UserError(f"{profile} lies behind the run's end, step {loaded.config.total_steps:,}", where="--profile")
 
 
 def _say_finished(folder: "RunFolder", ignored: list[str], as_json: bool) -> None:
+    export = folder.export if folder.export.is_dir() else None
     if as_json:
-        print_json({"run": str(folder.path), "status": 0, "finished": True, "export": str(folder.export)})
+        print_json({"run": str(folder.path), "status": 0, "finished": True, "export": export and str(export)})
         return
     print(
-        f"{folder.path} is finished. Its export: {folder.export}. To go on, make it longer (run.max_steps=...); "
-        "a new run needs a name (run.name=...)"
+        f"{folder.path} is finished. {f'Its export: {export}. ' if export else ''}To go on, make it longer "
+        "(run.max_steps=...); a new run needs a name (run.name=...)"
     )
     if ignored:
         print(f"Without more steps, {', '.join(ignored)} changes nothing in it.")
 
 
-def _replay(source: str, overrides: list[str], step: int, as_json: bool) -> int:
+def _replay(source: str, others: list[str], step: int, as_json: bool) -> int:
     from minka.plan.errors import UserError
     from minka.train.replay import replay_command
 
-    if overrides:
+    if others:
         raise UserError(
-            "overrides cannot be given", where="--replay", why="a step is run again as it was", remedy="leave them out"
+            f"{', '.join(others)} cannot be given",
+            where="--replay",
+            why="a step is run again as it was, on one process",
+            remedy="leave that out",
         )
     return replay_command(source, step, as_json)
 
@@ -179,31 +175,45 @@ def _join(loaded: "Loaded", profile: str, from_scratch: bool, as_json: bool) -> 
     from minka.train.ranks import run_guarded
     from minka.train.worker import WorkerJob, prepare_joined, work
 
-    job = WorkerJob(loaded.config, profile, as_json, threads=None, beat=None, prepared=False)
+    job = WorkerJob(loaded.config, profile, as_json, threads=None, beat=None, from_scratch=from_scratch)
 
     def body() -> int:
-        prepare_joined(loaded.config, sys.argv, from_scratch=from_scratch)
+        prepare_joined(loaded.config, sys.argv)
         return work(job)
 
     return run_guarded(body, as_json)
 
 
-def _print_run(loaded: "Loaded", as_json: bool) -> int:
+def _print_run(loaded: "Loaded", ranks: int | None, profile: str, from_scratch: bool, as_json: bool) -> int:
+    """The run and what would become of it. What this machine lacks is no matter: it need not be the one that trains."""
     from minka.plan.flops import parameters, training_flops_per_token
     from minka.plan.load import dump_toml
+    from minka.plan.run import RunFolder
+    from minka.train.launch import choose_ranks
+    from minka.train.start import look
 
-    config = loaded.config
+    config, folder = loaded.config, RunFolder.of(loaded.config)
+    _check_profile(profile, loaded)
+    from_scratch = from_scratch and folder.begun()
+    outlook = look(config, from_scratch=from_scratch)
+    if outlook.begun and not outlook.over:
+        folder.check_may_start()
+    if ranks is not None:
+        config.layout.resolve(choose_ranks(ranks, gpus=0))
     derived = {
         "parameters": parameters(config.model),
         "total_steps": config.total_steps,
         "total_tokens": config.total_tokens,
         "training_flops": training_flops_per_token(config.model, config.data.seq_len) * config.total_tokens,
     }
+    told = outlook.told(from_scratch=from_scratch)
     if as_json:
         changed = {key: {"was": old, "is": new} for key, (old, new) in loaded.changed.items()}
-        print_json({"run": config.model_dump(mode="json"), "changed": changed, "derived": derived})
+        start = {"begun": outlook.begun, "finished": outlook.over, "step": outlook.step, "said": told}
+        print_json({"run": config.model_dump(mode="json"), "changed": changed, "derived": derived, "start": start})
         return 0
     print(f"# {loaded.source}")
+    print(f"# {folder.path} {told}")
     for key, (old, new) in loaded.changed.items():
         print(f"# changed: {key} = {new!r} (was {old!r})")
     for name, value in derived.items():

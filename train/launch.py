@@ -19,12 +19,13 @@ from pathlib import Path
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.run import RunFolder
-from minka.plan.writing import write_json
+from minka.train.ending import Ending, read_ending, write_ending
 
 HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # each asks the ranks to save and stop
 STACKS_SIGNAL = signal.SIGUSR2
 CPU_RANKS = 2
 KILL_SECONDS = 5.0
+IN_GOOD_ORDER = (ExitStatus.DONE, ExitStatus.REFUSED, ExitStatus.STOPPED, ExitStatus.NEEDS_PERSON)
 
 
 def joined(environment: Mapping[str, str]) -> str | None:
@@ -121,9 +122,10 @@ class Ranks:
         return sorted(rank for rank, when in self.heard.items() if now - when > seconds)
 
 
-def supervise(config: RunConfig, ranks: int, profile: str, as_json: bool) -> int:
+def supervise(config: RunConfig, ranks: int, profile: str, from_scratch: bool, as_json: bool) -> int:
     """Run `ranks` ranks of `config` here and give the exit status of the whole."""
     folder, handing = RunFolder.of(config), _Handing()
+    before = read_ending(folder)
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)  # a rank never waits for a slow supervisor: it drops the beat
     job = {
@@ -134,6 +136,7 @@ def supervise(config: RunConfig, ranks: int, profile: str, as_json: bool) -> int
         "beat": write_end,
         "parent": os.getpid(),
         "command": sys.argv,
+        "from_scratch": from_scratch,
     }
     process = subprocess.Popen(
         [sys.executable, "-m", "minka.train.ranks"],
@@ -152,16 +155,22 @@ def supervise(config: RunConfig, ranks: int, profile: str, as_json: bool) -> int
     finally:
         _end(process)
         handing.leave()
-    if folder.exists() and status not in (
-        ExitStatus.DONE,
-        ExitStatus.REFUSED,
-        ExitStatus.STOPPED,
-        ExitStatus.NEEDS_PERSON,
-    ):
-        # The ranks write the reason of an end in good order; of any other end only the supervisor can tell.
-        requeue = status == ExitStatus.HUNG
-        write_json(folder.exit_file, {"code": status, "reason": reason, "step": step, "requeue": requeue})
+    told = read_ending(folder)
+    if folder.exists():
+        _tell(folder, status, reason, step, told if told != before else None)
     return status
+
+
+def _tell(folder: RunFolder, status: int, reason: str, step: int, told: Ending | None) -> None:
+    """The ranks write the reason of an end in good order; of any other end only the supervisor can tell.
+
+    `told` is what they have written in this session.
+    """
+    if status in IN_GOOD_ORDER or (told and told.code != ExitStatus.DONE):
+        return
+    if told:  # or the next start would take the run for finished, and not export it
+        reason = "trained to its end and saved; what comes after that failed: the export"
+    write_ending(folder, status, reason, step, requeue=status == ExitStatus.HUNG)
 
 
 class _Handing:

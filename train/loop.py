@@ -38,6 +38,8 @@ def train(run: Session, state: State) -> tuple[State, ExitStatus]:
     config, mesh, engine, record = run.config, run.mesh, run.engine, run.record
     metrics, watch, status = Metrics(config, mesh), Stopwatch(), ExitStatus.DONE
     metrics.start(state)
+    if record.evaluation_missed(state):
+        record.evaluate(state, engine, watch)
     while status == ExitStatus.DONE and not config.finished(state.step, state.tokens):
         with watch.time("data"):
             batch, loaded = next(run.loader)
@@ -79,6 +81,8 @@ def train(run: Session, state: State) -> tuple[State, ExitStatus]:
     record.save(state, engine.tensors(), watch)
     if status == ExitStatus.DONE:
         record.evaluate(state, engine, watch)
+    if not record.saved(state, watch):  # the one save whose failure would cost work: once more
+        record.save(state, engine.tensors(), watch)
     saved = record.saved(state, watch)
     record.event("stop", state, reason=status.reason, seconds=watch.read())
     return state, status if saved else ExitStatus.FAILED

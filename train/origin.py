@@ -164,7 +164,7 @@ def check_tokenizer(parent: Parent, config: RunConfig) -> None:
             f"data.tokenizer={config.data.tokenizer!r} is not the tokenizer of {parent.name}",
             where="run.start_from",
             why="its ids mean other text than those that the weights have learnt",
-            remedy=f"prepare the data with the parent's: data.tokenizer={file.parent} data.store=",
+            remedy=f"give data.store= data.tokenizer={file.parent} to prepare the data with the parent's",
         )
 
 

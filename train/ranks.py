@@ -118,7 +118,8 @@ def _rank_body(config: RunConfig, job: dict[str, Any], rank: int, store: str) ->
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]), MINKA_STORE=store)
         if rank:
             _redirect(rank_log(config, rank))
-        return work(WorkerJob(config, job["profile"], job["json"], threads, job["beat"], prepared=True))
+        scratch = job["from_scratch"]
+        return work(WorkerJob(config, job["profile"], job["json"], threads, job["beat"], scratch, prepared=True))
 
     return body
 

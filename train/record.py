@@ -21,9 +21,10 @@ from minka.parallel.saving import Contents
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
 from minka.plan.guard import judge
-from minka.plan.ledger import Ledger
+from minka.plan.ledger import Ledger, current, read_ledger
 from minka.plan.retention import permanent
 from minka.plan.run import RunFolder
+from minka.train.cadence import eval_due
 from minka.train.console import Console
 from minka.train.contents import contents
 from minka.train.metrics import Metrics, StepRecord, Stopwatch, memory_bytes
@@ -164,6 +165,19 @@ class Record:
 
     def _beat(self, state: State) -> Callable[[], None]:
         return lambda: self.outside.alive(state.step)
+
+    def evaluation_missed(self, state: State) -> bool:
+        """Whether the step of the checkpoint that a run goes on from was to be evaluated, and was not: it ended there.
+
+        Collective.
+        """
+        missed = False
+        if self.mesh.is_first and self._saved.step == state.step:
+            events = current(read_ledger(self.folder.ledger_file))
+            tokens = [e["tokens"] for e in events if e["event"] == "step" and e["step"] == state.step - 1]
+            done = any(e["event"] == "eval" and e["step"] == state.step for e in events)
+            missed = not done and eval_due(self.config, replace(state, tokens=tokens[-1] if tokens else 0), state)
+        return bool(self.mesh.sum_on_host([missed])[0])
 
     def evaluate(self, state: State, scorer: Scorer, watch: Stopwatch) -> None:
         """Bits per byte on the validation split, and samples. Collective."""

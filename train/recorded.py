@@ -9,16 +9,19 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from minka.plan.errors import UserError
-from minka.plan.ledger import RETURNS
+from minka.plan.ledger import RETURNS, number
 
 COMPARED = ("loss", "grad_norm", "learning_rate", "target_count")
+WEIGHED = ("loss", "grad_norm")  # of these, what the weights decide
 # Relative. fp32: what two layouts of one run may differ by (tests/train/test_layouts.py). bf16: two ranks against one
 # were 3e-6 and 7e-4 apart after three steps of a tiny model; larger models and longer ways get room.
 BOUNDS = {
     "float32": {"loss": 2e-6, "grad_norm": 2e-5, "learning_rate": 1e-9, "target_count": 0.0},
     "bfloat16": {"loss": 1e-3, "grad_norm": 2e-2, "learning_rate": 1e-9, "target_count": 0.0},
 }
-Verdict = Literal["bit for bit", "equal to rounding", "differs"]
+GROWTH = 10.0  # from one step to the next, at most, of what two runs are apart when nothing but rounding is
+Verdict = Literal["bit for bit", "equal to rounding", "rounding that grew", "differs"]
+VERDICTS: tuple[Verdict, ...] = ("bit for bit", "equal to rounding", "rounding that grew", "differs")
 
 
 class Line(NamedTuple):
@@ -98,20 +101,52 @@ def differences(line: Mapping[str, Any], again: Mapping[str, Any]) -> dict[str, 
         name: {
             "recorded": line[name],
             "replayed": again[name],
-            "difference": difference(float(line[name]), float(again[name])),
+            "difference": difference(number(line[name]), float(again[name])),
         }
         for name in COMPARED
-        if name in line
+        if _is_number(line.get(name))
     }
 
 
-def verdict(compared: Mapping[str, Mapping[str, float]], dtype: str) -> Verdict:
-    """What the differences of a step come to, computed in `dtype`."""
+def check_comparable(line: Mapping[str, Any], where: str) -> None:
+    """Raises UserError when the ledger has too little of a step to say whether another is the same."""
+    lost = [name for name in WEIGHED if not _is_number(line.get(name))]
+    if lost:
+        raise UserError(
+            f"the ledger's line of step {line['step']} has no {' and no '.join(lost)} to compare with",
+            where=where,
+            why="a step that was run again could be any other, and would be called the same",
+            remedy="the line has been mangled; take another step",
+        )
+
+
+def verdicts(steps: Mapping[int, Mapping[str, Mapping[str, float]]], dtype: str) -> dict[int, Verdict]:
+    """What the differences of each step come to, computed in `dtype`; steps in their order.
+
+    Training carries a difference on and makes it grow, by little from step to step; a fault, other data or another
+    weight is a jump. So beyond the bounds a step is still the same when it is GROWTH times as far apart as any step
+    before it on the way, at most.
+    """
     bounds = BOUNDS.get(dtype, BOUNDS["float32"])
-    if all(numbers["difference"] == 0 for numbers in compared.values()):
-        return "bit for bit"
-    near = all(numbers["difference"] <= bounds[name] for name, numbers in compared.items())
-    return "equal to rounding" if near else "differs"
+    reached = dict.fromkeys(WEIGHED, 0.0)
+    found: dict[int, Verdict] = {}
+    for step, compared in steps.items():
+        apart = {name: numbers["difference"] for name, numbers in compared.items()}
+        if all(difference == 0 for difference in apart.values()):
+            found[step] = "bit for bit"
+        elif all(difference <= bounds[name] for name, difference in apart.items()):
+            found[step] = "equal to rounding"
+        elif all(d <= max(bounds[name], GROWTH * reached.get(name, 0.0)) for name, d in apart.items()):
+            found[step] = "rounding that grew"
+        else:
+            found[step] = "differs"
+        if found[step] != "differs":
+            reached = {name: max(reached[name], apart.get(name, 0.0)) for name in WEIGHED}
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _not_recorded(found: Recorded, step: int, where: str) -> UserError:

@@ -27,14 +27,24 @@ from minka.plan.cli import print_json, progress
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.layout import AXES
-from minka.plan.ledger import read_ledger
-from minka.plan.load import from_json, load_run
+from minka.plan.ledger import is_count, read_ledger
+from minka.plan.load import load_run, validate
 from minka.plan.run import RunFolder, find_run, store_of
 from minka.train.guard import accepts, refuse_tokens
 from minka.train.metrics import Metrics, Stopwatch
 from minka.train.origin import begins_at, pinned_parent
 from minka.train.provenance import processor
-from minka.train.recorded import BOUNDS, Line, Recorded, checkpoint_before, differences, recorded, verdict
+from minka.train.recorded import (
+    BOUNDS,
+    VERDICTS,
+    Line,
+    Recorded,
+    check_comparable,
+    checkpoint_before,
+    differences,
+    recorded,
+    verdicts,
+)
 from minka.train.resume import load_parent
 from minka.train.schedule import learning_rate
 from minka.train.state import State
@@ -73,12 +83,13 @@ def replay(folder: RunFolder, step: int) -> dict[str, Any]:
     found = recorded(read_ledger(folder.ledger_file))
     there = [int(path.name.removeprefix("step-")) for path in checkpoints(folder.checkpoints)]
     before = checkpoint_before(found, step, there, str(folder.path))
+    check_comparable(found.steps[step].event, str(folder.ledger_file))
     origin = None if before is None else folder.checkpoints / step_name(before)
     job = Replay(folder, _store(folder), found, step, origin)
     start = found.steps[step].start
     config = settings(folder, found.steps[step])
-    if start.get("threads"):
-        torch.set_num_threads(int(start["threads"]))  # sums over other parts round otherwise
+    if is_count(start.get("threads")):  # sums over other parts round otherwise
+        torch.set_num_threads(min(max(1, start["threads"]), os.cpu_count() or 1))
     with start_mesh(config.layout) as mesh:
         steps, batch, origin_said = _run(job, mesh)
         here = {
@@ -87,8 +98,8 @@ def replay(folder: RunFolder, step: int) -> dict[str, Any]:
             "compute_dtype": str(compute_dtype(config, mesh)).removeprefix("torch."),
         }
     dtype = str(here["compute_dtype"])
-    verdicts = {at: verdict(compared, dtype) for at, compared in steps.items() if compared}
-    worst = max(verdicts.values(), key=("bit for bit", "equal to rounding", "differs").index)
+    found_out = verdicts({at: compared for at, compared in steps.items() if compared}, dtype)
+    worst = max(found_out.values(), key=VERDICTS.index)
     return {
         "run": str(folder.path),
         "step": step,
@@ -98,7 +109,7 @@ def replay(folder: RunFolder, step: int) -> dict[str, Any]:
         "verdict": worst,
         "status": int(ExitStatus.FAILED if worst == "differs" else ExitStatus.DONE),
         "bounds": BOUNDS[dtype],
-        "first_difference": next((at for at, one in verdicts.items() if one == "differs"), None),
+        "first_difference": next((at for at, one in found_out.items() if one == "differs"), None),
         "steps": [{"step": at, **compared} for at, compared in steps.items()],
         "samples": _samples(config, job.store, batch),
     }
@@ -107,8 +118,8 @@ def replay(folder: RunFolder, step: int) -> dict[str, Any]:
 def settings(folder: RunFolder, line: Line) -> RunConfig:
     """The configuration in force at a step, on one rank, computing in the dtype that was recorded."""
     known = line.start.get("config")
-    config = from_json(json.dumps(known)) if known else folder.config()
-    precision = {"float32": "fp32", "bfloat16": "bf16"}.get(line.start.get("compute_dtype", ""), "auto")
+    config = validate(known, f"{folder.ledger_file}, a start event's config") if known else folder.config()
+    precision = {"float32": "fp32", "bfloat16": "bf16"}.get(str(line.start.get("compute_dtype")), "auto")
     layout = config.layout.model_copy(update={**dict.fromkeys(AXES, 1), "precision": precision})
     return config.model_copy(update={"layout": layout})
 
@@ -116,7 +127,7 @@ def settings(folder: RunFolder, line: Line) -> RunConfig:
 def told(result: Mapping[str, Any]) -> list[str]:
     """The same for people."""
     was, here, steps = result["recorded"], result["replayed"], result["steps"]
-    *earlier, last = steps
+    last, earlier = steps[-1], [one for one in steps[:-1] if len(one) > 1]  # of the others nothing is recorded
     ranks = f"{was['ranks']} {'rank' if was['ranks'] == 1 else 'ranks'}"
     lines = [
         f"step {result['step']} of {result['run']}, run again from {result['from']}",
@@ -154,6 +165,9 @@ def _said(result: Mapping[str, Any]) -> str:
         return "bit for bit the same"
     if result["verdict"] == "equal to rounding":
         return f"equal to rounding ({limit})"
+    if result["verdict"] == "rounding that grew":
+        way = f"{len(result['steps'])} steps from the checkpoint"
+        return f"the same, as far as can be told: rounding that grew over {way}, with no jump ({limit} a single step)"
     elsewhere = result["recorded"]["device"] != result["replayed"]["device"]
     note = "; it was recorded on another device, which may be all there is to it" if elsewhere else ""
     return f"DIFFERS from step {result['first_difference']} on, by more than rounding ({limit}){note}"

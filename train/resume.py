@@ -4,12 +4,14 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from minka.model.hub import read_tensors
 from minka.parallel.checkpoint import restore, restore_from
+from minka.parallel.commit import step_name
 from minka.parallel.engine import ShardedEngine
 from minka.parallel.lease import leased
 from minka.parallel.mesh import Mesh
@@ -17,6 +19,7 @@ from minka.parallel.pieces import Piece
 from minka.plan.changes import changes, decides_rate
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
+from minka.plan.ledger import RETURNS, read_ledger
 from minka.plan.load import from_json
 from minka.plan.run import RunFolder
 from minka.train.origin import Parent, begins_at, pinned_parent
@@ -24,7 +27,8 @@ from minka.train.record import Record
 from minka.train.schedule import learning_rate
 from minka.train.state import State, randomness
 
-CLOSE = 1e-9  # relative: the schedule is the same function everywhere, up to the C library's cosine
+# Of the rate, or near zero of the peak: the schedule is the same function everywhere, up to the C library's cosine.
+CLOSE = 1e-9
 
 
 def begin(engine: ShardedEngine, record: Record, mesh: Mesh) -> State:
@@ -46,6 +50,8 @@ def begin(engine: ShardedEngine, record: Record, mesh: Mesh) -> State:
     for one in damaged:
         record.event("fallback", state, **one)
         record.console.say(f"{one['path']} is damaged ({one['reason']}); taking the one before")
+    if mesh.is_first:
+        _tell_of_lost(record, state, {Path(one["path"]).name for one in damaged})
     try:
         said = check_rate(saved, record.folder, record.config, state)
     except UserError as error:
@@ -56,6 +62,21 @@ def begin(engine: ShardedEngine, record: Record, mesh: Mesh) -> State:
     if said:
         record.console.say(said)
     return state
+
+
+def _tell_of_lost(record: Record, state: State, damaged: set[str]) -> None:
+    """A checkpoint that was saved after the one that is gone on from, and is not there, is a fall-back too."""
+    saves: list[int] = []
+    for event in read_ledger(record.folder.ledger_file):
+        if event["event"] in RETURNS:
+            saves = [step for step in saves if step <= event["step"]]
+        elif event["event"] == "save":
+            saves.append(int(event["step"]))
+    last = saves[-1] if saves else state.step
+    path = record.folder.checkpoints / step_name(last)
+    if last != state.step and path.name not in damaged and not path.exists():
+        record.event("fallback", state, path=str(path), reason="it was saved, and is not there")
+        record.console.say(f"{path} was saved, and is not there; taking step {state.step}")
 
 
 def check_rate(saved: Mapping[str, Any], folder: RunFolder, config: RunConfig, state: State) -> str:
@@ -69,7 +90,9 @@ def check_rate(saved: Mapping[str, Any], folder: RunFolder, config: RunConfig, s
         was = saved.get("learning_rate", learning_rate(old, state.step, state.tokens))
         by = f"{was:.4g} by the settings it was saved with, {rate:.4g} by those of now"
         return f"learning rate of step {state.step + 1}: {by}"
-    if "learning_rate" in saved and not math.isclose(rate, saved["learning_rate"], rel_tol=CLOSE):
+    if "learning_rate" in saved and not math.isclose(
+        rate, saved["learning_rate"], rel_tol=CLOSE, abs_tol=CLOSE * config.optimizer.learning_rate
+    ):
         versions = saved.get("versions") or {}
         raise UserError(
             f"the learning rate of step {state.step + 1} would be {rate:.6g}, "
@@ -85,7 +108,12 @@ def check_rate(saved: Mapping[str, Any], folder: RunFolder, config: RunConfig, s
 
 def _first(engine: ShardedEngine, record: Record, mesh: Mesh) -> State:
     """No checkpoint of its own: from the parent's, or the initial weights that are there already."""
-    parent = pinned_parent(record.folder)
+    problem: UserError | None = None
+    try:
+        parent = pinned_parent(record.folder)
+    except UserError as error:
+        problem = error
+    agree(problem, mesh)
     state = State()
     if parent:
         place, said = begins_at(parent, record.config, record.store.hash)

@@ -51,16 +51,20 @@ def check_goes_on(folder: RunFolder, config: RunConfig) -> None:
 
 
 def begin_again(folder: RunFolder) -> Path | None:
-    """Set a run back to its beginning, as a person asked: where its checkpoints have been moved, if there were any."""
-    with folder.only_writer():
-        aside = None
-        if folder.checkpoints.exists():
-            taken = {path.name for path in folder.path.glob("checkpoints.old-*")}
-            number = next(n for n in range(1, len(taken) + 2) if f"checkpoints.old-{n}" not in taken)
-            aside = folder.checkpoints.rename(folder.path / f"checkpoints.old-{number}")
-        folder.exit_file.unlink(missing_ok=True)
-        ledger = Ledger(folder.ledger_file)
-        where = f"; its checkpoints lie in {aside.name}" if aside else ""
-        ledger.append("restart", step=0, tokens=0, reason=f"--from-scratch was given{where}")
-        ledger.close()
+    """Set a run back to its beginning, as a person asked: where its checkpoints have been moved, if there were any.
+
+    For the run's one writer.
+    """
+    aside = None
+    if folder.checkpoints.exists():
+        taken = {path.name for path in folder.path.glob("checkpoints.old-*")}
+        number = next(n for n in range(1, len(taken) + 2) if f"checkpoints.old-{n}" not in taken)
+        aside = folder.checkpoints.rename(folder.path / f"checkpoints.old-{number}")
+        if folder.evals.exists():
+            folder.evals.rename(folder.path / f"evals.old-{number}")
+    folder.exit_file.unlink(missing_ok=True)
+    ledger = Ledger(folder.ledger_file)
+    where = f"; its checkpoints lie in {aside.name}" if aside else ""
+    ledger.append("restart", step=0, tokens=0, reason=f"--from-scratch was given{where}")
+    ledger.close()
     return aside

@@ -1,11 +1,17 @@
 """What a run says at its end: one table for people, one JSON document for machines."""
 
 import math
+from pathlib import Path
 
 from minka.eval.compress import compressed_bits_per_byte
+from minka.model.hub import MARKER
+from minka.parallel.commit import step_name
 from minka.plan.cli import print_json
 from minka.plan.errors import ExitStatus
+from minka.plan.ledger import parse
+from minka.plan.run import RunFolder
 from minka.train.record import Record
+from minka.train.standing import standing
 from minka.train.state import State
 
 MOST_DOCUMENTS = 100_000
@@ -16,6 +22,7 @@ def summarise(record: Record, state: State, status: ExitStatus, *, as_json: bool
     config, scores = record.config, record.scores
     beside = _beside(record) if scores is not None else {}
     bits = scores.scores["bits_per_byte"] if scores is not None else None
+    saved, export = (record.folder.checkpoints / step_name(state.step)).is_dir(), _export(record.folder, state)
     if as_json:
         last = record.last
         print_json(
@@ -29,7 +36,8 @@ def summarise(record: Record, state: State, status: ExitStatus, *, as_json: bool
                 "tokens_per_second": record.tokens_per_second,
                 "bits_per_byte": bits,
                 "compressors_bits_per_byte": beside,
-                "export": str(record.folder.export) if config.checkpoint.export else None,
+                "saved": saved,
+                "export": export,
             }
         )
         return
@@ -47,9 +55,13 @@ def summarise(record: Record, state: State, status: ExitStatus, *, as_json: bool
     if record.refused_steps:
         lines["refused steps"] = f"{record.refused_steps:,}: not finite, no weight changed (see `skip` in the ledger)"
     lines["run"] = str(record.folder.path)
-    if config.checkpoint.export:
-        lines["for transformers"] = str(record.folder.export)
-    if status == ExitStatus.STOPPED:
+    if not saved:
+        place = standing(record.folder)
+        newest = f"the newest checkpoint is of step {place.step:,}" if place else "there is no checkpoint"
+        lines["NOT SAVED"] = f"step {state.step:,} could not be written; {newest}"
+    if export is not None:
+        lines["for transformers"] = export
+    if not saved or status == ExitStatus.STOPPED:
         lines["to go on"] = f"minka train {record.folder.path}"
     record.console.say(table(lines))
 
@@ -60,6 +72,15 @@ def table(lines: dict[str, str]) -> str:
     rows = [f"{name:<{width}}  {value}" for name, value in lines.items()]
     rule = "-" * max(map(len, rows))
     return "\n".join([rule, *rows, rule])
+
+
+def _export(folder: RunFolder, state: State) -> str | None:
+    """The run's export, if it is of the checkpoint of `state` and none of an earlier one."""
+    try:
+        source = parse((folder.export / MARKER).read_bytes())["source"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return str(folder.export) if Path(str(source)).name == step_name(state.step) else None
 
 
 def _beside(record: Record) -> dict[str, float]:

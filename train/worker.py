@@ -28,9 +28,10 @@ from minka.plan.ledger import Ledger
 from minka.plan.run import RunFolder
 from minka.plan.writing import write_json
 from minka.train.console import Console
+from minka.train.ending import explained
 from minka.train.loop import Session, train
 from minka.train.optim import AdamW
-from minka.train.origin import open_run
+from minka.train.origin import open_run, pinned_parent
 from minka.train.profile import Profile
 from minka.train.provenance import processor
 from minka.train.record import Record
@@ -52,6 +53,7 @@ class WorkerJob(NamedTuple):
     as_json: bool
     threads: int | None  # of torch; None leaves torch's choice
     beat: int | None  # the supervisor's pipe
+    from_scratch: bool = False  # whether a person asked to begin again although there is history
     prepared: bool = False  # whether data and run folder have been made ready by the process that forked this one
 
 
@@ -62,6 +64,7 @@ def work(job: WorkerJob) -> int:
     config = job.config
     with (
         start_mesh(config.layout, timeout_seconds=config.guard.hang_seconds + GROUP_SECONDS) as mesh,
+        explained(RunFolder.of(config), speaks=mesh.is_first),
         session(job, mesh) as (run, state),
     ):
         state, status = train(run, state)
@@ -72,15 +75,13 @@ def work(job: WorkerJob) -> int:
         return int(_finish(job, run, state, status) if mesh.is_first else status)
 
 
-def prepare_joined(config: RunConfig, command: list[str], *, from_scratch: bool = False) -> None:
+def prepare_joined(config: RunConfig, command: list[str]) -> None:
     """Before ranks of torchrun or Slurm meet: the first prepares the data, the others wait for as long as it works.
 
     Outside the process group, whose collectives give up long before a large corpus is done. Raises UserError.
     """
     if os.environ["RANK"] == "0":
         open_run(config, command)
-        if from_scratch:
-            begin_again(RunFolder.of(config))
         return
     folder, heard = store_folder(config, Path()), time.monotonic()
     while not folder.exists():
@@ -144,6 +145,11 @@ def _open_run(job: WorkerJob, mesh: Mesh, stack: ExitStack) -> tuple[TokenStore,
             open_run(job.config, sys.argv)
         folder.check_may_start()
         stack.enter_context(folder.only_writer())
+        if job.from_scratch:  # last: whatever else refuses this start has left everything as it was
+            pinned_parent(folder)
+            aside = begin_again(folder)
+            if aside and not job.as_json:
+                print(f"the checkpoints there were lie in {aside}", flush=True)
         check_goes_on(folder, job.config)
         changed.update(folder.changes(job.config))
 

@@ -21,7 +21,7 @@ from minka.parallel.manifest import NAME
 from minka.parallel.pieces import Piece, piece_of
 from minka.parallel.saver import Saver
 from minka.parallel.saving import Contents
-from minka.parallel.shelf import all_kept
+from minka.parallel.shelf import Catalogue
 from ranks import FORKS
 from saved import ALONE
 
@@ -150,7 +150,7 @@ def moment_of(folder: Path, version: int) -> str:
         return "pruning, its name taken"
     if "deleting" in hidden:
         return "pruning, deleting"
-    newest = max(all_kept(folder), key=lambda kept: kept.number, default=None)
+    newest = max(Catalogue(folder).all(), key=lambda kept: kept.number, default=None)
     if newest is None or f'"version": {version}' not in (folder / step_name(newest.step) / NAME).read_text():
         return "staging"
     return "after the rename, before pruning" if len(passing(folder)) > KEEP else "between two saves"

@@ -17,7 +17,7 @@ from minka.parallel.checkpoint import restore_from
 from minka.parallel.commit import retire
 from minka.parallel.disk import LocalDisk
 from minka.parallel.lease import LEASE_SECONDS, Lease, counts, is_leased, leased
-from minka.parallel.shelf import prune, steps_of
+from minka.parallel.shelf import Catalogue, steps_of
 from minka.plan.errors import UserError
 from ranks import FORKS
 from saved import ALONE, save, tensors
@@ -37,7 +37,7 @@ def run(tmp_path: Path) -> Path:
 
 def left(run: Path) -> list[int]:
     """Steps that are there when only the newest must be."""
-    prune(run / "checkpoints", 1)
+    Catalogue(run / "checkpoints").prune(1)
     return steps_of(run / "checkpoints")
 
 
@@ -228,7 +228,7 @@ def test_a_real_reader_that_begins_at_any_step_of_pruning_reads_or_is_told(
             time.sleep(0.02)
         steps += 1
 
-    prune(run / "checkpoints", 1, SteppingDisk(tick))
+    Catalogue(run / "checkpoints", SteppingDisk(tick)).prune(1)
     if not thread.ident:
         thread.start()
     thread.join()

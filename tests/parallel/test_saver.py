@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from minka.parallel import saver as saver_module
 from minka.parallel.bench import memory
 from minka.parallel.checkpoint import restore
 from minka.parallel.disk import LocalDisk
@@ -18,7 +17,7 @@ from minka.parallel.pieces import Piece, piece_of
 from minka.parallel.saver import Outcome, Saver
 from minka.parallel.saving import Contents
 from minka.parallel.shards import Image
-from minka.parallel.shelf import steps_of
+from minka.parallel.shelf import Catalogue, steps_of
 from minka.plan.layout import Layout
 from ranks import on_ranks
 from saved import ALONE, silent, tensors
@@ -192,7 +191,7 @@ def test_what_goes_wrong_while_pruning_does_not_make_a_save_fail(
     def broken(*args: Any) -> list[Path]:
         raise ValueError("a bug")
 
-    monkeypatch.setattr(saver_module, "prune", broken)
+    monkeypatch.setattr(Catalogue, "prune", broken)
     saver = Saver(tmp_path, ALONE, 1)
     saver.save(Contents(1, {}), tensors())
     outcome = saver.wait()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from minka.parallel.checkpoint import restore
-from minka.parallel.shelf import checkpoints, find_checkpoint, prune, run_and_step
+from minka.parallel.shelf import Catalogue, checkpoints, find_checkpoint, run_and_step
 from minka.plan.errors import UserError
 from saved import ALONE, save, silent, tensors
 
@@ -33,7 +33,7 @@ def test_a_file_with_a_checkpoints_name_is_damage_and_named(tmp_path: Path) -> N
 def test_prune_keeps_the_newest_and_find_names_what_there_is(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step, tensors(step), {"step": step}, ALONE)
-    assert [p.name for p in prune(tmp_path, 2)] == ["step-00000001"]
+    assert [p.name for p in Catalogue(tmp_path).prune(2)] == ["step-00000001"]
     assert [p.name for p in checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
     assert find_checkpoint(tmp_path, "2").name == "step-00000002"
     with pytest.raises(UserError, match="step 7") as caught:
@@ -45,7 +45,7 @@ def test_prune_keeps_what_was_written_last_not_what_has_the_highest_step(tmp_pat
     """After a fall-back the damaged ones above must not push out the whole ones."""
     for step in (500, 600, 450):
         save(tmp_path, step, tensors(), {"step": step}, ALONE)
-    assert [p.name for p in prune(tmp_path, 1)] == ["step-00000500", "step-00000600"]
+    assert [p.name for p in Catalogue(tmp_path).prune(1)] == ["step-00000500", "step-00000600"]
     assert [p.name for p in checkpoints(tmp_path)] == ["step-00000450"]
 
 
@@ -63,7 +63,7 @@ def test_prune_never_raises_and_is_not_in_the_way_of_itself(tmp_path: Path, monk
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", refusing)
-    assert [p.name for p in prune(tmp_path, 1)] == ["step-00000001"]
+    assert [p.name for p in Catalogue(tmp_path).prune(1)] == ["step-00000001"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
 
 

@@ -136,6 +136,21 @@ def test_another_batch_is_refused_only_where_steps_and_tokens_are_mixed_and_the_
     check_batch(remedy, run(*new, "data.batch_tokens=256", remedied(caught.value)), *later)
 
 
+def test_batches_that_no_warmup_can_tell_of_get_no_remedy_that_is_refused_again() -> None:
+    # The parent forked at step 5 with batches of 512 and now counts as if it had had those of 256 from the start.
+    old = run(
+        "run.max_steps=20", "schedule.warmup=0", "schedule.unit=steps", "data.batch_tokens=256", "data.batch_warmup=[]"
+    )
+    new = run(
+        "run.max_steps=30", "schedule.warmup=0", "schedule.unit=tokens", "data.batch_tokens=256", "data.batch_warmup=[]"
+    )
+    step, tokens = 10, 5 * 512 + 5 * 256
+    with pytest.raises(UserError, match="count both in the same unit") as caught:
+        check_batch(old, new, step, tokens)
+    assert "batch_warmup" not in caught.value.remedy
+    check_batch(old, run("run.max_steps=30", "schedule.warmup=0", "schedule.unit=steps"), step, tokens)
+
+
 def test_what_moves_the_learning_rate_is_known() -> None:
     moving: Sequence[str] = ("run.max_steps", "run.max_tokens", "schedule.warmup", "optimizer.learning_rate")
     assert all(decides_rate({key: None}) for key in (*moving, "data.batch_tokens", "data.batch_warmup"))

@@ -187,3 +187,25 @@ def test_a_file_that_is_wrong_is_named(text: str, said: str, tmp_path: Path) -> 
         load_run(str(path))
     assert refusal.value.where == str(path)
     assert said in refusal.value.what
+
+
+def test_a_run_is_where_it_lies_even_when_it_was_moved_or_copied(tmp_path: Path) -> None:
+    began = load_run("demo", ["run.name=began", f"run.folder={tmp_path / 'runs'}"]).config
+    copy = tmp_path / "elsewhere" / "copied"
+    copy.mkdir(parents=True)
+    (copy / "run.toml").write_text(dump_toml(began))
+    assert load_run(str(copy)).config.run.name == "began"  # a file like any other: nobody has run anything here
+    (copy / "provenance.json").write_text("{}")
+    for source in (copy, copy / "run.toml"):
+        run = load_run(str(source)).config.run
+        assert (run.name, run.folder) == ("copied", str(tmp_path / "elsewhere"))
+    forked = load_run(str(copy), ["run.name=fork"]).config.run
+    assert (forked.name, forked.folder) == ("fork", str(tmp_path / "elsewhere"))
+
+
+def test_who_starts_from_another_does_not_inherit_how_the_file_did(tmp_path: Path) -> None:
+    file = tmp_path / "child.toml"
+    file.write_text(dump_toml(load_run("demo", ["run.start_from=a", "run.start_with=all"]).config))
+    assert load_run(str(file)).config.run.start_with == "all"
+    assert load_run(str(file), ["run.start_from=b"]).config.run.start_with == "weights"
+    assert load_run(str(file), ["run.start_with=all", "run.start_from=b"]).config.run.start_with == "all"

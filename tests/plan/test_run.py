@@ -12,6 +12,8 @@ from minka.plan.load import dump_toml, load_run
 from minka.plan.run import RunFolder, find_run, store_of
 from minka.plan.writing import writing
 
+DEEP = "[" * 100_000
+
 
 def test_a_recipes_name_means_the_recipe_and_a_runs_name_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -81,6 +83,38 @@ def test_history_counts_since_the_run_last_began_again(tmp_path: Path) -> None:
     assert folder.history() == (1, 0, config)
 
 
+def test_history_is_read_past_lines_that_nobody_could_have_written(tmp_path: Path) -> None:
+    config = load_run("demo", [f"run.folder={tmp_path}"]).config
+    folder = RunFolder.of(config)
+    folder.open(config, {})
+    log(folder, start(config))
+    with folder.ledger_file.open("a") as file:
+        file.write(DEEP + '\n{"event": ["start"], "time": 0, "step": 0, "tokens": 0}\n' + DEEP.replace("[", '{"a":'))
+    log(folder, {"event": "save"})
+    assert folder.history() == (1, 1, config)
+    folder.open(config, {})
+
+
+@pytest.mark.parametrize("text", [DEEP, "[]", '{"code": "x"}', "{cut", "5", ""])
+def test_an_exit_reason_that_says_nothing_is_no_end(text: str, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.exit_file.write_text(text)
+    assert not folder.finished()
+
+
+@pytest.mark.parametrize("text", [DEEP, "[]", '{"data": 5}', "{cut"])
+def test_a_provenance_that_cannot_be_read_is_said_when_the_run_goes_on(text: str, tmp_path: Path) -> None:
+    config = load_run("demo", [f"run.folder={tmp_path}"]).config
+    folder = RunFolder.of(config)
+    folder.open(config, {})
+    log(folder, start(config))
+    (folder.path / "provenance.json").write_text(text)
+    with pytest.raises(UserError, match=r"provenance\.json: cannot be read"):
+        folder.open(config, {})
+    with pytest.raises(UserError, match=r"provenance\.json: cannot be read"):
+        store_of(folder)
+
+
 def test_the_beginning_of_training_undoes_the_end_before(tmp_path: Path) -> None:
     config = load_run("demo", [f"run.folder={tmp_path}"]).config
     folder = RunFolder.of(config)
@@ -114,9 +148,10 @@ def test_lineage_is_written_with_the_run_and_not_again(tmp_path: Path) -> None:
     folder.open(config, {}, [{"run": "other", "step": 4}])
     assert folder.lineage() == [{"run": "base", "step": 3}]
     assert json.loads(folder.lineage_file.read_text())["format"] == 1
-    folder.lineage_file.write_text("[]")
-    with pytest.raises(UserError, match=r"lineage\.json"):
-        folder.lineage()
+    for text in ("[]", "{cut", DEEP):
+        folder.lineage_file.write_text(text)
+        with pytest.raises(UserError, match=r"lineage\.json"):
+            folder.lineage()
 
 
 def test_somebody_elses_folder_is_left_alone(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ledgers import event, run_of, start, steps
 from minka.plan.run import RunFolder
 from minka.report.lineage import MOST_ROWS, Graph, rows_of
@@ -93,6 +95,19 @@ def test_a_hugging_face_folder_is_a_parent_too(tmp_path: Path) -> None:
     graph = drawn(child)
     assert links(graph) == {("llama", 0, "child")}
     assert "from /models/llama at step 0" in graph["rows"][-1]["text"]
+
+
+@pytest.mark.parametrize(
+    "folder", ["/a\0b", "/a\ud800b", "/" + 5000 * "a", "circle"], ids=["nul", "surrogate", "long", "circle"]
+)
+def test_a_parent_whose_folder_is_no_path_is_drawn_by_its_name(folder: str, tmp_path: Path) -> None:
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    child = run_of(tmp_path, "child", [start(), *steps(1, 2)])
+    comes_from(child, (tmp_path / folder, 3))
+    told = json.loads((child.path / "lineage.json").read_text())
+    told["parents"][0] |= {"folder": str(tmp_path / folder), "run": "parent", "step": 10**400}
+    (child.path / "lineage.json").write_text(json.dumps(told))
+    assert [lane["name"] for lane in drawn(child)["lanes"]] == ["parent", "child"]
 
 
 def test_lineage_that_is_mangled_draws_the_run_alone(tmp_path: Path) -> None:

@@ -16,6 +16,9 @@ from minka.report.document import document
 from minka.report.page import HERE, MARK, SCRIPTS, embedded, page, plotly_script, write_page
 from minka.report.read import read_run
 
+HUGE = 10**400  # an integer to JSON, and too large for a float
+DEEP = "[" * 100_000
+WALKABLE = "[" * 500 + "]" * 500 + "}"  # JSON can be made of it, and then nobody gets through
 EVIL = "</script><script>window.pwned=1</script><!--<img src=x onerror='window.pwned=1'>&amp;\u2028"
 
 
@@ -92,6 +95,9 @@ def test_torn_lines_are_left_out_and_told_by_number(tmp_path: Path) -> None:
     [
         {"step": "4"},
         {"step": -1},
+        {"step": HUGE},
+        {"tokens": HUGE},
+        {"time": HUGE},
         {"step": 1.5},
         {"tokens": None},
         {"tokens": True},
@@ -104,7 +110,7 @@ def test_torn_lines_are_left_out_and_told_by_number(tmp_path: Path) -> None:
 def test_a_line_whose_numbers_are_none_is_left_out_and_told_of(odd: dict[str, Any], tmp_path: Path) -> None:
     run = read_run(str(run_of(tmp_path, "a", [start(), *steps(1, 1), {**event("step", 2), **odd}, *steps(3, 3)]).path))
     assert [e["step"] for e in run.events] == [0, 1, 3]
-    assert any("1 event" in note for note in run.notes)
+    assert run.torn == [3]
 
 
 @pytest.mark.parametrize(
@@ -117,10 +123,29 @@ def test_a_line_whose_numbers_are_none_is_left_out_and_told_of(odd: dict[str, An
         {"grad_norm": []},
         {"learning_rate": True},
         {"mfu": {}},
+        {"loss": HUGE},
+        {"loss": -HUGE, "grad_norm": HUGE, "tokens_per_second": HUGE},
+        {"seconds": {"compute": HUGE, "save": HUGE}},
     ],
 )
 def test_a_step_with_an_odd_field_is_shown_without_it(odd: dict[str, Any], tmp_path: Path) -> None:
     page_of(run_of(tmp_path, "a", [start(), *steps(1, 2), *steps(3, 3, **odd)]).path)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        event("save", 2, path="step-00000002", bytes=HUGE, stall_seconds=HUGE),
+        event("eval", 2, suite="heldout", scores={"bits_per_byte": HUGE}, stderr={"bits_per_byte": HUGE}),
+        start(2, parameters=HUGE, threads=HUGE, changed={"run.max_steps": [HUGE, 1]}),
+        event("stop", 2, reason="\ud800", seconds=HUGE),
+        event("skip", 2, reason="\ud800", loss=HUGE),
+    ],
+)
+def test_an_event_with_a_number_too_large_to_be_one_is_shown_without_it(odd: dict[str, Any], tmp_path: Path) -> None:
+    text = page_of(run_of(tmp_path, "a", [start(), *steps(1, 2), odd, *steps(3, 4)]).path)
+    text.encode()
+    assert "inf GB" not in text
 
 
 @pytest.mark.parametrize(
@@ -133,7 +158,7 @@ def test_an_event_without_its_fields_is_shown_all_the_same(kind: str, tmp_path: 
 @pytest.mark.parametrize(
     "name", ["provenance.json", "exit_reason.json", "lineage.json", "plan.json", "evals/step-00000002/heldout@1.json"]
 )
-@pytest.mark.parametrize("text", ["{cut", "[]", "{}", '{"step": 2, "scores": 5}', "\udcff"])
+@pytest.mark.parametrize("text", ["{cut", "[]", "{}", '{"step": 2, "scores": 5}', "\udcff", DEEP, '{"a":' + WALKABLE])
 def test_a_file_that_cannot_be_read_costs_its_own_part_only(name: str, text: str, tmp_path: Path) -> None:
     folder = run_of(tmp_path, "a", [start(), *steps(1, 2)])
     file = folder.path / name
@@ -141,7 +166,27 @@ def test_a_file_that_cannot_be_read_costs_its_own_part_only(name: str, text: str
     file.write_bytes(text.encode(errors="surrogateescape"))
     run = read_run(str(folder.path))
     assert len(run.kept) == 3
-    assert bool(run.notes) == (text in ("{cut", "\udcff"))
+    assert bool(run.notes) == (text.startswith(("{cut", "\udcff", "[[", '{"a"')))
+    page_of(folder.path)
+
+
+@pytest.mark.parametrize("step", [HUGE, -HUGE, -1, True, "2"], ids=["huge", "-huge", "-1", "true", "word"])
+def test_a_result_of_no_step_is_left_out(step: object, tmp_path: Path) -> None:
+    folder = run_of(tmp_path, "a", [start(), *steps(1, 3)])
+    for at, told in (("1", 1), ("2", step)):
+        file = folder.evals / f"step-{at}" / "heldout@1.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps({"step": told, "tokens": HUGE, "scores": {"bits_per_byte": HUGE, "x": 1}}))
+    shown = document([read_run(str(folder.path))], 0.0).page["runs"][0]
+    assert shown["scores"]["x"]["step"] == [1]
+    assert shown["scores"]["bits_per_byte"]["value"] == [None]
+
+
+def test_a_configuration_nested_out_of_all_reason_is_said(tmp_path: Path) -> None:
+    folder = run_of(tmp_path, "a", [start(), *steps(1, 2)])
+    folder.config_file.write_text("a = " + DEEP)
+    run = read_run(str(folder.path))
+    assert (run.config, run.planned, len(run.notes)) == ({}, None, 2)
     page_of(folder.path)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from minka.plan.errors import UserError
 from minka.plan.ledger import current
-from minka.train.recorded import checkpoint_before, difference, differences, recorded, verdict
+from minka.train.recorded import check_comparable, checkpoint_before, difference, differences, recorded, verdicts
 
 
 def events(text: str) -> list[dict[str, Any]]:
@@ -85,6 +85,24 @@ def test_differences_are_relative_and_refused_steps_are_like_themselves() -> Non
     assert difference(math.nan, 1.0) == difference(1.0, math.inf) == math.inf
 
 
+@pytest.mark.parametrize("odd", [None, "x", [], True])
+def test_what_is_no_number_is_not_compared(odd: object) -> None:
+    line: dict[str, Any] = {"step": 6, "loss": 4.0, "grad_norm": 1.0, "learning_rate": 1e-3}
+    assert set(differences({**line, "learning_rate": odd}, line)) == {"loss", "grad_norm"}
+    assert differences({**line, "loss": 10**400}, line)["loss"]["difference"] == math.inf
+
+
+@pytest.mark.parametrize("lost", [("loss",), ("grad_norm",), ("loss", "grad_norm")])
+@pytest.mark.parametrize("odd", [{}, None, "x"])
+def test_a_step_of_which_too_little_is_recorded_is_no_step_to_compare_with(lost: tuple[str], odd: object) -> None:
+    line: dict[str, Any] = {"step": 6, "loss": math.nan, "grad_norm": 1.0, "learning_rate": 1e-3, "target_count": 409}
+    check_comparable(line, "ledger")
+    for name in lost:
+        line.pop(name) if odd == {} else line.update({name: odd})
+    with pytest.raises(UserError, match=f"step 6 has no {' and no '.join(lost)} to compare with"):
+        check_comparable(line, "ledger")
+
+
 @pytest.mark.parametrize(
     ("changed", "fp32", "bf16"),
     [
@@ -104,4 +122,26 @@ def test_a_verdict_says_how_near_is_near(changed: dict[str, float], fp32: str, b
     line = {"loss": 4.0, "grad_norm": 1.0, "learning_rate": 1e-3, "target_count": 409, "z_loss": 7.0}
     compared = differences(line, line | changed)
     assert set(compared) == {"loss", "grad_norm", "learning_rate", "target_count"}
-    assert (verdict(compared, "float32"), verdict(compared, "bfloat16")) == (fp32, bf16)
+    assert (verdicts({7: compared}, "float32"), verdicts({7: compared}, "bfloat16")) == ({7: fp32}, {7: bf16})
+
+
+def way(*apart: float) -> dict[int, dict[str, dict[str, float]]]:
+    """Steps whose losses are so far apart."""
+    return {step: {"loss": {"difference": d}, "grad_norm": {"difference": d}} for step, d in enumerate(apart, 1)}
+
+
+@pytest.mark.parametrize(
+    ("apart", "found"),
+    [
+        ((0.0, 1e-7, 8e-7), ["bit for bit", "equal to rounding", "equal to rounding"]),
+        ((1e-6, 8e-6, 7e-5, 2e-6), ["equal to rounding", *["rounding that grew"] * 2, "equal to rounding"]),
+        ((1e-6, 2e-5, 1e-4), ["equal to rounding", "differs", "differs"]),  # a jump, and what comes of it
+        ((3e-6,), ["differs"]),  # nothing has had the time to grow
+        (
+            (1e-6, 9e-6, 1e-6, 8e-5),
+            ["equal to rounding", "rounding that grew"] * 2,
+        ),
+    ],
+)
+def test_rounding_may_grow_from_step_to_step_and_not_jump(apart: tuple[float, ...], found: list[str]) -> None:
+    assert list(verdicts(way(*apart), "float32").values()) == found

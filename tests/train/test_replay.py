@@ -41,10 +41,16 @@ def copy(base: RunFolder, to: Path) -> RunFolder:
 
 def edit(folder: RunFolder, step: int, **factors: float) -> None:
     """Plant a difference into the line of a step."""
+    (line,) = [e for e in ledger(folder) if e["event"] == "step" and e["step"] == step]
+    write(folder, "step", step, **{key: line[key] * factor for key, factor in factors.items()})
+
+
+def write(folder: RunFolder, kind: str, step: int, **values: object) -> None:
+    """Write other values into the line of an event."""
     lines = [json.loads(line) for line in folder.ledger_file.read_text().splitlines()]
     for line in lines:
-        if line["event"] == "step" and line["step"] == step:
-            line.update({key: line[key] * factor for key, factor in factors.items()})
+        if line["event"] == kind and line["step"] == step:
+            line.update(values)
     folder.ledger_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -183,6 +189,32 @@ def test_a_step_that_cannot_be_run_again_is_refused(step: int, message: str, bas
     with pytest.raises(UserError, match=message) as caught:
         replay(folder, step)
     assert "1 to " in caught.value.remedy
+
+
+def test_a_step_with_nothing_to_compare_is_not_called_the_same(base: RunFolder, tmp_path: Path) -> None:
+    folder = copy(base, tmp_path / "base")
+    write(folder, "step", 6, loss=None, grad_norm=None, learning_rate=None, target_count=None)
+    with pytest.raises(UserError, match=r"line of step 6 has no loss and no grad_norm to compare with"):
+        replay(folder, 6)
+    result = again(folder, 8)
+    assert (result["verdict"], result["steps"][0]) == ("bit for bit", {"step": 6})
+    assert any(line.startswith("1 step on the way: ") for line in told(result))  # the other one is not spoken for
+
+
+def test_a_mangled_ledger_is_replayed_as_far_as_it_can_be_read(base: RunFolder, tmp_path: Path) -> None:
+    folder = copy(base, tmp_path / "base")
+    write(folder, "start", 0, threads=100_000, compute_dtype=["float32"])
+    write(folder, "step", 12, loss=10**400)
+    odd: list[dict[str, Any]] = [{"step": "x"}, {"event": [1]}, {"step": 10**400}]
+    lines = [json.dumps({"event": "restore", "time": 1, "step": 0, "tokens": 0, **one}) for one in odd]
+    with folder.ledger_file.open("a") as ledger_file:
+        ledger_file.write("\n".join([*lines, "[" * 100_000]) + "\n")
+    assert again(folder, 11)["verdict"] == "bit for bit"
+    assert again(folder, 12)["verdict"] == "differs"
+    folder = copy(base, tmp_path / "other")
+    write(folder, "start", 0, config={"run": 5})
+    with pytest.raises(UserError, match="a start event's config: run=5"):
+        replay(folder, 11)
 
 
 def test_another_token_store_is_refused(base: RunFolder, tmp_path: Path) -> None:
