@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 from typing import Any
 
 import pytest
@@ -32,6 +33,15 @@ def stable_phase(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 def fork(base: RunFolder, name: str, start_from: str, *overrides: str) -> RunConfig:
     """A run from another; the parent's run.toml is the template."""
     return load_run(str(base.path), [f"run.name={name}", f"run.start_from={start_from}", *overrides]).config
+
+
+def copy(base: RunFolder, name: str, *overrides: str) -> RunConfig:
+    """The finished run under another name, as if it had been trained there."""
+    folder = RunFolder(base.path.parent / name)
+    shutil.copytree(base.path, folder.path)
+    for file in (folder.config_file, folder.ledger_file):
+        file.write_text(file.read_text().replace('"base"', f'"{name}"'))
+    return load_run(str(folder.path), overrides).config
 
 
 def trained(config: RunConfig, ranks: int = 1) -> list[dict[str, Any]]:
@@ -110,3 +120,10 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = E
     error = capsys.readouterr().err
     assert "Traceback" not in error
     return error
+
+
+def assert_needs_person(folder: RunFolder, reason: str, step: int) -> None:
+    """exit_reason.json says why nothing but a person helps."""
+    ending = json.loads(folder.exit_file.read_text())
+    assert (ending["code"], ending["step"], ending["requeue"]) == (86, step, False)
+    assert reason in ending["reason"]

@@ -157,11 +157,11 @@ def supervise(config: RunConfig, ranks: int, profile: str, from_scratch: bool, a
         handing.leave()
     told = read_ending(folder)
     if folder.exists():
-        _tell(folder, status, reason, step, told if told != before else None)
+        tell_ending(folder, status, reason, step, told if told != before else None)
     return status
 
 
-def _tell(folder: RunFolder, status: int, reason: str, step: int, told: Ending | None) -> None:
+def tell_ending(folder: RunFolder, status: int, reason: str, step: int, told: Ending | None) -> None:
     """The ranks write the reason of an end in good order; of any other end only the supervisor can tell.
 
     `told` is what they have written in this session.

@@ -30,7 +30,7 @@ def keys() -> list[str]:
 @pytest.mark.parametrize("key", keys())
 def test_what_may_be_another_on_resume_is_what_the_contract_says(key: str) -> None:
     section = key.split(".")[0]
-    free = section in FREE or key == "run.folder"
+    free = section in FREE or key in ("run.folder", "run.name")
     shown = section in ("schedule", "optimizer") or key in SHOWN
     assert rule_of(key).resume == ("free" if free else "shown" if shown else "refused")
 
@@ -82,6 +82,25 @@ def test_a_resume_refuses_by_name_what_a_fork_may_have(override: str, key: str) 
         check_resume(changed, "demo", "runs/demo")
     assert "run.name=NEW run.start_from=demo" in caught.value.remedy
     check_fork(changed, "demo at step 5")
+
+
+@pytest.mark.parametrize("name", SHAPE)
+def test_what_a_fork_refuses_too_is_not_remedied_by_one(name: str) -> None:
+    changed: dict[str, tuple[object, object]] = {f"model.{name}": (1, 2), "run.seed": (0, 1)}
+    for forked, new in ((False, "(run.name=NEW)"), (True, "(run.start_from= run.name=NEW)")):
+        with pytest.raises(UserError, match="exists, and it cannot go on") as caught:
+            check_resume(changed, "demo", "runs/demo", forked=forked)
+        assert f"from new weights {new}" in caught.value.remedy
+        assert "run.start_from=demo" not in caught.value.remedy
+        assert "(minka train runs/demo)" in caught.value.remedy
+
+
+def test_a_run_toml_edited_by_hand_is_named_where_the_command_alone_would_be_refused_again() -> None:
+    changed = changes_between(run(), run("run.seed=9"))
+    with pytest.raises(UserError) as caught:
+        check_resume(changed, "demo", "runs/demo", edited=["run.seed", "schedule.warmup"])
+    assert "set run.seed back in runs/demo/run.toml" in caught.value.remedy
+    assert "minka train" not in caught.value.remedy
 
 
 def test_a_resume_with_changes_that_are_allowed_is_allowed() -> None:

@@ -1,5 +1,6 @@
 """The run folder: found by name, opened once, refused when it is another run."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -177,6 +178,14 @@ def test_errors_of_writing_say_where_and_how_much_is_free(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"cannot be written.*MiB are free") as caught, writing(file / "below"):
         (file / "below").mkdir()
     assert "run.folder" in caught.value.remedy
+    for number, said, unsaid in (
+        (errno.ENOSPC, "free some space", "may not"),
+        (errno.EROFS, "may not be written", "free"),
+        (errno.EACCES, "may not be written", "free"),
+    ):
+        with pytest.raises(UserError, match=said) as caught, writing(tmp_path):
+            raise OSError(number, "no", str(file))
+        assert unsaid not in str(caught.value)
 
 
 def start(config: RunConfig) -> dict[str, object]:

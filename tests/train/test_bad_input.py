@@ -12,6 +12,7 @@ from commands import environment, minka, written
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
 from minka.plan.run import RunFolder
+from minka.train.command import main
 from tiny import tiny
 
 
@@ -85,6 +86,31 @@ def test_a_disk_that_is_full_when_the_run_is_created(tmp_path: Path) -> None:
     assert done.returncode == ExitStatus.REFUSED, done.stderr
     assert "cannot be written: No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_disk_that_is_full_at_the_end_is_told_of_by_what_is_not_saved(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    saves = {"every_steps": 8, "keep": 9, "export": True}
+    config = tiny(tmp_path, run={"folder": str(disk / "runs")}, checkpoint=saves)
+    folder = RunFolder.of(config)
+    command = f"mount -t tmpfs -o size=700k minka {disk}; "
+    command += f"{sys.executable} -m minka train {written(config)} --ranks 1; status=$?; "
+    command += f"cat {folder.exit_file} >&2; ls {folder.checkpoints} {folder.path} >&2; exit $status"
+    namespace = ["unshare", "--map-root-user", "--mount", "sh", "-c", command]
+    done = subprocess.run(namespace, capture_output=True, text=True, timeout=120, env=environment(), check=False)
+    assert done.returncode == ExitStatus.FAILED, done.stderr
+    assert "step 20 could not be written; the newest checkpoint is of step 8" in done.stdout, done.stdout + done.stderr
+    assert "for transformers" not in done.stdout
+    assert "a rank failed" not in done.stderr
+    assert '"code": 1' in done.stderr
+
+
+def test_help_says_how_to_go_on_and_what_a_status_means(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for said in ("run.start_from=", "run.max_steps=", "--replay 120", "85 stopped", "STOP", "docs/configuration.md"):
+        assert said in text
 
 
 def test_a_run_folder_below_a_file(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.ledger import read_ledger
 from minka.plan.run import RunFolder
-from minka.train.launch import Ranks, choose_ranks, first_host, joined, slurm_environment, visible_gpus
+from minka.train.ending import read_ending, write_ending
+from minka.train.launch import Ranks, choose_ranks, first_host, joined, slurm_environment, tell_ending, visible_gpus
 from tiny import tiny
 
 
@@ -68,6 +69,25 @@ def test_a_rank_is_silent_after_the_limit_and_not_before() -> None:
     ranks.hear("0 100 5 done", now=13.6)  # it exports, which may take long
     assert ranks.silent(now=99, seconds=3) == [1]
     assert (ranks.pids, ranks.steps) == ({0: 100, 1: 101}, {0: 5, 1: 5})
+
+
+def test_an_ending_that_the_ranks_wrote_stands(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    write_ending(folder, ExitStatus.FAILED, "theirs", 5)
+    theirs = read_ending(folder)
+    tell_ending(folder, ExitStatus.FAILED, "a rank failed", 5, theirs)
+    assert read_ending(folder) == theirs
+    tell_ending(folder, ExitStatus.STOPPED, "stopped", 5, None)  # in good order, which the ranks tell
+    assert read_ending(folder) == theirs
+    tell_ending(folder, ExitStatus.FAILED, "a rank failed", 6, None)  # theirs was of a session before
+    assert json.loads(folder.exit_file.read_text())["reason"] == "a rank failed"
+    write_ending(folder, ExitStatus.DONE, "done", 7)
+    tell_ending(folder, ExitStatus.FAILED, "a rank failed", 7, read_ending(folder))
+    ending = json.loads(folder.exit_file.read_text())
+    assert (ending["code"], ending["reason"]) == (
+        1,
+        "trained to its end and saved; what comes after that failed: the export",
+    )
 
 
 def test_a_stop_saves_and_going_on_gives_the_run_that_was_never_stopped(tmp_path: Path) -> None:

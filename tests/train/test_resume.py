@@ -8,7 +8,20 @@ from pathlib import Path
 import pytest
 
 from commands import minka, train, written
-from families import crash, ledger, rank_refuses, refused, said, samples, stable_phase, steps, train_refusing, trained
+from families import (
+    assert_needs_person,
+    copy,
+    crash,
+    ledger,
+    rank_refuses,
+    refused,
+    said,
+    samples,
+    stable_phase,
+    steps,
+    train_refusing,
+    trained,
+)
 from minka.parallel.checkpoint import checkpoints, load_manifest
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
@@ -31,15 +44,6 @@ from tiny import tiny
 def base(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A finished run; tests that write into it take a copy."""
     return stable_phase(tmp_path_factory)
-
-
-def copy(base: RunFolder, name: str, *overrides: str) -> RunConfig:
-    """The finished run under another name, as if it had been trained there."""
-    folder = RunFolder(base.path.parent / name)
-    shutil.copytree(base.path, folder.path)
-    for file in (folder.config_file, folder.ledger_file):
-        file.write_text(file.read_text().replace('"base"', f'"{name}"'))
-    return load_run(str(folder.path), overrides).config
 
 
 def test_a_finished_run_goes_on_when_it_is_made_longer_and_says_what_becomes_of_the_rate(base: RunFolder) -> None:
@@ -90,7 +94,9 @@ def test_a_finished_run_without_more_steps_says_so_and_exits_0(
 def test_what_may_not_be_another_is_refused_by_name(
     override: str, message: str, base: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert message in refused(capsys, str(base.path), override)
+    said = refused(capsys, str(base.path), override)
+    assert message in said
+    assert refused(capsys, str(base.path), override, "--dry-run") == said
 
 
 def test_changes_from_the_command_line_reach_the_ledger_and_the_reader(base: RunFolder) -> None:
@@ -142,6 +148,20 @@ def test_a_schedule_that_drifted_under_a_run_stops_it_for_a_person(base: RunFold
     last = list(read_ledger(RunFolder.of(config).ledger_file))[-1]
     assert (last["event"], last["step"]) == ("refuse", 15)
     assert "would be 0.0015" in last["reason"]
+    assert_needs_person(RunFolder.of(config), "learning rate of step 16 would be 0.0015", step=15)
+
+
+def test_a_finished_run_without_a_whole_checkpoint_is_not_called_finished_when_it_is_made_longer(
+    base: RunFolder,
+) -> None:
+    folder = RunFolder.of(copy(base, "unreadable"))
+    for manifest in folder.checkpoints.glob("*/manifest.json"):
+        manifest.write_text(manifest.read_text()[:40])
+    done = minka("train", str(folder.path), "run.max_steps=25", "--ranks", "1")
+    assert done.returncode == ExitStatus.NEEDS_PERSON, done.stdout + done.stderr
+    assert "none of the checkpoints is whole" in done.stderr
+    assert "is finished" not in done.stdout
+    assert_needs_person(folder, "none of the checkpoints is whole", step=20)
 
 
 def train_drifted(config: RunConfig) -> tuple[int, str]:
@@ -160,6 +180,7 @@ def test_a_run_never_begins_from_nothing_where_there_is_history(
     assert "is finished" in capsys.readouterr().out
     text = refused(capsys, str(folder.path), "run.max_steps=25", status=ExitStatus.NEEDS_PERSON)
     assert f"minka train {folder.path} --from-scratch" in text
+    assert_needs_person(folder, "none of them is there", step=20)
     folder.exit_file.unlink()
     assert "--from-scratch" in refused(capsys, str(folder.path), status=ExitStatus.NEEDS_PERSON)
     assert "--from-scratch" in rank_refuses(config, ExitStatus.NEEDS_PERSON)
