@@ -26,9 +26,8 @@ from minka.plan.flops import FORMULAS, parameters, training_flops_per_token
 from minka.plan.hardware import find
 from minka.plan.ledger import Ledger
 from minka.plan.run import RunFolder
-from minka.plan.writing import write_json
 from minka.train.console import Console
-from minka.train.ending import explained
+from minka.train.ending import explained, write_ending
 from minka.train.loop import Session, train
 from minka.train.optim import AdamW
 from minka.train.origin import open_run, pinned_parent
@@ -195,10 +194,9 @@ def _announce(record: Record, state: State, mesh: Mesh, changed: Changes) -> Non
 def _finish(job: WorkerJob, run: Session, state: State, status: ExitStatus) -> ExitStatus:
     """Say how it ended and export; rank 0 alone, while the others are done. A lost export loses no checkpoint."""
     folder, config = run.record.folder, job.config
-    ending = {"code": int(status), "reason": status.reason, "step": state.step}
-    write_json(
-        folder.exit_file, {**ending, "requeue": status == ExitStatus.STOPPED}
-    )  # first: the export may be cut off
+    reason = f"step {state.step} could not be saved" if status == ExitStatus.FAILED else status.reason
+    # First: the export may be cut off.
+    write_ending(folder, status, reason, state.step, requeue=status == ExitStatus.STOPPED)
     checkpoint = folder.checkpoints / step_name(state.step)  # the one just written, not whatever sorts last
     if config.checkpoint.export and checkpoint.exists():
         store = run.record.store
