@@ -75,17 +75,19 @@ def write_scores(
     scores: Scores,
     samples: Sequence[tuple[str, str]] | None = None,
     checkpoint: Path | None = None,
+    *,
+    own: bool = True,
 ) -> dict[str, Any]:
     """Write evals/step-XXXXXXXX/heldout@1.json; what it holds, and its `path`.
 
-    A result that was made with other settings is never replaced: then the name is heldout@1-HASH.json, by the
-    settings. None for `samples` keeps those of the result that is replaced. `checkpoint`: None if weights in memory
-    were scored. Raises OSError.
+    A result that was made with other settings than the run's (`own` is false), or than the one that is there, goes
+    beside it: heldout@1-HASH.json, by the settings. None for `samples` keeps those of the result that is replaced.
+    `checkpoint`: None if weights in memory were scored. Raises OSError.
     """
     folder = evals / f"step-{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{SUITE}@{VERSION}.json"
-    if file.exists() and _read(file).get("settings") != scores.settings:
+    if not own or (file.exists() and _read(file).get("settings") != scores.settings):
         settings = json.dumps(scores.settings, sort_keys=True)
         file = folder / f"{SUITE}@{VERSION}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.json"
     texts = [{"prompt": prompt, "text": text} for prompt, text in samples or ()]

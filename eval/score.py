@@ -27,6 +27,7 @@ def score_checkpoint(run: str, overrides: Sequence[str], alive: Callable[[], Non
     name, step = run_and_step(run)
     folder = find_run(name)
     config = load_run(str(folder.config_file), overrides).config
+    own = config.eval.max_documents == folder.config().eval.max_documents
     checkpoint = find_checkpoint(folder.checkpoints, step)
     store = TokenStore.open(store_of(folder).folder)
     with writing(folder.evals):  # before the work, which may take hours
@@ -40,7 +41,7 @@ def score_checkpoint(run: str, overrides: Sequence[str], alive: Callable[[], Non
         scorer = ShardedScorer(model, mesh)
         scores = heldout(scorer, store.split("validation"), config, mesh, store.eod, alive)
     with writing(folder.evals):
-        return write_scores(folder.evals, state["step"], state["tokens"], scores, checkpoint=checkpoint)
+        return write_scores(folder.evals, state["step"], state["tokens"], scores, checkpoint=checkpoint, own=own)
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:

@@ -102,3 +102,12 @@ def test_a_disk_that_fills_during_the_work_is_one_paragraph(
     monkeypatch.setattr("minka.eval.bits.write_json", full)
     assert main([str(run.path)]) == ExitStatus.REFUSED
     assert "No space left" in capsys.readouterr().err
+
+
+def test_other_settings_do_not_take_the_runs_own_name_even_when_they_come_first(run: RunFolder) -> None:
+    for file in (run.evals / "step-00000003").iterdir():
+        file.unlink()
+    assert main([str(run.path), "eval.max_documents=1"]) == 0
+    assert OWN not in results(run)
+    assert main([str(run.path)]) == 0
+    assert results(run)[OWN]["settings"] == SETTINGS
