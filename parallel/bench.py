@@ -108,19 +108,19 @@ def saves() -> Iterator[Saves]:
 def stall(between: float) -> float:
     """Stall of an asynchronous save as a share of a synchronous one."""
     with saves() as one:
-        return _median_ratio(lambda: one.asynchronous(between), one.synchronous)
+        return median_ratio(lambda: one.asynchronous(between), one.synchronous)
 
 
 def stall_against_dcp() -> float:
     """Stall of our asynchronous save, nothing between, as a share of DCP's."""
     with saves() as one:
-        return _median_ratio(lambda: one.asynchronous(0.0), one.dcp_asynchronous)
+        return median_ratio(lambda: one.asynchronous(0.0), one.dcp_asynchronous)
 
 
 def hashing() -> float:
     """What the hashes add to a synchronous save, as a share of one whose hashes cost nothing."""
     with saves() as one:
-        return _median_ratio(one.synchronous, lambda: _unhashed(one.synchronous)) - 1.0
+        return median_ratio(one.synchronous, lambda: _unhashed(one.synchronous)) - 1.0
 
 
 def _unhashed(save: Callable[[], float]) -> float:
@@ -161,10 +161,10 @@ def _status(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def _median_ratio(ours: Callable[[], float], other: Callable[[], float]) -> float:
+def median_ratio(ours: Callable[[], float], other: Callable[[], float], pairs: int = PAIRS) -> float:
     """Of our seconds to the others', by pairs, in turn first."""
     ratios = []
-    for pair in range(PAIRS):
+    for pair in range(pairs):
         first, second = (ours, other) if pair % 2 == 0 else (other, ours)
         a, b = first(), second()
         ratios.append(a / b if pair % 2 == 0 else b / a)

@@ -1,6 +1,7 @@
 """The checkpoints folder of a run: which checkpoints are there, which one is meant, and which may go."""
 
 import time
+from functools import partial
 from pathlib import Path
 
 from minka.parallel.commit import retire, step_name, steps_among
@@ -94,7 +95,7 @@ class Catalogue:
         for step in steps:
             path = self.folder / step_name(step)
             try:
-                if retire(self.disk, path, lambda path=path: is_leased(self.folder.parent, path.name)):  # type: ignore[misc]
+                if retire(self.disk, path, partial(is_leased, self.folder.parent, path.name)):
                     gone.append(path)
             except OSError:
                 continue

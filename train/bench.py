@@ -144,12 +144,7 @@ def peer_step(
 
 def paired(ours: Callable[[], float], peer: Callable[[], float]) -> float:
     """Median of peer seconds / our seconds over PAIRS pairs, in turn first."""
-    ratios = []
-    for pair in range(PAIRS):
-        first, second = (ours, peer) if pair % 2 == 0 else (peer, ours)
-        a, b = first(), second()
-        ratios.append(b / a if pair % 2 == 0 else a / b)
-    return statistics.median(ratios)
+    return saves.median_ratio(peer, ours, PAIRS)
 
 
 def timed(step: Callable[[], None]) -> Callable[[], float]:
