@@ -6,12 +6,10 @@ from typing import Any
 
 from minka.data.store import TokenStore
 from minka.eval.bits import heldout, write_scores
-from minka.parallel.apply import build_model
 from minka.parallel.checkpoint import restore_from
-from minka.parallel.engine import ShardedScorer
 from minka.parallel.lease import leased
 from minka.parallel.mesh import start_mesh
-from minka.parallel.pieces import piece_of
+from minka.parallel.sharded import build_scorer
 from minka.parallel.shelf import find_checkpoint, run_and_step
 from minka.plan.errors import UserError
 from minka.plan.layout import Layout
@@ -35,10 +33,9 @@ def score_checkpoint(run: str, overrides: Sequence[str], alive: Callable[[], Non
         tempfile.TemporaryFile(dir=folder.evals).close()
     layout = Layout(micro_batch=config.layout.micro_batch, precision=config.layout.precision)
     with start_mesh(layout) as mesh:
-        model = build_model(config, mesh)
+        scorer = build_scorer(config, mesh)
         with leased(folder.path, checkpoint):
-            state = restore_from(checkpoint, {f"model.{n}": piece_of(p) for n, p in model.named_parameters()}, mesh)
-        scorer = ShardedScorer(model, mesh)
+            state = restore_from(checkpoint, scorer.weights(), mesh)
         scores = heldout(scorer, store.split("validation"), config, mesh, store.eod, alive)
     with writing(folder.evals):
         return write_scores(folder.evals, state["step"], state["tokens"], scores, checkpoint=checkpoint, own=own)

@@ -1,9 +1,10 @@
 """Linear cross-entropy: from hidden states, a vocabulary's matrix and targets to the loss, never holding all logits.
 
-N tokens of the flattened batch · D width · V vocabulary
+N tokens of the flattened batch · D width · V vocabulary, or the rows of it that are here
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,21 +17,34 @@ CPU_ROWS = 512  # logits of so many tokens at once: 256 to 1024 were equal on tw
 GPU_LOGITS = 2**28  # 1 GiB of fp32: thousands of tokens a product, which cuBLAS needs for its full rate
 
 
+class Rows(NamedTuple):
+    """Which rows of the vocabulary's matrix are here, and how numbers come together over all of them, in place."""
+
+    first: int
+    max_: Callable[[Tensor], object]
+    sum_: Callable[[Tensor], object]
+
+
+ALL_ROWS = Rows(0, lambda here: here, lambda here: here)
+
+
 def linear_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_weight: float
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_weight: float, rows: Rows = ALL_ROWS
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(objective, loss, z_loss): sums over the targets that are not IGNORED, fp32 scalars, objective = loss + z_loss.
 
     loss is in nats; z_loss is z_weight * logsumexp^2 (Chowdhery et al. 2022, section 5). Only objective has a gradient.
+    With a part of the vocabulary's `rows` the numbers are those of all of it; the gradient of `hidden` is this part's
+    share, to be summed.
     """
-    objective, loss, z_loss = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, z_weight)
+    objective, loss, z_loss = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, z_weight, rows)
     return objective, loss, z_loss
 
 
 @torch.no_grad()
-def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows: Rows = ALL_ROWS) -> Tensor:
     """Nats of each target, [N] fp32, 0 where ignored; no gradient."""
-    losses, _, _, _ = _chunked(hidden_ND, weight_VD, targets_N, 0.0, False, False)
+    losses, _, _, _ = _chunked(hidden_ND, weight_VD, targets_N, 0.0, False, False, rows)
     return losses
 
 
@@ -39,11 +53,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_weight: float
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_weight: float, rows: Rows
     ) -> tuple[Tensor, Tensor, Tensor]:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         losses, z_losses, d_hidden, d_weight = _chunked(
-            hidden_ND, weight_VD, targets_N, z_weight, need_hidden, need_weight
+            hidden_ND, weight_VD, targets_N, z_weight, need_hidden, need_weight, rows
         )
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtypes = hidden_ND.dtype, weight_VD.dtype
@@ -53,36 +67,47 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         scaled = [
             None if saved is None else (saved * grad).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return scaled[0], scaled[1], None, None
+        return scaled[0], scaled[1], None, None, None
 
 
 def _chunked(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_weight: float, need_hidden: bool, need_weight: bool
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    z_weight: float,
+    need_hidden: bool,
+    need_weight: bool,
+    rows: Rows,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Losses [N] and weighted z-losses [N] in fp32, and the gradients of their sum; those of the weight in fp32."""
     (tokens, _), vocab = hidden_ND.shape, weight_VD.shape[0]
-    rows = max(1, min(tokens, max(CPU_ROWS, GPU_LOGITS // vocab) if hidden_ND.is_cuda else CPU_ROWS))
+    chunk = max(1, min(tokens, max(CPU_ROWS, GPU_LOGITS // vocab) if hidden_ND.is_cuda else CPU_ROWS))
     exact = wide(hidden_ND).dtype
     losses = torch.empty(tokens, dtype=exact, device=hidden_ND.device)
     z_losses = torch.empty_like(losses)
-    buffer = torch.empty(rows, vocab, dtype=hidden_ND.dtype, device=hidden_ND.device)
+    buffer = torch.empty(chunk, vocab, dtype=hidden_ND.dtype, device=hidden_ND.device)
     d_hidden = torch.empty_like(hidden_ND) if need_hidden else None
     d_weight = torch.zeros(weight_VD.shape, dtype=exact, device=weight_VD.device) if need_weight else None
-    for begin in range(0, tokens, rows):
-        part = slice(begin, begin + rows)
+    for begin in range(0, tokens, chunk):
+        part = slice(begin, begin + chunk)
         hidden, counts = hidden_ND[part], targets_N[part, None] != IGNORED
-        target = targets_N[part, None].where(counts, 0)
+        target = targets_N[part, None].where(counts, 0) - rows.first
+        here = (target >= 0) & (target < vocab)  # the target's row is one of these
+        target = target.where(here, 0)
         logits = torch.mm(hidden, weight_VD.t(), out=buffer[: len(hidden)])
         shifted = wide(logits)
         peak = shifted.amax(dim=1, keepdim=True)
-        at_target = shifted.gather(1, target)
+        rows.max_(peak)
+        at_target = shifted.gather(1, target) * here
         exponents = shifted.sub_(peak).exp_()
-        total = exponents.sum(dim=1, keepdim=True)
+        sums = torch.cat((exponents.sum(dim=1, keepdim=True), at_target), dim=1)
+        rows.sum_(sums)
+        total, at_target = sums.split(1, dim=1)
         log_total = total.log().add_(peak)
         losses[part] = ((log_total - at_target) * counts).squeeze(1)
         z_losses[part] = (z_weight * log_total.square() * counts).squeeze(1)
@@ -90,7 +115,7 @@ def _chunked(
             continue
         scale = counts * (1 + 2 * z_weight * log_total) / total  # probability, z-loss and mask in one factor
         # The target's entry is formed before rounding: probability - 1 cancels.
-        exponents.scatter_add_(1, target, total / -(1 + 2 * z_weight * log_total))
+        exponents.scatter_add_(1, target, here * total / -(1 + 2 * z_weight * log_total))
         d_logits = torch.mul(exponents, scale, out=logits)
         if d_hidden is not None:
             torch.mm(d_logits, weight_VD, out=d_hidden[part])

@@ -32,9 +32,27 @@ class Structure:
     """
 
     kind: Literal["causal", "mask", "varlen"]
-    documents: Tensor | None = None  # [B, T]; None: every row is one document
-    mask: Tensor | None = None  # [B, 1, T, T], 0 where allowed and -inf elsewhere
+    documents: Tensor | None = None  # [B, T] of the whole rows; None: every row is one document
+    mask: Tensor | None = None  # [B, 1, Tq, Tk], 0 where allowed and -inf elsewhere
     starts: Tensor | None = None  # int32 cumulative lengths over the flattened batch, padded with B*T
+    part: "Part | None" = None  # None: queries and keys are whole rows
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of queries that are a part of each row, while the keys of the whole row are gathered from elsewhere.
+
+    gather: keys and values [B, K, Tq, C] of this part to those of the row [B, K, T, C], in the order `keys_at`, with
+    the gradient going back. queries_at [Tq], keys_at [T]: their places in the row. For varlen kernels: keys are taken
+    by `take` from the flattened [B * T], and `key_starts` goes with `starts` (see `varlen_part`).
+    """
+
+    gather: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    queries_at: Tensor
+    keys_at: Tensor
+    take: Tensor | None = None
+    key_starts: Tensor | None = None
+    longest: int = 0
 
 
 def document_structure(
@@ -61,13 +79,13 @@ def document_structure(
     if documents_BT.device.type == "cpu" and torch.equal(documents_BT[:, 1:], documents_BT[:, :-1]):
         return Structure("causal")  # the causal kernel skips half of the work
     documents_BT = documents_BT.to(device)
-    allowed = allowed_pairs(documents_BT)
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, float("-inf"))
-    return Structure("mask", documents_BT, mask=rearrange(mask, "b q k -> b 1 q k"))
+    return Structure("mask", documents_BT, mask=additive(allowed_pairs(documents_BT), dtype))
 
 
 def attention(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, structure: Structure) -> Tensor:
     """softmax(q k' / sqrt(C)) v over the allowed pairs: [B, H, T, C]. K divides H (grouped queries)."""
+    if structure.part is not None:
+        k_BKTC, v_BKTC = structure.part.gather(k_BKTC, v_BKTC)
     if structure.kind == "varlen":
         return _varlen(q_BHTC, k_BKTC, v_BKTC, structure)
     return F.scaled_dot_product_attention(
@@ -80,11 +98,18 @@ def attention(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, structure: Structu
     )
 
 
-def allowed_pairs(documents_BT: Tensor) -> Tensor:
-    """Bool [B, T, T]: whether the query (rows) may see the key (columns)."""
-    tokens = documents_BT.shape[1]
-    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=documents_BT.device).tril()
-    return (documents_BT[:, :, None] == documents_BT[:, None, :]) & causal
+def allowed_pairs(documents_BT: Tensor, queries_at: Tensor | None = None, keys_at: Tensor | None = None) -> Tensor:
+    """Bool [B, Tq, Tk]: whether the query (rows) may see the key (columns). Places in the row; None: all, in order."""
+    every = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+    q = every if queries_at is None else queries_at
+    k = every if keys_at is None else keys_at
+    return (documents_BT[:, q, None] == documents_BT[:, None, k]) & (q[:, None] >= k)
+
+
+def additive(allowed_BQK: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask [B, 1, Tq, Tk] of allowed pairs: 0, or -inf where a pair is not allowed."""
+    mask = torch.zeros(allowed_BQK.shape, dtype=dtype, device=allowed_BQK.device)
+    return rearrange(mask.masked_fill_(~allowed_BQK, float("-inf")), "b q k -> b 1 q k")
 
 
 @torch.no_grad()
@@ -93,29 +118,31 @@ def largest_logit(q_BHTC: Tensor, k_BKTC: Tensor, structure: Structure) -> Tenso
 
     Some queries of one group of heads at a time: never more than PROBE_BYTES of logits, or those of one query.
     """
+    if structure.part is not None:
+        k_BKTC, _ = structure.part.gather(k_BKTC, k_BKTC)
     batch, heads, tokens, width = q_BHTC.shape
-    groups = k_BKTC.shape[1]
-    queries = max(1, PROBE_BYTES // (4 * tokens * (heads // groups)))
+    groups, keys = k_BKTC.shape[1], k_BKTC.shape[2]
+    queries = max(1, PROBE_BYTES // (4 * keys * (heads // groups)))
     largest = torch.full((), float("-inf"), device=q_BHTC.device)
     for b in range(batch):
         q_KGTC = q_BHTC[b].unflatten(0, (groups, heads // groups))
         for first in range(0, tokens, queries):
-            last = min(first + queries, tokens)  # no query sees a key behind it
-            hidden = ~_allowed_queries(structure.documents, b, first, last, q_BHTC.device)
+            hidden = ~_allowed_queries(structure, b, slice(first, first + queries), keys, q_BHTC.device)
             for group in range(groups):
-                keys_CT = k_BKTC[b, group, :last].float().T
-                logits_GQT = q_KGTC[group, :, first:last].float() @ keys_CT
+                keys_CT = k_BKTC[b, group].float().T
+                logits_GQT = q_KGTC[group, :, first : first + queries].float() @ keys_CT
                 largest = torch.maximum(largest, logits_GQT.masked_fill_(hidden, float("-inf")).amax())
     return largest / width**0.5
 
 
-def _allowed_queries(documents_BT: Tensor | None, row: int, first: int, last: int, device: torch.device) -> Tensor:
-    """Bool [last - first, last]: those rows of `allowed_pairs` and the keys that they may see."""
-    at = torch.arange(last, device=device)
-    allowed = at[first:, None] >= at
-    if documents_BT is None:
-        return allowed
-    return allowed & (documents_BT[row, first:last, None] == documents_BT[row, :last])
+def _allowed_queries(structure: Structure, row: int, some: slice, keys: int, device: torch.device) -> Tensor:
+    """Bool [queries, keys]: those rows of `allowed_pairs`."""
+    every = torch.arange(keys, device=device)
+    q = (every if structure.part is None else structure.part.queries_at)[some]
+    k = every if structure.part is None else structure.part.keys_at
+    if structure.documents is None:
+        return q[:, None] >= k
+    return allowed_pairs(structure.documents[row : row + 1], q, k)[0]
 
 
 def _varlen(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, structure: Structure) -> Tensor:
@@ -127,7 +154,11 @@ def _varlen(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, structure: Structure
     elif groups > 1:
         k_BKTC, v_BKTC = k_BKTC.repeat_interleave(groups, dim=1), v_BKTC.repeat_interleave(groups, dim=1)
     q, k, v = (rearrange(x, "b h t c -> (b t) h c") for x in (q_BHTC, k_BKTC, v_BKTC))
-    y: Tensor = VARLEN(q, k, v, structure.starts, structure.starts, tokens, tokens, **options)
+    starts, key_starts, longest = structure.starts, structure.starts, tokens
+    if structure.part is not None:
+        k, v = k[structure.part.take], v[structure.part.take]
+        key_starts, longest = structure.part.key_starts, structure.part.longest
+    y: Tensor = VARLEN(q, k, v, starts, key_starts, tokens, longest, **options)
     return rearrange(y, "(b t) h c -> b h t c", b=batch)
 
 

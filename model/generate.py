@@ -9,7 +9,7 @@ SMALLEST = 16  # tokens in the shortest input
 
 
 def generate(
-    logits_of: Callable[[Tensor], Tensor],
+    next_logits: Callable[[Tensor, int], Tensor],
     prompt: Sequence[int],
     max_new: int,
     *,
@@ -21,10 +21,11 @@ def generate(
 ) -> list[int]:
     """The tokens that follow `prompt`: at most `max_new`; `stop`, if met, is the last.
 
-    logits_of: tokens [1, T] int64 to logits [1, T, V], causal. Every rank that calls it with equal arguments makes
-    the same calls. Inputs are padded on the right, which a causal model cannot see, to powers of two up to `context`,
-    so that few shapes occur. temperature 0 takes the likeliest token; above, `seed` alone decides. `agree` turns each
-    token that was chosen here into the one that all ranks go on with: logits may differ in their last bits.
+    next_logits: tokens [1, T] int64 and a place in them to the logits [V] of what follows it, causal. Every rank that
+    calls it with equal arguments makes the same calls. Inputs are padded on the right, which a causal model cannot see,
+    to powers of two up to `context`, so that few shapes occur. temperature 0 takes the likeliest token; above, `seed`
+    alone decides. `agree` turns each token that was chosen here into the one that all ranks go on with: logits may
+    differ in their last bits.
     Raises ValueError for an empty prompt.
     """
     if not prompt:
@@ -35,7 +36,7 @@ def generate(
         seen = tokens[-context:]
         length = min(context, max(SMALLEST, 1 << (len(seen) - 1).bit_length()))
         padded = torch.tensor([seen + [0] * (length - len(seen))])
-        logits_V = logits_of(padded)[0, len(seen) - 1].float().cpu()
+        logits_V = next_logits(padded, len(seen) - 1).float().cpu()
         tokens.append(agree(_choose(logits_V, temperature, generator)))
         if tokens[-1] == stop:
             break

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from minka.kernels.linear_cross_entropy import IGNORED, linear_cross_entropy, token_losses
+from minka.kernels.precision import wide
 
 __all__ = ["IGNORED", "Head", "HeadSums"]
 
@@ -39,9 +40,9 @@ class Head(nn.Module):
         """The weights [V, D], own or the embedding's."""
         return self._tied[0].weight if self._tied else self.weight
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """fp32 logits [..., V]; for evaluation and generation only."""
-        return F.linear(hidden, self.matrix()).float()
+    def logits(self, hidden_BTD: Tensor, at: int | None = None) -> Tensor:
+        """fp32 logits [B, T, V], or [B, 1, V] of the tokens at place `at`; for evaluation and generation only."""
+        return wide(F.linear(hidden_BTD if at is None else hidden_BTD[:, at : at + 1], self.matrix()))
 
     def forward(self, hidden_BTD: Tensor, targets_BT: Tensor, reduce: bool = True) -> HeadSums | Tensor:
         """HeadSums over the targets that are not IGNORED; with reduce=False the losses [B, T], 0 where ignored.

@@ -38,26 +38,30 @@ class Transformer(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        documents: Tensor | None,
+        documents: Tensor | Structure | None,
         positions: Tensor,
         targets: Tensor | None = None,
         *,
         reduce: bool = True,
         probe: list[Tensor] | None = None,
+        at: int | None = None,
     ) -> Tensor | HeadSums:
         """Logits [B, T, V] in fp32; with `targets` HeadSums, or with reduce=False the losses [B, T].
 
-        tokens, documents, positions, targets: int64 [B, T]; documents=None means that every row is one document.
-        probe: each attention appends its largest logit (scalar fp32); meant for passes without gradients.
+        tokens, documents, positions, targets: int64 [B, T]; documents=None means that every row is one document, and a
+        Structure says the same as it was made. probe: each attention appends its largest logit (scalar fp32); meant
+        for passes without gradients. at: logits of the tokens at this place only, [B, 1, V].
         """
         x_BTD = self.embedding(tokens)
-        rope = rope_table(positions, self.cfg)
-        structure = document_structure(documents, self.kernels, device=x_BTD.device, dtype=x_BTD.dtype)
+        rope = rope_table(positions, self.cfg, x_BTD.dtype)
+        structure = documents
+        if not isinstance(structure, Structure):
+            structure = document_structure(structure, self.kernels, device=x_BTD.device, dtype=x_BTD.dtype)
         for block in self.blocks.values():
             x_BTD = block(x_BTD, rope, structure, probe)
         x_BTD = self.norm(x_BTD)
         if targets is None:
-            return self.head.logits(x_BTD)
+            return self.head.logits(x_BTD, at)
         sums: Tensor | HeadSums = self.head(x_BTD, targets, reduce)
         return sums
 
@@ -149,15 +153,19 @@ class Embedding(nn.Embedding):
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary tables [B, T, 1, C] in fp32; sin with the signs that `kernels.rotate` wants. No pytree, as Structure."""
+    """Rotary tables [B, T, 1, C] in fp32, or fp64; sin with the signs that `kernels.rotate` wants.
+
+    No pytree, as Structure.
+    """
 
     cos: Tensor
     sin: Tensor
 
 
-def rope_table(positions_BT: Tensor, cfg: ModelSection) -> Rope:
+def rope_table(positions_BT: Tensor, cfg: ModelSection, dtype: torch.dtype = torch.float32) -> Rope:
     """The rotation of every position (Su et al. 2021), channels in Hugging Face's half-split order."""
-    angles = positions_BT.float()[:, :, None, None] * frequencies(cfg, positions_BT.device)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    angles = positions_BT.to(exact)[:, :, None, None] * frequencies(cfg, positions_BT.device)
     cos, sin = angles.cos(), angles.sin()
     return Rope(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
 

@@ -1,6 +1,6 @@
 """From a model on the meta device to this rank's part of it. The order here is the contract of the whole folder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -11,28 +11,51 @@ from torch.utils.checkpoint import checkpoint
 from minka.model.init import fill_
 from minka.model.transformer import Transformer
 from minka.parallel.mesh import Mesh
-from minka.parallel.pieces import piece_of
+from minka.parallel.pieces import parameter_piece
+from minka.parallel.precision import compute_dtype
 from minka.parallel.shard import shard_model
+from minka.parallel.stage import take_stage
+from minka.parallel.tensor import cut_tensor
 from minka.plan.config import RunConfig
+from minka.plan.stages import stages_of
 
 
-def build_model(config: RunConfig, mesh: Mesh) -> Transformer:
-    """This rank's part of the model, with its initial weights.
+def build_parts(config: RunConfig, mesh: Mesh) -> list[Transformer]:
+    """This rank's part of the model, with its initial weights: its stages of the pipeline, or one that is all of it."""
+    parts = cut(config, mesh)
+    for part in parts:
+        part.to_empty(device=mesh.device)
+        initialise(part, config)
+    return parts
 
-    Cut, then recompute, then compile, then shard, then materialise: each step sees what the ones before left.
+
+def cut(config: RunConfig, mesh: Mesh) -> list[Transformer]:
+    """The same on the meta device.
+
+    Take the stage, cut tensors, then recompute, then compile, then shard: each step sees what the ones before left.
     """
-    with torch.device("meta"):
-        model = Transformer(config.model, config.kernels)
-    blocks = list(model.blocks.values())
-    for block in blocks:
-        if config.layout.recompute == "block":
-            recompute(block)
-        if config.kernels.compile:
-            block.compile(fullgraph=config.layout.recompute == "none")
-    shard_model(model, blocks, mesh, compute_dtype(config, mesh))
-    model.to_empty(device=mesh.device)
-    initialise(model, config)
-    return model
+    parts = []
+    for stage in mesh.layout.stages_of_rank(mesh.coordinate["pipeline"]):
+        with torch.device("meta"):
+            model = Transformer(config.model, config.kernels)
+        if mesh.layout.precision == "fp64":
+            model.double()
+        take_stage(model, stage, stages_of(mesh.layout, config.model))
+        cut_tensor(model, mesh)
+        blocks = list(model.blocks.values())
+        for block in blocks:
+            if config.layout.recompute == "block":
+                recompute(block)
+            if config.kernels.compile:
+                block.compile(fullgraph=config.layout.recompute == "none" and mesh.layout.context == 1)
+        shard_model(model, blocks, mesh, compute_dtype(config, mesh))
+        parts.append(model)
+    return parts
+
+
+def named_parameters(parts: Sequence[Transformer]) -> dict[str, nn.Parameter]:
+    """Of all of a rank's parts; a parameter has the same name in whatever part it is."""
+    return {name: parameter for part in parts for name, parameter in part.named_parameters()}
 
 
 def recompute(block: nn.Module) -> None:
@@ -55,7 +78,7 @@ def initialise(model: Transformer, config: RunConfig) -> None:
     """Fill this rank's pieces; weights follow from (seed, name, global index) and from nothing else."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            piece = piece_of(parameter)
+            piece = parameter_piece(parameter)
             fill_(
                 piece.local,
                 name,
@@ -64,11 +87,3 @@ def initialise(model: Transformer, config: RunConfig) -> None:
                 offset=piece.offset,
                 global_shape=piece.global_shape,
             )
-
-
-def compute_dtype(config: RunConfig, mesh: Mesh) -> torch.dtype:
-    """bf16 on a GPU and fp32 elsewhere, unless the layout says otherwise."""
-    precision = config.layout.precision
-    if precision == "auto":
-        precision = "bf16" if mesh.device.type == "cuda" else "fp32"
-    return torch.bfloat16 if precision == "bf16" else torch.float32

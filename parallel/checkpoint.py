@@ -162,11 +162,12 @@ def _try(
 ) -> tuple[Any, _Problem | None]:
     """The state, or why this checkpoint cannot be read, the same verdict on every rank."""
     state, problem, other, passing = None, "", "", False
+    unknown: dict[str, bool] = {}
     try:
         manifest = load_manifest(path, disk)
         if mesh.is_first:  # thousands of ranks need not look at thousands of files each
             check_files(path, manifest, disk)
-        other = _other_model(manifest, tensors)
+        other, unknown = _other_model(manifest, tensors), _unknown(manifest, tensors)
         wanted = {n: p for n, p in tensors.items() if n in manifest["tensors"] or not n.startswith(OPTIONAL)}
         if not other:
             fill(path, manifest, wanted, alive, disk)
@@ -178,7 +179,9 @@ def _try(
     problem = heard(mesh, problem)
     if problem:
         return None, _Problem(problem, bool(mesh.sum_on_host([passing])[0]))
-    other = heard(mesh, other)
+    held_elsewhere = mesh.sum_on_host([not absent for absent in unknown.values()])  # other stages have other tensors
+    nobody = [name for name, somewhere in zip(unknown, held_elsewhere, strict=True) if not somewhere]
+    other = heard(mesh, other) or (f"it has {nobody[0]}, and this model has not" if nobody else "")
     if other:
         raise UserError(
             f"this checkpoint is of another model: {other}",
@@ -200,11 +203,13 @@ def _other_model(manifest: Mapping[str, Any], tensors: Mapping[str, Piece]) -> s
         elif tuple(there[name]["shape"]) != tuple(piece.global_shape) or there[name]["dtype"] != dtype:
             found = f"{there[name]['shape']} {there[name]['dtype']}"
             return f"{name} is {found} there, {list(piece.global_shape)} {dtype} here"
-    wanted = {name.split(".")[0] for name in tensors}
-    for name in there:
-        if name not in tensors and name.split(".")[0] in wanted:
-            return f"it has {name}, and this model has not"
     return ""
+
+
+def _unknown(manifest: Mapping[str, Any], tensors: Mapping[str, Piece]) -> dict[str, bool]:
+    """Of each tensor there, of a kind that is wanted, whether this rank has no part of it."""
+    kinds = {name.split(".")[0] for name in tensors}
+    return {name: name not in tensors for name in manifest["tensors"] if name.split(".")[0] in kinds}
 
 
 def _agreed(mesh: Mesh, steps: list[int]) -> list[int]:

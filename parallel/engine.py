@@ -1,4 +1,4 @@
-"""The engine: the one interface between the training loop and everything parallel, and its FSDP2 form."""
+"""The engine: the one interface between the training loop and everything parallel, and what its torch forms share."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
@@ -6,10 +6,13 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from minka.model.transformer import Transformer
+from minka.parallel.apply import named_parameters
+from minka.parallel.feed import Feeder
 from minka.parallel.mesh import Mesh
-from minka.parallel.pieces import Piece, like, piece_of, squared_norm
+from minka.parallel.pieces import Piece, like, parameter_piece, piece_of, squared_norm
 
 
 class MicroBatch(Protocol):
@@ -46,13 +49,16 @@ class Optimizer(Protocol):
 
 
 class Scorer(Protocol):
-    """A model, spread or not, that evaluation asks for losses and logits."""
+    """A model, spread or not, that evaluation asks for losses and logits. All of it is collective."""
 
     def token_losses(self, micro_batch: MicroBatch) -> Tensor:
-        """Nats of each target, [B, T] fp32, no gradient. Collective: every rank calls it equally often."""
+        """Nats of each target, [B, T], no gradient.
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """[B, T, V] fp32 for plain rows of one document, no gradient. Collective."""
+        Each stands on one of the ranks that share these sequences, with 0 on the others: sums over all ranks are right.
+        """
+
+    def next_logits(self, tokens: Tensor, place: int) -> Tensor:
+        """What follows the token at `place` of a row [1, T] that is one document: logits [V] fp32, on every rank."""
 
 
 class Engine(Scorer, Protocol):
@@ -62,7 +68,7 @@ class Engine(Scorer, Protocol):
         """Gradients of (sum of losses) / target_count; target_count is that of the whole global batch."""
 
     def grad_norm(self) -> Tensor:
-        """Global norm of the gradients, before clipping; fp32 scalar, equal on all ranks."""
+        """Global norm of the gradients, before clipping; scalar, equal on all ranks."""
 
     def apply(self, learning_rate: float, max_norm: float, accept: Tensor) -> None:
         """Clip, update, forget the gradients. `accept` is a scalar bool on the device: false changes no bit."""
@@ -70,68 +76,54 @@ class Engine(Scorer, Protocol):
     def tensors(self) -> dict[str, Piece]:
         """All state, by name: model.*, moment1.*, moment2.*, and the optimizer's own count."""
 
+    def gradient_pieces(self) -> dict[str, Piece]:
+        """This rank's gradients by parameter name; valid until apply()."""
 
-class ShardedScorer:
-    """A model under FSDP2 or HSDP, or one unsharded rank, for evaluation. See Scorer."""
-
-    def __init__(self, model: Transformer, mesh: Mesh) -> None:
-        self.model, self.mesh = model, mesh
-
-    def token_losses(self, micro_batch: MicroBatch) -> Tensor:
-        """See Scorer."""
-        b = micro_batch
-        return self._forward(b.tokens, b.documents, b.positions, b.targets, reduce=False)
-
-    def logits(self, tokens: Tensor) -> Tensor:
-        """See Scorer."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return self._forward(tokens, None, positions)
-
-    def attention_logits(self, micro_batch: MicroBatch) -> Tensor:
-        """The largest attention logit of each layer on this rank's rows, [L] fp32. Collective."""
-        probe: list[Tensor] = []
-        b = micro_batch
-        with torch.compiler.set_stance("force_eager"):
-            self._forward(b.tokens, b.documents, b.positions, b.targets, reduce=False, probe=probe)
-        return torch.stack(probe)
-
-    def _forward(self, *tensors: Tensor | None, **options: object) -> Tensor:
-        with torch.no_grad():
-            result: Tensor = self.model(*tensors, **options)
-        # What stays gathered for a backward pass that never comes would be taken for the weights of the next step,
-        # even after an update.
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-        return result
+    def attention_logits(self, micro_batch: MicroBatch) -> dict[int, Tensor]:
+        """The largest attention logit of each layer that is here, on this rank's rows and heads; fp32."""
 
 
-class ShardedEngine(ShardedScorer):
-    """FSDP2 or HSDP over all micro-batches of a step; the same code trains one unsharded rank. See Engine."""
+class Parts:
+    """A rank's parts of a model: torch modules, sharded or not, and what makes their inputs."""
 
-    def __init__(self, model: Transformer, mesh: Mesh, optimizer: Optimizer) -> None:
-        super().__init__(model, mesh)
+    def __init__(self, parts: Sequence[Transformer], mesh: Mesh, feeder: Feeder) -> None:
+        self.parts, self.mesh, self.feeder = parts, mesh, feeder
+        self._exact = torch.float64 if feeder.dtype == torch.float64 else torch.float32  # of sums and losses
+
+    def weights(self) -> dict[str, Piece]:
+        """This rank's pieces of the weights: model.*."""
+        return {f"model.{name}": parameter_piece(p) for name, p in named_parameters(self.parts).items()}
+
+    def _tells(self, at: int | None) -> bool:
+        """Whether this rank is the one that tells all others the logits of a place that is its `at`."""
+        return at is not None and self.mesh.leads_tensor and self.mesh.data_rank == 0
+
+    def _forget_gathered(self) -> None:
+        """After a forward pass without a backward one.
+
+        What stays gathered for a backward pass that never comes would be taken for the weights of the next step, even
+        after an update.
+        """
+        for part in self.parts:
+            for module in part.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
+
+class TorchEngine(Parts):
+    """Gradients, their norm, the update and the state of parts of a model."""
+
+    def __init__(self, parts: Sequence[Transformer], mesh: Mesh, feeder: Feeder, optimizer: Optimizer) -> None:
+        super().__init__(parts, mesh, feeder)
         self.optimizer = optimizer
-        self._parameters = dict(model.named_parameters())
-        self._pieces = {name: piece_of(parameter) for name, parameter in self._parameters.items()}
+        self._parameters = named_parameters(parts)
+        self._pieces = {name: parameter_piece(parameter) for name, parameter in self._parameters.items()}
         self._norm = torch.zeros((), device=mesh.device)
-
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], target_count: int) -> Sums:
-        """See Engine. Gradients are reduced once, in the last micro-batch's backward."""
-        total = torch.zeros(2, dtype=torch.float32, device=self.mesh.device)
-        for index, batch in enumerate(micro_batches):
-            self._sync_gradients(index == len(micro_batches) - 1)
-            sums = self.model(batch.tokens, batch.documents, batch.positions, batch.targets)
-            (sums.objective / max(target_count, 1)).backward()
-            total += torch.stack([sums.loss, sums.z_loss])
-        self.mesh.sum_(total)
-        return Sums(total[0], total[1])
 
     def grad_norm(self) -> Tensor:
         """See Engine."""
-        self._norm = (
-            self.mesh.sum_(squared_norm(list(self.gradient_pieces().values())).to(self.mesh.device)).sqrt().float()
-        )
+        squares = squared_norm(list(self.gradient_pieces().values())).to(self.mesh.device)
+        self._norm = self.mesh.sum_(squares).sqrt().to(self._exact)
         return self._norm
 
     def apply(self, learning_rate: float, max_norm: float, accept: Tensor) -> None:
@@ -142,7 +134,7 @@ class ShardedEngine(ShardedScorer):
             parameter.grad = None
 
     def gradient_pieces(self) -> dict[str, Piece]:
-        """This rank's gradients by parameter name; valid until apply()."""
+        """See Engine."""
         return {name: like(self._pieces[name], gradient) for name, gradient in self.gradients().items()}
 
     def gradients(self) -> dict[str, Tensor]:
@@ -151,7 +143,7 @@ class ShardedEngine(ShardedScorer):
         for name, parameter in self._parameters.items():
             if parameter.grad is None:
                 raise RuntimeError(f"{name} has no gradient: the backward pass did not reach it")
-            found[name] = piece_of(parameter.grad).local
+            found[name] = parameter_piece(parameter.grad).local
         return found
 
     def tensors(self) -> dict[str, Piece]:
@@ -162,7 +154,17 @@ class ShardedEngine(ShardedScorer):
         found["optimizer.count"] = piece_of(self.optimizer.count())
         return found
 
-    def _sync_gradients(self, last: bool) -> None:
-        if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(last)
-            self.model.set_is_last_backward(last)
+    def _sum_up(self, sums: Sequence[Tensor]) -> Sums:
+        """Of each micro-batch that ended here [2], loss and z-loss; added up over the ranks, each of them once."""
+        total = torch.zeros(2, dtype=self._exact, device=self.mesh.device)
+        for one in sums if self.mesh.leads_tensor else ():
+            total += one
+        self.mesh.sum_(total)
+        return Sums(total[0], total[1])
+
+    def _complete_gradients(self) -> None:
+        """Sum what the ranks of a tensor group have shares of; FSDP has done so where there is one."""
+        for parameter in self._parameters.values():
+            gradient = parameter.grad
+            if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
+                parameter.grad = gradient.redistribute(placements=parameter.placements)

@@ -1,7 +1,7 @@
 """The mesh: the only place that starts torch.distributed. Everything else is handed a Mesh and asks it by axis name."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -9,21 +9,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
-from minka.plan.layout import Layout
+from minka.plan.layout import AXES, Layout
 
 # Of the groups beside the training: a slow disk is no reason to break one. A rank that died is noticed at once, and one
 # that hangs by the supervisor.
 PATIENCE = timedelta(days=1)
-MESH_AXES = ("replicate", "shard")
+# FSDP cuts weights over the ranks of a sequence's parts too: they hold the same weights and other tokens.
+MESH_AXES = ("pipeline", "replicate", "data", "tensor")
 
 
 @dataclass(frozen=True)
 class Mesh:
     """This rank's place among the others.
 
-    `axes` is None for a single rank without a process group: then every collective is the identity.
+    `axes` has MESH_AXES, where data = shard x context; it is None for a single rank without a process group: then every
+    collective is the identity. `position` counts along AXES, tensor fastest; it need not be the launcher's rank.
     """
 
     layout: Layout
@@ -31,6 +33,8 @@ class Mesh:
     rank: int
     axes: DeviceMesh | None
     host: Any = None  # the process group of sum_on_host; None is the default one
+    context: Any = None  # the process group of the ranks that share a sequence, in order; None where nobody does
+    position: int = -1
 
     @property
     def ranks(self) -> int:
@@ -38,9 +42,28 @@ class Mesh:
         return self.layout.world
 
     @property
+    def coordinate(self) -> Mapping[str, int]:
+        """This rank's place on each of AXES."""
+        left, found = self.position if self.position >= 0 else self.rank, {}
+        for axis in reversed(AXES):
+            left, found[axis] = divmod(left, getattr(self.layout, axis))
+        return found
+
+    @property
     def data_rank(self) -> int:
         """Which part of each batch is this rank's, among layout.data_ways."""
-        return self.rank  # replicate and shard are the whole mesh so far
+        return self.coordinate["replicate"] * self.layout.shard + self.coordinate["shard"]
+
+    @property
+    def leads_data(self) -> bool:
+        """Whether this rank speaks for its part of each batch; others hold the same samples."""
+        at = self.coordinate
+        return not (at["pipeline"] or at["context"] or at["tensor"])
+
+    @property
+    def leads_tensor(self) -> bool:
+        """Whether a number that all ranks of a tensor group have alike is counted here."""
+        return not self.coordinate["tensor"]
 
     @property
     def is_first(self) -> bool:
@@ -98,12 +121,23 @@ def start_mesh(layout: Layout, *, timeout_seconds: float = 600.0) -> Iterator[Me
         store=_lone_store() if ranks == 1 else None,
     )
     try:
-        axes = init_device_mesh(device.type, (layout.replicate, layout.shard), mesh_dim_names=MESH_AXES)
-        mesh = Mesh(layout, device, rank, axes)
+        mesh = lay_mesh(layout, device, rank, range(ranks))
         mesh.barrier()  # a rank that is done early must not hang up on one that is still connecting
         yield mesh
     finally:
         dist.destroy_process_group()
+
+
+def lay_mesh(layout: Layout, device: torch.device, rank: int, order: Sequence[int]) -> Mesh:
+    """The mesh over the process group that is there; `order` gives the launcher's rank at each position. Collective."""
+    ranks = torch.tensor(list(order), dtype=torch.int64)
+    shape = (layout.pipeline, layout.replicate, layout.shard * layout.context, layout.tensor)
+    axes = DeviceMesh(device.type, ranks.view(shape), mesh_dim_names=MESH_AXES)
+    context = None
+    if layout.context > 1:
+        rows = ranks.view(-1, layout.context, layout.tensor).transpose(1, 2).reshape(-1, layout.context)
+        context, _ = dist.new_subgroups_by_enumeration(rows.tolist())
+    return Mesh(layout, device, rank, axes, context=context, position=list(order).index(rank))
 
 
 def local_device() -> torch.device:

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # no public form in 2.11 to 2.13
 
 
 class Piece(NamedTuple):
@@ -25,21 +24,39 @@ class Piece(NamedTuple):
 
 
 def piece_of(tensor: Tensor) -> Piece:
-    """Where a parameter (plain or DTensor) lies in its global tensor."""
-    if not isinstance(tensor, DTensor):
-        alone = not dist.is_initialized() or dist.get_world_size() == 1
-        copies = 1 if alone else dist.get_world_size()
-        return Piece(tensor.detach(), (0,) * tensor.ndim, tuple(tensor.shape), copies, 0 if alone else dist.get_rank())
-    mesh, placements = tensor.device_mesh, tensor.placements
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-    copies, copy = 1, 0
-    coordinate = mesh.get_coordinate()
+    """Where a tensor lies in its global one: of a DTensor its box; a plain one is whole, with a copy on every rank."""
+    if isinstance(tensor, DTensor):
+        return _box(tensor)
+    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    copies, copy = (1, 0) if alone else (dist.get_world_size(), dist.get_rank())
+    return Piece(tensor.detach(), (0,) * tensor.ndim, tuple(tensor.shape), copies, copy)
+
+
+def parameter_piece(parameter: Tensor) -> Piece:
+    """The same of a parameter: a plain one is whole and nobody else's, or it would be a DTensor."""
+    if isinstance(parameter, DTensor):
+        return _box(parameter)
+    return Piece(parameter.detach(), (0,) * parameter.ndim, tuple(parameter.shape))
+
+
+def _box(tensor: DTensor) -> Piece:
+    """A dimension that two axes cut is cut by the inner one (tensor) first: FSDP then cuts what is left of it."""
+    coordinate = tensor.device_mesh.get_coordinate()
     assert coordinate is not None  # every rank is on the mesh
-    for axis, placement in enumerate(placements):
+    offset, size = [0] * tensor.ndim, list(tensor.shape)
+    copies, copy = 1, 0
+    for axis in reversed(range(tensor.device_mesh.ndim)):
+        placement, ways = tensor.placements[axis], tensor.device_mesh.size(axis)
         if isinstance(placement, Replicate):  # not `not is_shard()`: a strided shard says it is none
-            copies *= mesh.size(axis)
-            copy = copy * mesh.size(axis) + coordinate[axis]
-    return Piece(tensor.to_local().detach(), tuple(offset), tuple(tensor.shape), copies, copy)
+            copy, copies = copy + copies * coordinate[axis], copies * ways
+            continue
+        dim = placement.dim  # type: ignore[attr-defined]  # Shard and _StridedShard; nothing else is a parameter's
+        each = -(-size[dim] // ways)  # as torch.chunk: the last ones may have fewer, or none
+        first = min(each * coordinate[axis], size[dim])
+        offset[dim], size[dim] = offset[dim] + first, min(each, size[dim] - first)
+    local = tensor.to_local().detach()
+    assert list(local.shape) == size, f"a shard of {size} was expected, and it is {list(local.shape)}"
+    return Piece(local, tuple(offset), tuple(tensor.shape), copies, copy)
 
 
 def like(piece: Piece, local: Tensor) -> Piece:
@@ -50,8 +67,8 @@ def like(piece: Piece, local: Tensor) -> Piece:
 def to_write(pieces: Mapping[str, Piece]) -> dict[str, Piece]:
     """What this rank writes of its pieces: of each box one copy is written, and the copies share the work.
 
-    Each box goes to the copy that has the least so far. Ranks agree without a word, since all of them go through the
-    same names and global shapes in the same order.
+    Each box goes to the copy that has the least so far. Ranks agree without a word, since all that hold copies of one
+    another go through the same names and global shapes in the same order.
     """
     loads: dict[int, list[int]] = {}
     mine = {}

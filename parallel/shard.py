@@ -1,4 +1,4 @@
-"""FSDP2 and HSDP: parameters, gradients and optimizer state cut along the mesh's shard axis."""
+"""FSDP2 and HSDP: parameters, gradients and optimizer state cut over the ranks of the shard and context axes."""
 
 import torch
 from torch import nn
@@ -18,12 +18,14 @@ def shard_model(model: nn.Module, blocks: list[nn.Module], mesh: Mesh, precision
 
     Sums, not means: gradients are divided once, by the number of target tokens of the whole batch.
     """
-    if mesh.axes is None or (mesh.ranks == 1 and precision == torch.float32):  # nothing to cut and nothing to cast
+    layout = mesh.layout
+    alone = layout.replicate * layout.shard * layout.context == 1
+    if mesh.axes is None or (alone and precision != torch.bfloat16):  # nothing to cut and nothing to cast
         return model
-    axes = mesh.axes if mesh.layout.replicate > 1 else mesh.axes["shard"]
+    axes = mesh.axes["replicate", "data"] if layout.replicate > 1 else mesh.axes["data"]
     policy = MixedPrecisionPolicy(
-        param_dtype=None if precision == torch.float32 else precision,
-        reduce_dtype=torch.float32,
+        param_dtype=precision if precision == torch.bfloat16 else None,
+        reduce_dtype=torch.float32 if precision == torch.bfloat16 else precision,
         cast_forward_inputs=False,  # the rotary angles come in as fp32 and must stay so
     )
     reshard = _reshards(mesh, blocks, precision)
@@ -53,6 +55,8 @@ def units(blocks: list[nn.Module], precision: torch.dtype) -> list[list[nn.Modul
 
 
 def _reshards(mesh: Mesh, blocks: list[nn.Module], precision: torch.dtype) -> bool:
+    if mesh.layout.reshard == "auto" and mesh.layout.pipeline > 1:
+        return False  # each micro-batch would gather them again, and a split backward needs the very ones of forward
     if mesh.layout.reshard == "auto":
         return sum(_bytes(block, precision) for block in blocks) > KEEP_BYTES
     return mesh.layout.reshard == "always"

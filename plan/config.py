@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
-from minka.plan.layout import Layout
+from minka.plan.layout import Asked, Layout, check_layout
 from minka.plan.sections import (
     CheckpointSection,
     DataSection,
@@ -56,6 +56,12 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
                 f"; give {self.horizon - 1} or less, or make the run longer"
             )
         return self
+
+    def check(self, ranks: int | None = None) -> Layout:
+        """The layout, on `ranks` ranks where they are known. Raises UserError where it is not legal."""
+        layout = self.layout if ranks is None else self.layout.resolve(ranks)
+        check_layout(Asked(layout, self.model, self.data, self.kernels))
+        return layout
 
     def batch_tokens_at(self, tokens: int) -> int:
         """Tokens in the global batch that begins after `tokens` consumed tokens (batch warm-up included)."""

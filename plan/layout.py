@@ -1,13 +1,18 @@
 """Layout: how one run is cut over ranks, and the rules of what is legal (the only place that knows them)."""
 
-from typing import Literal
+from collections.abc import Callable, Iterable
+from math import gcd
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, Field
 
 from minka.plan.errors import UserError
+from minka.plan.sections import DataSection, KernelsSection, ModelSection
 
-AXES = ("pipeline", "replicate", "shard", "context", "tensor")  # mesh order, outermost first
-AVAILABLE_AXES = ("replicate", "shard")
+AXES = ("pipeline", "replicate", "shard", "context", "tensor")  # mesh order, from the slowest link to the fastest
+Schedule = Literal["gpipe", "1f1b", "interleaved", "zbv", "dualpipev"]
+STAGES_PER_RANK: dict[str, int] = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zbv": 2, "dualpipev": 2}
+V_SHAPED = ("zbv", "dualpipev")  # rank r of p has stages r and 2p - 1 - r, and the backward pass is split in two
 
 
 class Layout(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -19,9 +24,14 @@ class Layout(BaseModel, frozen=True, extra="forbid", strict=True):
     context: int = Field(1, ge=1, description="ways each sequence is split")
     tensor: int = Field(1, ge=1, description="ways each matrix product is split")
     micro_batch: int = Field(1, ge=1, description="sequences a rank takes through the model at once")
+    schedule: Schedule = Field("1f1b", description="order of a pipeline's passes")
+    stages_per_rank: int = Field(0, ge=0, description="pipeline stages a rank holds; 0 = what the schedule wants")
+    stages: str = Field("", description='layers of each stage, "3,4,4,3"; empty: balanced by cost')
     recompute: Literal["none", "block"] = Field("none", description="which activations are recomputed in backward")
     reshard: Literal["auto", "always", "never"] = Field("auto", description="free gathered weights after forward")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="compute dtype; weights stay fp32")
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = Field(
+        "auto", description="compute dtype; weights stay fp32. fp64: weights too, to tell a fault from rounding"
+    )
     engine: Literal["fsdp"] = "fsdp"
 
     @property
@@ -34,13 +44,33 @@ class Layout(BaseModel, frozen=True, extra="forbid", strict=True):
         """Ranks that see different samples."""
         return self.replicate * self.shard
 
+    @property
+    def stage_count(self) -> int:
+        """Stages of the whole pipeline; 1 where there is none."""
+        return 1 if self.pipeline == 1 else self.pipeline * (self.stages_per_rank or STAGES_PER_RANK[self.schedule])
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether gradients of inputs and of weights are taken in two passes."""
+        return self.pipeline > 1 and self.schedule in V_SHAPED
+
+    def rank_of_stage(self, stage: int) -> int:
+        """Coordinate on the pipeline axis of the ranks that hold a stage."""
+        if self.pipeline > 1 and self.schedule in V_SHAPED:
+            return min(stage, 2 * self.pipeline - 1 - stage)
+        return stage % self.pipeline
+
+    def stages_of_rank(self, coordinate: int) -> list[int]:
+        """Stages that the ranks at a coordinate of the pipeline axis hold, in the order they run."""
+        return [stage for stage in range(self.stage_count) if self.rank_of_stage(stage) == coordinate]
+
     def resolve(self, ranks: int) -> "Layout":
         """The layout on `ranks` ranks, with shard filled in. Raises UserError when the numbers do not fit."""
         others = self.pipeline * self.replicate * self.context * self.tensor
         shard = self.shard or max(1, ranks // others)
         layout = self.model_copy(update={"shard": shard})
         if layout.world != ranks:
-            fits = [n for n in range(1, ranks + 1) if ranks % n == 0]
+            fits = divisors(ranks)
             raise UserError(
                 f"the layout needs {layout.world} ranks ({_product(layout)}) but {ranks} were started",
                 where="layout",
@@ -50,18 +80,216 @@ class Layout(BaseModel, frozen=True, extra="forbid", strict=True):
         return layout
 
 
-def check_layout(layout: Layout) -> None:
-    """Refuse what this version cannot run. Raises UserError naming the axis and what would work."""
-    for axis in AXES:
-        ways = getattr(layout, axis)
-        if axis not in AVAILABLE_AXES and ways > 1:
-            raise UserError(
-                f"{axis}={ways} cannot be run",
-                where=f"layout.{axis}",
-                why="this version cuts a run along replicate and shard only",
-                remedy=f"set layout.{axis}=1 and raise layout.shard or layout.replicate",
+class Asked(NamedTuple):
+    """All that the rules look at. Where `layout.shard` is still 0, what depends on it is looked at later."""
+
+    layout: Layout
+    model: ModelSection
+    data: DataSection
+    kernels: KernelsSection
+
+
+class Refusal(NamedTuple):
+    """Of a rule: the setting that is to blame, what is wrong, why, and what would work."""
+
+    key: str
+    what: str
+    why: str
+    remedy: str
+
+
+def check_layout(asked: Asked) -> None:
+    """Raises UserError with the first rule that a run breaks: the key, the reason and what would work."""
+    for rule in RULES:
+        refusal = rule(asked)
+        if refusal is not None:
+            raise UserError(refusal.what, where=f"layout.{refusal.key}", why=refusal.why, remedy=refusal.remedy)
+
+
+def micro_batches(asked: Asked) -> list[int]:
+    """Micro-batches a step of each size of batch that the run has, fillers included; empty while shard is 0."""
+    layout, data = asked.layout, asked.data
+    if not layout.shard:
+        return []
+    sizes = {stage.batch_tokens for stage in data.batch_warmup} | {data.batch_tokens}
+    return sorted({-(-(size // data.seq_len) // (layout.data_ways * layout.micro_batch)) for size in sizes})
+
+
+def divisors(*numbers: int) -> list[int]:
+    """All that divide every one of `numbers`."""
+    common = gcd(*numbers)
+    return [n for n in range(1, common + 1) if common % n == 0]
+
+
+def _tensor_divides(asked: Asked) -> Refusal | None:
+    m, ways = asked.model, asked.layout.tensor
+    cut = {"heads": m.heads, "kv_heads": m.kv_heads, "d_ff": m.d_ff, "vocab": m.vocab}
+    name = next((name for name, size in cut.items() if size % ways), "")
+    if not name:
+        return None
+    why = {"vocab": "every rank holds equally many rows of it", "d_ff": "every rank holds equally many of its columns"}
+    return Refusal(
+        "tensor",
+        f"tensor={ways} does not divide model.{name}={cut[name]}",
+        why.get(name, "a rank must own whole query and key/value heads"),
+        f"works with this model: tensor in {divisors(*cut.values())}; layout.shard or layout.pipeline use more ranks",
+    )
+
+
+def _context_divides(asked: Asked) -> Refusal | None:
+    ways, length = asked.layout.context, asked.data.seq_len
+    if ways == 1 or length % (2 * ways) == 0:
+        return None
+    return Refusal(
+        "context",
+        f"context={ways} needs a data.seq_len that {2 * ways} divides, and it is {length}",
+        "each rank takes one part from the head and one from the tail of a sequence, so that causal work is even",
+        f"works with this length: context in {[n for n in divisors(length) if n == 1 or length % (2 * n) == 0]}",
+    )
+
+
+def _sequence_divides(asked: Asked) -> Refusal | None:
+    layout, length = asked.layout, asked.data.seq_len
+    part = length // layout.context
+    if layout.tensor == 1 or part % layout.tensor == 0:
+        return None
+    return Refusal(
+        "tensor",
+        f"tensor={layout.tensor} does not divide the {part} tokens of a sequence that a rank has",
+        "between attention and feed-forward layers the ranks of a tensor group share out a sequence's tokens",
+        f"works here: tensor in {divisors(part, asked.model.kv_heads, asked.model.d_ff, asked.model.vocab)}, "
+        f"or a data.seq_len that {layout.tensor * layout.context * (2 if layout.context > 1 else 1)} divides",
+    )
+
+
+def _tied_on_one_rank(asked: Asked) -> Refusal | None:
+    if asked.layout.pipeline == 1 or not asked.model.tied:
+        return None
+    return Refusal(
+        "pipeline",
+        f"pipeline={asked.layout.pipeline} cannot be run with model.tied=true",
+        "embedding and head would be the same weights on two stages",
+        "set model.tied=false, or pipeline=1 and raise layout.shard or layout.tensor",
+    )
+
+
+def _stages_per_rank(asked: Asked) -> Refusal | None:
+    layout = asked.layout
+    given, wanted = layout.stages_per_rank, STAGES_PER_RANK[layout.schedule]
+    many = layout.schedule == "interleaved"
+    if layout.pipeline == 1 or not given or (given >= 2 if many else given == wanted):
+        return None
+    return Refusal(
+        "stages_per_rank",
+        f"stages_per_rank={given} cannot be run by schedule={layout.schedule!r}",
+        f"it has {'at least two stages' if many else ('one stage', 'two stages')[wanted - 1]} on each rank",
+        f'leave it out, set it to {"2 or more" if many else wanted}, or take schedule="interleaved" for many',
+    )
+
+
+def _stages_have_layers(asked: Asked) -> Refusal | None:
+    layout, layers = asked.layout, asked.model.layers
+    if layout.stage_count <= layers:
+        return None
+    most = layers // (layout.stage_count // layout.pipeline)
+    return Refusal(
+        "pipeline",
+        f"pipeline={layout.pipeline} with schedule={layout.schedule!r} has {layout.stage_count} stages, "
+        f"and there are {layers} layers",
+        "every stage needs a layer",
+        f"at most pipeline={most} with this schedule" if most > 1 else 'take schedule="1f1b", or pipeline=1',
+    )
+
+
+def _stages_are_given_whole(asked: Asked) -> Refusal | None:
+    layout, layers = asked.layout, asked.model.layers
+    if not layout.stages or layout.pipeline == 1:
+        return None
+    words = [word.strip() for word in layout.stages.split(",")]
+    counts = [int(word) for word in words if word.isdigit() and int(word) > 0]
+    if len(counts) == len(words) == layout.stage_count and sum(counts) == layers:
+        return None
+    return Refusal(
+        "stages",
+        f"stages={layout.stages!r} is no split of {layers} layers into {layout.stage_count} stages",
+        "it lists the layers of each stage, at least one, in the order of the stages",
+        f"for example {','.join(map(str, even(layers, layout.stage_count)))!r}; empty: balanced by cost",
+    )
+
+
+def _split_backward_keeps_weights(asked: Asked) -> Refusal | None:
+    if not asked.layout.splits_backward or asked.layout.reshard != "always":
+        return None
+    return Refusal(
+        "reshard",
+        f'reshard="always" cannot be run with schedule={asked.layout.schedule!r}',
+        "it takes the gradients of weights in a pass of their own, and finds freed weights there: "
+        "they would be wrong without a word",
+        'set reshard="never" or "auto", or take schedule="1f1b" or "interleaved"',
+    )
+
+
+def _split_backward_is_eager(asked: Asked) -> Refusal | None:
+    if not asked.layout.splits_backward or not asked.kernels.compile:
+        return None
+    return Refusal(
+        "schedule",
+        f"schedule={asked.layout.schedule!r} cannot be run with kernels.compile=true",
+        "a compiled block takes both gradients in one pass; split in two they have come out wrong without a word",
+        'set kernels.compile=false, or take schedule="1f1b" or "interleaved"',
+    )
+
+
+def _enough_micro_batches(asked: Asked) -> Refusal | None:
+    layout = asked.layout
+    if layout.pipeline == 1:
+        return None
+    for count in micro_batches(asked):
+        wanted = micro_batches_refused(layout, count)
+        if wanted:
+            return Refusal(
+                "schedule",
+                f"schedule={layout.schedule!r} cannot run the {count} micro-batches that a rank has in a step",
+                f"it needs {wanted}",
+                "change data.batch_tokens (and data.batch_warmup), layout.micro_batch, or the number of data ranks; "
+                'schedule="gpipe" runs any number',
             )
+    return None
+
+
+def micro_batches_refused(layout: Layout, count: int) -> str:
+    """What a schedule needs in a step where `count` micro-batches will not do; empty where they will."""
+    if layout.schedule == "1f1b" and count < layout.stage_count:
+        return f"at least as many as there are stages, {layout.stage_count}"
+    if layout.schedule == "dualpipev" and count < layout.stage_count:
+        return f"at least as many as there are stages, {layout.stage_count}"
+    if layout.schedule == "interleaved" and count % max(1, count // layout.pipeline):
+        return f"a multiple of the rounds they are taken in ({max(1, count // layout.pipeline)})"
+    return ""
+
+
+RULES: tuple[Callable[[Asked], Refusal | None], ...] = (
+    _tensor_divides,
+    _context_divides,
+    _sequence_divides,
+    _tied_on_one_rank,
+    _stages_per_rank,
+    _stages_have_layers,
+    _stages_are_given_whole,
+    _split_backward_keeps_weights,
+    _split_backward_is_eager,
+    _enough_micro_batches,
+)
+
+
+def even(layers: int, stages: int) -> list[int]:
+    """Layers of each stage, as equal as can be, the first ones larger."""
+    return [layers // stages + (stage < layers % stages) for stage in range(stages)]
 
 
 def _product(layout: Layout) -> str:
-    return " x ".join(f"{axis} {getattr(layout, axis)}" for axis in AXES if getattr(layout, axis) > 1) or "1"
+    return _joined(f"{axis} {getattr(layout, axis)}" for axis in AXES if getattr(layout, axis) > 1)
+
+
+def _joined(words: Iterable[str]) -> str:
+    return " x ".join(words) or "1"

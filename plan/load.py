@@ -13,7 +13,6 @@ from pydantic.fields import FieldInfo
 
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
-from minka.plan.layout import check_layout
 
 RECIPES = Path(__file__).parent / "recipes"
 BESIDE = "provenance.json"  # what makes the folder of a run.toml a run's
@@ -101,7 +100,7 @@ def validate(values: dict[str, Any], where: str) -> RunConfig:
             where=where,
             remedy="docs/configuration.md has every setting, and what it may be",
         ) from None
-    check_layout(config.layout)
+    config.check()
     return config
 
 

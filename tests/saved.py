@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from minka.data.prepare import open_or_prepare
-from minka.parallel.apply import build_model
+from minka.parallel.apply import build_parts, named_parameters
 from minka.parallel.disk import LOCAL, Disk
 from minka.parallel.mesh import Mesh, start_mesh
-from minka.parallel.pieces import Piece, piece_of
+from minka.parallel.pieces import Piece, parameter_piece, piece_of
 from minka.parallel.saver import Saver
 from minka.parallel.saving import Contents, Saved
 from minka.plan.layout import Layout
@@ -60,7 +60,8 @@ def saved_run(folder: Path, *steps: int, **sections: Any) -> RunFolder:
     run = RunFolder.of(config)
     run.open(config, {"data": {"store": str(config.data.store)}})
     with start_mesh(config.layout) as mesh:
-        pieces = {f"model.{name}": piece_of(p) for name, p in build_model(config, mesh).named_parameters()}
+        parameters = named_parameters(build_parts(config, mesh))
+        pieces = {f"model.{name}": parameter_piece(p) for name, p in parameters.items()}
         for step in steps:
             save(run.checkpoints, step, pieces, {"step": step, "tokens": step * 32}, mesh)
     return run

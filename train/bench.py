@@ -23,7 +23,7 @@ from minka.data.batch import Batch
 from minka.data.bench import samples_per_second, synthetic_stream
 from minka.model.hub_config import family_of, to_config
 from minka.parallel import bench as saves
-from minka.parallel.engine import ShardedEngine
+from minka.parallel.engine import Engine
 from minka.parallel.mesh import start_mesh
 from minka.plan.cli import print_json
 from minka.plan.config import RunConfig
@@ -108,7 +108,7 @@ def made_up_batch(vocab: int, sequences: int, seq_len: int = SEQ_LEN) -> Batch:
     return Batch(tokens[:, :-1].contiguous(), targets, zeros, positions, ids, sequences * (seq_len - 1))
 
 
-def our_step(engine: ShardedEngine, batch: Batch, config: RunConfig, targets: int) -> Callable[[], None]:
+def our_step(engine: Engine, batch: Batch, config: RunConfig, targets: int) -> Callable[[], None]:
     """One whole training step of ours."""
 
     def step() -> None:

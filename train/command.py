@@ -127,7 +127,7 @@ def _start(loaded: "Loaded", ranks: int | None, profile: str, from_scratch: bool
     if joins:
         return _join(loaded, profile, from_scratch, as_json)
     count = choose_ranks(ranks, gpus)
-    config.layout.resolve(count)  # refuses here, before anything is started
+    config.check(count)  # refuses here, before anything is started
     if not as_json and not outlook.begun:  # of a run that goes on, the ranks say what is another than before
         for key, (old, new) in loaded.changed.items():
             print(f"{key} = {new!r} (was {old!r})", flush=True)
@@ -199,7 +199,7 @@ def _print_run(loaded: "Loaded", ranks: int | None, profile: str, from_scratch: 
     if outlook.begun and not outlook.over:
         folder.check_may_start()
     if ranks is not None:
-        config.layout.resolve(choose_ranks(ranks, gpus=0))
+        config.check(choose_ranks(ranks, gpus=0))
     derived = {
         "parameters": parameters(config.model),
         "total_steps": config.total_steps,

@@ -1,50 +1,72 @@
 """Every tracking.detail_every steps: gradient norm and update-to-weight ratio by layer, largest attention logit."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from minka.parallel.engine import MicroBatch, ShardedEngine
+from minka.parallel.engine import Engine, MicroBatch
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece
-from minka.train.metrics import layer_norms
+from minka.plan.sections import ModelSection
 from minka.train.optim import AdamW
 
 
 class Detail:
     """One detailed step. `before_apply` while the gradients are there, then `after_apply`. Collective."""
 
-    def __init__(self, engine: ShardedEngine, optimizer: AdamW, mesh: Mesh) -> None:
-        self.engine, self.optimizer, self.mesh = engine, optimizer, mesh
+    def __init__(self, engine: Engine, optimizer: AdamW, mesh: Mesh, model: ModelSection) -> None:
+        self.engine, self.optimizer, self.mesh, self.model = engine, optimizer, mesh, model
         self._gradients: dict[str, float] = {}
         self._logits: list[float] = []
 
     def before_apply(self, micro_batch: MicroBatch) -> None:
         """Read the gradients, and the attention logits of the weights that made them."""
         pieces = self.engine.gradient_pieces()
-        self._gradients = self._over_ranks({n: p.local.double().square().sum() for n, p in pieces.items()}, pieces)
-        largest = self.engine.attention_logits(micro_batch)
+        self._gradients = self._over_ranks(_squares(pieces), pieces)
         # The mesh sums; the largest of a few ranks is the largest of a row with a place for each.
-        row = torch.zeros(self.mesh.ranks, len(largest), device=self.mesh.device)
-        row[self.mesh.rank] = largest
+        row = torch.zeros(self.mesh.ranks, self.model.layers, device=self.mesh.device)
+        row[self.mesh.rank] = float("-inf")
+        for layer, largest in self.engine.attention_logits(micro_batch).items():
+            row[self.mesh.rank, layer] = largest
         self._logits = self.mesh.sum_(row).amax(dim=0).tolist()
 
     def gradient_norms(self) -> dict[str, float]:
         """By layer, of the gradients that before_apply saw."""
-        return layer_norms(self._gradients)
+        return {layer: square**0.5 for layer, square in self._gradients.items()}
 
     def after_apply(self, learning_rate: float) -> dict[str, object]:
         """The ledger's `detail` fields, by layer."""
         tensors = self.engine.tensors()
-        pieces = {name: tensors[f"model.{name}"] for name in self._gradients}
-        weights = self._over_ranks({n: p.local.double().square().sum() for n, p in pieces.items()}, pieces)
-        updates = self._over_ranks(self.optimizer.update_squares(learning_rate), pieces)
-        of_weights, of_updates = layer_norms(weights), layer_norms(updates)
+        updated = self.optimizer.update_squares(learning_rate)
+        pieces = {name: tensors[f"model.{name}"] for name in updated}
+        weights, updates = self._over_ranks(_squares(pieces), pieces), self._over_ranks(updated, pieces)
         return {
             "grad_norm": self.gradient_norms(),
-            "update_ratio": {name: of_updates[name] / max(of_weights[name], 1e-30) for name in of_updates},
+            "update_ratio": {name: (updates[name] / max(weights[name], 1e-60)) ** 0.5 for name in updates},
             "max_attention_logit": {f"blocks.{i}": value for i, value in enumerate(self._logits)},
         }
 
-    def _over_ranks(self, squares: dict[str, Tensor], pieces: dict[str, Piece]) -> dict[str, float]:
-        stacked = torch.stack([squares[name] / pieces[name].copies for name in pieces])
-        return dict(zip(pieces, self.mesh.sum_(stacked).tolist(), strict=True))
+    def _over_ranks(self, squares: Mapping[str, Tensor], pieces: Mapping[str, Piece]) -> dict[str, float]:
+        """Sums by layer over all ranks: which have parts of a parameter, copies of one, or other layers."""
+        layers = layers_of(self.model)
+        sums = torch.zeros(len(layers), dtype=torch.float64, device=self.mesh.device)
+        for name, square in squares.items():
+            sums[layers.index(layer_of(name))] += square / pieces[name].copies
+        return dict(zip(layers, self.mesh.sum_(sums).tolist(), strict=True))
+
+
+def layer_of(parameter: str) -> str:
+    """The layer a parameter belongs to: "blocks.3", "embedding", "norm", "head"."""
+    words = parameter.split(".")
+    return ".".join(words[:2]) if words[0] == "blocks" else words[0]
+
+
+def layers_of(model: ModelSection) -> list[str]:
+    """All layers that have weights, in the order they run."""
+    blocks = [f"blocks.{layer}" for layer in range(model.layers)]
+    return ["embedding", *blocks, "norm", *([] if model.tied else ["head"])]
+
+
+def _squares(pieces: Mapping[str, Piece]) -> dict[str, Tensor]:
+    return {name: piece.local.double().square().sum() for name, piece in pieces.items()}

@@ -19,7 +19,7 @@ from minka.data.batch import Batch
 from minka.data.loader import Loader
 from minka.data.prepare import open_or_prepare
 from minka.model.attention import document_structure
-from minka.parallel.engine import ShardedEngine
+from minka.parallel.engine import Engine
 from minka.parallel.mesh import Mesh, local_device, start_mesh
 from minka.plan.cli import print_json, progress
 from minka.plan.config import RunConfig
@@ -120,12 +120,12 @@ def _first_step(config: RunConfig, mesh: Mesh, batch: Batch) -> Iterator[Check]:
     yield Check("first loss is that of guessing", near, f"{loss:.3f} nats, ln(vocab) is {guess:.3f}")
     dead = [
         name
-        for name, gradient in engine.gradients().items()
+        for name, (gradient, *_) in engine.gradient_pieces().items()
         if not (torch.isfinite(gradient).all() and gradient.abs().max() > 0)
     ]
     yield Check("gradients reach every weight", not dead, ", ".join(dead) or "all finite, none zero")
     engine.grad_norm()
-    detail = Detail(engine, optimizer, mesh)
+    detail = Detail(engine, optimizer, mesh, config.model)
     detail.before_apply(batch)
     norms = detail.gradient_norms()
     blocks = [norm for name, norm in norms.items() if name.startswith("blocks.")]
@@ -167,7 +167,7 @@ def _range_test(config: RunConfig, mesh: Mesh, batch: Batch) -> Check:
     return Check("the learning rate is below the one that diverges", rate < burst, text)
 
 
-def _train_step(engine: ShardedEngine, config: RunConfig, batch: Batch, rate: float) -> float:
+def _train_step(engine: Engine, config: RunConfig, batch: Batch, rate: float) -> float:
     sums = engine.forward_backward([batch], batch.target_count)
     norm = engine.grad_norm()
     engine.apply(rate, config.optimizer.max_norm, torch.isfinite(norm))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from minka.data.loader import Loader
-from minka.parallel.engine import ShardedEngine
+from minka.parallel.engine import Engine
 from minka.parallel.mesh import Mesh
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
@@ -25,7 +25,7 @@ class Session:
 
     config: RunConfig
     mesh: Mesh
-    engine: ShardedEngine
+    engine: Engine
     optimizer: AdamW
     loader: Loader
     record: Record
@@ -45,7 +45,8 @@ def train(run: Session, state: State) -> tuple[State, ExitStatus]:
             batch, loaded = next(run.loader)
             micro_batches = [part.to(mesh.device) for part in batch.micro_batches(config.layout.micro_batch)]
             beyond = batch.largest_token() >= config.model.vocab
-            targets, stop, broken = mesh.sum_on_host([batch.target_count, run.outside.stop_asked(), beyond])
+            counted = batch.target_count if mesh.leads_data else 0
+            targets, stop, broken = mesh.sum_on_host([counted, run.outside.stop_asked(), beyond])
         if broken:
             refuse_tokens(batch, config.model.vocab, mesh)
         if stop:
@@ -55,7 +56,7 @@ def train(run: Session, state: State) -> tuple[State, ExitStatus]:
             rate = learning_rate(config, state.step, state.tokens)
             sums = engine.forward_backward(micro_batches, targets)
             norm = engine.grad_norm()
-            detail = Detail(engine, run.optimizer, mesh) if detail_due(config, state.step + 1) else None
+            detail = Detail(engine, run.optimizer, mesh, config.model) if detail_due(config, state.step + 1) else None
             if detail:
                 detail.before_apply(micro_batches[0])
         record.settle(watch)  # a save under way has its copy of what is about to change
@@ -63,7 +64,8 @@ def train(run: Session, state: State) -> tuple[State, ExitStatus]:
             engine.apply(rate, config.optimizer.max_norm, accepts(sums, norm))
         before, state = state, state.after(loaded)
         metrics.note(state, sums, norm, rate, targets, watch)
-        record.samples(state, batch.samples)
+        if mesh.leads_data:
+            record.samples(state, batch.samples)
         run.profile.step(state.step)
         run.outside.alive(state.step)
         if detail:

@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -72,7 +72,7 @@ class Metrics:
 
     def note(self, state: State, sums: Sums, norm: Tensor, rate: float, targets: int, watch: Stopwatch) -> None:
         """Keep a step; nothing is read from the device."""
-        self._numbers.append(torch.stack([sums.loss.float(), sums.z_loss.float(), norm.float()]))
+        self._numbers.append(torch.stack([sums.loss.double(), sums.z_loss.double(), norm.double()]))
         self._waiting.append((state, targets, rate, watch.read()))
 
     @property
@@ -117,13 +117,3 @@ def memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def layer_norms(squares: Mapping[str, float]) -> dict[str, float]:
-    """Norms by layer from squared norms by parameter: "blocks.3", "embedding", "norm", "head"."""
-    layers: dict[str, float] = {}
-    for name, square in squares.items():
-        words = name.split(".")
-        layer = ".".join(words[:2]) if words[0] == "blocks" else words[0]
-        layers[layer] = layers.get(layer, 0.0) + square
-    return {layer: square**0.5 for layer, square in layers.items()}

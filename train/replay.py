@@ -16,12 +16,12 @@ from minka.data.batch import FILLER, Batch
 from minka.data.loader import Loader, order_of
 from minka.data.store import TokenStore
 from minka.data.trace import trace_window
-from minka.parallel.apply import compute_dtype
 from minka.parallel.checkpoint import restore_from
 from minka.parallel.commit import step_name
-from minka.parallel.engine import ShardedEngine
+from minka.parallel.engine import Engine
 from minka.parallel.lease import leased
 from minka.parallel.mesh import Mesh, start_mesh
+from minka.parallel.precision import compute_dtype
 from minka.parallel.shelf import checkpoints, run_and_step
 from minka.plan.cli import print_json, progress
 from minka.plan.config import RunConfig
@@ -209,7 +209,7 @@ def _run(job: Replay, mesh: Mesh) -> tuple[dict[int, dict[str, dict[str, float]]
     return compared, batch, said
 
 
-def _begin(job: Replay, config: RunConfig, engine: ShardedEngine, mesh: Mesh) -> tuple[State, str]:
+def _begin(job: Replay, config: RunConfig, engine: Engine, mesh: Mesh) -> tuple[State, str]:
     if job.origin is not None:
         with leased(job.folder.path, job.origin):
             return State.from_json(restore_from(job.origin, engine.tensors(), mesh)), str(job.origin)
@@ -229,7 +229,7 @@ def _loader(job: Replay, config: RunConfig, state: State, mesh: Mesh) -> Loader:
     return Loader(config, job.store.split("train"), 0, 1, state.loader, mesh.device)
 
 
-def _moved(engine: ShardedEngine, config: RunConfig, mesh: Mesh) -> ShardedEngine:
+def _moved(engine: Engine, config: RunConfig, mesh: Mesh) -> Engine:
     """An engine for other settings with the same tensors in it."""
     other, _ = build_engine(config, mesh)
     old = engine.tensors()
@@ -240,7 +240,7 @@ def _moved(engine: ShardedEngine, config: RunConfig, mesh: Mesh) -> ShardedEngin
 
 
 def _step(
-    config: RunConfig, engine: ShardedEngine, loader: Loader, state: State, mesh: Mesh
+    config: RunConfig, engine: Engine, loader: Loader, state: State, mesh: Mesh
 ) -> tuple[State, dict[str, Any], Batch]:
     """One step as train/loop.py takes it: the state after it, its numbers, its batch."""
     batch, loaded = next(loader)

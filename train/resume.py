@@ -12,7 +12,7 @@ import torch
 from minka.model.hub import read_tensors
 from minka.parallel.checkpoint import restore, restore_from
 from minka.parallel.commit import step_name
-from minka.parallel.engine import ShardedEngine
+from minka.parallel.engine import Engine
 from minka.parallel.lease import leased
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece
@@ -31,7 +31,7 @@ from minka.train.state import State, randomness
 CLOSE = 1e-9
 
 
-def begin(engine: ShardedEngine, record: Record, mesh: Mesh) -> State:
+def begin(engine: Engine, record: Record, mesh: Mesh) -> State:
     """Fill the engine's tensors and give the state to go on from. Collective. Raises UserError on every rank."""
     damaged: list[dict[str, str]] = []
     random = randomness()
@@ -106,7 +106,7 @@ def check_rate(saved: Mapping[str, Any], folder: RunFolder, config: RunConfig, s
     return ""
 
 
-def _first(engine: ShardedEngine, record: Record, mesh: Mesh) -> State:
+def _first(engine: Engine, record: Record, mesh: Mesh) -> State:
     """No checkpoint of its own: from the parent's, or the initial weights that are there already."""
     problem: UserError | None = None
     try:
@@ -136,7 +136,7 @@ def _first(engine: ShardedEngine, record: Record, mesh: Mesh) -> State:
 
 
 def load_parent(
-    parent: Parent, engine: ShardedEngine, start_with: str, mesh: Mesh, alive: Callable[[], None] = lambda: None
+    parent: Parent, engine: Engine, start_with: str, mesh: Mesh, alive: Callable[[], None] = lambda: None
 ) -> None:
     """Weights, or everything, of the parent into the engine's tensors. Collective; leased while it is read."""
     tensors = engine.tensors()

@@ -13,12 +13,16 @@ import torch
 from minka.data.loader import Loader
 from minka.data.prepare import store_folder
 from minka.data.store import TokenStore
-from minka.parallel.apply import build_model, compute_dtype
+from minka.parallel.apply import build_parts, named_parameters
 from minka.parallel.commit import step_name
-from minka.parallel.engine import ShardedEngine
+from minka.parallel.engine import Engine
 from minka.parallel.export import export_checkpoint
+from minka.parallel.feed import Feeder
 from minka.parallel.mesh import Mesh, start_mesh
-from minka.parallel.pieces import piece_of
+from minka.parallel.pieces import parameter_piece
+from minka.parallel.pipeline import PipelineEngine
+from minka.parallel.precision import compute_dtype
+from minka.parallel.sharded import ShardedEngine
 from minka.plan.changes import Changes, told
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
@@ -61,6 +65,7 @@ def work(job: WorkerJob) -> int:
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     config = job.config
+    config.check(int(os.environ.get("WORLD_SIZE", "1")))
     with (
         start_mesh(config.layout, timeout_seconds=config.guard.hang_seconds + GROUP_SECONDS) as mesh,
         explained(RunFolder.of(config), speaks=mesh.is_first),
@@ -123,12 +128,14 @@ def session(job: WorkerJob, mesh: Mesh) -> Iterator[tuple[Session, State]]:
         yield Session(config, mesh, engine, optimizer, loader, record, outside, profile), state
 
 
-def build_engine(config: RunConfig, mesh: Mesh) -> tuple[ShardedEngine, AdamW]:
+def build_engine(config: RunConfig, mesh: Mesh) -> tuple[Engine, AdamW]:
     """The model cut for this rank, its optimizer, and the engine over both."""
-    model = build_model(config, mesh)
-    pieces = {name: piece_of(parameter) for name, parameter in model.named_parameters()}
+    parts = build_parts(config, mesh)
+    pieces = {name: parameter_piece(parameter) for name, parameter in named_parameters(parts).items()}
     optimizer = AdamW([(n, p.local, len(p.global_shape)) for n, p in pieces.items()], config.optimizer)
-    return ShardedEngine(model, mesh, optimizer), optimizer
+    feeder = Feeder(config, mesh)
+    kind: type[PipelineEngine | ShardedEngine] = PipelineEngine if mesh.layout.pipeline > 1 else ShardedEngine
+    return kind(parts, mesh, feeder, optimizer), optimizer
 
 
 def _open_run(job: WorkerJob, mesh: Mesh, stack: ExitStack) -> tuple[TokenStore, Changes]:

@@ -10,9 +10,8 @@ import torch
 from minka.data.prepare import open_or_prepare
 from minka.eval.bits import Scores, heldout, ratio_of_sums
 from minka.eval.compress import compressed_bits_per_byte
-from minka.parallel.apply import build_model
-from minka.parallel.engine import ShardedScorer
 from minka.parallel.mesh import start_mesh
+from minka.parallel.sharded import build_scorer
 from minka.plan.config import RunConfig
 from ranks import on_ranks
 from tiny import tiny
@@ -24,7 +23,7 @@ def test_is_the_sum_of_the_models_losses_over_the_bytes(tmp_path: Path) -> None:
     split = store.split("validation")
     nats = size = 0.0
     with start_mesh(config.layout) as mesh:
-        model = build_model(config, mesh)
+        scorer = build_scorer(config, mesh)
         for i in range(split.n_documents):
             tokens = torch.from_numpy(split.document(i).astype(np.int64))
             nats += math.log(256)  # the first token
@@ -32,9 +31,9 @@ def test_is_the_sum_of_the_models_losses_over_the_bytes(tmp_path: Path) -> None:
             for at in range(1, len(tokens)):  # each target by itself, in the first window that holds it
                 first = max(0, -(-(at - 32) // 16) * 16)
                 seen = tokens[None, first:at]
-                logits = model(seen, None, torch.arange(seen.shape[1])[None])
+                logits = scorer.model(seen, None, torch.arange(seen.shape[1])[None])
                 nats += float(torch.nn.functional.cross_entropy(logits[0, -1], tokens[at]).detach())
-        scores = heldout(ShardedScorer(model, mesh), split, config, mesh, store.eod, lambda: None)
+        scores = heldout(scorer, split, config, mesh, store.eod, lambda: None)
     assert scores.scores["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
     assert scores.scores["bits_per_byte/text"] == scores.scores["bits_per_byte"]
     assert scores.bytes == size
@@ -69,5 +68,5 @@ def test_compressors_are_counted_in_bits_of_each_plain_byte() -> None:
 def score(config: RunConfig, root: str) -> Scores:
     with start_mesh(config.layout) as mesh:
         store = open_or_prepare(config, Path(root))
-        scorer = ShardedScorer(build_model(config, mesh), mesh)
+        scorer = build_scorer(config, mesh)
         return heldout(scorer, store.split("validation"), config, mesh, store.eod, lambda: None)

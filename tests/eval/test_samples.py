@@ -32,9 +32,9 @@ class Disagreeing:
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
 
-    def logits(self, tokens: Tensor) -> Tensor:
+    def next_logits(self, tokens: Tensor, place: int) -> Tensor:
         self.mesh.barrier()
-        said = tokens + 1 if self.mesh.is_first else torch.full_like(tokens, EOD)
+        said = tokens[0, place] + 1 if self.mesh.is_first else torch.tensor(EOD)
         return torch.nn.functional.one_hot(said.clamp(max=EOD), len(WORDS)).float()
 
 

@@ -9,9 +9,9 @@ from minka.model.generate import generate
 VOCAB = 32
 
 
-def successor(tokens: Tensor) -> Tensor:
+def successor(tokens: Tensor, place: int) -> Tensor:
     """Logits of a model that surely says one more than the token it reads, whatever stands behind."""
-    return torch.nn.functional.one_hot((tokens + 1) % VOCAB, VOCAB) * 10.0
+    return torch.nn.functional.one_hot((tokens[0, place] + 1) % VOCAB, VOCAB) * 10.0
 
 
 def test_it_stops_at_the_stop_token_or_at_the_limit() -> None:
@@ -23,9 +23,9 @@ def test_it_stops_at_the_stop_token_or_at_the_limit() -> None:
 def test_inputs_hold_the_last_tokens_of_the_context_in_few_shapes() -> None:
     seen: list[list[int]] = []
 
-    def watch(tokens: Tensor) -> Tensor:
+    def watch(tokens: Tensor, place: int) -> Tensor:
         seen.append(tokens[0].tolist())
-        return successor(tokens)
+        return successor(tokens, place)
 
     generate(watch, list(range(10)), 30, context=24, temperature=0, stop=None, seed=0)
     assert {len(tokens) for tokens in seen} == {16, 24}
@@ -34,8 +34,8 @@ def test_inputs_hold_the_last_tokens_of_the_context_in_few_shapes() -> None:
 
 
 def test_a_sample_follows_from_its_seed_and_warmth_spreads_it() -> None:
-    def flat(tokens: Tensor) -> Tensor:
-        return successor(tokens) / 10
+    def flat(tokens: Tensor, place: int) -> Tensor:
+        return successor(tokens, place) / 10
 
     def sample(temperature: float, seed: int) -> list[int]:
         return generate(flat, [1], 40, context=8, temperature=temperature, stop=None, seed=seed)

@@ -52,7 +52,9 @@ def test_ours_loads_in_transformers_with_the_same_logits_and_the_same_text(case:
     assert len(list(theirs.parameters())) == len(list(ours.parameters()))
 
     prompt = TOKENS[0, :7].tolist()
-    text = generate(lambda t: ours(*plain(t)), prompt, 20, context=64, temperature=0, stop=None, seed=0)
+    text = generate(
+        lambda t, at: ours(*plain(t), at=at)[0, 0], prompt, 20, context=64, temperature=0, stop=None, seed=0
+    )
     expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0)
     assert text == expected[0, 7:].tolist()
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from minka.parallel.apply import build_model
+from minka.parallel.apply import build_parts, named_parameters
 from minka.parallel.mesh import start_mesh
-from minka.parallel.pieces import Piece, piece_of, to_write
+from minka.parallel.pieces import Piece, parameter_piece, to_write
 from minka.plan.layout import Layout
 from ranks import on_ranks
 from tiny import tiny
@@ -50,14 +50,28 @@ def test_every_number_is_written_once_and_the_copies_share_the_work(shards: int,
 def boxes(config: Any) -> list[tuple[str, tuple[int, ...], int]]:
     """What this rank writes of a real model, and how much."""
     with start_mesh(config.layout) as mesh:
-        pieces = {name: piece_of(parameter) for name, parameter in build_model(config, mesh).named_parameters()}
+        pieces = {n: parameter_piece(p) for n, p in named_parameters(build_parts(config, mesh)).items()}
         return [(name, piece.offset, piece.local.numel()) for name, piece in to_write(pieces).items()]
 
 
-@pytest.mark.parametrize("layout", [{"replicate": 2, "shard": 2}, {"replicate": 2}, {"shard": 2}])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"replicate": 2, "shard": 2},
+        {"replicate": 2},
+        {"shard": 2},
+        {"tensor": 2},
+        {"shard": 2, "tensor": 2},
+        {"shard": 3, "tensor": 2},
+        {"shard": 2, "context": 2},
+        {"pipeline": 2},
+        {"pipeline": 2, "replicate": 2, "tensor": 2},
+    ],
+    ids=lambda layout: " x ".join(f"{axis} {ways}" for axis, ways in layout.items()),
+)
 def test_each_box_of_a_real_model_is_written_by_one_rank(layout: dict[str, int], tmp_path: Any) -> None:
-    config = tiny(tmp_path, layout={**layout, "micro_batch": 1})
-    ranks = layout.get("replicate", 1) * layout.get("shard", 1)
+    config = tiny(tmp_path, layout={"shard": 1, **layout, "micro_batch": 1})
+    ranks = config.layout.world
     written = on_ranks(boxes, ranks, config)
     every = [(name, offset) for mine in written for name, offset, _ in mine]
     assert len(every) == len(set(every))
@@ -74,4 +88,4 @@ def test_each_box_of_a_real_model_is_written_by_one_rank(layout: dict[str, int],
 def build_whole(config: Any) -> list[tuple[str, torch.Tensor]]:
     alone = config.model_copy(update={"layout": Layout(shard=1)})
     with start_mesh(alone.layout) as mesh:
-        return list(build_model(alone, mesh).named_parameters())
+        return list(named_parameters(build_parts(alone, mesh)).items())

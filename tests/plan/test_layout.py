@@ -1,12 +1,20 @@
 """A layout is legal or refused with the axis, the reason and what would work."""
 
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
-from minka.plan.layout import AVAILABLE_AXES, AXES, Layout, check_layout
+from minka.plan.layout import RULES, STAGES_PER_RANK, Asked, Layout
+from minka.plan.load import load_run, recipe_names, validate
+from minka.plan.stages import balanced, costs, stages_of
 
 WAYS = st.integers(1, 6)
 
@@ -36,17 +44,208 @@ def test_a_layout_resolves_to_exactly_the_ranks_there_are_or_is_refused(replicat
     assert refusal.value.remedy
 
 
-@pytest.mark.parametrize("axis", AXES)
-def test_an_axis_runs_or_is_refused_by_name(axis: str) -> None:
-    layout = Layout.model_validate({axis: 2})
-    if axis in AVAILABLE_AXES:
-        check_layout(layout)
-        return
+BASE: dict[str, dict[str, Any]] = {
+    "run": {"name": "r", "max_steps": 10},
+    "model": {"layers": 8, "d_model": 64, "heads": 8, "kv_heads": 4, "head_dim": 8, "d_ff": 96, "vocab": 256},
+    "data": {"tokenizer": "bytes", "seq_len": 64, "batch_tokens": 8 * 64},
+    "optimizer": {"learning_rate": 1e-3},
+}
+
+
+class Refused(NamedTuple):
+    """A combination that cannot be run: the setting to blame, words of the reason, and overrides that mend it."""
+
+    sections: dict[str, dict[str, Any]]
+    key: str
+    why: str
+    mended: dict[str, dict[str, Any]]
+
+
+REFUSED = {
+    "tensor and key/value heads": Refused(
+        {"layout": {"tensor": 8}}, "tensor", "whole query and key/value heads", {"layout": {"tensor": 4}}
+    ),
+    "tensor and query heads": Refused(
+        {"layout": {"tensor": 4}, "model": {"heads": 6, "kv_heads": 2}}, "tensor", "whole", {"layout": {"tensor": 2}}
+    ),
+    "tensor and feed-forward width": Refused(
+        {"layout": {"tensor": 4}, "model": {"d_ff": 90}}, "tensor", "columns", {"layout": {"tensor": 2}}
+    ),
+    "tensor and vocabulary": Refused(
+        {"layout": {"tensor": 4}, "model": {"vocab": 257}, "data": {"tokenizer": "bpe"}},
+        "tensor",
+        "rows",
+        {"model": {"vocab": 260}},
+    ),
+    "context and sequence length": Refused(
+        {"layout": {"context": 3}}, "context", "head and one from the tail", {"layout": {"context": 4}}
+    ),
+    "tensor and the tokens of a rank": Refused(
+        {"layout": {"context": 1, "tensor": 4}, "data": {"seq_len": 62, "batch_tokens": 62 * 8}},
+        "tensor",
+        "share out a sequence's tokens",
+        {"layout": {"tensor": 2}},
+    ),
+    "pipeline and tied embeddings": Refused(
+        {"layout": {"pipeline": 2}, "model": {"tied": True}}, "pipeline", "two stages", {"model": {"tied": False}}
+    ),
+    "one stage a rank in a schedule of two": Refused(
+        {"layout": {"pipeline": 2, "schedule": "zbv", "stages_per_rank": 1}},
+        "stages_per_rank",
+        "two stages",
+        {"layout": {"stages_per_rank": 2}},
+    ),
+    "two stages a rank in a schedule of one": Refused(
+        {"layout": {"pipeline": 2, "stages_per_rank": 2}},
+        "stages_per_rank",
+        "one stage",
+        {"layout": {"schedule": "interleaved"}},
+    ),
+    "one stage a rank interleaved": Refused(
+        {"layout": {"pipeline": 2, "schedule": "interleaved", "stages_per_rank": 1}},
+        "stages_per_rank",
+        "at least two",
+        {"layout": {"stages_per_rank": 2}},
+    ),
+    "more stages than layers": Refused(
+        {"layout": {"pipeline": 8, "schedule": "dualpipev"}},
+        "pipeline",
+        "every stage needs a layer",
+        {"layout": {"pipeline": 4}},
+    ),
+    "stages that do not add up": Refused(
+        {"layout": {"pipeline": 2, "stages": "4,3"}},
+        "stages",
+        "the layers of each stage",
+        {"layout": {"stages": "5,3"}},
+    ),
+    "stages that are too many": Refused(
+        {"layout": {"pipeline": 2, "stages": "4,3,1"}}, "stages", "in the order", {"layout": {"stages": "4,4"}}
+    ),
+    "an empty stage": Refused(
+        {"layout": {"pipeline": 2, "stages": "8,0"}}, "stages", "at least one", {"layout": {"stages": "7,1"}}
+    ),
+    "stages in words": Refused(
+        {"layout": {"pipeline": 2, "stages": "half,half"}}, "stages", "at least one", {"layout": {"stages": ""}}
+    ),
+    "split backward with resharding": Refused(
+        {"layout": {"pipeline": 2, "schedule": "dualpipev", "reshard": "always"}},
+        "reshard",
+        "wrong without a word",
+        {"layout": {"reshard": "never"}},
+    ),
+    "split backward with compiled blocks": Refused(
+        {"layout": {"pipeline": 2, "schedule": "zbv"}, "kernels": {"compile": True}},
+        "schedule",
+        "wrong without a word",
+        {"kernels": {"compile": False}},
+    ),
+    "1f1b with few micro-batches": Refused(
+        {"layout": {"pipeline": 4, "micro_batch": 4}},
+        "schedule",
+        "as many as there are stages",
+        {"layout": {"micro_batch": 2}},
+    ),
+    "dualpipev with few micro-batches": Refused(
+        {"layout": {"pipeline": 2, "schedule": "dualpipev", "micro_batch": 4}},
+        "schedule",
+        "as many as there are stages",
+        {"layout": {"micro_batch": 2}},
+    ),
+    "interleaved with an odd number of micro-batches": Refused(
+        {"layout": {"pipeline": 2, "schedule": "interleaved"}, "data": {"batch_tokens": 5 * 64}},
+        "schedule",
+        "a multiple",
+        {"data": {"batch_tokens": 6 * 64}},
+    ),
+    "few micro-batches in a warm-up": Refused(
+        {"layout": {"pipeline": 4}, "data": {"batch_warmup": [{"until_tokens": 640, "batch_tokens": 128}]}},
+        "schedule",
+        "as many as there are stages",
+        {"layout": {"schedule": "gpipe"}},
+    ),
+}
+
+
+def config_of(*layers: dict[str, dict[str, Any]]) -> RunConfig:
+    """BASE with sections laid over it, one after the other, on one data rank unless they say otherwise."""
+    values: dict[str, dict[str, Any]] = {"layout": {"shard": 1}, "checkpoint": {"export": False}}
+    for sections in (BASE, *layers):
+        for section, fields in sections.items():
+            values[section] = {**values.get(section, {}), **fields}
+    return validate(values, "test")
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_run_is_refused_with_its_reason_and_what_would_work(case: str) -> None:
+    row = REFUSED[case]
     with pytest.raises(UserError) as refusal:
-        check_layout(layout)
-    assert refusal.value.where == f"layout.{axis}"
-    assert f"{axis}=2" in refusal.value.what
-    assert f"layout.{axis}=1" in refusal.value.remedy
+        config_of(row.sections)
+    error = refusal.value
+    assert error.status is ExitStatus.REFUSED
+    assert error.where == f"layout.{row.key}"
+    assert row.why in error.why
+    assert error.remedy
+    config_of(row.sections, row.mended)  # what the remedy says does work
+
+
+def test_every_rule_is_broken_by_a_row() -> None:
+    broken = set()
+    for row in REFUSED.values():
+        with pytest.raises(UserError):
+            config_of(row.sections)
+        values = config_of(*({s: f for s, f in row.sections.items() if s not in ("layout", "kernels")},))
+        layout = values.layout.model_copy(update=row.sections.get("layout", {}))
+        kernels = values.kernels.model_copy(update=row.sections.get("kernels", {}))
+        asked = Asked(layout, values.model, values.data, kernels)
+        broken.add(next(rule for rule in RULES if rule(asked) is not None))
+    assert broken == set(RULES)
+
+
+def test_the_docs_list_every_refused_combination(root: Path) -> None:
+    text = (root / "docs/parallelism.md").read_text()
+    for case in REFUSED:
+        assert f"| {case} |" in text, case
+
+
+@given(pipeline=st.integers(1, 4), schedule=st.sampled_from(sorted(STAGES_PER_RANK)), many=st.sampled_from([0, 2, 3]))
+def test_every_stage_is_on_one_rank_and_every_rank_has_equally_many(pipeline: int, schedule: str, many: int) -> None:
+    given_ = many if schedule == "interleaved" else 0
+    layout = Layout.model_validate({"pipeline": pipeline, "schedule": schedule, "stages_per_rank": given_, "shard": 1})
+    held = [layout.stages_of_rank(rank) for rank in range(pipeline)]
+    assert sorted(stage for stages in held for stage in stages) == list(range(layout.stage_count))
+    assert len({len(stages) for stages in held}) == 1
+    if layout.splits_backward:
+        assert held == [[r, 2 * pipeline - 1 - r] for r in range(pipeline)]
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_balanced_stages_are_as_good_as_any_split(recipe: str) -> None:
+    config = load_run(recipe, ["model.tied=false"]).config
+    layer, end = costs(config.model)
+    for stages in range(2, min(4, config.model.layers) + 1):
+        found = balanced(config.model.layers, stages, layer, end)
+        assert sum(found) == config.model.layers
+        assert min(found) >= 1
+        best = min(dearest(counts, layer, end) for counts in splits(config.model.layers, stages))
+        assert dearest(found, layer, end) == best
+
+
+def dearest(counts: Sequence[int], layer: int, end: int) -> int:
+    last = len(counts) - 1
+    return max(count * layer + end * ((i == 0) + (i == last)) for i, count in enumerate(counts))
+
+
+def splits(layers: int, stages: int) -> Iterator[tuple[int, ...]]:
+    for cuts in itertools.combinations(range(1, layers), stages - 1):
+        yield tuple(b - a for a, b in itertools.pairwise((0, *cuts, layers)))
+
+
+def test_stages_can_be_given() -> None:
+    config = config_of({"layout": {"pipeline": 2, "stages": "5,3"}})
+    assert stages_of(config.layout, config.model) == [range(5), range(5, 8)]
+    whole = config_of()
+    assert stages_of(whole.layout, whole.model) == [range(8)]
 
 
 @pytest.mark.parametrize("field", sorted(Layout.model_fields))

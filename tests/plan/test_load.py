@@ -43,7 +43,7 @@ BAD: list[tuple[dict[str, dict[str, Any]], list[str]]] = [  # what is given, wha
     ({"optimizer": {"betas": [0.9, 0.95]}}, ["optimizer.betas is no setting", "did you mean optimizer.beta"]),
     ({"schedule": {"warmup": 10}}, ["schedule.warmup=10 leaves nothing of a run of 10 steps", "give 9 or less"]),
     ({"schedule": {"kind": "cosin"}}, ["schedule.kind='cosin'", "'cosine'"]),
-    ({"layout": {"tensor": 2}}, ["layout.tensor", "tensor=2 cannot be run", "layout.tensor=1"]),
+    ({"layout": {"tensor": 3}}, ["layout.tensor", "tensor=3 does not divide", "tensor in [1"]),
     ({"checkpoint": {"keep": 0}}, ["checkpoint.keep=0"]),
     ({"guard": {"hang_seconds": 0}}, ["guard.hang_seconds=0"]),
     ({"eval": {"temperature": -1}}, ["eval.temperature=-1"]),

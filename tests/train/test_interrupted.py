@@ -10,8 +10,8 @@ import torch
 
 from minka.data.loader import Loader
 from minka.parallel.checkpoint import whole_tensors
-from minka.parallel.engine import ShardedEngine
 from minka.parallel.saver import Saver
+from minka.parallel.sharded import ShardedEngine
 from minka.parallel.shelf import checkpoints
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from minka.model.transformer import Transformer
 from minka.parallel import shard
-from minka.parallel.apply import build_model
+from minka.parallel.apply import build_parts, named_parameters
 from minka.parallel.checkpoint import checkpoints, whole_tensors
-from minka.parallel.engine import MicroBatch, ShardedEngine, Sums
+from minka.parallel.engine import MicroBatch, Sums, TorchEngine
 from minka.parallel.mesh import Mesh, start_mesh
-from minka.parallel.pieces import piece_of
+from minka.parallel.pieces import parameter_piece
+from minka.parallel.sharded import ShardedEngine
 from minka.plan.config import RunConfig
 from minka.plan.ledger import read_ledger
 from minka.plan.run import RunFolder
@@ -154,7 +155,7 @@ def whole_initial(config: RunConfig, ranks: int) -> dict[str, NDArray[np.float32
 def initial_pieces(config: RunConfig) -> dict[str, tuple[NDArray[np.float32], tuple[int, ...], tuple[int, ...]]]:
     """This rank's pieces of the initial weights."""
     with start_mesh(config.layout) as mesh:
-        pieces = {name: piece_of(p) for name, p in build_model(config, mesh).named_parameters()}
+        pieces = {n: parameter_piece(p) for n, p in named_parameters(build_parts(config, mesh)).items()}
         return {name: (p.local.numpy().copy(), p.offset, p.global_shape) for name, p in pieces.items()}
 
 
@@ -171,9 +172,9 @@ def plant_wrong_divisor() -> None:
 
 def plant_missing_reduction() -> None:
     """The gradient norm of each rank's own piece."""
-    right = ShardedEngine.grad_norm
+    right = TorchEngine.grad_norm
 
-    def wrong(self: ShardedEngine) -> torch.Tensor:
+    def wrong(self: TorchEngine) -> torch.Tensor:
         summed = Mesh.sum_
         Mesh.sum_ = lambda mesh, tensor: tensor  # type: ignore[method-assign,assignment]
         try:
@@ -181,7 +182,7 @@ def plant_missing_reduction() -> None:
         finally:
             Mesh.sum_ = summed  # type: ignore[method-assign]
 
-    ShardedEngine.grad_norm = wrong  # type: ignore[method-assign]
+    TorchEngine.grad_norm = wrong  # type: ignore[method-assign]
 
 
 def plant_leaking_boundary() -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from minka.parallel.checkpoint import checkpoints, load_manifest, whole_tensors
-from minka.parallel.engine import MicroBatch, ShardedEngine, Sums
+from minka.parallel.engine import MicroBatch, Sums
+from minka.parallel.sharded import ShardedEngine
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
 from minka.plan.guard import judge

@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from commands import minka, written
+from minka.model.transformer import Transformer
 from minka.parallel.mesh import Mesh
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.layout import Layout
 from minka.plan.ledger import Ledger, read_ledger
 from minka.plan.run import RunFolder
+from minka.train.detail import layer_of, layers_of
 from minka.train.launch import parse_window
-from minka.train.metrics import device_mfu, layer_norms
+from minka.train.metrics import device_mfu
 from ranks import on_ranks
 from tiny import tiny, train_rank
 
@@ -65,8 +67,11 @@ def test_an_unknown_device_has_no_mfu(tmp_path: Path) -> None:
     assert device_mfu(1e6, tiny(tmp_path), mesh) is None
 
 
-def test_layer_norms_add_squares() -> None:
-    assert layer_norms({"blocks.0.a": 9.0, "blocks.0.b": 16.0, "head.weight": 4.0}) == {"blocks.0": 5.0, "head": 2.0}
+def test_every_parameter_belongs_to_a_layer_that_has_weights(tmp_path: Path) -> None:
+    for tied in (False, True):
+        model = tiny(tmp_path, model={"tied": tied}).model
+        names = [name for name, _ in Transformer(model).named_parameters()]
+        assert list(dict.fromkeys(map(layer_of, names))) == layers_of(model)
 
 
 @pytest.mark.parametrize("window", ["3", "5:3", "a:b", "3:3", "-1:2"])

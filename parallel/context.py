@@ -1,0 +1,111 @@
+"""Context parallelism: each rank has a part of every sequence, and gathers the keys and values of the whole.
+
+A sequence is cut into twice as many chunks as there are ranks, and rank r of c takes chunks r and 2c - 1 - r, one from
+the head and one from the tail: a causal query has work in proportion to its place, so the sums are even (Llama 3,
+arXiv:2407.21783, section 3.3.2). Rows of many short documents are less even, whatever the cut.
+
+B sequences · T tokens of a sequence · K key/value heads · C head width
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minka.model.attention import HALF, Part, Structure, additive, allowed_pairs
+from minka.plan.sections import KernelsSection
+
+# torch 2.13 has new names for the two, and warns of the old ones, which 2.11 has alone.
+_gather: Callable[..., object] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter: Callable[..., object] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+def places(length: int, ways: int, rank: int) -> Tensor:
+    """Where this rank's tokens stand in a sequence of `length`, int64 [length / ways]."""
+    chunk = length // (2 * ways)
+    every = torch.arange(length).view(2 * ways, chunk)
+    return torch.cat((every[rank], every[2 * ways - 1 - rank]))
+
+
+def gathered_places(length: int, ways: int) -> Tensor:
+    """Where the tokens stand that all ranks' parts have, one after the other, int64 [length]."""
+    return torch.cat([places(length, ways, rank) for rank in range(ways)])
+
+
+def part_structure(
+    documents_BT: Tensor | None,
+    length: int,
+    group: Any,
+    kernels: KernelsSection,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Structure:
+    """The structure of this rank's queries and the whole sequence's keys.
+
+    documents_BT: int64 ids of whole rows, or None for one document a row.
+    """
+    ways, rank = dist.get_world_size(group), dist.get_rank(group)
+    queries_at, keys_at = places(length, ways, rank).to(device), gathered_places(length, ways).to(device)
+    if documents_BT is None:
+        documents_BT = torch.zeros(1, length, dtype=torch.int64, device=device)
+
+    def gather(k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor]:
+        both: Tensor = _GatherTokens.apply(torch.cat((k_BKTC, v_BKTC), dim=-1), group)
+        return both.split(k_BKTC.shape[-1], dim=-1)
+
+    if device.type == "cuda" and dtype in HALF and kernels.attention != "sdpa":
+        starts, key_starts, take, longest = varlen_part(documents_BT.cpu(), ways, rank)
+        part = Part(gather, queries_at, keys_at, take.to(device), key_starts.to(device), longest)
+        return Structure("varlen", documents_BT.to(device), starts=starts.to(device), part=part)
+    documents_BT = documents_BT.to(device)
+    mask = additive(allowed_pairs(documents_BT, queries_at, keys_at), dtype)
+    return Structure("mask", documents_BT, mask=mask, part=Part(gather, queries_at, keys_at))
+
+
+def varlen_part(documents_BT: Tensor, ways: int, rank: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """For variable-length kernels: (starts of the queries, of the keys, places of the keys, longest key segment).
+
+    Each of this rank's two chunks [a, e) of a row meets some documents; each such pair is a segment: its queries are
+    the document's in [max(s, a), e), its keys those in [s, e), s where the document begins, so that the last query is
+    aligned with the last key. Keys are places in the gathered rows, flattened. Starts are int32 cumulative lengths.
+    """
+    batch, length = documents_BT.shape
+    chunk, where = length // (2 * ways), torch.empty(length, dtype=torch.int64)
+    where[gathered_places(length, ways)] = torch.arange(length)
+    query_lengths, key_lengths, taken = [], [], []
+    for row in range(batch):
+        ids = documents_BT[row]
+        begins = [0, *((ids[1:] != ids[:-1]).nonzero().flatten() + 1).tolist(), length]
+        for first in (chunk * rank, chunk * (2 * ways - 1 - rank)):
+            for s, e in itertools.pairwise(begins):
+                if e > first and s < first + chunk:
+                    end = min(e, first + chunk)
+                    query_lengths.append(end - max(s, first))
+                    key_lengths.append(end - s)
+                    taken.append(where[s:end] + row * length)
+    starts = [
+        torch.tensor([0, *n], dtype=torch.int32).cumsum(0, dtype=torch.int32) for n in (query_lengths, key_lengths)
+    ]
+    return starts[0], starts[1], torch.cat(taken), max(key_lengths)
+
+
+class _GatherTokens(torch.autograd.Function):
+    """Every rank's [B, K, T/c, C], one after the other along T; backward sums the shares of all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, part_BKTC: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        part = part_BKTC.movedim(2, 0).contiguous()
+        whole = part.new_empty(part.shape[0] * dist.get_world_size(group), *part.shape[1:])
+        _gather(whole, part, group=group)
+        return whole.movedim(0, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BKTC: Tensor) -> tuple[Tensor, None]:
+        whole = grad_BKTC.movedim(2, 0).contiguous()
+        part = whole.new_empty(whole.shape[0] // dist.get_world_size(ctx.group), *whole.shape[1:])
+        _reduce_scatter(part, whole, group=ctx.group)
+        return part.movedim(0, 2), None

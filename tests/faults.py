@@ -1,0 +1,125 @@
+"""Faults that parallel training is known to have had, to be planted in a rank: the comparison must see each of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import Replicate
+
+from minka.parallel import apply, context, engine, pipeline, shard, tensor
+from minka.parallel.feed import Fed, Feeder
+from minka.parallel.pieces import Piece, squared_norm
+from minka.parallel.sharded import ShardedEngine
+
+
+def put(owner: Any, name: str, new: Any) -> None:
+    """Something else in the place of a module's or a class's attribute, for as long as the process lives."""
+    setattr(owner, name, new)
+
+
+def divisor() -> None:
+    """Divide by this rank's targets times the ranks: right only where every rank has equally many."""
+    right = ShardedEngine.forward_backward
+
+    def wrong(self: ShardedEngine, micro_batches: Any, target_count: int) -> Any:
+        mine = sum(int((batch.targets != -100).sum()) for batch in micro_batches)
+        return right(self, micro_batches, mine * self.mesh.ranks)
+
+    put(ShardedEngine, "forward_backward", wrong)
+
+
+def norm_weight_reduction() -> None:
+    """Take each rank's gradient of a norm's weight for the whole of it."""
+    right = tensor._local
+    put(tensor, "_local", lambda w, gradient: right(w, Replicate() if gradient.is_partial() else gradient))
+
+
+def replica_in_norm() -> None:
+    """Count every copy of a gradient in its norm."""
+
+    def wrong(pieces: list[Piece]) -> Tensor:
+        return squared_norm([piece._replace(copies=1) for piece in pieces])
+
+    put(engine, "squared_norm", wrong)
+
+
+def tied_gradient() -> None:
+    """Lose the head's share of the gradient of tied weights."""
+    right = tensor.VocabularyHead.matrix
+    put(tensor.VocabularyHead, "matrix", lambda self: right(self).detach())
+
+
+def document_leak() -> None:
+    """Let tokens see earlier documents of their row."""
+    right: Any = vars(context)["allowed_pairs"]
+    put(context, "allowed_pairs", lambda documents, q, k: right(torch.zeros_like(documents), q, k))
+
+
+def context_positions() -> None:
+    """Give each rank the positions at the head of its sequences."""
+    right = Feeder.__call__
+
+    def wrong(self: Feeder, *given: Any, **more: Any) -> Fed:
+        fed = right(self, *given, **more)
+        return fed._replace(positions=given[2][:, : fed.positions.shape[1]])
+
+    put(Feeder, "__call__", wrong)
+
+
+def stage_order() -> None:
+    """Run the stages' layers in another order."""
+    right: Any = vars(apply)["stages_of"]
+    put(apply, "stages_of", lambda layout, model: right(layout, model)[::-1])
+
+
+def vocabulary_maximum() -> None:
+    """Subtract each rank's own largest logit."""
+    right = tensor.VocabularyHead.__init__
+
+    def wrong(self: tensor.VocabularyHead, *given: Any) -> None:
+        right(self, *given)
+        self._over = (lambda x: x, self._over[1])
+
+    put(tensor.VocabularyHead, "__init__", wrong)
+
+
+def scale_grads() -> None:
+    """Let the schedule divide by the number of micro-batches, as it does unasked."""
+    for kinds in (pipeline.ONE_STAGE, pipeline.MANY_STAGES):
+        for name, kind in kinds.items():
+            kinds[name] = lambda *given, kind=kind, **more: kind(*given, **{**more, "scale_grads": True})
+
+
+def resharding() -> None:
+    """Free gathered weights after forward, whatever the schedule."""
+    put(shard, "_reshards", lambda *given: True)
+    put(shard, "UNIT_BYTES", 1)
+
+
+def dropped_all_reduce() -> None:
+    """Keep each replica's gradients to itself."""
+    right: Any = vars(shard)["fully_shard"]
+    put(shard, "fully_shard", lambda unit, mesh, **more: right(unit, mesh=mesh["data"], **more))
+
+
+def stale_gather() -> None:
+    """Keep what an evaluation has gathered."""
+    put(engine.Parts, "_forget_gathered", lambda self: None)
+
+
+MUTANTS: dict[str, tuple[Callable[[], None], dict[str, Any], dict[str, Any]]] = {
+    "divisor": (divisor, {"shard": 2}, {}),
+    "norm-weight reduction": (norm_weight_reduction, {"tensor": 2}, {"qk_norm": True}),
+    "replica counted twice in the norm": (replica_in_norm, {"replicate": 2}, {}),
+    "tied gradient": (tied_gradient, {"tensor": 2}, {"tied": True}),
+    "document leak": (document_leak, {"context": 2}, {}),
+    "context positions": (context_positions, {"context": 2}, {}),
+    "stage order": (stage_order, {"pipeline": 2}, {}),
+    "vocabulary shard's maximum": (vocabulary_maximum, {"tensor": 2}, {}),
+    "scale_grads": (scale_grads, {"pipeline": 2, "schedule": "interleaved"}, {}),
+    "resharding under a split backward": (resharding, {"pipeline": 2, "shard": 2, "schedule": "dualpipev"}, {}),
+    "dropped all-reduce": (dropped_all_reduce, {"replicate": 2}, {}),
+    "stale gather": (stale_gather, {"shard": 2}, {}),
+}
+DRIFT = ("norm-weight reduction", "dropped all-reduce")  # ranks then have other weights, and nothing else to compare

@@ -1,0 +1,122 @@
+"""Law 2, the whole matrix: under every layout losses, gradients, weights and moments are those of one process."""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+import pytest
+
+from faults import DRIFT, MUTANTS
+from minka.plan.layout import STAGES_PER_RANK
+from parity import BOUNDS, EXACT, Run, config_of, differences, run_on
+
+SCHEDULES = sorted(STAGES_PER_RANK)
+VARIANTS: dict[str, dict[str, Any]] = {"": {}, "QK-norm": {"qk_norm": True}, "QKV bias": {"qkv_bias": True}}
+
+
+class Row(NamedTuple):
+    """One layout, and the model it is tried on; `core` rows are part of `make test`."""
+
+    layout: dict[str, Any]
+    variant: str = ""
+    core: bool = False
+    model: dict[str, Any] = {}  # noqa: RUF012 - never written to
+
+    @property
+    def name(self) -> str:
+        words = [f"{key} {value}" if isinstance(value, int) else str(value) for key, value in self.layout.items()]
+        return " x ".join([*words, *(key for key in self.model), *([self.variant] if self.variant else [])])
+
+    def shape(self) -> dict[str, Any]:
+        return {**VARIANTS[self.variant], **self.model}
+
+
+def in_pipeline(core: str = "", variant: str = "", **layout: int) -> list[Row]:
+    """A row for each schedule."""
+    return [Row({"pipeline": 2, **layout, "schedule": s}, variant, s == core) for s in SCHEDULES]
+
+
+ROWS = [
+    Row({"shard": 2}, "QK-norm", core=True),
+    Row({"replicate": 2}, "QKV bias"),
+    Row({"replicate": 2, "shard": 2}),
+    Row({"tensor": 2}, "QK-norm", core=True),
+    Row({"tensor": 4}, "QKV bias"),
+    Row({"context": 2}, "QKV bias", core=True),
+    Row({"context": 4}, "QK-norm"),
+    *in_pipeline("1f1b"),
+    Row({"pipeline": 4, "schedule": "1f1b"}, "QK-norm"),
+    Row({"pipeline": 4, "schedule": "zbv"}, "QKV bias", model={"layers": 8}),
+    Row({"shard": 2, "tensor": 2}, "QKV bias", core=True),
+    Row({"shard": 2, "context": 2}, "QK-norm"),
+    Row({"context": 2, "tensor": 2}, "QK-norm"),
+    *in_pipeline("zbv", "QKV bias", tensor=2),
+    *in_pipeline("interleaved", "QK-norm", context=2),
+    *in_pipeline("dualpipev", "QK-norm", shard=2, tensor=2),
+    Row({"shard": 2, "context": 2, "tensor": 2}, "QKV bias"),
+    # recompute, on and off: the rows above are without
+    Row({"shard": 2, "reshard": "always", "recompute": "block"}),
+    Row({"shard": 2, "tensor": 2, "recompute": "block"}, "QK-norm"),
+    Row({"context": 2, "tensor": 2, "recompute": "block"}),
+    *(Row({**row.layout, "recompute": "block"}, "QKV bias") for row in in_pipeline(tensor=2)),
+    # tied embeddings where they are allowed
+    *(
+        Row(layout, variant, model={"tied": True})
+        for layout, variant in (
+            ({"shard": 2}, ""),
+            ({"tensor": 2}, ""),
+            ({"context": 2}, "QK-norm"),
+            ({"shard": 2, "tensor": 2}, "QKV bias"),
+            ({"shard": 2, "context": 2, "tensor": 2}, ""),
+        )
+    ),
+]
+# Of the list above, one number for each of its lines.
+EXPECTED = [1, 1, 1, 1, 1, 1, 1, 5, 1, 1, 1, 1, 1, 5, 5, 5, 1, 1, 1, 1, 5, 5]
+
+
+def test_the_matrix_is_whole() -> None:
+    names = [row.name for row in ROWS]
+    print(f"{len(ROWS)} rows, each in fp32 and in fp64")
+    assert len(names) == len(set(names)) == sum(EXPECTED)
+    special = [row for row in ROWS if row.variant]
+    assert len(special) * 2 >= len(ROWS)
+    assert {row.layout.get("schedule") for row in ROWS if row.core} >= {"1f1b", "zbv", "interleaved", "dualpipev"}
+
+
+def cases() -> list[Any]:
+    return [
+        pytest.param(row, precision, id=f"{row.name} {precision}", marks=[] if row.core else pytest.mark.slow)
+        for row in ROWS
+        for precision in ("fp32", "fp64")
+    ]
+
+
+@pytest.mark.parametrize(("row", "precision"), cases())
+def test_every_layout_is_the_single_device_run(row: Row, precision: str) -> None:
+    together = run_on(config_of({**row.layout, "precision": precision}, row.shape()))
+    found = differences(together, alone(precision, **row.shape()))
+    print(f"{row.name} {precision}:", ", ".join(f"{kind} {error:.1e}" for kind, error in found.items()))
+    bounds: Mapping[str, float] = BOUNDS if precision == "fp32" else EXACT
+    for kind, error in found.items():
+        assert error <= bounds[kind], kind
+
+
+@cache
+def alone(precision: str, **shape: Any) -> Run:
+    """One process, once for each model."""
+    return run_on(config_of({"precision": precision}, shape))
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_the_comparison_sees_a_planted_fault(mutant: str) -> None:
+    fault, layout, model = MUTANTS[mutant]
+    one, config = alone("fp32", **model), config_of(layout, model)
+    if mutant in DRIFT:  # what should be copies of one another is seen not to be
+        with pytest.raises(AssertionError, match="copies differ"):
+            run_on(config, fault)
+        return
+    found = differences(run_on(config, fault), one)
+    worst = max(found, key=lambda kind: found[kind] / BOUNDS[kind])
+    print(f"{mutant}: {worst} {found[worst]:.1e}")
+    assert not found[worst] <= 10 * BOUNDS[worst]  # NaN is seen, too

@@ -1,0 +1,64 @@
+"""Layouts nobody has thought of: legal ones are drawn, and each gives the single-device run."""
+
+from random import Random
+from typing import Any
+
+import pytest
+
+from minka.plan.config import RunConfig
+from minka.plan.errors import UserError
+from minka.plan.layout import STAGES_PER_RANK
+from parity import BOUNDS, config_of, differences, run_on
+
+DRAWS, EACH = 50, 5
+
+
+def drawn(dice: Random) -> RunConfig:
+    """A legal layout of 2 to 8 ranks, and a model it is tried on."""
+    while True:
+        axes = {axis: dice.choice([1, 1, 2, 3, 4]) for axis in ("pipeline", "replicate", "shard", "context", "tensor")}
+        layout: dict[str, Any] = {
+            **axes,
+            "schedule": dice.choice(sorted(STAGES_PER_RANK)),
+            "recompute": dice.choice(["none", "none", "block"]),
+            "reshard": dice.choice(["auto", "always", "never"]),
+        }
+        if layout["schedule"] == "interleaved":
+            layout["stages_per_rank"] = dice.choice([0, 2, 3])
+        model = {
+            "layers": dice.choice([4, 5, 8]),
+            "tied": dice.random() < 0.3,
+            "qk_norm": dice.random() < 0.3,
+            "qkv_bias": dice.random() < 0.3,
+            "kv_heads": dice.choice([2, 4, 8]),
+        }
+        try:
+            config = config_of(layout, model, checkpoint={"export": False})
+        except UserError:
+            continue
+        if 2 <= config.layout.world <= 8 and 8 % config.layout.data_ways == 0:
+            return config
+
+
+@pytest.mark.parametrize(
+    "group", [pytest.param(n, marks=[pytest.mark.slow] if n else []) for n in range(DRAWS // EACH)]
+)
+def test_any_legal_layout_is_the_single_device_run(group: int) -> None:
+    dice = Random(group)
+    for _ in range(EACH):
+        config = drawn(dice)
+        given = config.layout.model_dump(exclude_defaults=True)
+        shape = config.model.model_dump(exclude_unset=True)
+        one = run_on(config_of({}, shape, checkpoint={"export": False}), steps=2)
+        found = differences(run_on(config, steps=2), one)
+        print(given, {kind: f"{error:.1e}" for kind, error in found.items()})
+        for kind, error in found.items():
+            assert error <= BOUNDS[kind], (kind, given, config.model)
+
+
+def test_draws_are_of_many_kinds() -> None:
+    configs = [drawn(dice) for dice in map(Random, range(DRAWS // EACH)) for _ in range(EACH)]
+    assert len(configs) == DRAWS
+    for axis in ("pipeline", "replicate", "shard", "context", "tensor"):
+        assert sum(getattr(config.layout, axis) > 1 for config in configs) >= 5, axis
+    assert {config.layout.schedule for config in configs if config.layout.pipeline > 1} == set(STAGES_PER_RANK)
