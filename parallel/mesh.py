@@ -1,6 +1,8 @@
 """The mesh: the only place that starts torch.distributed. Everything else is handed a Mesh and asks it by axis name."""
 
+import json
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,7 +13,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from minka.plan.layout import AXES, Layout
+from minka.plan.hardware import nvlink_domain
+from minka.plan.layout import Layout
+from minka.plan.topology import Place, Topology, check, coordinates, order
 
 # Of the groups beside the training: a slow disk is no reason to break one. A rank that died is noticed at once, and one
 # that hangs by the supervisor.
@@ -25,7 +29,8 @@ class Mesh:
     """This rank's place among the others.
 
     `axes` has MESH_AXES, where data = shard x context; it is None for a single rank without a process group: then every
-    collective is the identity. `position` counts along AXES, tensor fastest; it need not be the launcher's rank.
+    collective is the identity. `rank` is a position: it counts along AXES, tensor fastest, whatever number the launcher
+    gave.
     """
 
     layout: Layout
@@ -34,7 +39,7 @@ class Mesh:
     axes: DeviceMesh | None
     host: Any = None  # the process group of sum_on_host; None is the default one
     context: Any = None  # the process group of the ranks that share a sequence, in order; None where nobody does
-    position: int = -1
+    topology: Topology | None = None  # None for a single rank without a process group
 
     @property
     def ranks(self) -> int:
@@ -44,10 +49,7 @@ class Mesh:
     @property
     def coordinate(self) -> Mapping[str, int]:
         """This rank's place on each of AXES."""
-        left, found = self.position if self.position >= 0 else self.rank, {}
-        for axis in reversed(AXES):
-            left, found[axis] = divmod(left, getattr(self.layout, axis))
-        return found
+        return coordinates(self.layout, self.rank)
 
     @property
     def data_rank(self) -> int:
@@ -103,7 +105,8 @@ def start_mesh(layout: Layout, *, timeout_seconds: float = 600.0) -> Iterator[Me
     """Join the process group that the environment describes and lay the mesh over it.
 
     Reads RANK, LOCAL_RANK and WORLD_SIZE (absent: one rank), and either MINKA_STORE, a file that nobody else uses, or
-    MASTER_ADDR and MASTER_PORT. Raises UserError when the layout does not fit the number of ranks.
+    MASTER_ADDR and MASTER_PORT. MINKA_HOST is what this host is called, where its own name is not its alone. Raises
+    UserError when the layout does not fit the ranks, or their places.
     """
     ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     layout = layout.resolve(ranks)
@@ -111,33 +114,57 @@ def start_mesh(layout: Layout, *, timeout_seconds: float = 600.0) -> Iterator[Me
     if ranks == 1 and device.type == "cpu" and layout.precision != "bf16":  # bf16 compute is FSDP2's mixed precision
         yield Mesh(layout, device, 0, None)
         return
-    store = os.environ.get("MINKA_STORE")
+    patience = timedelta(seconds=timeout_seconds)
+    store = _lone_store() if ranks == 1 else _meet(ranks, rank, patience)
+    topology = find_topology(store, ranks, rank, device)
+    check(layout, topology)
+    rank = order(topology.places).index(rank)  # from here on, a rank is a position on the mesh
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=timeout_seconds),
+        timeout=patience,
         rank=rank,
         world_size=ranks,
-        init_method=None if ranks == 1 else f"file://{store}" if store else "env://",
-        store=_lone_store() if ranks == 1 else None,
+        store=dist.PrefixStore("mesh", store),
     )
     try:
-        mesh = lay_mesh(layout, device, rank, range(ranks))
+        mesh = replace(lay_mesh(layout, device, rank), topology=topology)
         mesh.barrier()  # a rank that is done early must not hang up on one that is still connecting
         yield mesh
     finally:
         dist.destroy_process_group()
 
 
-def lay_mesh(layout: Layout, device: torch.device, rank: int, order: Sequence[int]) -> Mesh:
-    """The mesh over the process group that is there; `order` gives the launcher's rank at each position. Collective."""
-    ranks = torch.tensor(list(order), dtype=torch.int64)
+def lay_mesh(layout: Layout, device: torch.device, rank: int) -> Mesh:
+    """The mesh over the process group that is there, whose ranks are positions: groups then are in the mesh's order.
+
+    Collective.
+    """
+    ranks = torch.arange(layout.world)
     shape = (layout.pipeline, layout.replicate, layout.shard * layout.context, layout.tensor)
     axes = DeviceMesh(device.type, ranks.view(shape), mesh_dim_names=MESH_AXES)
     context = None
     if layout.context > 1:
         rows = ranks.view(-1, layout.context, layout.tensor).transpose(1, 2).reshape(-1, layout.context)
         context, _ = dist.new_subgroups_by_enumeration(rows.tolist())
-    return Mesh(layout, device, rank, axes, context=context, position=list(order).index(rank))
+    return Mesh(layout, device, rank, axes, context=context)
+
+
+def find_topology(store: Any, ranks: int, rank: int, device: torch.device) -> Topology:
+    """Where the ranks are, by what each says of itself: host and GPU (its local rank, on a CPU). Collective.
+
+    Through the store, since the order of the process group's ranks follows from it; the first rank puts all together,
+    or the store would be asked for each by each.
+    """
+    local = device.index if device.type == "cuda" else int(os.environ.get("LOCAL_RANK", "0"))
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    domain = nvlink_domain(torch.cuda.get_device_name(device), gpus) if gpus else 0
+    host = os.environ.get("MINKA_HOST") or socket.gethostname()
+    store.set(f"place/{rank}", json.dumps([host, local, gpus, domain]))
+    if rank == 0:
+        store.set("places", json.dumps([json.loads(store.get(f"place/{number}")) for number in range(ranks)]))
+    said = json.loads(store.get("places"))
+    places = (Place(host, gpu, number) for number, (host, gpu, _, _) in enumerate(said))
+    return Topology(tuple(places), min(row[3] for row in said), max(row[2] for row in said))
 
 
 def local_device() -> torch.device:
@@ -147,6 +174,14 @@ def local_device() -> torch.device:
     index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def _meet(ranks: int, rank: int, patience: timedelta) -> Any:
+    """The store that all ranks share, as the environment describes it."""
+    file = os.environ.get("MINKA_STORE")
+    store, _, _ = next(iter(dist.rendezvous(f"file://{file}" if file else "env://", rank, ranks, timeout=patience)))
+    store.set_timeout(patience)
+    return store
 
 
 def _lone_store() -> Any:

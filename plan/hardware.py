@@ -13,6 +13,8 @@ class Gpu(NamedTuple):
     memory_gb: int  # capacity on the data sheet; the driver shows some percent less
     bandwidth_tb: float  # memory bandwidth, 1e12 bytes/s
     source: str
+    # GPUs that NVLink joins at most: 1 none, NVL72 a rack, else a board in one host; 0: machines differ (bridges).
+    nvlink_domain: int = 0
 
     @property
     def peak_flops(self) -> float:
@@ -23,29 +25,30 @@ class Gpu(NamedTuple):
 A100 = "NVIDIA A100 data sheet (2021)"
 H100 = "NVIDIA H100 data sheet (2024)"
 H200 = "NVIDIA H200 data sheet (2024)"
+NVL72 = 72  # over 18 hosts of four
 GPUS = (
-    Gpu("A100-SXM-40GB", r"a100 sxm4? 40gb", 312.0, 40, 1.555, A100),
-    Gpu("A100-SXM-80GB", r"a100 sxm4? 80gb", 312.0, 80, 2.039, A100),
+    Gpu("A100-SXM-40GB", r"a100 sxm4? 40gb", 312.0, 40, 1.555, A100, 16),
+    Gpu("A100-SXM-80GB", r"a100 sxm4? 80gb", 312.0, 80, 2.039, A100, 16),
     Gpu("A100-PCIe-40GB", r"a100 pcie 40gb", 312.0, 40, 1.555, A100),
     Gpu("A100-PCIe-80GB", r"a100 (80gb pcie|pcie 80gb)", 312.0, 80, 1.935, A100),
     # Half of 1,979 "with sparsity"; llm-foundry's published MFUs divide by exactly this (tests/plan/test_flops.py).
-    Gpu("H100-SXM", r"h100 (sxm5?|80gb hbm3|sxm5? 80gb)", 989.5, 80, 3.35, H100),
+    Gpu("H100-SXM", r"h100 (sxm5?|80gb hbm3|sxm5? 80gb)", 989.5, 80, 3.35, H100, 8),
     Gpu("H100-PCIe", r"h100 pcie", 756.5, 80, 2.0, "NVIDIA H100 data sheet (2023)"),
     Gpu("H100-NVL", r"h100 nvl", 835.5, 94, 3.9, H100),
-    Gpu("H200-SXM", r"h200( sxm5?)?", 989.5, 141, 4.8, H200),
+    Gpu("H200-SXM", r"h200( sxm5?)?", 989.5, 141, 4.8, H200, 8),
     Gpu("H200-NVL", r"h200 nvl", 835.5, 141, 4.8, H200),
     Gpu("GH200-96GB", r"gh200 (480gb|96gb hbm3)", 989.5, 96, 4.0, "NVIDIA GH200 data sheet (2024)"),
     # An HGX board of eight: 36 PFLOP/s sparse, so 2.25 dense each, at 180 GB usable.
-    Gpu("B200", r"b200( sxm)?", 2250.0, 180, 7.7, "NVIDIA HGX B200 data sheet (2025)"),
+    Gpu("B200", r"b200( sxm)?", 2250.0, 180, 7.7, "NVIDIA HGX B200 data sheet (2025)", 8),
     # An NVL72 rack: 360 PFLOP/s sparse over 72, so 2.5 dense each.
-    Gpu("GB200", r"gb200", 2500.0, 186, 8.0, "NVIDIA GB200 NVL72 data sheet (2025)"),
-    Gpu("L40S", r"l40s", 362.05, 48, 0.864, "NVIDIA L40S data sheet (2023)"),
-    Gpu("L4", r"l4", 121.0, 24, 0.3, "NVIDIA L4 data sheet (2023)"),
+    Gpu("GB200", r"gb200", 2500.0, 186, 8.0, "NVIDIA GB200 NVL72 data sheet (2025)", NVL72),
+    Gpu("L40S", r"l40s", 362.05, 48, 0.864, "NVIDIA L40S data sheet (2023)", 1),
+    Gpu("L4", r"l4", 121.0, 24, 0.3, "NVIDIA L4 data sheet (2023)", 1),
     Gpu("A40", r"a40", 149.7, 48, 0.696, "NVIDIA A40 data sheet (2021)"),
-    Gpu("A10", r"a10", 125.0, 24, 0.6, "NVIDIA A10 data sheet (2021)"),
+    Gpu("A10", r"a10", 125.0, 24, 0.6, "NVIDIA A10 data sheet (2021)", 1),
     Gpu("RTX-A6000", r"rtx a6000", 154.8, 48, 0.768, "NVIDIA RTX A6000 data sheet (2021)"),
     # GeForce: the rate with fp32 accumulation, which is half of that with fp16 accumulation.
-    Gpu("RTX-4090", r"geforce rtx 4090|rtx 4090", 165.2, 24, 1.008, "NVIDIA Ada white paper v2.02, app. A"),
+    Gpu("RTX-4090", r"geforce rtx 4090|rtx 4090", 165.2, 24, 1.008, "NVIDIA Ada white paper v2.02, app. A", 1),
     Gpu("RTX-3090", r"geforce rtx 3090|rtx 3090", 71.0, 24, 0.936, "NVIDIA GA102 white paper v2, table 9"),
     Gpu("MI300X", r"instinct mi300x", 1307.4, 192, 5.3, "AMD Instinct MI300X data sheet (2023)"),
 )
@@ -62,3 +65,14 @@ def find(name: str) -> Gpu | None:
         if re.fullmatch(gpu.pattern, words) or words == gpu.name.lower().replace("-", " "):
             return gpu
     return None
+
+
+def nvlink_domain(name: str, host_gpus: int) -> int:
+    """GPUs of one NVLink domain where every host has `host_gpus` of the GPU that a driver calls `name`; 0: not known.
+
+    Boards are taken to fill their host. A host with two of them (of four, say) has smaller domains than this tells.
+    """
+    gpu = find(name)
+    if gpu is None:
+        return 0
+    return gpu.nvlink_domain if gpu.nvlink_domain == NVL72 else min(gpu.nvlink_domain, host_gpus)

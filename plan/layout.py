@@ -23,6 +23,7 @@ class Layout(BaseModel, frozen=True, extra="forbid", strict=True):
     shard: int = Field(0, ge=0, description="FSDP ways: parameters, gradients, optimizer state; 0 = all ranks left")
     context: int = Field(1, ge=1, description="ways each sequence is split")
     tensor: int = Field(1, ge=1, description="ways each matrix product is split")
+    tensor_across_domains: bool = Field(False, description="let a tensor group cross NVLink domains, slow as that is")
     micro_batch: int = Field(1, ge=1, description="sequences a rank takes through the model at once")
     schedule: Schedule = Field("1f1b", description="order of a pipeline's passes")
     stages_per_rank: int = Field(0, ge=0, description="pipeline stages a rank holds; 0 = what the schedule wants")

@@ -35,6 +35,7 @@ class RunFolder:
         self.config_file = path / "run.toml"
         self.ledger_file = path / "ledger.jsonl"
         self.lineage_file = path / "lineage.json"
+        self.topology_file = path / "topology.json"
         self.checkpoints = path / "checkpoints"
         self.evals = path / "evals"
         self.export = path / "export"

@@ -26,6 +26,7 @@ GUIDES = (
     "numbers",
     "data",
     "training",
+    "parallelism",
     "checkpoints",
     "evaluation",
     "failures",

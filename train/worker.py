@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +30,10 @@ from minka.plan.flops import FORMULAS, parameters, training_flops_per_token
 from minka.plan.hardware import find
 from minka.plan.ledger import Ledger
 from minka.plan.run import RunFolder
+from minka.plan.stages import stages_of
+from minka.plan.topology import describe
+from minka.plan.topology import told as told_places
+from minka.plan.writing import write_json
 from minka.train.console import Console
 from minka.train.ending import explained, write_ending
 from minka.train.loop import Session, train
@@ -184,7 +188,7 @@ def _announce(record: Record, state: State, mesh: Mesh, changed: Changes) -> Non
         changed=changed,
         lineage=record.lineage,
     )
-    for line in told(changed):
+    for line in [*told(changed), *_placed(record, mesh)]:
         record.console.say(line)
     record.console.say(
         f"{config.run.name}: {parameters(config.model):,} parameters, {config.total_tokens:,} tokens in "
@@ -196,6 +200,18 @@ def _announce(record: Record, state: State, mesh: Mesh, changed: Changes) -> Non
         f"{record.store.folder}: {train.n_tokens:,} tokens to train on ({epochs:.2g} epochs), "
         f"{held.n_documents:,} documents held out"
     )
+
+
+def _placed(record: Record, mesh: Mesh) -> list[str]:
+    """Which rank has which place and which layers: stored, and told where it is more than a row of data ranks."""
+    if mesh.topology is None or not mesh.is_first:
+        return []
+    layers = stages_of(mesh.layout, record.config.model)
+    description = describe(mesh.layout, mesh.topology, layers)
+    with suppress(OSError):  # the map is in the way of nothing
+        write_json(record.folder.topology_file, description)
+    hosts = {place.host for place in mesh.topology.places}
+    return told_places(description) if len(hosts) > 1 or mesh.layout.data_ways < mesh.ranks else []
 
 
 def _finish(job: WorkerJob, run: Session, state: State, status: ExitStatus) -> ExitStatus:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from minka.plan.hardware import GPUS, Gpu, find
+from minka.plan.hardware import GPUS, Gpu, find, nvlink_domain
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,26 @@ def test_each_gpu_is_found_by_its_own_name_and_has_a_source(gpu: Gpu) -> None:
     found = find(gpu.name)
     assert found == gpu
     assert gpu.source
+
+
+@pytest.mark.parametrize(
+    ("driver", "host_gpus", "domain"),
+    [
+        ("NVIDIA H100 80GB HBM3", 8, 8),
+        ("NVIDIA H100 80GB HBM3", 4, 4),
+        ("NVIDIA H100 80GB HBM3", 16, 8),
+        ("NVIDIA A100-SXM4-80GB", 16, 16),
+        ("NVIDIA B200", 8, 8),
+        ("NVIDIA GB200", 4, 72),
+        ("NVIDIA L40S", 8, 1),
+        ("NVIDIA L4", 1, 1),
+        ("NVIDIA H100 PCIe", 8, 0),
+        ("NVIDIA H100 NVL", 8, 0),
+        ("NVIDIA H100", 8, 0),
+        ("cpu", 2, 0),
+    ],
+)
+def test_nvlink_joins_a_rack_or_the_gpus_of_a_host_or_none_or_nobody_knows(
+    driver: str, host_gpus: int, domain: int
+) -> None:
+    assert nvlink_domain(driver, host_gpus) == domain

@@ -1,0 +1,68 @@
+"""Two plain torchrun agents: the mesh is laid by hosts and their GPUs, however the launcher numbers the ranks."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from commands import environment, written
+from minka.parallel.checkpoint import checkpoints, whole_tensors
+from minka.plan.config import RunConfig
+from minka.plan.run import RunFolder
+from tiny import tiny
+
+HOSTS = ("node2", "node10")
+
+
+def agents(config: RunConfig, first: str) -> None:
+    """One agent for each of HOSTS, two ranks each; `first` is the one that torchrun gives ranks 0 and 1."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    running = []
+    for host in HOSTS:
+        number = 0 if host == first else 1
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
+        command += ["--node-rank", str(number), "--master-addr", "127.0.0.1", "--master-port", str(port)]
+        command += ["-m", "minka", "train", str(written(config))]
+        env = {**environment(), "MINKA_HOST": host, "OMP_NUM_THREADS": "1"}
+        running.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    try:
+        for process in running:
+            said, _ = process.communicate(timeout=150)
+            assert process.returncode == 0, said
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.slow
+def test_the_order_of_ranks_is_that_of_the_hosts(tmp_path: Path) -> None:
+    found: dict[str, tuple[dict[Any, Any], dict[str, Any]]] = {}
+    for first in HOSTS:
+        config = tiny(
+            tmp_path,
+            run={"name": f"{first}-first", "max_steps": 3},
+            model={"layers": 4},
+            data={"batch_tokens": 8 * 32, "batch_warmup": []},
+            schedule={"kind": "constant", "warmup": 1},
+            layout={"pipeline": 2, "tensor": 2, "shard": 1},
+        )
+        agents(config, first)
+        folder = RunFolder.of(config)
+        told = json.loads(folder.topology_file.read_text())
+        seats = {(place["host"], place["gpu"]): place["coordinate"] for place in told["places"]}
+        assert [place["rank"] for place in told["places"]] == ([0, 1, 2, 3] if first == "node2" else [2, 3, 0, 1])
+        whole = {n: t.double().numpy() for n, t in whole_tensors(checkpoints(folder.checkpoints)[-1], "model.")}
+        found[first] = seats, whole
+    (seats, tensors), (others, same) = found.values()
+    assert seats == others
+    assert [seats[host, 0]["pipeline"] for host in HOSTS] == [0, 1]  # node2 before node10; tensor groups on one host
+    assert tensors.keys() == same.keys()
+    assert all(np.array_equal(tensors[name], same[name]) for name in tensors)
