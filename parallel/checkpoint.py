@@ -23,7 +23,7 @@ from minka.parallel.disk import LOCAL, PASSING, Disk
 from minka.parallel.heard import heard
 from minka.parallel.manifest import NAME, Damage, load_manifest, nbytes
 from minka.parallel.mesh import Mesh
-from minka.parallel.pieces import Piece
+from minka.parallel.pieces import Piece, tensor_name
 from minka.parallel.resharding import fill
 from minka.parallel.shelf import checkpoints, newest_first
 from minka.plan.errors import ExitStatus, UserError
@@ -168,7 +168,8 @@ def _try(
         if mesh.is_first:  # thousands of ranks need not look at thousands of files each
             check_files(path, manifest, disk)
         other, unknown = _other_model(manifest, tensors), _unknown(manifest, tensors)
-        wanted = {n: p for n, p in tensors.items() if n in manifest["tensors"] or not n.startswith(OPTIONAL)}
+        there = manifest["tensors"]
+        wanted = {key: p for key, p in tensors.items() if tensor_name(key) in there or not key.startswith(OPTIONAL)}
         if not other:
             fill(path, manifest, wanted, alive, disk)
         state = manifest["state"]
@@ -195,7 +196,8 @@ def _try(
 def _other_model(manifest: Mapping[str, Any], tensors: Mapping[str, Piece]) -> str:
     """How the tensors there differ from those wanted, by name; empty when they do not."""
     there = manifest["tensors"]
-    for name, piece in tensors.items():
+    for key, piece in tensors.items():
+        name = tensor_name(key)
         dtype = str(piece.local.dtype).removeprefix("torch.")
         if name not in there:
             if not name.startswith(OPTIONAL):
@@ -208,8 +210,9 @@ def _other_model(manifest: Mapping[str, Any], tensors: Mapping[str, Piece]) -> s
 
 def _unknown(manifest: Mapping[str, Any], tensors: Mapping[str, Piece]) -> dict[str, bool]:
     """Of each tensor there, of a kind that is wanted, whether this rank has no part of it."""
-    kinds = {name.split(".")[0] for name in tensors}
-    return {name: name not in tensors for name in manifest["tensors"] if name.split(".")[0] in kinds}
+    held = {tensor_name(key) for key in tensors}
+    kinds = {name.split(".")[0] for name in held}
+    return {name: name not in held for name in manifest["tensors"] if name.split(".")[0] in kinds}
 
 
 def _agreed(mesh: Mesh, steps: list[int]) -> list[int]:

@@ -76,8 +76,14 @@ class Engine(Scorer, Protocol):
     def tensors(self) -> dict[str, Piece]:
         """All state, by name: model.*, moment1.*, moment2.*, and the optimizer's own count."""
 
+    def adopt(self) -> None:
+        """Whoever has written into tensors() says so before the next step. Collective."""
+
     def gradient_pieces(self) -> dict[str, Piece]:
         """This rank's gradients by parameter name; valid until apply()."""
+
+    def weight_pieces(self) -> dict[str, Piece]:
+        """This rank's weights by parameter name, in the same boxes as gradient_pieces()."""
 
     def attention_logits(self, micro_batch: MicroBatch) -> dict[int, Tensor]:
         """The largest attention logit of each layer that is here, on this rank's rows and heads; fp32."""
@@ -153,6 +159,13 @@ class TorchEngine(Parts):
             found |= {f"{kind}.{name}": like(self._pieces[name], tensor) for name, tensor in tensors.items()}
         found["optimizer.count"] = piece_of(self.optimizer.count())
         return found
+
+    def adopt(self) -> None:
+        """See Engine: these tensors are what the model computes with."""
+
+    def weight_pieces(self) -> dict[str, Piece]:
+        """See Engine."""
+        return self._pieces
 
     def _sum_up(self, sums: Sequence[Tensor]) -> Sums:
         """Of each micro-batch that ended here [2], loss and z-loss; added up over the ranks, each of them once."""

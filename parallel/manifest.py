@@ -5,6 +5,7 @@
      "chunk_bytes": 4194304,
      "files": {"rank-00000.safetensors": {"bytes": ..., "sha256": [one a chunk of the file]}, ...},
      "tensors": {name: {"shape": [...], "dtype": "float32", "pieces": [{"file": ..., "offset": [...], "size": [...]}]}},
+                                                    and where a file has several pieces of a tensor, "key": "NAME#1"
      "sha256": of all the rest}
 
 Format 1 had neither number, time, permanent nor chunk_bytes, and less in its state; it is read as if it had.
@@ -126,6 +127,8 @@ def _check(file: Path, manifest: Mapping[str, Any]) -> None:
             inside = zip(piece["offset"], piece["size"], entry["shape"], strict=False)
             if not len(piece["offset"]) == len(piece["size"]) == len(entry["shape"]):
                 bad(f"{name}: a piece of another number of dimensions")
+            if not isinstance(piece.get("key", ""), str):
+                bad(f"{name}: a piece whose key is no name")
             if not _known(piece.get("file"), files) or any(offset + size > end for offset, size, end in inside):
                 bad(f"{name}: a piece outside the tensor, or in no file")
 

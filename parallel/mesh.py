@@ -111,7 +111,8 @@ def start_mesh(layout: Layout, *, timeout_seconds: float = 600.0) -> Iterator[Me
     ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     layout = layout.resolve(ranks)
     device = local_device()
-    if ranks == 1 and device.type == "cpu" and layout.precision != "bf16":  # bf16 compute is FSDP2's mixed precision
+    # bf16 compute is FSDP2's mixed precision, and DeepSpeed always asks for a group.
+    if ranks == 1 and device.type == "cpu" and layout.precision != "bf16" and layout.engine == "fsdp":
         yield Mesh(layout, device, 0, None)
         return
     patience = timedelta(seconds=timeout_seconds)
@@ -124,7 +125,7 @@ def start_mesh(layout: Layout, *, timeout_seconds: float = 600.0) -> Iterator[Me
         timeout=patience,
         rank=rank,
         world_size=ranks,
-        store=dist.PrefixStore("mesh", store),
+        store=_under("mesh", store),
     )
     try:
         mesh = replace(lay_mesh(layout, device, rank), topology=topology)
@@ -179,9 +180,15 @@ def local_device() -> torch.device:
 def _meet(ranks: int, rank: int, patience: timedelta) -> Any:
     """The store that all ranks share, as the environment describes it."""
     file = os.environ.get("MINKA_STORE")
-    store, _, _ = next(iter(dist.rendezvous(f"file://{file}" if file else "env://", rank, ranks, timeout=patience)))
+    url = f"file://{file}" if file else "env://"
+    store, _, _ = next(iter(dist.rendezvous(url, rank, ranks, timeout=patience)))  # type: ignore[attr-defined]
     store.set_timeout(patience)
     return store
+
+
+def _under(name: str, store: Any) -> Any:
+    """The same store with names of its own. (Public, as the others; torch's type stubs do not export them.)"""
+    return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
 
 
 def _lone_store() -> Any:

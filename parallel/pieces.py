@@ -64,6 +64,16 @@ def like(piece: Piece, local: Tensor) -> Piece:
     return piece._replace(local=local)
 
 
+def numbered(name: str, number: int) -> str:
+    """The key of box `number` of a tensor of which a rank holds several: NAME, NAME#1, NAME#2."""
+    return f"{name}#{number}" if number else name
+
+
+def tensor_name(key: str) -> str:
+    """The tensor that a key of pieces is a box of."""
+    return key.partition("#")[0]
+
+
 def to_write(pieces: Mapping[str, Piece]) -> dict[str, Piece]:
     """What this rank writes of its pieces: of each box one copy is written, and the copies share the work.
 

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from minka.parallel.disk import Disk
 from minka.parallel.manifest import DTYPES, Damage
-from minka.parallel.pieces import Piece
+from minka.parallel.pieces import Piece, tensor_name
 from minka.parallel.shards import ShardReader
 
 BLOCK_BYTES = 32 * 2**20  # read at once: what a restore needs of memory beside the boxes it fills
@@ -22,7 +22,8 @@ BLOCK_BYTES = 32 * 2**20  # read at once: what a restore needs of memory beside 
 class Part(NamedTuple):
     """A box of a stored piece that goes into a box of a local tensor."""
 
-    name: str
+    key: str  # of the stored piece in its file
+    dtype: str
     target: Tensor
     from_: tuple[int, ...]  # where it begins in the stored piece
     size: tuple[int, ...]
@@ -40,14 +41,15 @@ def fill(
         for file, parts in _plan(path, manifest, tensors).items():
             reader = ShardReader(disk, path / file, manifest["files"][file], manifest["chunk_bytes"], alive)
             for part in parts:
-                _check_span(reader, part, manifest["tensors"][part.name]["dtype"])
-            for part in sorted(parts, key=lambda p: reader.spans[p.name].first):
+                _check_span(reader, part)
+            for part in sorted(parts, key=lambda p: reader.spans[p.key].first):
                 _read(reader, part)
 
 
 def _plan(path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Piece]) -> dict[str, list[Part]]:
     files: dict[str, list[Part]] = defaultdict(list)
-    for name, piece in tensors.items():
+    for key, piece in tensors.items():
+        name = tensor_name(key)
         entry, filled = manifest["tensors"][name], 0
         stored = [(torch.Size(p["offset"]), torch.Size(p["size"])) for p in entry["pieces"]]
         # A scalar is one row of one: the planner wants dimensions.
@@ -61,7 +63,9 @@ def _plan(path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Piece])
             target = local
             for dim, (at, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
                 target = target.narrow(dim, at, length)
-            part = Part(name, target, tuple(item.storage_offsets), tuple(item.lengths), tuple(there[source].sizes))
+            stored_key = entry["pieces"][source].get("key", name)
+            begin, size, stored_size = tuple(item.storage_offsets), tuple(item.lengths), tuple(there[source].sizes)
+            part = Part(stored_key, entry["dtype"], target, begin, size, stored_size)
             files[entry["pieces"][source]["file"]].append(part)
             filled += target.numel()
         if filled != piece.local.numel():
@@ -69,19 +73,19 @@ def _plan(path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Piece])
     return files
 
 
-def _check_span(reader: ShardReader, part: Part, dtype: str) -> None:
-    span = reader.spans.get(part.name)
-    if span is None or (span.shape or (1,)) != part.stored or span.dtype != dtype:
-        raise Damage(f"{reader.file}: {part.name} is not there as the manifest has it")
+def _check_span(reader: ShardReader, part: Part) -> None:
+    span = reader.spans.get(part.key)
+    if span is None or (span.shape or (1,)) != part.stored or span.dtype != part.dtype:
+        raise Damage(f"{reader.file}: {part.key} is not there as the manifest has it")
 
 
 def _read(reader: ShardReader, part: Part) -> None:
     """By blocks of rows; a row that is only partly wanted is read whole."""
-    row_bytes = math.prod(part.stored[1:]) * DTYPES[reader.spans[part.name].dtype]
+    row_bytes = math.prod(part.stored[1:]) * DTYPES[reader.spans[part.key].dtype]
     rows = max(1, BLOCK_BYTES // max(row_bytes, 1))
     for done in range(0, part.size[0], rows):
         count = min(rows, part.size[0] - done)
-        block = reader.rows(part.name, part.from_[0] + done, part.from_[0] + done + count)
+        block = reader.rows(part.key, part.from_[0] + done, part.from_[0] + done + count)
         for dim in range(1, len(part.stored)):
             block = block.narrow(dim, part.from_[dim], part.size[dim])
         part.target.narrow(0, done, count).copy_(block)

@@ -12,7 +12,7 @@ from minka.parallel.disk import Disk
 from minka.parallel.heard import heard
 from minka.parallel.manifest import SHARD, seal
 from minka.parallel.mesh import Mesh
-from minka.parallel.pieces import Piece
+from minka.parallel.pieces import Piece, tensor_name
 from minka.parallel.shards import Hashes
 from minka.parallel.shelf import Catalogue
 from minka.plan.retention import Kept
@@ -135,9 +135,11 @@ def _parts(disk: Disk, written: Path, attempt: int, ranks: int) -> list[dict[str
 def _merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     for part in parts:
-        for name, piece in part["pieces"].items():
+        for key, piece in part["pieces"].items():
+            name = tensor_name(key)
             entry = tensors.setdefault(name, {"shape": piece["shape"], "dtype": piece["dtype"], "pieces": []})
-            entry["pieces"].append({"file": part["file"], "offset": piece["offset"], "size": piece["size"]})
+            named = {} if key == name else {"key": key}
+            entry["pieces"].append({"file": part["file"], "offset": piece["offset"], "size": piece["size"], **named})
     return {"files": {part["file"]: part["entry"] for part in parts}, "tensors": tensors}
 
 

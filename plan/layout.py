@@ -1,4 +1,7 @@
-"""Layout: how one run is cut over ranks, and the rules of what is legal (the only place that knows them)."""
+"""Layout: how one run is cut over ranks, and the rules of what is legal (the only place that knows them).
+
+Longer than most files because of that: the rules stand side by side, each with its reason and what would work.
+"""
 
 from collections.abc import Callable, Iterable
 from math import gcd
@@ -33,7 +36,9 @@ class Layout(BaseModel, frozen=True, extra="forbid", strict=True):
     precision: Literal["auto", "fp32", "bf16", "fp64"] = Field(
         "auto", description="compute dtype; weights stay fp32. fp64: weights too, to tell a fault from rounding"
     )
-    engine: Literal["fsdp"] = "fsdp"
+    engine: Literal["fsdp", "deepspeed"] = Field("fsdp", description="what cuts weights along shard, and steps")
+    zero_stage: Literal[1, 2, 3] = Field(3, description="deepspeed: cut moments (1), gradients (2), weights (3)")
+    offload: Literal["none", "optimizer", "all"] = Field("none", description="deepspeed: kept in the host's memory")
 
     @property
     def world(self) -> int:
@@ -269,6 +274,74 @@ def micro_batches_refused(layout: Layout, count: int) -> str:
     return ""
 
 
+def _deepspeed_cuts_data(asked: Asked) -> Refusal | None:
+    layout = asked.layout
+    axis = next((axis for axis in AXES if axis != "shard" and getattr(layout, axis) > 1), "")
+    if layout.engine != "deepspeed" or not axis:
+        return None
+    return Refusal(
+        axis,
+        f"{axis}={getattr(layout, axis)} cannot be run by DeepSpeed",
+        "ZeRO cuts over all ranks: it has no copies beside it, and does not take weights that are cut already",
+        f'set layout.{axis}=1 and raise layout.shard, or set layout.engine="fsdp"',
+    )
+
+
+def _offload_is_deepspeeds(asked: Asked) -> Refusal | None:
+    if asked.layout.engine == "deepspeed" or asked.layout.offload == "none":
+        return None
+    return Refusal(
+        "offload",
+        f"offload={asked.layout.offload!r} is DeepSpeed's",
+        "the fsdp engine keeps everything on the device",
+        'set layout.offload="none", or layout.engine="deepspeed"',
+    )
+
+
+def _offloaded_weights_are_cut(asked: Asked) -> Refusal | None:
+    if asked.layout.offload != "all" or asked.layout.zero_stage == 3:
+        return None
+    return Refusal(
+        "offload",
+        f'offload="all" needs ZeRO stage 3, and zero_stage is {asked.layout.zero_stage}',
+        "stages 1 and 2 keep the weights whole on the device",
+        'set layout.zero_stage=3, or layout.offload="optimizer"',
+    )
+
+
+def _deepspeed_precision(asked: Asked) -> Refusal | None:
+    if asked.layout.engine != "deepspeed" or asked.layout.precision != "fp64":
+        return None
+    return Refusal(
+        "precision",
+        'precision="fp64" cannot be run by DeepSpeed',
+        "its partitions of weights and moments are fp32",
+        'set layout.precision="fp32", or layout.engine="fsdp"',
+    )
+
+
+def _deepspeed_reshards_by_stage(asked: Asked) -> Refusal | None:
+    if asked.layout.engine != "deepspeed" or asked.layout.reshard == "auto":
+        return None
+    return Refusal(
+        "reshard",
+        f"reshard={asked.layout.reshard!r} is not DeepSpeed's",
+        "whether gathered weights are freed follows from the stage: 3 frees them, 1 and 2 keep them whole",
+        'set layout.reshard="auto" and layout.zero_stage, or layout.engine="fsdp"',
+    )
+
+
+def _deepspeed_gathers_in_hooks(asked: Asked) -> Refusal | None:
+    if asked.layout.engine != "deepspeed" or asked.layout.zero_stage < 3 or not asked.kernels.compile:
+        return None
+    return Refusal(
+        "zero_stage",
+        "zero_stage=3 cannot be run with kernels.compile=true",
+        "DeepSpeed gathers and frees weights in hooks within a block, which a full graph cannot hold",
+        'set kernels.compile=false, layout.zero_stage=2, or layout.engine="fsdp"',
+    )
+
+
 RULES: tuple[Callable[[Asked], Refusal | None], ...] = (
     _tensor_divides,
     _context_divides,
@@ -280,6 +353,12 @@ RULES: tuple[Callable[[Asked], Refusal | None], ...] = (
     _split_backward_keeps_weights,
     _split_backward_is_eager,
     _enough_micro_batches,
+    _deepspeed_cuts_data,
+    _offload_is_deepspeeds,
+    _offloaded_weights_are_cut,
+    _deepspeed_precision,
+    _deepspeed_reshards_by_stage,
+    _deepspeed_gathers_in_hooks,
 )
 
 

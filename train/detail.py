@@ -1,6 +1,7 @@
 """Every tracking.detail_every steps: gradient norm and update-to-weight ratio by layer, largest attention logit."""
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -9,13 +10,18 @@ from minka.parallel.engine import Engine, MicroBatch
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece
 from minka.plan.sections import ModelSection
-from minka.train.optim import AdamW
+
+
+class Updates(Protocol):
+    """Who knows what the last step took from each weight."""
+
+    def update_squares(self, learning_rate: float) -> dict[str, Tensor]: ...
 
 
 class Detail:
     """One detailed step. `before_apply` while the gradients are there, then `after_apply`. Collective."""
 
-    def __init__(self, engine: Engine, optimizer: AdamW, mesh: Mesh, model: ModelSection) -> None:
+    def __init__(self, engine: Engine, optimizer: Updates, mesh: Mesh, model: ModelSection) -> None:
         self.engine, self.optimizer, self.mesh, self.model = engine, optimizer, mesh, model
         self._gradients: dict[str, float] = {}
         self._logits: list[float] = []
@@ -37,9 +43,7 @@ class Detail:
 
     def after_apply(self, learning_rate: float) -> dict[str, object]:
         """The ledger's `detail` fields, by layer."""
-        tensors = self.engine.tensors()
-        updated = self.optimizer.update_squares(learning_rate)
-        pieces = {name: tensors[f"model.{name}"] for name in updated}
+        updated, pieces = self.optimizer.update_squares(learning_rate), self.engine.weight_pieces()
         weights, updates = self._over_ranks(_squares(pieces), pieces), self._over_ranks(updated, pieces)
         return {
             "grad_norm": self.gradient_norms(),

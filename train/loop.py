@@ -8,10 +8,9 @@ from minka.parallel.mesh import Mesh
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
 from minka.train.cadence import checkpoint_due, detail_due, eval_due
-from minka.train.detail import Detail
+from minka.train.detail import Detail, Updates
 from minka.train.guard import accepts, refuse_tokens
 from minka.train.metrics import Metrics, Stopwatch
-from minka.train.optim import AdamW
 from minka.train.profile import Profile
 from minka.train.record import Record
 from minka.train.schedule import learning_rate
@@ -26,7 +25,7 @@ class Session:
     config: RunConfig
     mesh: Mesh
     engine: Engine
-    optimizer: AdamW
+    optimizer: Updates
     loader: Loader
     record: Record
     outside: Outside

@@ -10,6 +10,12 @@ from minka.plan.sections import OptimizerSection
 EMBEDDINGS = ("embedding.weight", "head.weight")
 
 
+def decay_of(name: str, dims: int, settings: OptimizerSection) -> float:
+    """Weight decay of a parameter with so many dimensions."""
+    decays = dims > 1 and (settings.decay_embeddings or name not in EMBEDDINGS)
+    return settings.weight_decay if decays else 0.0
+
+
 class AdamW:
     """Moments beside this rank's pieces of the parameters; no DTensor arithmetic (slow and leaky in foreach form).
 
@@ -23,8 +29,7 @@ class AdamW:
         self._decay: dict[str, float] = {}
         for name, tensor, dims in parameters:
             self._weights[name] = tensor
-            decays = dims > 1 and (settings.decay_embeddings or name not in EMBEDDINGS)
-            self._decay[name] = settings.weight_decay if decays else 0.0
+            self._decay[name] = decay_of(name, dims, settings)
         self._moment1 = {name: torch.zeros_like(tensor) for name, tensor in self._weights.items()}
         self._moment2 = {name: torch.zeros_like(tensor) for name, tensor in self._weights.items()}
         device = next(iter(self._weights.values())).device

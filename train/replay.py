@@ -108,7 +108,7 @@ def replay(folder: RunFolder, step: int) -> dict[str, Any]:
         "replayed": here,
         "verdict": worst,
         "status": int(ExitStatus.FAILED if worst == "differs" else ExitStatus.DONE),
-        "bounds": BOUNDS[dtype],
+        "bounds": BOUNDS.get(dtype, BOUNDS["float32"]),
         "first_difference": next((at for at, one in found_out.items() if one == "differs"), None),
         "steps": [{"step": at, **compared} for at, compared in steps.items()],
         "samples": _samples(config, job.store, batch),
@@ -119,8 +119,11 @@ def settings(folder: RunFolder, line: Line) -> RunConfig:
     """The configuration in force at a step, on one rank, computing in the dtype that was recorded."""
     known = line.start.get("config")
     config = validate(known, f"{folder.ledger_file}, a start event's config") if known else folder.config()
-    precision = {"float32": "fp32", "bfloat16": "bf16"}.get(str(line.start.get("compute_dtype")), "auto")
-    layout = config.layout.model_copy(update={**dict.fromkeys(AXES, 1), "precision": precision})
+    dtypes = {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}
+    precision = dtypes.get(str(line.start.get("compute_dtype")), "auto")
+    layout = config.layout.model_copy(
+        update={**dict.fromkeys(AXES, 1), "precision": precision, "engine": "fsdp", "offload": "none"}
+    )
     return config.model_copy(update={"layout": layout})
 
 
@@ -212,7 +215,9 @@ def _run(job: Replay, mesh: Mesh) -> tuple[dict[int, dict[str, dict[str, float]]
 def _begin(job: Replay, config: RunConfig, engine: Engine, mesh: Mesh) -> tuple[State, str]:
     if job.origin is not None:
         with leased(job.folder.path, job.origin):
-            return State.from_json(restore_from(job.origin, engine.tensors(), mesh)), str(job.origin)
+            saved = restore_from(job.origin, engine.tensors(), mesh)
+            engine.adopt()
+            return State.from_json(saved), str(job.origin)
     parent = pinned_parent(job.folder)
     if parent is None:
         return State(), "its initial weights"
@@ -236,6 +241,7 @@ def _moved(engine: Engine, config: RunConfig, mesh: Mesh) -> Engine:
     with torch.no_grad():
         for name, piece in other.tensors().items():
             piece.local.copy_(old[name].local)
+    other.adopt()
     return other
 
 

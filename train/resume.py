@@ -15,7 +15,7 @@ from minka.parallel.commit import step_name
 from minka.parallel.engine import Engine
 from minka.parallel.lease import leased
 from minka.parallel.mesh import Mesh
-from minka.parallel.pieces import Piece
+from minka.parallel.pieces import Piece, tensor_name
 from minka.plan.changes import changes, decides_rate
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
@@ -44,6 +44,7 @@ def begin(engine: Engine, record: Record, mesh: Mesh) -> State:
     )
     if saved is None:
         return _first(engine, record, mesh)
+    engine.adopt()
     torch.set_rng_state(random["rng.torch"].local)
     state = State.from_json(saved)
     record.resumed(state)
@@ -144,11 +145,13 @@ def load_parent(
         tensors = {name: piece for name, piece in tensors.items() if name.startswith("model.")}
     if parent.checkpoint is None:
         _load_hub_folder(parent, tensors, mesh)
+        engine.adopt()
         return
     with ExitStack() as stack:
         lease = leased(parent.folder, parent.checkpoint)
         on_first(lambda: stack.enter_context(lease), mesh)  # and nobody reads before it is there
         restore_from(parent.checkpoint, tensors, mesh, alive=alive)
+        engine.adopt()
         mesh.barrier()
 
 
@@ -174,12 +177,15 @@ def agree(problem: UserError | None, mesh: Mesh) -> None:
 
 def _load_hub_folder(parent: Parent, tensors: Mapping[str, Piece], mesh: Mesh) -> None:
     problem: UserError | None = None
+    mine: dict[str, list[Piece]] = {}
+    for key, piece in tensors.items():
+        mine.setdefault(tensor_name(key), []).append(piece)
     try:
         with torch.no_grad():
             for name, whole in read_tensors(parent.folder, parent.model):
-                piece = tensors[f"model.{name}"]
-                box = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.local.shape, strict=True))
-                piece.local.copy_(whole[box])
+                for piece in mine[f"model.{name}"]:
+                    box = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.local.shape, strict=True))
+                    piece.local.copy_(whole[box])
     except UserError as error:
         problem = error
     agree(problem, mesh)

@@ -23,6 +23,7 @@ from minka.parallel.pieces import parameter_piece
 from minka.parallel.pipeline import PipelineEngine
 from minka.parallel.precision import compute_dtype
 from minka.parallel.sharded import ShardedEngine
+from minka.parallel.zero import build_zero_engine
 from minka.plan.changes import Changes, told
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
@@ -35,9 +36,10 @@ from minka.plan.topology import describe
 from minka.plan.topology import told as told_places
 from minka.plan.writing import write_json
 from minka.train.console import Console
+from minka.train.detail import Updates
 from minka.train.ending import explained, write_ending
 from minka.train.loop import Session, train
-from minka.train.optim import AdamW
+from minka.train.optim import AdamW, decay_of
 from minka.train.origin import open_run, pinned_parent
 from minka.train.profile import Profile
 from minka.train.provenance import processor
@@ -132,8 +134,11 @@ def session(job: WorkerJob, mesh: Mesh) -> Iterator[tuple[Session, State]]:
         yield Session(config, mesh, engine, optimizer, loader, record, outside, profile), state
 
 
-def build_engine(config: RunConfig, mesh: Mesh) -> tuple[Engine, AdamW]:
-    """The model cut for this rank, its optimizer, and the engine over both."""
+def build_engine(config: RunConfig, mesh: Mesh) -> tuple[Engine, Updates]:
+    """The model cut for this rank, and the engine over it; who knows of its updates beside it."""
+    if mesh.layout.engine == "deepspeed":
+        zero = build_zero_engine(config, mesh, lambda name, dims: decay_of(name, dims, config.optimizer))
+        return zero, zero
     parts = build_parts(config, mesh)
     pieces = {name: parameter_piece(parameter) for name, parameter in named_parameters(parts).items()}
     optimizer = AdamW([(n, p.local, len(p.global_shape)) for n, p in pieces.items()], config.optimizer)

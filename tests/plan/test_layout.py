@@ -158,6 +158,39 @@ REFUSED = {
         "a multiple",
         {"data": {"batch_tokens": 6 * 64}},
     ),
+    "deepspeed with copies": Refused(
+        {"layout": {"engine": "deepspeed", "replicate": 2}}, "replicate", "no copies", {"layout": {"replicate": 1}}
+    ),
+    "deepspeed with a pipeline": Refused(
+        {"layout": {"engine": "deepspeed", "pipeline": 2}}, "pipeline", "ZeRO", {"layout": {"engine": "fsdp"}}
+    ),
+    "deepspeed with context": Refused(
+        {"layout": {"engine": "deepspeed", "context": 2}}, "context", "ZeRO", {"layout": {"context": 1}}
+    ),
+    "deepspeed with tensor": Refused(
+        {"layout": {"engine": "deepspeed", "tensor": 2}}, "tensor", "cut already", {"layout": {"tensor": 1}}
+    ),
+    "offload without deepspeed": Refused(
+        {"layout": {"offload": "optimizer"}}, "offload", "on the device", {"layout": {"engine": "deepspeed"}}
+    ),
+    "weights offloaded that are not cut": Refused(
+        {"layout": {"engine": "deepspeed", "zero_stage": 2, "offload": "all"}},
+        "offload",
+        "whole on the device",
+        {"layout": {"zero_stage": 3}},
+    ),
+    "deepspeed in fp64": Refused(
+        {"layout": {"engine": "deepspeed", "precision": "fp64"}}, "precision", "fp32", {"layout": {"precision": "fp32"}}
+    ),
+    "deepspeed with resharding": Refused(
+        {"layout": {"engine": "deepspeed", "reshard": "never"}}, "reshard", "the stage", {"layout": {"reshard": "auto"}}
+    ),
+    "compiled blocks under ZeRO stage 3": Refused(
+        {"layout": {"engine": "deepspeed"}, "kernels": {"compile": True}},
+        "zero_stage",
+        "hooks",
+        {"layout": {"zero_stage": 2}},
+    ),
     "few micro-batches in a warm-up": Refused(
         {"layout": {"pipeline": 4}, "data": {"batch_warmup": [{"until_tokens": 640, "batch_tokens": 128}]}},
         "schedule",
