@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from minka.parallel.mesh import start_mesh
-from minka.parallel.pieces import Piece, piece_of
+from minka.parallel.pieces import Piece, piece_of, tensor_name
 from minka.plan.config import RunConfig
 from minka.plan.load import validate
 from minka.train.guard import accepts
@@ -122,7 +122,8 @@ def put_together(ranks: list[dict[str, Any]]) -> dict[str, NDArray[np.float64]]:
     """Whole tensors; copies must be equal bit for bit."""
     whole: dict[str, NDArray[np.float64]] = {}
     for pieces in ranks:
-        for name, (local, offset, shape) in pieces.items():
+        for key, (local, offset, shape) in pieces.items():
+            name = tensor_name(key)  # a rank may have several boxes of a tensor
             into = whole.setdefault(name, np.full(shape, np.nan))
             box = tuple(slice(o, o + n) for o, n in zip(offset, local.shape, strict=True))
             there = into[box]
@@ -145,7 +146,7 @@ def differences(one: Run, other: Run) -> dict[str, float]:
     for name, tensor in one.tensors.items():
         kind = name.split(".")[0]
         if kind in BOUNDS:
-            reference = other.tensors[name]
+            reference = other.tensors[name].reshape(tensor.shape)  # DeepSpeed's gradients are flat
             error = float(np.linalg.norm(tensor - reference)) / max(float(np.linalg.norm(reference)), 1e-30)
             worst[kind] = max(worst.get(kind, 0.0), error)
     return worst
