@@ -40,6 +40,11 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
 STAGES = [1, 2, 3]
 
 
+def few(case: Any, *core: Any) -> Any:
+    """A case that is slow, unless it is one of `core`."""
+    return pytest.param(case, marks=[] if case in core else pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One corpus for all."""
@@ -53,7 +58,7 @@ def alone(folder: Path) -> list[dict[str, Any]]:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [few(variant, "stage 2", "stage 3") for variant in VARIANTS])
 def test_zero_gives_the_single_device_run(variant: str, folder: Path, alone: list[dict[str, Any]]) -> None:
     ranks, layout = VARIANTS[variant]
     config = configured(folder, engine="deepspeed", **layout)
@@ -66,7 +71,7 @@ def test_zero_gives_the_single_device_run(variant: str, folder: Path, alone: lis
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [few(stage, 3) for stage in STAGES])
 def test_tied_recomputed_models_with_biases_do_too(stage: int, folder: Path) -> None:
     model = {"tied": True, "qk_norm": True, "qkv_bias": True}
     one = on_ranks(trained, 1, configured(folder, model))
@@ -77,7 +82,7 @@ def test_tied_recomputed_models_with_biases_do_too(stage: int, folder: Path) -> 
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [few(stage, 3) for stage in STAGES])
 def test_bf16_compute_follows_fp32(stage: int, folder: Path, alone: list[dict[str, Any]]) -> None:
     config = configured(folder, engine="deepspeed", zero_stage=stage, precision="bf16")
     found = on_ranks(trained, 2, config)
@@ -92,7 +97,7 @@ def test_bf16_compute_follows_fp32(stage: int, folder: Path, alone: list[dict[st
 
 @needs_deepspeed
 @pytest.mark.parametrize("offload", ["none", "optimizer"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [few(stage, 3) for stage in STAGES])
 def test_a_refused_step_changes_no_bit(stage: int, offload: str, folder: Path) -> None:
     config = configured(folder, engine="deepspeed", zero_stage=stage, offload=offload)
     for before, finite, poisoned, straight, after in on_ranks(refusing, 2, config):
@@ -103,7 +108,10 @@ def test_a_refused_step_changes_no_bit(stage: int, offload: str, folder: Path) -
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("variant", ["stage 1", "stage 2", "stage 3", "stage 3, three ranks", "stage 3, all offloaded"])
+@pytest.mark.parametrize(
+    "variant",
+    [few(v, "stage 3") for v in ("stage 1", "stage 2", "stage 3", "stage 3, three ranks", "stage 3, all offloaded")],
+)
 def test_checkpoints_go_to_fsdp_and_back_bit_for_bit(variant: str, tmp_path: Path) -> None:
     ranks, layout = VARIANTS[variant]
     fsdp, deepspeed = configured(tmp_path), configured(tmp_path, engine="deepspeed", **layout)
@@ -116,7 +124,7 @@ def test_checkpoints_go_to_fsdp_and_back_bit_for_bit(variant: str, tmp_path: Pat
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [few(stage, 3) for stage in STAGES])
 def test_asking_the_model_between_the_halves_of_a_step_changes_nothing(stage: int, folder: Path) -> None:
     expected = on_ranks(asked, 1, configured(folder))[0]
     for found in on_ranks(with_nothing_kept, 2, asked, configured(folder, engine="deepspeed", zero_stage=stage)):
@@ -128,7 +136,7 @@ def test_asking_the_model_between_the_halves_of_a_step_changes_nothing(stage: in
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [few(stage) for stage in (2, 3)])
 def test_a_run_of_the_real_worker_goes_on_where_it_stopped(stage: int, tmp_path: Path) -> None:
     tracking = {"log_every": 5, "detail_every": 5}
     layout = {"micro_batch": 2, "shard": 2, "engine": "deepspeed", "zero_stage": stage}
@@ -153,7 +161,7 @@ def test_a_run_of_the_real_worker_goes_on_where_it_stopped(stage: int, tmp_path:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [few(stage, 3) for stage in STAGES])
 def test_nothing_is_written_or_compiled(
     stage: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
