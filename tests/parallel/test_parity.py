@@ -109,6 +109,17 @@ def alone(precision: str, **shape: Any) -> Run:
     return run_on(config_of({"precision": precision}, shape))
 
 
+@pytest.mark.slow
+def test_compiled_blocks_of_cut_tensors_are_the_single_device_run() -> None:
+    """A plain tensor must enter the first block: of one that is still on its way the gradient was lost."""
+    shape = VARIANTS["QK-norm"]
+    one = run_on(config_of({}, shape), steps=2)
+    compiled = config_of({"shard": 2, "tensor": 2}, shape, kernels={"compile": True})
+    for kind, error in differences(run_on(compiled, steps=2, seconds=280), one).items():
+        print(f"compiled: {kind} {error:.1e}")
+        assert error <= BOUNDS[kind], kind
+
+
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_the_comparison_sees_a_planted_fault(mutant: str) -> None:
     fault, layout, model = MUTANTS[mutant]
