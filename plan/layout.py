@@ -1,6 +1,6 @@
 """Layout: how one run is cut over ranks, and the rules of what is legal (the only place that knows them).
 
-Longer than most files because of that: the rules stand side by side, each with its reason and what would work.
+It is longer than most files because of that: the rules stand side by side, each with its reason and what would work.
 """
 
 from collections.abc import Callable, Iterable

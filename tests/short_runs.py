@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minka.data.batch import IGNORED, Batch
+from minka.parallel.checkpoint import checkpoints, whole_tensors
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.parallel.pieces import Piece, tensor_name
 from minka.plan.config import RunConfig
@@ -110,3 +111,12 @@ def differences(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> 
             else:
                 assert np.array_equal(mine, reference)
     return errors
+
+
+def read(folder: Path) -> dict[str, NDArray[Any]]:
+    """All tensors of the newest checkpoint."""
+    return {name: tensor.numpy() for name, tensor in whole_tensors(checkpoints(folder)[-1], "")}
+
+
+def same(one: dict[str, NDArray[Any]], other: dict[str, NDArray[Any]]) -> bool:
+    return one.keys() == other.keys() and all(np.array_equal(tensor, other[name]) for name, tensor in one.items())

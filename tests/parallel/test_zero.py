@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from minka.parallel import zero, zero_slices
-from minka.parallel.checkpoint import checkpoints, restore_from, whole_tensors
+from minka.parallel.checkpoint import checkpoints, restore_from
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
@@ -21,7 +21,7 @@ from minka.plan.run import RunFolder
 from minka.train.worker import build_engine
 from ranks import on_ranks
 from saved import save
-from short_runs import BOUNDS, configured, differences, micro_batches, take, together, trained
+from short_runs import BOUNDS, configured, differences, micro_batches, read, same, take, together, trained
 from tiny import tiny, train_rank
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the deepspeed extra")
@@ -295,12 +295,3 @@ def with_empty_home(config: RunConfig, home: str) -> list[str]:
         os.environ[name] = home
     trained(config)
     return [str(path) for path in Path(home).rglob("*")]
-
-
-def read(folder: Path) -> dict[str, NDArray[Any]]:
-    """All tensors of the newest checkpoint."""
-    return {name: tensor.numpy() for name, tensor in whole_tensors(checkpoints(folder)[-1], "")}
-
-
-def same(one: dict[str, NDArray[Any]], other: dict[str, NDArray[Any]]) -> bool:
-    return one.keys() == other.keys() and all(np.array_equal(tensor, other[name]) for name, tensor in one.items())
