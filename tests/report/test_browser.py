@@ -15,7 +15,7 @@ from minka.plan.ledger import read_ledger
 from minka.plan.run import RunFolder
 from minka.report.write import Report
 
-BYTES, MILLISECONDS = 5_000_000, 3_000
+BYTES, MILLISECONDS, SLOWER = 5_000_000, 3_000, 1.6
 PLOTS = {"loss", "score", "grad_norm", "learning_rate", "batch_tokens", "tokens_per_second", "parts", "split"}
 EVIL = "<img src=x onerror=pwned=1><script>pwned=1</script></script><b>bold</b>%{x}"
 
@@ -238,10 +238,8 @@ def test_a_run_that_has_hardly_begun_has_a_page_without_complaint(
         assert seen.page.locator("h1").inner_text() == "a"
 
 
-def test_a_run_of_a_hundred_thousand_steps_opens_in_time_and_keeps_its_spikes(
-    tmp_path: Path, chromium: Browser
-) -> None:
-    count, spikes = 100_000, set(range(7_777, 100_000, 9_999))
+def long_run(tmp_path: Path, count: int, spikes: set[int]) -> Path:
+    """The report of a run of `count` steps."""
     dice = random.Random(1)
     lines: list[Event] = [start(mfu_peak_flops=1e15)]
     for line in steps(1, count):
@@ -258,7 +256,15 @@ def test_a_run_of_a_hundred_thousand_steps_opens_in_time_and_keeps_its_spikes(
         lines.append(line)
         if not n % 500:
             lines += [event("save", n, path=f"step-{n:08d}", bytes=n), score(n, 1 + dice.random(), web=2.0, code=1.0)]
-    file = report(tmp_path, run_of(tmp_path, "long", lines, run={"name": "long", "max_steps": count}))
+    tmp_path.mkdir()
+    return report(tmp_path, run_of(tmp_path, "long", lines, run={"name": "long", "max_steps": count}))
+
+
+def test_a_run_of_a_hundred_thousand_steps_opens_in_time_and_keeps_its_spikes(
+    tmp_path: Path, chromium: Browser
+) -> None:
+    count, spikes = 100_000, set(range(7_777, 100_000, 9_999))
+    file, short = long_run(tmp_path / "long", count, spikes), long_run(tmp_path / "short", 500, set())
     assert file.stat().st_size < BYTES
     took = []
     for _ in range(3):  # the first that is in time will do: the machine may be busy with something else
@@ -266,9 +272,12 @@ def test_a_run_of_a_hundred_thousand_steps_opens_in_time_and_keeps_its_spikes(
             took.append(seen.painted_ms())
             loss, told = trace(seen.plots()["loss"], "loss"), seen.page.locator("main").inner_text()
             assert seen.complaints == []
-        if took[-1] < MILLISECONDS:
+        with opened(chromium, short) as seen:
+            beside = seen.painted_ms()
+        if took[-1] < max(MILLISECONDS, SLOWER * beside):  # on a machine where even a short run's page takes longer
             break
-    assert took[-1] < MILLISECONDS, took
+    else:
+        pytest.fail(f"{took} ms, and {beside:.0f} ms for a short run's page")
     high = {round(x / BATCH): y for x, y in zip(loss["x"], loss["y"], strict=True) if y > 10}
     assert high == {n: pytest.approx(50.0 + n / count, rel=1e-5) for n in spikes}
     assert 1_000 < len(loss["x"]) <= 2_002
