@@ -51,11 +51,7 @@ def part_structure(
     queries_at, keys_at = places(length, ways, rank).to(device), gathered_places(length, ways).to(device)
     if documents_BT is None:
         documents_BT = torch.zeros(1, length, dtype=torch.int64, device=device)
-
-    def gather(k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor]:
-        both: Tensor = _GatherTokens.apply(torch.cat((k_BKTC, v_BKTC), dim=-1), group)
-        return both.split(k_BKTC.shape[-1], dim=-1)
-
+    gather = gather_over(group)
     if device.type == "cuda" and dtype in HALF and kernels.attention != "sdpa":
         starts, key_starts, take, longest = varlen_part(documents_BT.cpu(), ways, rank)
         part = Part(gather, queries_at, keys_at, take.to(device), key_starts.to(device), longest)
@@ -63,6 +59,16 @@ def part_structure(
     documents_BT = documents_BT.to(device)
     mask = additive(allowed_pairs(documents_BT, queries_at, keys_at), dtype)
     return Structure("mask", documents_BT, mask=mask, part=Part(gather, queries_at, keys_at))
+
+
+def gather_over(group: Any) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """From this rank's keys and values to those of the whole sequence: `Part.gather`."""
+
+    def gather(k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor]:
+        both: Tensor = _GatherTokens.apply(torch.cat((k_BKTC, v_BKTC), dim=-1), group)
+        return both.split(k_BKTC.shape[-1], dim=-1)
+
+    return gather
 
 
 def varlen_part(documents_BT: Tensor, ways: int, rank: int) -> tuple[Tensor, Tensor, Tensor, int]:

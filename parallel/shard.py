@@ -1,5 +1,7 @@
 """FSDP2 and HSDP: parameters, gradients and optimizer state cut over the ranks of the shard and context axes."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -28,7 +30,7 @@ def shard_model(model: nn.Module, blocks: list[nn.Module], mesh: Mesh, precision
         reduce_dtype=torch.float32 if precision == torch.bfloat16 else precision,
         cast_forward_inputs=False,  # the rotary angles come in as fp32 and must stay so
     )
-    reshard = _reshards(mesh, blocks, precision)
+    reshard = reshards(mesh, blocks, precision)
     for unit in units(blocks, precision):
         fully_shard(unit, mesh=axes, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=axes, mp_policy=policy, reshard_after_forward=False)
@@ -54,7 +56,8 @@ def units(blocks: list[nn.Module], precision: torch.dtype) -> list[list[nn.Modul
     return groups
 
 
-def _reshards(mesh: Mesh, blocks: list[nn.Module], precision: torch.dtype) -> bool:
+def reshards(mesh: Mesh, blocks: Iterable[nn.Module], precision: torch.dtype) -> bool:
+    """Whether gathered weights of blocks are freed after forward. What is not stays to the last backward of a step."""
     if mesh.layout.reshard == "auto" and mesh.layout.pipeline > 1:
         return False  # each micro-batch would gather them again, and a split backward needs the very ones of forward
     if mesh.layout.reshard == "auto":

@@ -11,6 +11,7 @@ from minka.parallel.apply import build_parts
 from minka.parallel.engine import MicroBatch, Parts, Sums, TorchEngine
 from minka.parallel.feed import Fed, Feeder
 from minka.parallel.mesh import Mesh
+from minka.parallel.shard import reshards
 from minka.plan.config import RunConfig
 
 
@@ -73,3 +74,5 @@ class ShardedEngine(TorchEngine, ShardedScorer):
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(last)
             self.model.set_is_last_backward(last)
+            freed = reshards(self.mesh, self.model.blocks.values(), self.feeder.dtype)
+            self.model.set_reshard_after_backward(last, recurse=not freed)

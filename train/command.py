@@ -22,6 +22,8 @@ minka train RUN run.name=NEW          a new run with its settings
 minka train RUN run.name=NEW run.start_from=RUN@500
                                       and from its weights at step 500
 minka train RUN --replay 120          run a step again and compare
+minka train RUN --dry-run --world 256 --rank 17
+                                      what that rank would hold and send
 
 \b
 Ctrl-C, SIGTERM, or a file called STOP in the run's folder: save and stop.
@@ -48,6 +50,13 @@ def main(argv: Sequence[str]) -> int:
         dry_run: Annotated[
             bool, typer.Option("--dry-run", help="check the run, print all its values, and exit")
         ] = False,
+        world: Annotated[
+            int | None,
+            typer.Option(min=1, help="with --dry-run: on so many ranks, what one holds and sends", show_default=False),
+        ] = None,
+        rank: Annotated[
+            str, typer.Option(help='with --world: which rank, or "stages": one of each place along the pipeline')
+        ] = "stages",
         profile: Annotated[str, typer.Option(help="FIRST:LAST steps to trace, for example 10:13")] = "",
         from_scratch: Annotated[
             bool, typer.Option("--from-scratch", help="begin again at step 0; checkpoints are moved aside")
@@ -66,6 +75,9 @@ def main(argv: Sequence[str]) -> int:
             others |= {"--profile": bool(profile), "overrides": bool(overrides)}
             return _replay(source, [name for name, given in others.items() if given], replay, as_json)
         loaded = load_run(source, overrides or [])
+        if world is not None:
+            others = {"--ranks": ranks is not None, "--from-scratch": from_scratch, "--profile": bool(profile)}
+            return _dry_run_of(loaded, world, rank, dry_run, [name for name, given in others.items() if given], as_json)
         if dry_run:
             return _print_run(loaded, ranks, profile, from_scratch, as_json)
         with explained(RunFolder.of(loaded.config)):
@@ -182,6 +194,18 @@ def _join(loaded: "Loaded", profile: str, from_scratch: bool, as_json: bool) -> 
         return work(job)
 
     return run_guarded(body, as_json)
+
+
+def _dry_run_of(loaded: "Loaded", world: int, rank: str, dry_run: bool, others: list[str], as_json: bool) -> int:
+    from minka.plan.errors import UserError
+
+    if not dry_run:
+        raise UserError("--world is for --dry-run", where="--world", remedy="add --dry-run; to train, --ranks")
+    if others:
+        raise UserError(f"{', '.join(others)} cannot be given", where="--world", remedy="leave that out")
+    from minka.train.dry_report import dry_run_command
+
+    return dry_run_command(loaded.config, world, rank, as_json=as_json)
 
 
 def _print_run(loaded: "Loaded", ranks: int | None, profile: str, from_scratch: bool, as_json: bool) -> int:

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +13,7 @@ import torch
 from minka.data.loader import Loader
 from minka.data.prepare import store_folder
 from minka.data.store import TokenStore
+from minka.model.transformer import Transformer
 from minka.parallel.apply import build_parts, named_parameters
 from minka.parallel.commit import step_name
 from minka.parallel.engine import Engine
@@ -139,10 +140,15 @@ def build_engine(config: RunConfig, mesh: Mesh) -> tuple[Engine, Updates]:
     if mesh.layout.engine == "deepspeed":
         zero = build_zero_engine(config, mesh, lambda name, dims: decay_of(name, dims, config.optimizer))
         return zero, zero
-    parts = build_parts(config, mesh)
+    return engine_over(build_parts(config, mesh), Feeder(config, mesh), config, mesh)
+
+
+def engine_over(
+    parts: Sequence[Transformer], feeder: Feeder, config: RunConfig, mesh: Mesh
+) -> tuple[PipelineEngine | ShardedEngine, AdamW]:
+    """The same of parts that are built already."""
     pieces = {name: parameter_piece(parameter) for name, parameter in named_parameters(parts).items()}
     optimizer = AdamW([(n, p.local, len(p.global_shape)) for n, p in pieces.items()], config.optimizer)
-    feeder = Feeder(config, mesh)
     kind: type[PipelineEngine | ShardedEngine] = PipelineEngine if mesh.layout.pipeline > 1 else ShardedEngine
     return kind(parts, mesh, feeder, optimizer), optimizer
 

@@ -1,0 +1,265 @@
+"""Every storage that is alive on this rank, by kind, from one operation to the next; real tensors or fake ones.
+
+A storage counts once, however many views it has, with the bytes it was asked for: no rounding, no caching, and nothing
+that a kernel allocates and frees inside one operation. What a storage is for is often known only after it was made (a
+product becomes a gradient, a sum is saved for backward), so births and deaths are written down and added up at the end.
+
+Where a storage could be of two kinds, the one that comes first in RANKED wins: keys and values that were gathered and
+are saved for backward are "gathered".
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup  # no public hook tells what it does
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from minka.kernels import linear_cross_entropy
+from minka.plan.memory import KINDS
+
+RANKED = ("weights", "optimizer", "gradients", "logits", "gathered", "activations", "workspace")
+FSDP_SCOPES = {"unshard": "gathered", "wait_for_unshard": "gathered", "post_backward": "gradients"}
+GATHERS = ("c10d::_allgather_base_", "c10d::allgather_", "_c10d_functional::all_gather_into_tensor")
+COPIES = ("aten::cat", "aten::clone", "aten::index")  # of something gathered: still gathered
+WAIT = "_c10d_functional::wait_tensor"
+THINKS = ("_propagate_tensor_meta_non_cached", "propagate_op_sharding_non_cached")
+ACCUMULATE = "torch::autograd::AccumulateGrad"
+PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
+
+
+class Peak(NamedTuple):
+    """Bytes. `by_kind` is at the moment when the total was largest, `largest` each kind's own maximum."""
+
+    total: int
+    by_kind: dict[str, int]
+    largest: dict[str, int]
+
+
+class MemoryTrace(TorchDispatchMode):
+    """While it is entered, sees every storage that an operation makes. Enter it inside a FakeTensorMode.
+
+    What was there before is told by `watch`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kind: list[int] = []  # of each storage ever seen: an index of RANKED
+        self._log: list[tuple[int, int]] = []  # (storage, bytes it has from now on)
+        self._alive: dict[int, tuple[int, weakref.ref[Any]]] = {}  # by address: (storage, what tells of its death)
+        self._scopes: list[Callable[[Tensor], str]] = []
+        self._thinking = 0  # deep in what DTensor works out once for each sort of operation, on fakes of global shapes
+        self._patches = ExitStack()
+
+    def watch(self, kind: str, tensors: Iterable[Tensor]) -> None:
+        """Say what these are for; they are counted from now on if they were not before."""
+        wanted = RANKED.index(kind)
+        for tensor in tensors:
+            for part in flat(tensor):
+                number = self._number(part)
+                self._kind[number] = min(self._kind[number], wanted)
+
+    def peak(self) -> Peak:
+        """Over everything since the trace began."""
+        now, bytes_of = [0] * len(RANKED), [0] * len(self._kind)
+        top, at_top, largest, total = 0, list(now), list(now), 0
+        for number, size in self._log:
+            kind, change = self._kind[number], size - bytes_of[number]
+            bytes_of[number] = size
+            now[kind] += change
+            total += change
+            largest[kind] = max(largest[kind], now[kind])
+            if total > top:
+                top, at_top = total, list(now)
+        return Peak(top, _named(at_top), _named(largest))
+
+    def __enter__(self) -> "MemoryTrace":
+        self._patches.enter_context(self._noting_what_is_saved())
+        for name, kind in FSDP_SCOPES.items():
+            self._patches.enter_context(self._scoped(FSDPParamGroup, name, kind))
+        self._patches.enter_context(patch.object(linear_cross_entropy, "_chunked", self._chunked()))
+        for name in THINKS:
+            self._patches.enter_context(self._unseen(ShardingPropagator, name))
+        self._patches.enter_context(patch.object(torch.UntypedStorage, "resize_", self._resizing()))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patches.close()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if not all(kind in PLAIN for kind in types):
+            return NotImplemented  # a DTensor and its like: what it does to its local tensors comes here again
+        if self._thinking:
+            return func(*args, **(kwargs or {}))
+        name = func._schema.name
+        if name == WAIT and isinstance(args[0], FakeTensor):
+            return args[0]  # as real tensors do; a fake one would come back as another
+        found = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
+        if not func.is_view:  # a view of something unknown is of a buffer that somebody else keeps, as gloo does
+            for tensor in made:
+                self._number(tensor)
+        if name.startswith(GATHERS):
+            self.watch("gathered", list(tree_leaves(args[0] if "c10d::" in name else found)))
+        elif name in COPIES and self._is_gathered(tree_leaves(args)):
+            self.watch("gathered", made)
+        node = torch._C._current_autograd_node()
+        if node is not None and node.name() == ACCUMULATE and isinstance(_leaf(node), torch.nn.Parameter):
+            self.watch("gradients", made)
+        return found
+
+    def _number(self, tensor: Tensor) -> int:
+        """Of the tensor's storage; a new one is of the kind that the code around it makes."""
+        storage = tensor.untyped_storage()
+        known = self._alive.get(storage._cdata)
+        if known is not None:
+            return known[0]
+        return self._born(storage, self._scopes[-1](tensor) if self._scopes else "workspace")
+
+    def _born(self, storage: torch.UntypedStorage, kind: str) -> int:
+        number, address = len(self._kind), storage._cdata
+        self._kind.append(RANKED.index(kind))
+
+        def died(_: object, alive: Any = self._alive, log: Any = self._log) -> None:
+            del alive[address]
+            log.append((number, 0))
+
+        self._alive[address] = number, weakref.ref(storage, died)
+        self._log.append((number, storage.nbytes()))
+        return number
+
+    def _is_gathered(self, leaves: Sequence[Any]) -> bool:
+        first = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
+        if first is None:
+            return False
+        known = self._alive.get(first.untyped_storage()._cdata)
+        return known is not None and self._kind[known[0]] == RANKED.index("gathered")
+
+    def _resizing(self) -> Callable[..., Any]:
+        """FSDP frees whole weights by taking their storage's memory away, and gives it back."""
+        resize, trace = torch.UntypedStorage.resize_, self
+
+        def resized(storage: torch.UntypedStorage, size: int) -> Any:
+            found = resize(storage, size)
+            known = trace._alive.get(storage._cdata)
+            if known is None:
+                trace._born(storage, "gathered")
+            else:
+                trace._log.append((known[0], storage.nbytes()))
+            return found
+
+        return resized
+
+    @contextmanager
+    def _noting_what_is_saved(self) -> Iterator[None]:
+        """Both by autograd itself and by a recomputation, which has hooks of its own."""
+        begin, trace = saved_tensors_hooks.__init__, self
+
+        def noting(hooks: Any, pack: Callable[[Any], Any], unpack: Callable[[Any], Any]) -> None:
+            def noted(x: Any) -> Any:
+                try:
+                    kept = pack(x)
+                except Exception:  # a recomputation ends like this, when it has saved its last tensor
+                    trace.watch("activations", [x])
+                    raise
+                if isinstance(kept, Tensor):
+                    trace.watch("activations", [kept])
+                return kept
+
+            begin(hooks, noted, unpack)
+
+        # Detached: what saves its own output would otherwise keep itself alive, after a split backward for good.
+        with patch.object(saved_tensors_hooks, "__init__", noting), saved_tensors_hooks(Tensor.detach, lambda x: x):
+            yield
+
+    @contextmanager
+    def _scope(self, kind_of: Callable[[Tensor], str]) -> Iterator[None]:
+        self._scopes.append(kind_of)
+        try:
+            yield
+        finally:
+            self._scopes.pop()
+
+    def _scoped(self, owner: type, name: str, kind: str) -> Any:
+        """`owner.name`, whose new storages are of a kind."""
+        inner, trace = getattr(owner, name), self
+
+        def outer(group: Any, *args: Any, **kwargs: Any) -> Any:
+            if kind == "gradients":
+                trace.watch(kind, _whole_gradients(group))
+            with trace._scope(lambda _: kind):
+                return inner(group, *args, **kwargs)
+
+        return patch.object(owner, name, outer)
+
+    def _unseen(self, owner: type, name: str) -> Any:
+        """`owner.name`, whose tensors are nobody's memory."""
+        inner, trace = getattr(owner, name), self
+
+        def outer(*args: Any, **kwargs: Any) -> Any:
+            trace._thinking += 1
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                trace._thinking -= 1
+
+        return patch.object(owner, name, outer)
+
+    def _chunked(self) -> Callable[..., Any]:
+        """The loss: a chunk's logits by their shape, the gradient it takes for the weights by its name."""
+        inner, trace = linear_cross_entropy._chunked, self
+
+        def outer(hidden_ND: Tensor, weight_VD: Tensor, *args: Any) -> Any:
+            whole, vocab = tuple(weight_VD.shape), weight_VD.shape[0]
+
+            def kind_of(made: Tensor) -> str:
+                shape = tuple(made.shape)
+                return "logits" if shape != whole and shape[-1:] == (vocab,) else "workspace"
+
+            with trace._scope(kind_of):
+                found = inner(hidden_ND, weight_VD, *args)
+            trace.watch("gradients", [tensor for tensor in found[3:] if tensor is not None])
+            return found
+
+        return outer
+
+
+def flat(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that hold a tensor's numbers: itself, or those inside a DTensor and its like."""
+    if type(tensor) in PLAIN or not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+    for part in parts:
+        if isinstance(part, Tensor):  # a DTensor's mesh is among them, too
+            yield from flat(part)
+
+
+def _whole_gradients(group: Any) -> list[Tensor]:
+    """Those that a group of FSDP's parameters has when it is about to reduce them."""
+    found = []
+    for parameter in group.fsdp_params:
+        whole = getattr(parameter, "_unsharded_param", None)
+        found += [whole.grad if whole is not None else None, parameter.unsharded_accumulated_grad]
+    return [gradient for gradient in found if gradient is not None]
+
+
+def _leaf(node: Any) -> Any:
+    return node.variable
+
+
+def _named(numbers: Sequence[int]) -> dict[str, int]:
+    by_kind = dict(zip(RANKED, numbers, strict=True))
+    return {kind: by_kind[kind] for kind in KINDS}

@@ -1,0 +1,116 @@
+"""Every collective and every message of this rank, by mesh axis; over real process groups or fake ones.
+
+payload_bytes: of the larger of what goes into a call and what comes out of it, on this rank. sent_bytes: what a ring of
+the group's n ranks has this one send: (n-1)/n of an all-gather's output or a reduce-scatter's input, twice that of an
+all-reduce; all of a message that it sends, nothing of one that it receives.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.distributed_c10d import GroupName
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from minka.parallel.mesh import MESH_AXES, Mesh
+
+PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
+# Beginnings of operators' names without what marks them as private, in place or the base of another.
+KINDS = {
+    "allreduce": "all_reduce",
+    "all_reduce": "all_reduce",
+    "allgather": "all_gather",
+    "all_gather": "all_gather",
+    "reduce_scatter": "reduce_scatter",
+    "alltoall": "all_to_all",
+    "all_to_all": "all_to_all",
+    "broadcast": "broadcast",
+    "reduce": "reduce",
+    "gather": "gather",
+    "scatter": "scatter",
+    "send": "send",
+    "recv": "receive",
+}
+ROUNDS = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}  # of (n-1)/n of the payload
+SENT = {"send": 1.0, "receive": 0.0}  # of the payload; 1.0 where neither table says
+
+
+class Transfer(NamedTuple):
+    """One sort of call. `axis` is of MESH_AXES, "context", or "all" where the group is no axis's."""
+
+    kind: str
+    axis: str
+    dtype: str
+    ranks: int
+
+
+class Traffic(TorchDispatchMode):
+    """While it is entered, counts: `calls`, `payload_bytes` and `sent_bytes` by Transfer. Barriers move no bytes."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        super().__init__()
+        self._axes = axis_names(mesh)
+        self.calls: Counter[Transfer] = Counter()
+        self.payload_bytes: Counter[Transfer] = Counter()
+
+    @property
+    def sent_bytes(self) -> dict[Transfer, int]:
+        """See the top of this file."""
+        return {transfer: sent_bytes(transfer, size) for transfer, size in self.payload_bytes.items()}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if not all(kind in PLAIN for kind in types):
+            return NotImplemented  # what a DTensor does to its local tensors comes here again
+        found = func(*args, **(kwargs or {}))
+        if func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
+            self._note(func._schema.name.split("::")[1].lstrip("_"), [*args, *(kwargs or {}).values()], found)
+        return found
+
+    def _note(self, name: str, args: Sequence[Any], found: Any) -> None:
+        kind = next((kind for begin, kind in KINDS.items() if name.startswith(begin)), "")
+        group = next((group for group in map(_group, args) if group), None)
+        if not kind or group is None:
+            return
+        tensors = [[leaf for leaf in tree_leaves(part) if isinstance(leaf, Tensor)] for part in (*args, found)]
+        sizes = [sum(tensor.nbytes for tensor in part) for part in tensors]
+        dtype = next(str(part[0].dtype).removeprefix("torch.") for part in tensors if part)
+        axis, ranks = self._axes.get(group.group_name, "all"), group.size()
+        transfer = Transfer(kind, axis, dtype, ranks)
+        self.calls[transfer] += 1
+        self.payload_bytes[transfer] += max(sizes)
+
+
+def sent_bytes(transfer: Transfer, payload: int) -> int:
+    """What this rank sends of a payload; see the top of this file."""
+    if transfer.kind in ROUNDS:
+        return round(ROUNDS[transfer.kind] * payload * (transfer.ranks - 1) / transfer.ranks)
+    return round(SENT.get(transfer.kind, 1.0) * payload)
+
+
+def axis_names(mesh: Mesh) -> dict[GroupName, str]:
+    """Axes by the names of their process groups. A group that spans all ranks is its axis's if it is one's."""
+    if mesh.axes is None:
+        return {}
+    names = {mesh.axes.get_group(axis).group_name: axis for axis in MESH_AXES if mesh.axes[axis].size() > 1}
+    if mesh.context is not None:
+        names[mesh.context.group_name] = "context"
+    return names
+
+
+def _group(argument: Any) -> Any:
+    """The process group that an operator's argument is, as an object or by its name; None of anything else."""
+    if isinstance(argument, torch.ScriptObject) and str(argument._type()).endswith("c10d.ProcessGroup"):
+        return dist.ProcessGroup.unbox(argument)
+    if isinstance(argument, str):
+        try:
+            return torch._C._distributed_c10d._resolve_process_group(GroupName(argument))
+        except (RuntimeError, ValueError):
+            return None  # "sum" and its like
+    return None

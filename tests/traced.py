@@ -1,0 +1,110 @@
+"""A step of a small model as it is traced on real ranks, as the allocator counts it, and as a dry run predicts it."""
+
+import json
+import tempfile
+import time
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minka.parallel.apply import build_parts
+from minka.parallel.feed import Feeder
+from minka.parallel.memory_trace import MemoryTrace, Peak
+from minka.parallel.mesh import start_mesh
+from minka.parallel.traffic import Transfer
+from minka.plan.config import RunConfig
+from minka.plan.load import validate
+from minka.train.dry_run import traced_step
+from minka.train.worker import engine_over
+from models import packed
+from parity import Fed
+from ranks import on_ranks
+
+SHAPE = {"layers": 4, "d_model": 256, "heads": 8, "kv_heads": 4, "head_dim": 32, "d_ff": 512, "vocab": 512}
+LENGTH, ROWS = 128, 16
+
+
+class Patient(TorchDispatchMode):
+    """gloo's threads let go of what they have sent a moment after it is waited for: give them that moment."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if "c10d" in func.namespace:
+            time.sleep(0.002)
+        return found
+
+
+class Real(NamedTuple):
+    """Of one rank: memory of two steps, traffic of the second; a pipeline's ranks find each other in the first."""
+
+    peak: Peak
+    calls: dict[Transfer, int]
+    payload_bytes: dict[Transfer, int]
+    allocated: int  # the allocator's own peak in both steps, bytes
+
+
+def config_of(layout: Mapping[str, Any], **model: Any) -> RunConfig:
+    """A run of ROWS packed rows a step under `layout`."""
+    values: dict[str, Any] = {
+        "run": {"name": "traced", "max_steps": 4},
+        "model": {**SHAPE, **model},
+        "data": {"tokenizer": "bpe", "seq_len": LENGTH, "batch_tokens": ROWS * LENGTH},
+        "optimizer": {"learning_rate": 1e-3},
+        "layout": {"shard": 1, "micro_batch": 2, **layout},
+    }
+    return validate(values, "tests/traced.py")
+
+
+def real(config: RunConfig, seconds: float = 120) -> list[Real]:
+    """On as many ranks as the layout has."""
+    return [
+        Real(Peak(*found[0]), *found[1:]) for found in on_ranks(_rank, config.layout.world, config, seconds=seconds)
+    ]
+
+
+def _rank(config: RunConfig) -> tuple[Any, ...]:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen, start_mesh(config.layout) as mesh:
+        engine, optimizer = engine_over(build_parts(config, mesh), Feeder(config, mesh), config, mesh)
+        ways, size = config.layout.data_ways, config.layout.micro_batch
+        count, memory = ROWS // ways // size, MemoryTrace()
+        with Patient(), record_function("both steps"):
+            for step in range(2):
+                batches = [_batch(size, config.model.vocab, seed=step * count + n) for n in range(count)]
+                peak, traffic = traced_step(engine, optimizer, batches, config, memory=memory)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        seen.export_chrome_trace(str(path))
+        allocated = allocated_peak(json.loads(path.read_text()), "both steps")
+    return tuple(peak), dict(traffic.calls), dict(traffic.payload_bytes), allocated
+
+
+def allocated_peak(trace: Mapping[str, Any], within: str) -> int:
+    """The most bytes that the CPU allocator had given out while the named range was open.
+
+    Left out is what gloo takes for copies of its own, inside its calls and in its threads; NCCL makes none.
+    """
+    (span,) = (e for e in trace["traceEvents"] if e.get("name") == within and e.get("ph") == "X")
+    calls = [e for e in trace["traceEvents"] if e.get("ph") == "X" and e["name"].startswith("c10d::")]
+    starts, ends = (sorted(e["ts"] + at * e["dur"] for e in calls if e["tid"] == span["tid"]) for at in (0, 1))
+    events = [e for e in trace["traceEvents"] if e.get("name") == "[memory]" and e["args"]["Device Type"] == 0]
+    alive: dict[int, int] = {}
+    now, peak = 0, 0
+    for event in sorted(events, key=lambda e: e["ts"]):
+        size, address, when = event["args"]["Bytes"], event["args"]["Addr"], event["ts"]
+        in_gloo = event["tid"] != span["tid"] or bisect_right(starts, when) > bisect_left(ends, when)
+        if size < 0:
+            now -= alive.pop(address, 0)
+        elif not in_gloo:
+            alive[address] = size
+            now += size
+        if span["ts"] <= when <= span["ts"] + span["dur"]:
+            peak = max(peak, now)
+    return peak
+
+
+def _batch(size: int, vocab: int, seed: int) -> Fed:
+    return Fed(*(tensor.clone() for tensor in packed(size, LENGTH, vocab, seed=seed)))  # none is a view of another
