@@ -7,10 +7,12 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minka.parallel import shard
 from minka.parallel.apply import build_parts
 from minka.parallel.feed import Feeder
 from minka.parallel.memory_trace import MemoryTrace, Peak
@@ -18,7 +20,7 @@ from minka.parallel.mesh import start_mesh
 from minka.parallel.traffic import Transfer
 from minka.plan.config import RunConfig
 from minka.plan.load import validate
-from minka.train.dry_run import traced_step
+from minka.train.dry_run import DryRun, dry_run, traced_step
 from minka.train.worker import engine_over
 from models import packed
 from parity import Fed
@@ -26,6 +28,7 @@ from ranks import on_ranks
 
 SHAPE = {"layers": 4, "d_model": 256, "heads": 8, "kv_heads": 4, "head_dim": 32, "d_ff": 512, "vocab": 512}
 LENGTH, ROWS = 128, 16
+UNIT_BYTES = shard.UNIT_BYTES
 
 
 class Patient(TorchDispatchMode):
@@ -59,14 +62,20 @@ def config_of(layout: Mapping[str, Any], **model: Any) -> RunConfig:
     return validate(values, "tests/traced.py")
 
 
-def real(config: RunConfig, seconds: float = 120) -> list[Real]:
+def real(config: RunConfig, *, unit_bytes: int = UNIT_BYTES, seconds: float = 200) -> list[Real]:
     """On as many ranks as the layout has."""
-    return [
-        Real(Peak(*found[0]), *found[1:]) for found in on_ranks(_rank, config.layout.world, config, seconds=seconds)
-    ]
+    ranks = on_ranks(_rank, config.layout.world, config, unit_bytes, seconds=seconds)
+    return [Real(Peak(*found[0]), *found[1:]) for found in ranks]
 
 
-def _rank(config: RunConfig) -> tuple[Any, ...]:
+def dry(config: RunConfig, rank: int, *, unit_bytes: int = UNIT_BYTES) -> DryRun:
+    """The dry run of one of them."""
+    with patch.object(shard, "UNIT_BYTES", unit_bytes):
+        return dry_run(config, config.layout.world, rank, as_gpu=False)
+
+
+def _rank(config: RunConfig, unit_bytes: int) -> tuple[Any, ...]:
+    shard.UNIT_BYTES = unit_bytes
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen, start_mesh(config.layout) as mesh:
         engine, optimizer = engine_over(build_parts(config, mesh), Feeder(config, mesh), config, mesh)
         ways, size = config.layout.data_ways, config.layout.micro_batch

@@ -55,8 +55,11 @@ def main(argv: Sequence[str]) -> int:
             typer.Option(min=1, help="with --dry-run: on so many ranks, what one holds and sends", show_default=False),
         ] = None,
         rank: Annotated[
-            str, typer.Option(help='with --world: which rank, or "stages": one of each place along the pipeline')
-        ] = "stages",
+            str,
+            typer.Option(
+                help='with --world: which one, or "stages": one of each stage (the default)', show_default=False
+            ),
+        ] = "",
         profile: Annotated[str, typer.Option(help="FIRST:LAST steps to trace, for example 10:13")] = "",
         from_scratch: Annotated[
             bool, typer.Option("--from-scratch", help="begin again at step 0; checkpoints are moved aside")
@@ -75,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
             others |= {"--profile": bool(profile), "overrides": bool(overrides)}
             return _replay(source, [name for name, given in others.items() if given], replay, as_json)
         loaded = load_run(source, overrides or [])
-        if world is not None:
+        if world is not None or rank:
             others = {"--ranks": ranks is not None, "--from-scratch": from_scratch, "--profile": bool(profile)}
             return _dry_run_of(loaded, world, rank, dry_run, [name for name, given in others.items() if given], as_json)
         if dry_run:
@@ -196,16 +199,18 @@ def _join(loaded: "Loaded", profile: str, from_scratch: bool, as_json: bool) -> 
     return run_guarded(body, as_json)
 
 
-def _dry_run_of(loaded: "Loaded", world: int, rank: str, dry_run: bool, others: list[str], as_json: bool) -> int:
+def _dry_run_of(loaded: "Loaded", world: int | None, rank: str, dry_run: bool, others: list[str], as_json: bool) -> int:
     from minka.plan.errors import UserError
 
     if not dry_run:
-        raise UserError("--world is for --dry-run", where="--world", remedy="add --dry-run; to train, --ranks")
+        raise UserError("--world and --rank are for --dry-run", remedy="add --dry-run; to train, --ranks")
+    if world is None:
+        raise UserError("--rank needs to know of how many", where="--rank", remedy="add --world N")
     if others:
         raise UserError(f"{', '.join(others)} cannot be given", where="--world", remedy="leave that out")
     from minka.train.dry_report import dry_run_command
 
-    return dry_run_command(loaded.config, world, rank, as_json=as_json)
+    return dry_run_command(loaded.config, world, rank or "stages", as_json=as_json)
 
 
 def _print_run(loaded: "Loaded", ranks: int | None, profile: str, from_scratch: bool, as_json: bool) -> int:

@@ -84,7 +84,7 @@ class Traced(NamedTuple):
     """A step, what one more micro-batch in the middle of it would add (without a pipeline), and the rank's shards."""
 
     step: Step
-    middle: Step  # it holds nothing beyond the others
+    middle: Step  # it holds nothing beyond its tokens
     shards: dict[str, Shard]
     layers: tuple[int, ...]
 
@@ -133,10 +133,13 @@ def _traced(config: RunConfig, layout: Layout, rank: int, count: int, as_gpu: bo
         feeder = AssumedFeeder(config, mesh, varlen=as_gpu and config.kernels.attention != "sdpa")
         engine, optimizer = engine_over(parts, feeder, config, mesh)
         shards = {name: _shard(piece) for name, piece in engine.tensors().items()}
-        memory, traffic = traced_step(engine, optimizer, [fakes(config) for _ in range(count)], config, feeder.note)
+        batches = [fakes(config) for _ in range(count)]
+        memory, traffic = traced_step(engine, optimizer, batches, config, feeder.note)
         step = Step(memory, dict(traffic.calls), dict(traffic.payload_bytes))
         layers = tuple(int(layer) for part in parts for layer in part.blocks)
-        middle = Step(Peak(0, {}, {}), *(feeder.middle() if count >= TRACED and layout.pipeline == 1 else ({}, {})))
+        given = sum(tensor.nbytes for tensor in batches[0])
+        held = Peak(given, {"workspace": given}, {"workspace": given})
+        middle = Step(held, *(feeder.middle() if count >= TRACED and layout.pipeline == 1 else ({}, {})))
         return Traced(step, middle, shards, layers)
 
 
@@ -210,7 +213,8 @@ def _enough(config: RunConfig, layout: Layout, whole: int) -> int:
         return min(whole, TRACED)
     if whole * config.model.layers / layout.pipeline <= TRACED_LAYERS:
         return whole
-    full = layout.pipeline * (1 if layout.schedule == "1f1b" else 2)  # then as many are under way as ever are
+    # One more than are ever under way on a rank: from here on, each adds what the one before it added.
+    full = layout.pipeline * (1 if layout.schedule == "1f1b" else 2) + 1
     return _legal(layout, min(whole, full), whole)
 
 

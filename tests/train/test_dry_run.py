@@ -1,0 +1,185 @@
+"""A dry run holds and sends what real ranks hold and send, and takes no more than a laptop has."""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from minka.plan.errors import UserError
+from minka.plan.load import load_run
+from minka.plan.memory import KINDS
+from minka.train import dry_run as dry_runs
+from minka.train.command import main
+from minka.train.dry_run import DryRun, dry_run
+from traced import UNIT_BYTES, config_of, dry, real
+
+ALLOCATOR, KIND = 0.03, 0.01  # of the peak
+SECONDS, BYTES = 120, 8 * 2**30
+UNITS = 1  # bytes: every block is an FSDP unit of its own, as in models that are worth it
+ROWS: dict[str, tuple[dict[str, Any], int]] = {
+    "one rank": ({}, UNIT_BYTES),
+    "bf16, recompute": ({"precision": "bf16", "recompute": "block"}, UNIT_BYTES),
+    "shard 2, units, always, recompute": (
+        {"shard": 2, "precision": "bf16", "recompute": "block", "reshard": "always"},
+        UNITS,
+    ),
+    "shard 2, units, never": ({"shard": 2, "precision": "bf16", "reshard": "never"}, UNITS),
+    "replicate 2 x shard 2": ({"replicate": 2, "shard": 2, "precision": "bf16"}, UNITS),
+    "tensor 2": ({"tensor": 2}, UNIT_BYTES),
+    "context 2": ({"context": 2}, UNIT_BYTES),
+    "pipeline 2": ({"pipeline": 2}, UNIT_BYTES),
+    "pipeline 2, zbv": ({"pipeline": 2, "schedule": "zbv"}, UNIT_BYTES),
+    "pipeline 2 x tensor 2, interleaved": (
+        {"pipeline": 2, "tensor": 2, "schedule": "interleaved", "micro_batch": 1},
+        UNIT_BYTES,
+    ),
+    "pipeline 2 x shard 2 x tensor 2": ({"pipeline": 2, "shard": 2, "tensor": 2, "precision": "bf16"}, UNIT_BYTES),
+    "shard 2 x context 2 x tensor 2": (
+        {"shard": 2, "context": 2, "tensor": 2, "precision": "bf16", "recompute": "block"},
+        UNIT_BYTES,
+    ),
+}
+FAST = ("one rank", "shard 2, units, always, recompute", "pipeline 2, zbv")
+
+
+def rows() -> list[Any]:
+    return [pytest.param(row, marks=() if row in FAST else pytest.mark.slow) for row in ROWS]
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("row", rows())
+def test_it_holds_and_sends_what_real_ranks_do(row: str) -> None:
+    layout, unit_bytes = ROWS[row]
+    config = config_of(layout)
+    ranks = real(config, unit_bytes=unit_bytes)
+    for rank in sorted({0, len(ranks) - 1}):
+        found, told = ranks[rank], dry(config, rank, unit_bytes=unit_bytes)
+        off = told.memory.total / found.allocated - 1
+        kinds = {k: (told.memory.by_kind[k] - found.peak.by_kind[k]) / found.peak.total for k in KINDS}
+        largest = {k: (told.memory.largest[k] - found.peak.largest[k]) / found.peak.total for k in KINDS}
+        worst = max([*kinds.values(), *largest.values()], key=abs)
+        print(f"{row}, rank {rank}: {off:+.2%} of the allocator's peak, {worst:+.2%} in one kind")
+        assert abs(off) <= ALLOCATOR
+        assert abs(worst) <= KIND, (kinds, largest)
+        assert (told.calls, told.payload_bytes) == (found.calls, found.payload_bytes)
+
+
+EXTRAPOLATED: dict[str, tuple[dict[str, Any], int]] = {
+    "shard 2, units, always": ({"shard": 2, "precision": "bf16", "reshard": "always"}, UNITS),
+    "shard 2, units, never": ({"shard": 2, "precision": "bf16", "reshard": "never"}, UNITS),
+    "context 2 x tensor 2, recompute": ({"context": 2, "tensor": 2, "recompute": "block"}, UNIT_BYTES),
+    "pipeline 2": ({"pipeline": 2}, UNIT_BYTES),
+    "pipeline 2, gpipe": ({"pipeline": 2, "schedule": "gpipe"}, UNIT_BYTES),
+    "pipeline 2, interleaved": ({"pipeline": 2, "schedule": "interleaved"}, UNIT_BYTES),
+    "pipeline 2 x shard 2, zbv": ({"pipeline": 2, "shard": 2, "schedule": "zbv", "micro_batch": 1}, UNIT_BYTES),
+    "pipeline 2, dualpipev": ({"pipeline": 2, "schedule": "dualpipev"}, UNIT_BYTES),
+}
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("row", EXTRAPOLATED)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_some_micro_batches_tell_of_all(row: str, rank: int) -> None:
+    layout, unit_bytes = EXTRAPOLATED[row]
+    config = config_of(layout)
+    few, all_of_them = _traced(config, rank, unit_bytes, layers=0), _traced(config, rank, unit_bytes, micro_batches=99)
+    assert (few.traced < few.micro_batches, all_of_them.traced) == (True, all_of_them.micro_batches)
+    assert few.memory.total == pytest.approx(all_of_them.memory.total, rel=1e-3)
+    slack = 1e-3 * all_of_them.memory.total
+    assert few.memory.by_kind == pytest.approx(all_of_them.memory.by_kind, abs=slack)
+    assert few.memory.largest == pytest.approx(all_of_them.memory.largest, abs=slack)
+    assert (few.calls, few.payload_bytes) == (all_of_them.calls, all_of_them.payload_bytes)
+
+
+def _traced(config: Any, rank: int, unit_bytes: int, layers: int = 10**9, micro_batches: int = 3) -> DryRun:
+    with patch.object(dry_runs, "TRACED_LAYERS", layers), patch.object(dry_runs, "TRACED", micro_batches):
+        return dry(config, rank, unit_bytes=unit_bytes)
+
+
+def test_a_second_dry_run_in_a_process_is_the_first() -> None:
+    config = config_of({"pipeline": 2, "shard": 2, "tensor": 2, "context": 2})
+    first, other, second = dry(config, 5), dry(config, 12), dry(config, 5)
+    assert first == second != other
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("recipe", "world", "rank"), [("llama3-8b", 8, 3), ("llama3-70b", 256, 100), ("llama3-405b", 16384, 777)]
+)
+def test_the_largest_runs_are_told_on_a_laptop(recipe: str, world: int, rank: int) -> None:
+    command = [sys.executable, "-m", "minka", "train", recipe, "--dry-run", "--world", str(world), "--rank", str(rank)]
+    before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=400, check=False)
+    after, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic() - begun
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)["ranks"]
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    peak = after.ru_maxrss * 1024  # of the largest child so far: this one or a smaller one
+    print(f"{recipe} on {world}: {seconds:.0f} s ({used:.0f} s of one core), {peak / 2**30:.2f} GiB")
+    print(f"its rank {rank}: {found['peak_bytes'] / 2**30:.1f} GiB {found['peak_bytes_by_kind']}")
+    assert used < SECONDS
+    assert peak < BYTES
+    assert found["peak_bytes"] < 80e9  # what is to be trained fits its GPU
+    parameters = sum(s["bytes"] for name, s in found["shards"].items() if name.startswith("model."))
+    assert parameters == pytest.approx(4 * load_parameters(recipe) / world, rel=0.25)  # stages differ
+
+
+def load_parameters(recipe: str) -> int:
+    from minka.plan.flops import parameters
+
+    return parameters(load_run(recipe).config.model)
+
+
+def test_the_command_prints_a_rank_or_one_of_each_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["demo", "layout.pipeline=2", "layout.micro_batch=8", "model.tied=false"]
+    assert main([*small, "--dry-run", "--world", "2", "--rank", "1", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    (one,) = document["ranks"]
+    assert (one["rank"], document["warmup_refused"]) == (1, "")
+    assert sum(one["peak_bytes_by_kind"].values()) == one["peak_bytes"]
+    assert {t["axis"] for t in one["transfers"]} >= {"pipeline"}
+    assert main([*small, "--dry-run", "--world", "2"]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("rank 0", "rank 1", *KINDS, "model.blocks.", "most memory: rank", "send"))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--world", "2"], "add --dry-run"),
+        (["--dry-run", "--world", "2", "--rank", "2"], "there is no rank 2 among 2"),
+        (["--dry-run", "--world", "2", "--rank", "first"], "'first' is no rank"),
+        (["--dry-run", "--rank", "1"], "--world"),
+        (["--dry-run", "--world", "2", "--ranks", "2"], "--ranks cannot be given"),
+        (["--dry-run", "--world", "3", "layout.tensor=2"], "layout"),
+        (["--dry-run", "--world", "2", "layout.engine=deepspeed"], "no dry run"),
+    ],
+)
+def test_what_it_cannot_tell_it_refuses(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", *given]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_layout_that_is_not_legal_while_the_batch_warms_up_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    warm = "data.batch_warmup=[{until_tokens=40960,batch_tokens=1024}]"
+    layout = ["layout.pipeline=2", "layout.micro_batch=8", "model.tied=false", warm]
+    assert main(["demo", *layout, "--dry-run", "--world", "2", "--rank", "0"]) == 0
+    assert "while the batch is warming up" in capsys.readouterr().out
+
+
+def test_it_is_refused_where_ranks_are_joined_already() -> None:
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        with pytest.raises(UserError, match="while training"):
+            dry_run(config_of({"shard": 2}), 2, 0)
+    finally:
+        dist.destroy_process_group()
