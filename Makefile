@@ -11,7 +11,7 @@ demo: $(STAMP) ## trains the demo recipe for real: minutes on two cores
 	$(BIN)/minka train demo
 
 test: $(STAMP) ## the tests that stay fast: at most 15 minutes on two cores
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not long"
 
 test-all: $(STAMP) ## everything
 	$(PYTEST)

@@ -17,7 +17,7 @@ STEPS, LAST, NATS = 200, 50, 0.005
 SMALL = ["layout.micro_batch=8"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(5400)
 def test_two_hundred_steps_of_the_demo_cut_four_ways_are_those_of_one_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
