@@ -135,7 +135,9 @@ WRAPPERS: list[tuple[Callable[[nn.Module], None], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("wrap", "shape"), WRAPPERS)
+@pytest.mark.parametrize(
+    ("wrap", "shape"), [pytest.param(*w, marks=pytest.mark.slow if w[0] is compile_code else ()) for w in WRAPPERS]
+)
 def test_recompute_and_compile_give_the_same_gradients(wrap: Callable[[nn.Module], None], shape: str) -> None:
     """Of two micro-batches whose forward passes both precede the backward passes, as in a pipeline."""
     torch.compiler.reset()

@@ -65,7 +65,7 @@ def run(folder: Path, name: str, asynchronous: bool = True, **schedule: object) 
     )
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_stops_at_any_point_of_a_cycle_change_no_bit(ranks: int, folder: Path) -> None:
     straight, stopped = run(folder, f"straight-{ranks}"), run(folder, f"stopped-{ranks}")
     assert on_ranks(train_asked, ranks, straight) == [ExitStatus.DONE] * ranks
@@ -78,7 +78,7 @@ def test_stops_at_any_point_of_a_cycle_change_no_bit(ranks: int, folder: Path) -
     assert_same_bits(straight, stopped)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_killed_on_the_way_and_begun_again_is_the_same_to_the_bit(ranks: int, folder: Path) -> None:
     schedule: dict[str, Any] = {"kind": "cosine", "warmup": 5}
     straight = run(folder, f"unkilled-{ranks}", **schedule)

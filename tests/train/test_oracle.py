@@ -108,7 +108,7 @@ def ours(config: RunConfig) -> tuple[dict[str, Any], list[Step]]:
     return initial, steps
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_hundred_steps_are_those_of_an_independent_reference(ranks: int, tmp_path: Path) -> None:
     config = tiny(
         tmp_path,

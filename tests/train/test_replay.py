@@ -101,6 +101,7 @@ def test_a_step_in_bf16_is_held_against_bf16(base: RunFolder) -> None:
     assert "bfloat16: loss 1.0e-03, norm 2.0e-02" in told(result)[-1]
 
 
+@pytest.mark.slow
 def test_a_planted_difference_is_found_and_the_step_named(base: RunFolder, tmp_path: Path) -> None:
     folder = copy(base, tmp_path / "base")
     edit(folder, 13, loss=1 + 1e-4)

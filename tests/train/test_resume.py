@@ -186,6 +186,7 @@ def test_a_run_never_begins_from_nothing_where_there_is_history(
     assert "--from-scratch" in rank_refuses(config, ExitStatus.NEEDS_PERSON)
 
 
+@pytest.mark.slow
 def test_from_scratch_moves_the_checkpoints_aside_and_gives_the_same_run_again(base: RunFolder) -> None:
     config = copy(base, "again")
     folder = RunFolder.of(config)
@@ -220,6 +221,7 @@ def test_a_killed_extension_is_not_taken_for_finished(base: RunFolder) -> None:
     assert [e["step"] for e in events if e["event"] == "step"] == list(range(1, 31))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_that_is_cut_to_where_it_stands_ends_there(base: RunFolder, tmp_path: Path) -> None:
     values = ["run.name=cut", f"run.folder={tmp_path}", "run.max_steps=100000"]
     config = load_run(str(base.path), values).config

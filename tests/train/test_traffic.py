@@ -30,7 +30,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-FAST = ("shard 2, freed", "tensor 2", "pipeline 2, zbv")
+FAST = ("shard 2, freed", "tensor 2")
 
 
 @pytest.mark.timeout(240)
