@@ -1,5 +1,8 @@
 """What only a GPU can show: the variable-length kernels, nccl, bf16 under FSDP2, compiled blocks. `make gpu-check`."""
 
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,10 +18,11 @@ from minka.parallel.saver import Outcome, Saver
 from minka.parallel.saving import Contents
 from minka.plan.layout import Layout
 from minka.plan.ledger import read_ledger
-from minka.plan.load import load_run
+from minka.plan.load import dump_toml, load_run
 from minka.plan.run import RunFolder
 from minka.plan.sections import KernelsSection
 from minka.train.bench import made_up_batch, our_step, peer_step
+from minka.train.dry_run import dry_run
 from minka.train.worker import build_engine
 from tiny import tiny, train_rank
 
@@ -67,6 +71,39 @@ def test_bf16_training_follows_fp32(compiled: bool, recompute: str, tmp_path: Pa
         losses[precision] = [e["loss"] for e in events if e["event"] == "step"]
     for low, full in zip(losses["bf16"], losses["fp32"], strict=True):
         assert low == pytest.approx(full, rel=2e-2)
+
+
+def test_bf16_on_nccl_follows_fp32_on_the_cpu(tmp_path: Path) -> None:
+    """One rank each; bf16 alone makes it a mesh with process groups."""
+    config = tiny(tmp_path, run={"name": "gpu"}, layout={"precision": "bf16"})
+    assert train_rank(config) == 0
+    cpu, file = tiny(tmp_path, run={"name": "cpu"}, layout={"precision": "fp32"}), tmp_path / "cpu.toml"
+    file.write_text(dump_toml(cpu))
+    command = [sys.executable, "-m", "minka", "train", str(file), "--ranks", "1"]
+    subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, check=True, timeout=250)
+    found = [
+        [(e["loss"], e["grad_norm"]) for e in read_ledger(RunFolder.of(c).ledger_file) if e["event"] == "step"]
+        for c in (config, cpu)
+    ]
+    for low, full in zip(*found, strict=True):
+        assert low == pytest.approx(full, rel=2e-2)
+
+
+def test_a_dry_run_holds_what_the_devices_allocator_counts() -> None:
+    config = load_run("dense-125m", ["data.seq_len=2048", "layout.micro_batch=4", "kernels.compile=false"]).config
+    told = dry_run(config, 1, 0)
+    batch = made_up_batch(config.model.vocab, 4, 2048).to("cuda")
+    with start_mesh(config.layout) as mesh:
+        engine, _ = build_engine(config, mesh)
+        step = our_step(engine, batch, config, batch.target_count)
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        real = torch.cuda.max_memory_allocated()
+    print(f"{torch.cuda.get_device_name()}: {told.memory.total / real:.3f} of {real / 2**30:.2f} GiB")
+    assert told.memory.total == pytest.approx(real, rel=0.1)  # rounding up, cuBLAS, fillers
 
 
 def test_a_step_of_dense_125m_beside_transformers() -> None:
