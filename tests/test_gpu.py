@@ -90,7 +90,8 @@ def test_bf16_on_nccl_follows_fp32_on_the_cpu(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_holds_what_the_devices_allocator_counts() -> None:
-    config = load_run("dense-125m", ["data.seq_len=2048", "layout.micro_batch=4", "kernels.compile=false"]).config
+    small = ["data.seq_len=2048", "layout.micro_batch=4", "data.batch_tokens=8192", "data.batch_warmup=[]"]
+    config = load_run("dense-125m", [*small, "kernels.compile=false"]).config
     told = dry_run(config, 1, 0)
     batch = made_up_batch(config.model.vocab, 4, 2048).to("cuda")
     with start_mesh(config.layout) as mesh:
