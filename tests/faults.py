@@ -15,6 +15,7 @@ from minka.parallel.sharded import ShardedEngine
 
 def put(owner: Any, name: str, new: Any) -> None:
     """Something else in the place of a module's or a class's attribute, for as long as the process lives."""
+    assert hasattr(owner, name), f"{owner.__name__} has no {name}: this fault would plant nothing"
     setattr(owner, name, new)
 
 
@@ -93,7 +94,7 @@ def scale_grads() -> None:
 
 def resharding() -> None:
     """Free gathered weights after forward, whatever the schedule."""
-    put(shard, "_reshards", lambda *given: True)
+    put(shard, "reshards", lambda *given: True)
     put(shard, "UNIT_BYTES", 1)
 
 
