@@ -85,7 +85,7 @@ def told(found: DryRun, *, first: bool, seconds: float) -> list[str]:
     traced = "" if found.traced == found.micro_batches else f", of which {found.traced} were traced"
     lines += [
         f"rank {found.rank:,}{f' ({place})' if place else ''}: layers {_spans(found.layers)}",
-        f"  a step of {found.micro_batches} micro-batches{traced}, in {seconds:.0f} s",
+        f"  a step of {found.micro_batches} micro-batch{'es'[: 2 * (found.micro_batches > 1)]}{traced}, in {seconds:.0f} s",
         "",
         *_shard_lines(found.shards),
         "",
