@@ -75,6 +75,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return scaled[0], scaled[1], None, None, None
 
 
+def chunk_rows(vocab: int, on_gpu: bool) -> int:
+    """Tokens whose logits are made at once, of `vocab` logits each on this rank."""
+    return max(CPU_ROWS, GPU_LOGITS // vocab) if on_gpu else CPU_ROWS
+
+
 def _chunked(
     hidden_ND: Tensor,
     weight_VD: Tensor,
@@ -86,7 +91,7 @@ def _chunked(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Losses [N] and weighted z-losses [N] in fp32, and the gradients of their sum; those of the weight in fp32."""
     (tokens, _), vocab = hidden_ND.shape, weight_VD.shape[0]
-    chunk = max(1, min(tokens, max(CPU_ROWS, GPU_LOGITS // vocab) if hidden_ND.is_cuda else CPU_ROWS))
+    chunk = max(1, min(tokens, chunk_rows(vocab, hidden_ND.is_cuda)))
     exact = wide(hidden_ND).dtype
     losses = torch.empty(tokens, dtype=exact, device=hidden_ND.device)
     z_losses = torch.empty_like(losses)

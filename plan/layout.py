@@ -212,7 +212,7 @@ def _stages_are_given_whole(asked: Asked) -> Refusal | None:
     if not layout.stages or layout.pipeline == 1:
         return None
     words = [word.strip() for word in layout.stages.split(",")]
-    counts = [int(word) for word in words if word.isdigit() and int(word) > 0]
+    counts = [int(word) for word in words if word.isascii() and word.isdecimal() and int(word) > 0]
     if len(counts) == len(words) == layout.stage_count and sum(counts) == layers:
         return None
     return Refusal(

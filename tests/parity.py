@@ -148,5 +148,5 @@ def differences(one: Run, other: Run) -> dict[str, float]:
         if kind in BOUNDS:
             reference = other.tensors[name].reshape(tensor.shape)  # DeepSpeed's gradients are flat
             error = float(np.linalg.norm(tensor - reference)) / max(float(np.linalg.norm(reference)), 1e-30)
-            worst[kind] = max(worst.get(kind, 0.0), error)
+            worst[kind] = float(np.maximum(worst.get(kind, 0.0), error))  # NaN stays
     return worst

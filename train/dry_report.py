@@ -85,7 +85,7 @@ def told(found: DryRun, *, first: bool, seconds: float) -> list[str]:
     traced = "" if found.traced == found.micro_batches else f", of which {found.traced} were traced"
     lines += [
         f"rank {found.rank:,}{f' ({place})' if place else ''}: layers {_spans(found.layers)}",
-        f"  a step of {found.micro_batches} micro-batch{'es'[: 2 * (found.micro_batches > 1)]}{traced}, in {seconds:.0f} s",
+        f"  micro-batches of a step: {found.micro_batches}{traced}, in {seconds:.0f} s",
         "",
         *_shard_lines(found.shards),
         "",
@@ -104,7 +104,7 @@ def told(found: DryRun, *, first: bool, seconds: float) -> list[str]:
 def _ranks(config: RunConfig, world: int, rank: str) -> Sequence[int]:
     if rank == STAGES:
         return stage_ranks(after_warmup(config).check(world))
-    if not rank.isdigit():
+    if not (rank.isascii() and rank.isdecimal()):
         raise UserError(f"{rank!r} is no rank", where="--rank", remedy=f"give one of 0 to {world - 1:,}, or {STAGES}")
     return [int(rank)]
 

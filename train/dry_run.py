@@ -104,7 +104,7 @@ def dry_run(config: RunConfig, world: int, rank: int, *, as_gpu: bool = True) ->
     if traced < whole and layout.pipeline == 1:
         step = step.plus(found.middle, whole - traced)
     elif traced < whole:  # a pipeline has a buffer for each; built anew, for the first step finds nothing gathered
-        count = _legal(layout, traced + 1, whole)
+        count = _after(layout, traced, whole)
         more = _traced(config, layout, rank, count, as_gpu).step
         step = step.plus(more.minus(step), (whole - traced) / (count - traced))
     return DryRun(layout, rank, coordinates(layout, rank), found.layers, found.shards, *step, whole, traced)
@@ -126,11 +126,11 @@ def _traced(config: RunConfig, layout: Layout, rank: int, count: int, as_gpu: bo
         mesh = _mesh(layout, rank)
         parts = cut(config, mesh)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(gpu_ways(config) if as_gpu else ExitStack())
+        stack.enter_context(gpu_ways() if as_gpu else ExitStack())
         for part in parts:
             part.to_empty(device=mesh.device)
         stack.enter_context(without_numbers())
-        feeder = AssumedFeeder(config, mesh, varlen=as_gpu and config.kernels.attention != "sdpa")
+        feeder = AssumedFeeder(config, mesh, as_gpu=as_gpu)
         engine, optimizer = engine_over(parts, feeder, config, mesh)
         shards = {name: _shard(piece) for name, piece in engine.tensors().items()}
         batches = [fakes(config) for _ in range(count)]
@@ -187,6 +187,12 @@ def _checked(config: RunConfig, world: int, rank: int) -> Layout:
             why="DeepSpeed allocates and communicates while it starts",
             remedy='set layout.engine="fsdp"; ZeRO stage 3 is much like it with reshard="always"',
         )
+    if config.kernels.attention == "varlen" and config.layout.precision != "bf16":
+        raise UserError(
+            f"varlen attention does not compute in {config.layout.precision}",
+            where="kernels.attention",
+            remedy='set it to "auto", or layout.precision to "bf16"',
+        )
     layout = config.check(world)
     if not 0 <= rank < world:
         raise UserError(
@@ -213,9 +219,16 @@ def _enough(config: RunConfig, layout: Layout, whole: int) -> int:
         return min(whole, TRACED)
     if whole * config.model.layers / layout.pipeline <= TRACED_LAYERS:
         return whole
+    if layout.schedule == "interleaved":  # taken in rounds: others than of one micro-batch a rank are not alike
+        return min(whole, 3 * layout.pipeline) if whole % layout.pipeline == 0 else whole
     # One more than are ever under way on a rank: from here on, each adds what the one before it added.
     full = layout.pipeline * (1 if layout.schedule == "1f1b" else 2) + 1
     return _legal(layout, min(whole, full), whole)
+
+
+def _after(layout: Layout, traced: int, whole: int) -> int:
+    """The next count that adds what all further ones do."""
+    return traced + layout.pipeline if layout.schedule == "interleaved" else _legal(layout, traced + 1, whole)
 
 
 def _legal(layout: Layout, least: int, most: int) -> int:

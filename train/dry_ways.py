@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from minka.kernels import linear_cross_entropy
 from minka.model import transformer
-from minka.model.attention import Part, Structure, additive, allowed_pairs
+from minka.model.attention import HALF, Part, Structure, additive, allowed_pairs
 from minka.parallel import tensor as tensor_parallel
 from minka.parallel.context import gather_over, gathered_places, places, varlen_part
 from minka.parallel.feed import Fed, Feeder
@@ -46,9 +46,9 @@ def fakes(config: RunConfig) -> Fakes:
 class AssumedFeeder(Feeder):
     """For documents that have no numbers: each row is one to varlen kernels, and some to a mask."""
 
-    def __init__(self, config: RunConfig, mesh: Mesh, *, varlen: bool) -> None:
+    def __init__(self, config: RunConfig, mesh: Mesh, *, as_gpu: bool) -> None:
         super().__init__(config, mesh)
-        self.varlen = varlen
+        self.varlen = as_gpu and config.kernels.attention != "sdpa" and self.dtype in HALF
         self._traffic: Traffic | None = None
         self._before: list[tuple[Counter[Transfer], Counter[Transfer]]] = []
 
@@ -144,16 +144,16 @@ def without_numbers() -> Iterator[None]:
 
 
 @contextmanager
-def gpu_ways(config: RunConfig) -> Iterator[None]:
+def gpu_ways() -> Iterator[None]:
     """Where our operations ask whether a tensor is on a GPU: yes."""
-    rows = max(linear_cross_entropy.CPU_ROWS, linear_cross_entropy.GPU_LOGITS // config.model.vocab)
+    rows = linear_cross_entropy.chunk_rows
 
     def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         found: Tensor = torch.ops.aten._fused_rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)[0]
         return found
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(linear_cross_entropy, "CPU_ROWS", rows))
+        stack.enter_context(patch.object(linear_cross_entropy, "chunk_rows", lambda vocab, _: rows(vocab, True)))
         stack.enter_context(patch.object(transformer, "rms_norm", rms_norm))
         stack.enter_context(patch.object(tensor_parallel, "rms_norm", rms_norm))
         yield

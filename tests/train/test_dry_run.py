@@ -10,9 +10,11 @@ from unittest.mock import patch
 
 import pytest
 
+from minka.kernels import linear_cross_entropy
 from minka.plan.errors import UserError
 from minka.plan.load import load_run
 from minka.plan.memory import KINDS
+from minka.plan.sections import KernelsSection
 from minka.train import dry_run as dry_runs
 from minka.train.command import main
 from minka.train.dry_run import DryRun, dry_run
@@ -75,7 +77,7 @@ EXTRAPOLATED: dict[str, tuple[dict[str, Any], int]] = {
     "context 2 x tensor 2, recompute": ({"context": 2, "tensor": 2, "recompute": "block"}, UNIT_BYTES),
     "pipeline 2": ({"pipeline": 2}, UNIT_BYTES),
     "pipeline 2, gpipe": ({"pipeline": 2, "schedule": "gpipe"}, UNIT_BYTES),
-    "pipeline 2, interleaved": ({"pipeline": 2, "schedule": "interleaved"}, UNIT_BYTES),
+    "pipeline 2, interleaved": ({"pipeline": 2, "schedule": "interleaved", "micro_batch": 1}, UNIT_BYTES),
     "pipeline 2 x shard 2, zbv": ({"pipeline": 2, "shard": 2, "schedule": "zbv", "micro_batch": 1}, UNIT_BYTES),
     "pipeline 2, dualpipev": ({"pipeline": 2, "schedule": "dualpipev"}, UNIT_BYTES),
 }
@@ -94,6 +96,7 @@ def test_some_micro_batches_tell_of_all(row: str, rank: int) -> None:
     layout, unit_bytes = EXTRAPOLATED[row]
     config = config_of(layout)
     few, all_of_them = _traced(config, rank, unit_bytes, layers=0), _traced(config, rank, unit_bytes, micro_batches=99)
+    assert min(few.memory.by_kind.values()) >= 0
     assert (few.traced < few.micro_batches, all_of_them.traced) == (True, all_of_them.micro_batches)
     assert few.memory.total == pytest.approx(all_of_them.memory.total, rel=1e-3)
     slack = 1e-3 * all_of_them.memory.total
@@ -105,6 +108,20 @@ def test_some_micro_batches_tell_of_all(row: str, rank: int) -> None:
 def _traced(config: Any, rank: int, unit_bytes: int, layers: int = 10**9, micro_batches: int = 3) -> DryRun:
     with patch.object(dry_runs, "TRACED_LAYERS", layers), patch.object(dry_runs, "TRACED", micro_batches):
         return dry(config, rank, unit_bytes=unit_bytes)
+
+
+def test_as_on_a_gpu_a_rank_has_the_logits_of_its_own_vocabulary() -> None:
+    config = config_of({"tensor": 8, "micro_batch": 16}, heads=8, kv_heads=8, vocab=131072)
+    (chunk,) = [dry_run(config, 8, 0).memory.largest["logits"]]
+    rows = linear_cross_entropy.chunk_rows(131072 // 8, True)
+    assert rows < 16 * 128
+    assert chunk >= 4 * rows * 131072 // 8  # the logits themselves, in fp32
+
+
+def test_as_on_a_gpu_full_precision_has_a_mask() -> None:
+    wanted = dry_run(config_of({"precision": "fp32"}), 1, 0).memory
+    masked = config_of({"precision": "fp32"}).model_copy(update={"kernels": KernelsSection(attention="sdpa")})
+    assert wanted == dry_run(masked, 1, 0).memory
 
 
 def test_a_second_dry_run_in_a_process_is_the_first() -> None:
@@ -164,6 +181,8 @@ def test_the_command_prints_a_rank_or_one_of_each_stage(capsys: pytest.CaptureFi
         (["--dry-run", "--rank", "1"], "--world"),
         (["--dry-run", "--world", "2", "--ranks", "2"], "--ranks cannot be given"),
         (["--dry-run", "--world", "3", "layout.tensor=2"], "layout"),
+        (["--dry-run", "--world", "2", "--rank", "²"], "is no rank"),
+        (["--dry-run", "--world", "2", "kernels.attention=varlen", "layout.precision=fp32"], "kernels.attention"),
         (["--dry-run", "--world", "2", "layout.engine=deepspeed"], "no dry run"),
     ],
 )
