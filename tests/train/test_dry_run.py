@@ -111,11 +111,12 @@ def _traced(config: Any, rank: int, unit_bytes: int, layers: int = 10**9, micro_
 
 
 def test_as_on_a_gpu_a_rank_has_the_logits_of_its_own_vocabulary() -> None:
-    config = config_of({"tensor": 8, "micro_batch": 16}, heads=8, kv_heads=8, vocab=131072)
-    (chunk,) = [dry_run(config, 8, 0).memory.largest["logits"]]
-    rows = linear_cross_entropy.chunk_rows(131072 // 8, True)
-    assert rows < 16 * 128
-    assert chunk >= 4 * rows * 131072 // 8  # the logits themselves, in fp32
+    """Of the whole vocabulary a chunk would have fewer tokens than the rank has."""
+    vocab, tokens = 2**20, 16 * 128
+    config = config_of({"tensor": 8, "micro_batch": 16}, heads=8, kv_heads=8, vocab=vocab)
+    assert linear_cross_entropy.chunk_rows(vocab, True) < tokens <= linear_cross_entropy.chunk_rows(vocab // 8, True)
+    found = dry_run(config, 8, 0).memory.largest["logits"]
+    assert found >= 4 * tokens * vocab // 8  # in fp32
 
 
 def test_as_on_a_gpu_full_precision_has_a_mask() -> None:
