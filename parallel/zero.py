@@ -252,16 +252,24 @@ def _construction(deepspeed: Any, mesh: Mesh, settings: dict[str, Any]) -> Abstr
 
 
 def _gather_for_head(deepspeed: Any, model: Transformer) -> None:
-    """Stage 3 gathers weights when their own module is called: not for a tied head, nor for head.logits."""
-    matrix, logits = model.head.matrix(), model.head.logits
-    deepspeed.zero.register_external_parameter(model.head, matrix)
+    """Stage 3 gathers weights when their own module is called: not for a tied head, nor for head.logits.
+
+    Its own GatheredParameters does not know what is being fetched ahead of the next module: calls of the head do.
+    """
+    head: Any = model.head
+    logits, forward = head.logits, head.forward
+    deepspeed.zero.register_external_parameter(head, head.matrix())
+
+    @wraps(forward)
+    def either(*given: Any, only_logits: bool = False, **options: Any) -> Any:
+        return (logits if only_logits else forward)(*given, **options)
 
     @wraps(logits)
-    def gathered(hidden: Tensor, at: int | None = None) -> Tensor:
-        with deepspeed.zero.GatheredParameters([matrix]):
-            return logits(hidden, at)
+    def called(hidden: Tensor, at: int | None = None) -> Tensor:
+        found: Tensor = head(hidden, at, only_logits=True)
+        return found
 
-    model.head.logits = gathered  # type: ignore[method-assign,assignment]
+    head.forward, head.logits = either, called
 
 
 def _adamw(model: nn.Module, config: RunConfig, decay: Decay) -> torch.optim.AdamW:

@@ -1,5 +1,6 @@
 """ZeRO is the single-device run, refuses without a trace, and its checkpoints are everybody's."""
 
+import json
 import math
 import sys
 from importlib.util import find_spec
@@ -158,6 +159,23 @@ def test_a_run_of_the_real_worker_goes_on_where_it_stopped(stage: int, tmp_path:
     for mine, reference in zip(*details, strict=True):
         for key in ("grad_norm", "update_ratio", "max_attention_logit"):
             np.testing.assert_allclose(list(mine[key].values()), list(reference[key].values()), rtol=2e-5)
+
+
+@needs_deepspeed
+def test_samples_after_training_are_those_of_fsdp(tmp_path: Path) -> None:
+    """An untied head's weights are on their way already when logits are asked for: fetched ahead, as in training."""
+    said = []
+    for engine in ("deepspeed", "fsdp"):
+        layout = {"micro_batch": 2, "shard": 2, "engine": engine}
+        evaluation = {"every_steps": 5, "prompts": ["ab"], "sample_tokens": 8}
+        run = {"name": engine, "max_steps": 10}
+        config = tiny(tmp_path, run=run, layout=layout, model={"tied": False}, eval=evaluation)
+        assert on_ranks(train_rank, 2, config) == [0, 0]
+        files = sorted(RunFolder.of(config).evals.rglob("*.json"))
+        said.append([json.loads(file.read_text())["samples"] for file in files])
+    assert said[0] == said[1]
+    assert len(said[0]) == 2
+    assert all(said[0])
 
 
 @needs_deepspeed
