@@ -1,11 +1,12 @@
 """Every tracking.detail_every steps: gradient norm and update-to-weight ratio by layer, largest attention logit."""
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from minka.model.head import IGNORED
 from minka.parallel.engine import Engine, MicroBatch
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece
@@ -18,6 +19,15 @@ class Updates(Protocol):
     def update_squares(self, learning_rate: float) -> dict[str, Tensor]: ...
 
 
+class Rows(NamedTuple):
+    """A MicroBatch."""
+
+    tokens: Tensor
+    targets: Tensor
+    documents: Tensor
+    positions: Tensor
+
+
 class Detail:
     """One detailed step. `before_apply` while the gradients are there, then `after_apply`. Collective."""
 
@@ -26,15 +36,19 @@ class Detail:
         self._gradients: dict[str, float] = {}
         self._logits: list[float] = []
 
-    def before_apply(self, micro_batch: MicroBatch) -> None:
-        """Read the gradients, and the attention logits of the weights that made them."""
+    def before_apply(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Read the gradients, and the attention logits of the weights that made them, over all rows of the step."""
         pieces = self.engine.gradient_pieces()
         self._gradients = self._over_ranks(_squares(pieces), pieces)
         # The mesh sums; the largest of a few ranks is the largest of a row with a place for each.
         row = torch.zeros(self.mesh.ranks, self.model.layers, device=self.mesh.device)
         row[self.mesh.rank] = float("-inf")
-        for layer, largest in self.engine.attention_logits(micro_batch).items():
-            row[self.mesh.rank, layer] = largest
+        first = Rows(*(getattr(micro_batches[0], name)[:1] for name in Rows._fields))
+        nothing = _empty(first)[0]  # more ranks than rows
+        for rows in micro_batches:
+            for layer, largest in self.engine.attention_logits(_without_fillers(rows, first)).items():
+                seen = torch.where(nothing, float("-inf"), largest)
+                row[self.mesh.rank, layer] = torch.maximum(row[self.mesh.rank, layer], seen)
         self._logits = self.mesh.sum_(row).amax(dim=0).tolist()
 
     def gradient_norms(self) -> dict[str, float]:
@@ -70,6 +84,17 @@ def layers_of(model: ModelSection) -> list[str]:
     """All layers that have weights, in the order they run."""
     blocks = [f"blocks.{layer}" for layer in range(model.layers)]
     return ["embedding", *blocks, "norm", *([] if model.tied else ["head"])]
+
+
+def _empty(rows: MicroBatch) -> Tensor:
+    """Which rows have no targets, [B]."""
+    return (rows.targets == IGNORED).all(dim=1)
+
+
+def _without_fillers(rows: MicroBatch, instead: Rows) -> Rows:
+    """Fillers are other ones under every layout: another row in their places, and the largest logit is the run's."""
+    fill = _empty(rows)[:, None]
+    return Rows(*(torch.where(fill, getattr(instead, name), getattr(rows, name)) for name in Rows._fields))
 
 
 def _squares(pieces: Mapping[str, Piece]) -> dict[str, Tensor]:

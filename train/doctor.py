@@ -126,7 +126,7 @@ def _first_step(config: RunConfig, mesh: Mesh, batch: Batch) -> Iterator[Check]:
     yield Check("gradients reach every weight", not dead, ", ".join(dead) or "all finite, none zero")
     engine.grad_norm()
     detail = Detail(engine, optimizer, mesh, config.model)
-    detail.before_apply(batch)
+    detail.before_apply([batch])
     norms = detail.gradient_norms()
     blocks = [norm for name, norm in norms.items() if name.startswith("blocks.")]
     spread = max(blocks) / max(min(blocks), 1e-30)

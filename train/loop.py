@@ -57,7 +57,7 @@ def train(run: Session, state: State) -> tuple[State, ExitStatus]:
             norm = engine.grad_norm()
             detail = Detail(engine, run.optimizer, mesh, config.model) if detail_due(config, state.step + 1) else None
             if detail:
-                detail.before_apply(micro_batches[0])
+                detail.before_apply(micro_batches)
         record.settle(watch)  # a save under way has its copy of what is about to change
         with watch.time("compute"):
             engine.apply(rate, config.optimizer.max_norm, accepts(sums, norm))
