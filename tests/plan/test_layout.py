@@ -152,7 +152,7 @@ REFUSED = {
         "as many as there are stages",
         {"layout": {"micro_batch": 2}},
     ),
-    "interleaved with an odd number of micro-batches": Refused(
+    "interleaved with some numbers of micro-batches": Refused(
         {"layout": {"pipeline": 2, "schedule": "interleaved"}, "data": {"batch_tokens": 5 * 64}},
         "schedule",
         "a multiple",
