@@ -13,7 +13,7 @@ from minka.model.transformer import Transformer
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import parameter_piece
 from minka.parallel.precision import compute_dtype
-from minka.parallel.shard import shard_model
+from minka.parallel.shard import home, shard_model
 from minka.parallel.stage import take_stage
 from minka.parallel.tensor import cut_tensor
 from minka.plan.config import RunConfig
@@ -24,7 +24,7 @@ def build_parts(config: RunConfig, mesh: Mesh) -> list[Transformer]:
     """This rank's part of the model, with its initial weights: its stages of the pipeline, or one that is all of it."""
     parts = cut(config, mesh)
     for part in parts:
-        part.to_empty(device=mesh.device)
+        part.to_empty(device=home(mesh))
         initialise(part, config)
     return parts
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from minka.parallel.mesh import Mesh
 
@@ -22,24 +22,33 @@ def shard_model(model: nn.Module, blocks: list[nn.Module], mesh: Mesh, precision
     """
     layout = mesh.layout
     alone = layout.replicate * layout.shard * layout.context == 1
-    if mesh.axes is None or (alone and precision != torch.bfloat16):  # nothing to cut and nothing to cast
-        return model
+    if mesh.axes is None or (alone and precision != torch.bfloat16 and layout.offload == "none"):
+        return model  # nothing to cut, to cast or to fetch
     axes = mesh.axes["replicate", "data"] if layout.replicate > 1 else mesh.axes["data"]
     policy = MixedPrecisionPolicy(
         param_dtype=precision if precision == torch.bfloat16 else None,
         reduce_dtype=torch.float32 if precision == torch.bfloat16 else precision,
         cast_forward_inputs=False,  # the rotary angles come in as fp32 and must stay so
     )
+    away = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if layout.offload == "all" else OffloadPolicy()
     reshard = reshards(mesh, blocks, precision)
     for unit in units(blocks, precision):
-        fully_shard(unit, mesh=axes, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(model, mesh=axes, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(unit, mesh=axes, mp_policy=policy, offload_policy=away, reshard_after_forward=reshard)
+    fully_shard(model, mesh=axes, mp_policy=policy, offload_policy=away, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):  # neither setting is recursive
             module.set_gradient_divide_factor(1.0)
             if mesh.needs_sum_on_gloo:
                 module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def home(mesh: Mesh) -> torch.device:
+    """Where weights, gradients and moments are kept: offloaded, FSDP copies weights to the device as it gathers them.
+
+    Gradients come back when they are reduced, so the update is the host's work.
+    """
+    return torch.device("cpu") if mesh.layout.offload == "all" else mesh.device
 
 
 def units(blocks: list[nn.Module], precision: torch.dtype) -> list[list[nn.Module]]:

@@ -38,7 +38,7 @@ class Layout(BaseModel, frozen=True, extra="forbid", strict=True):
     )
     engine: Literal["fsdp", "deepspeed"] = Field("fsdp", description="what cuts weights along shard, and steps")
     zero_stage: Literal[1, 2, 3] = Field(3, description="deepspeed: cut moments (1), gradients (2), weights (3)")
-    offload: Literal["none", "optimizer", "all"] = Field("none", description="deepspeed: kept in the host's memory")
+    offload: Literal["none", "optimizer", "all"] = Field("none", description="what is kept in the host's memory")
 
     @property
     def world(self) -> int:
@@ -287,19 +287,20 @@ def _deepspeed_cuts_data(asked: Asked) -> Refusal | None:
     )
 
 
-def _offload_is_deepspeeds(asked: Asked) -> Refusal | None:
-    if asked.layout.engine == "deepspeed" or asked.layout.offload == "none":
+def _fsdp_offloads_all(asked: Asked) -> Refusal | None:
+    if asked.layout.engine == "deepspeed" or asked.layout.offload != "optimizer":
         return None
     return Refusal(
         "offload",
-        f"offload={asked.layout.offload!r} is DeepSpeed's",
-        "the fsdp engine keeps everything on the device",
-        'set layout.offload="none", or layout.engine="deepspeed"',
+        'offload="optimizer" is DeepSpeed\'s',
+        "FSDP moves weights, gradients and moments to the host's memory together",
+        'set layout.offload="all", or layout.engine="deepspeed"',
     )
 
 
 def _offloaded_weights_are_cut(asked: Asked) -> Refusal | None:
-    if asked.layout.offload != "all" or asked.layout.zero_stage == 3:
+    layout = asked.layout
+    if layout.engine != "deepspeed" or layout.offload != "all" or layout.zero_stage == 3:
         return None
     return Refusal(
         "offload",
@@ -354,7 +355,7 @@ RULES: tuple[Callable[[Asked], Refusal | None], ...] = (
     _split_backward_is_eager,
     _enough_micro_batches,
     _deepspeed_cuts_data,
-    _offload_is_deepspeeds,
+    _fsdp_offloads_all,
     _offloaded_weights_are_cut,
     _deepspeed_precision,
     _deepspeed_reshards_by_stage,

@@ -89,6 +89,18 @@ def test_bf16_on_nccl_follows_fp32_on_the_cpu(tmp_path: Path) -> None:
         assert low == pytest.approx(full, rel=2e-2)
 
 
+def test_offloaded_weights_are_trained_as_those_on_the_device(tmp_path: Path) -> None:
+    """One rank, in fp32: FSDP cuts nothing, and is there to fetch them."""
+    found = []
+    for offload in ("none", "all"):
+        config = tiny(tmp_path, run={"name": offload}, layout={"precision": "fp32", "offload": offload})
+        assert train_rank(config) == 0
+        events = read_ledger(RunFolder.of(config).ledger_file)
+        found.append([(e["loss"], e["grad_norm"]) for e in events if e["event"] == "step"])
+    for here, away in zip(*found, strict=True):
+        assert away == pytest.approx(here, rel=1e-4)
+
+
 def test_a_dry_run_holds_what_the_devices_allocator_counts() -> None:
     small = ["data.seq_len=2048", "layout.micro_batch=4", "data.batch_tokens=8192", "data.batch_warmup=[]"]
     config = load_run("dense-125m", [*small, "kernels.compile=false"]).config

@@ -187,6 +187,13 @@ def _checked(config: RunConfig, world: int, rank: int) -> Layout:
             why="DeepSpeed allocates and communicates while it starts",
             remedy='set layout.engine="fsdp"; ZeRO stage 3 is much like it with reshard="always"',
         )
+    if config.layout.offload != "none":
+        raise UserError(
+            f"offload={config.layout.offload!r} has no dry run",
+            where="layout.offload",
+            why="it counts one device's memory, and cannot tell what has been moved to the host's",
+            remedy='set layout.offload="none": what moves is the lines of weights, optimizer, and reduced gradients',
+        )
     if config.kernels.attention == "varlen" and config.layout.precision != "bf16":
         raise UserError(
             f"varlen attention does not compute in {config.layout.precision}",

@@ -38,9 +38,10 @@ class AdamW:
 
     def step(self, gradients: Mapping[str, Tensor], learning_rate: float, divisor: Tensor, accept: Tensor) -> None:
         """See parallel.engine.Optimizer. A refused step is the kernel's `found_inf`: it returns before any write."""
-        self._accepted = accept
-        self._count += accept  # the bias correction counts accepted steps only
-        refuse = (~accept).float()
+        home = self._count.device  # of offloaded weights the host's memory: the host waits for these two numbers
+        self._accepted, divisor = accept.to(home), divisor.to(home)
+        self._count += self._accepted  # the bias correction counts accepted steps only
+        refuse = (~self._accepted).float()
         for decay in sorted(set(self._decay.values())):
             names = [n for n, d in self._decay.items() if d == decay and self._weights[n].numel()]
             if not names:

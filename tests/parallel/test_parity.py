@@ -114,6 +114,25 @@ def alone(precision: str, **shape: Any) -> Run:
     return run_on(config_of({"precision": precision}, shape))
 
 
+OFFLOADED: dict[str, dict[str, Any]] = {
+    "shard 2 x tensor 2": {"shard": 2, "tensor": 2},
+    "tensor 2": {"tensor": 2},
+    "pipeline 2, zbv": {"pipeline": 2, "schedule": "zbv"},
+}
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[] if name == "tensor 2" else pytest.mark.slow) for name in OFFLOADED]
+)
+def test_offloaded_weights_are_trained_as_others(layout: str) -> None:
+    """On a CPU the host's memory is the device's, but FSDP takes its ways of offloading."""
+    together = run_on(config_of({**OFFLOADED[layout], "offload": "all"}))
+    found = differences(together, alone("fp32"))
+    print(f"{layout}, offloaded:", ", ".join(f"{kind} {error:.1e}" for kind, error in found.items()))
+    for kind, error in found.items():
+        assert error <= BOUNDS[kind], kind
+
+
 COMPILED: dict[str, dict[str, Any]] = {
     "shard 2 x tensor 2": {"shard": 2, "tensor": 2},
     "context 2": {"context": 2},

@@ -170,8 +170,8 @@ REFUSED = {
     "deepspeed with tensor": Refused(
         {"layout": {"engine": "deepspeed", "tensor": 2}}, "tensor", "cut already", {"layout": {"tensor": 1}}
     ),
-    "offload without deepspeed": Refused(
-        {"layout": {"offload": "optimizer"}}, "offload", "on the device", {"layout": {"engine": "deepspeed"}}
+    "moments offloaded by FSDP": Refused(
+        {"layout": {"offload": "optimizer"}}, "offload", "together", {"layout": {"offload": "all"}}
     ),
     "weights offloaded that are not cut": Refused(
         {"layout": {"engine": "deepspeed", "zero_stage": 2, "offload": "all"}},

@@ -185,6 +185,7 @@ def test_the_command_prints_a_rank_or_one_of_each_stage(capsys: pytest.CaptureFi
         (["--dry-run", "--world", "2", "--rank", "²"], "is no rank"),
         (["--dry-run", "--world", "2", "kernels.attention=varlen", "layout.precision=fp32"], "kernels.attention"),
         (["--dry-run", "--world", "2", "layout.engine=deepspeed"], "no dry run"),
+        (["--dry-run", "--world", "2", "layout.offload=all"], "no dry run"),
     ],
 )
 def test_what_it_cannot_tell_it_refuses(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
