@@ -75,15 +75,23 @@ class Layout(BaseModel, frozen=True, extra="forbid", strict=True):
         others = self.pipeline * self.replicate * self.context * self.tensor
         shard = self.shard or max(1, ranks // others)
         layout = self.model_copy(update={"shard": shard})
-        if layout.world != ranks:
-            fits = divisors(ranks)
+        if layout.world == ranks:
+            return layout
+        fits = f"axes whose product divides {ranks:,} ({', '.join(map(str, divisors(ranks)))})"
+        if self.shard:
             raise UserError(
-                f"the layout needs {layout.world} ranks ({_product(layout)}) but {ranks} were started",
+                f"the layout is of {layout.world:,} ranks ({_product(layout)}), and there are {ranks:,}",
                 where="layout",
                 why="every rank has exactly one place on the mesh",
-                remedy=f"start {layout.world} ranks, or choose axes whose product divides {ranks} ({fits})",
+                remedy=f"take {layout.world:,} ranks, or shard=0 (all ranks left) with {fits}",
             )
-        return layout
+        below, above = ranks // others * others, -(-ranks // others) * others
+        raise UserError(
+            f"{_product(self)} does not divide {ranks:,} ranks",
+            where="layout",
+            why="every rank has exactly one place on the mesh, and shard=0 takes whatever is left",
+            remedy=f"take {f'{below:,} or ' if below else ''}{above:,} ranks, or {fits}",
+        )
 
 
 class Asked(NamedTuple):

@@ -175,7 +175,7 @@ class GuardSection(Section):
 
 
 class EvalSection(Section):
-    """Bits per byte on the validation split, and samples, at a cadence."""
+    """Bits per byte on the validation split, and samples, at a cadence and at the end."""
 
     every_steps: int = Field(0, ge=0)
     every_tokens: int = Field(0, ge=0)

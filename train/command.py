@@ -207,7 +207,12 @@ def _dry_run_of(loaded: "Loaded", world: int | None, rank: str, dry_run: bool, o
     if world is None:
         raise UserError("--rank needs to know of how many", where="--rank", remedy="add --world N")
     if others:
-        raise UserError(f"{', '.join(others)} cannot be given", where="--world", remedy="leave that out")
+        raise UserError(
+            f"{', '.join(others)} cannot be given",
+            where="--world",
+            why="nothing is started: a dry run is of ranks that are not there, as many as --world says",
+            remedy="leave that out",
+        )
     from minka.train.dry_report import dry_run_command
 
     return dry_run_command(loaded.config, world, rank or "stages", as_json=as_json)

@@ -11,7 +11,8 @@ from minka.parallel.traffic import sent_bytes
 from minka.plan.cli import print_json
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
-from minka.plan.layout import AXES
+from minka.plan.fillers import told_fillers
+from minka.plan.layout import AXES, Asked
 from minka.plan.memory import KINDS
 from minka.train.dry_run import DryRun, Shard, after_warmup, dry_run, stage_ranks
 
@@ -28,12 +29,13 @@ def dry_run_command(config: RunConfig, world: int, rank: str, *, as_json: bool) 
     found = []
     for number, one in enumerate(ranks):
         begun = time.monotonic()
-        if not as_json and sys.stderr.isatty():
-            print(f"rank {one:,} ({number + 1} of {len(ranks)}) ...", file=sys.stderr, flush=True)
+        if not as_json:
+            print(f"tracing rank {one:,} ({number + 1} of {len(ranks)}) ...", file=sys.stderr, flush=True)
         dry = dry_run(config, world, one)
         found.append(dry)
         if not as_json:
-            print("\n".join(told(dry, first=number == 0, seconds=time.monotonic() - begun)), flush=True)
+            fillers = told_fillers(Asked(dry.layout, config.model, config.data, config.kernels))
+            print("\n".join(told(dry, number == 0, fillers, seconds=time.monotonic() - begun)), flush=True)
     if as_json:
         print_json({"world": world, "warmup_refused": warning, "ranks": [as_dict(dry) for dry in found]})
         return 0
@@ -75,12 +77,12 @@ def as_dict(found: DryRun) -> dict[str, Any]:
     }
 
 
-def told(found: DryRun, *, first: bool, seconds: float) -> list[str]:
-    """The same as lines; `first` has what all ranks share."""
+def told(found: DryRun, first: bool, fillers: str, *, seconds: float) -> list[str]:
+    """The same as lines; `first` has what all ranks share, a warning of fillers among it."""
     lines = []
     if first:
         cut = ", ".join(f"{axis} {getattr(found.layout, axis)}" for axis in AXES if getattr(found.layout, axis) > 1)
-        lines = [f"{found.layout.world:,} ranks: {cut or 'one rank'}", ""]
+        lines = [f"{found.layout.world:,} ranks: {cut or 'one rank'}", *([fillers] if fillers else []), ""]
     place = ", ".join(f"{axis} {at}" for axis, at in found.coordinate.items() if getattr(found.layout, axis, 1) > 1)
     traced = "" if found.traced == found.micro_batches else f", of which {found.traced} were traced"
     lines += [
@@ -120,7 +122,7 @@ def _shard_lines(shards: dict[str, Shard]) -> Iterator[str]:
         layer = LAYER.search(name)
         key = (LAYER.sub("*", name), shard.dtype, shard.shape, shard.global_shape, shard.bytes)
         groups.setdefault(key, []).append(int(layer.group()) if layer else -1)
-    yield f"  {'tensor, of which each has two moments':<40}{'this rank':>20}{'of':>20}{'bytes':>14}"
+    yield f"  {'tensor (a weight has two moments, too)':<40}{'this rank':>20}{'whole':>20}{'bytes':>14}"
     for (name, dtype, shape, whole, size), layers in groups.items():
         title = name.replace("*", _spans(layers), 1)
         yield f"  {title:<40}{_shape(shape):>20}{_shape(whole):>20}{_size(size * len(layers)):>14}  {dtype}"

@@ -25,6 +25,7 @@ HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # ea
 STACKS_SIGNAL = signal.SIGUSR2
 CPU_RANKS = 2
 KILL_SECONDS = 5.0
+A_RANK_FAILED = "a rank failed"
 IN_GOOD_ORDER = (ExitStatus.DONE, ExitStatus.REFUSED, ExitStatus.STOPPED, ExitStatus.NEEDS_PERSON)
 
 
@@ -155,9 +156,16 @@ def supervise(config: RunConfig, ranks: int, profile: str, from_scratch: bool, a
     finally:
         _end(process)
         handing.leave()
-    told = read_ending(folder)
+    after = read_ending(folder)
+    told = after if after != before else None
+    if reason == A_RANK_FAILED and not told:
+        print(
+            f"minka: training has ended, since a rank failed. `minka train {folder.path}` goes on from the newest "
+            f"checkpoint; what the other ranks said is in {folder.logs}.",
+            file=sys.stderr,
+        )
     if folder.exists():
-        tell_ending(folder, status, reason, step, told if told != before else None)
+        tell_ending(folder, status, reason, step, told)
     return status
 
 
@@ -223,7 +231,8 @@ def _watch(
         return int(ExitStatus.STOPPED), "stopped before the first step", 0
     status = process.returncode if process.returncode >= 0 else int(ExitStatus.FAILED)
     reasons = {0: "done", 85: "stopped and saved", 86: "stopped by a rule", 2: "refused"}
-    return status, reasons.get(status, "a rank failed"), max(ranks.steps.values(), default=0)
+    failed = A_RANK_FAILED if ranks.pids else "failed before the ranks were started"
+    return status, reasons.get(status, failed), max(ranks.steps.values(), default=0)
 
 
 def _signal(ranks: Ranks, number: signal.Signals) -> None:

@@ -41,7 +41,8 @@ def summarise(record: Record, state: State, status: ExitStatus, *, as_json: bool
             }
         )
         return
-    lines = {"stopped after": f"step {state.step:,} of {config.total_steps:,}, {state.tokens:,} tokens"}
+    ended = "trained" if status == ExitStatus.DONE else "stopped after"
+    lines = {ended: f"step {state.step:,} of {config.total_steps:,}, {state.tokens:,} tokens"}
     if record.last is not None:
         lines["loss"] = f"{record.last.loss:.4f} nats a token"
     if scores is not None and bits is not None:

@@ -28,8 +28,10 @@ from minka.parallel.zero import build_zero_engine
 from minka.plan.changes import Changes, told
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
+from minka.plan.fillers import told_fillers
 from minka.plan.flops import FORMULAS, parameters, training_flops_per_token
 from minka.plan.hardware import find
+from minka.plan.layout import Asked
 from minka.plan.ledger import Ledger
 from minka.plan.run import RunFolder
 from minka.plan.stages import stages_of
@@ -199,7 +201,8 @@ def _announce(record: Record, state: State, mesh: Mesh, changed: Changes) -> Non
         changed=changed,
         lineage=record.lineage,
     )
-    for line in [*told(changed), *_placed(record, mesh)]:
+    fillers = told_fillers(Asked(mesh.layout, config.model, config.data, config.kernels))
+    for line in [*told(changed), *_placed(record, mesh), *([fillers] if fillers else [])]:
         record.console.say(line)
     record.console.say(
         f"{config.run.name}: {parameters(config.model):,} parameters, {config.total_tokens:,} tokens in "

@@ -190,6 +190,7 @@ def test_a_killed_rank_fails_the_run_and_leaves_no_process(tmp_path: Path) -> No
     _, errors = process.communicate(timeout=60)
     assert process.returncode == ExitStatus.FAILED
     assert "rank 1 ended by signal 9" in errors
+    assert errors.rstrip().splitlines()[-1].startswith("minka: training has ended, since a rank failed. `minka train ")
     assert json.loads(RunFolder.of(config).exit_file.read_text())["code"] == 1
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
