@@ -5,10 +5,15 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import pytest
+from torch.distributed.fsdp import FSDPModule
 
 from faults import DRIFT, MUTANTS
+from minka.parallel.apply import build_parts
+from minka.parallel.mesh import start_mesh
+from minka.plan.config import RunConfig
 from minka.plan.layout import STAGES_PER_RANK
 from parity import BOUNDS, EXACT, Run, config_of, differences, run_on
+from ranks import on_ranks
 
 SCHEDULES = sorted(STAGES_PER_RANK)
 VARIANTS: dict[str, dict[str, Any]] = {"": {}, "QK-norm": {"qk_norm": True}, "QKV bias": {"qkv_bias": True}}
@@ -131,6 +136,21 @@ def test_offloaded_weights_are_trained_as_others(layout: str) -> None:
     print(f"{layout}, offloaded:", ", ".join(f"{kind} {error:.1e}" for kind, error in found.items()))
     for kind, error in found.items():
         assert error <= BOUNDS[kind], kind
+
+
+def test_offloaded_means_all_weights_where_nothing_else_needs_fsdp() -> None:
+    config = config_of({"tensor": 2, "offload": "all"})
+    for parameters, offloaded in on_ranks(offloaded_of, 2, config):
+        assert parameters == offloaded > 0
+
+
+def offloaded_of(config: RunConfig) -> tuple[int, int]:
+    """How many parameters this rank has, and how many of them FSDP fetches from the host's memory."""
+    with start_mesh(config.layout) as mesh:
+        (model,) = build_parts(config, mesh)
+        groups = [m._get_fsdp_state()._fsdp_param_group for m in model.modules() if isinstance(m, FSDPModule)]
+        ours = [p.offload_to_cpu for group in {id(g): g for g in groups if g}.values() for p in group.fsdp_params]
+        return len(list(model.parameters())), sum(ours)
 
 
 COMPILED: dict[str, dict[str, Any]] = {
