@@ -25,7 +25,7 @@ def build_parts(config: RunConfig, mesh: Mesh) -> list[Transformer]:
     parts = cut(config, mesh)
     for part in parts:
         part.to_empty(device=home(mesh))
-        initialise(part, config)
+        initialise(part, config, mesh.device)
     return parts
 
 
@@ -74,16 +74,22 @@ def recompute(block: nn.Module) -> None:
     block.forward = recomputed
 
 
-def initialise(model: Transformer, config: RunConfig) -> None:
-    """Fill this rank's pieces; weights follow from (seed, name, global index) and from nothing else."""
+def initialise(model: Transformer, config: RunConfig, device: torch.device) -> None:
+    """Fill this rank's pieces; weights follow from (seed, name, global index) and from nothing else.
+
+    The numbers are made on `device`: a host would take minutes for the weights it keeps for a GPU.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             piece = parameter_piece(parameter)
+            on_device = piece.local if piece.local.device == device else torch.empty_like(piece.local, device=device)
             fill_(
-                piece.local,
+                on_device,
                 name,
                 config.run.seed,
                 config.model,
                 offset=piece.offset,
                 global_shape=piece.global_shape,
             )
+            if on_device is not piece.local:
+                piece.local.copy_(on_device)

@@ -9,6 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+# torch's norm on a CPU adds up in a few fp32 lanes: of 2^16 numbers it loses 2e-7, of 2^26 already 0.6 %.
+LARGE, PART = 2**16, 2**12
+
 
 class Piece(NamedTuple):
     """`local` is the box of a tensor of `global_shape` that begins at `offset`.
@@ -96,6 +99,20 @@ def squared_norm(pieces: list[Piece]) -> Tensor:
     full = [p for p in pieces if p.local.numel()]
     if not full:
         return torch.zeros((), dtype=torch.float64)
-    norms = torch.stack(torch._foreach_norm([p.local for p in full]))
-    shares = torch.tensor([1.0 / p.copies for p in full], dtype=torch.float64, device=norms.device)
-    return (norms.double().square() * shares).sum()
+    on_host = full[0].local.device.type == "cpu"
+    large = [p for p in full if on_host and p.local.numel() > LARGE]
+    small = [p for p in full if not (on_host and p.local.numel() > LARGE)]
+    squares = [_squared_in_parts(p.local) / p.copies for p in large]
+    if small:
+        norms = torch.stack(torch._foreach_norm([p.local for p in small]))
+        shares = torch.tensor([1.0 / p.copies for p in small], dtype=torch.float64, device=norms.device)
+        squares.append((norms.double().square() * shares).sum())
+    return torch.stack(squares).sum()
+
+
+def _squared_in_parts(tensor: Tensor) -> Tensor:
+    """Squared norm, each PART of it in the tensor's precision and their sum in fp64."""
+    flat = tensor.flatten()
+    even = flat.numel() // PART * PART
+    parts = torch.linalg.vector_norm(flat[:even].view(-1, PART), dim=1)
+    return parts.double().square().sum() + torch.linalg.vector_norm(flat[even:]).double().square()

@@ -72,7 +72,8 @@ class Saver:
         assert self._saving is None
         saving = self._saving = _Saving(contents)
         mine = to_write(tensors)
-        ready = torch.cuda.Event() if self.mesh.device.type == "cuda" else None
+        on_gpu = any(piece.local.is_cuda for piece in mine.values())  # offloaded ones are not
+        ready = torch.cuda.Event() if on_gpu else None
         if ready is not None:
             ready.record()
         if self.asynchronous:

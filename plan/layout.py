@@ -77,17 +77,18 @@ class Layout(BaseModel, frozen=True, extra="forbid", strict=True):
         layout = self.model_copy(update={"shard": shard})
         if layout.world == ranks:
             return layout
-        fits = f"axes whose product divides {ranks:,} ({', '.join(map(str, divisors(ranks)))})"
+        fits = f"axes whose product divides {ranks:,}: {_few(divisors(ranks))}"
         if self.shard:
+            cut, verb = f" ({_product(layout)})" if layout.world > 1 else "", "is" if ranks == 1 else "are"
             raise UserError(
-                f"the layout is of {layout.world:,} ranks ({_product(layout)}), and there are {ranks:,}",
+                f"the layout is of {counted(layout.world, 'rank')}{cut}, and there {verb} {ranks:,}",
                 where="layout",
                 why="every rank has exactly one place on the mesh",
-                remedy=f"take {layout.world:,} ranks, or shard=0 (all ranks left) with {fits}",
+                remedy=f"take {counted(layout.world, 'rank')}, or shard=0 (all ranks left) with {fits}",
             )
         below, above = ranks // others * others, -(-ranks // others) * others
         raise UserError(
-            f"{_product(self)} does not divide {ranks:,} ranks",
+            f"{_product(self)} does not divide {counted(ranks, 'rank')}",
             where="layout",
             why="every rank has exactly one place on the mesh, and shard=0 takes whatever is left",
             remedy=f"take {f'{below:,} or ' if below else ''}{above:,} ranks, or {fits}",
@@ -374,6 +375,17 @@ RULES: tuple[Callable[[Asked], Refusal | None], ...] = (
 def even(layers: int, stages: int) -> list[int]:
     """Layers of each stage, as equal as can be, the first ones larger."""
     return [layers // stages + (stage < layers % stages) for stage in range(stages)]
+
+
+def counted(number: int, what: str) -> str:
+    """ "1 rank", "1,024 ranks"."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _few(numbers: list[int]) -> str:
+    """A list that people can read, however long it is."""
+    words = [f"{number:,}" for number in numbers]
+    return ", ".join(words if len(words) <= 12 else [*words[:8], "...", *words[-3:]])
 
 
 def _product(layout: Layout) -> str:

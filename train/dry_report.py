@@ -11,8 +11,8 @@ from minka.parallel.traffic import sent_bytes
 from minka.plan.cli import print_json
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
-from minka.plan.fillers import told_fillers
-from minka.plan.layout import AXES, Asked
+from minka.plan.fillers import filler_share, told_fillers
+from minka.plan.layout import AXES
 from minka.plan.memory import KINDS
 from minka.train.dry_run import DryRun, Shard, after_warmup, dry_run, stage_ranks
 
@@ -34,14 +34,18 @@ def dry_run_command(config: RunConfig, world: int, rank: str, *, as_json: bool) 
         dry = dry_run(config, world, one)
         found.append(dry)
         if not as_json:
-            fillers = told_fillers(Asked(dry.layout, config.model, config.data, config.kernels))
-            print("\n".join(told(dry, number == 0, fillers, seconds=time.monotonic() - begun)), flush=True)
+            print("\n".join(told(dry, first=number == 0, seconds=time.monotonic() - begun)), flush=True)
     if as_json:
-        print_json({"world": world, "warmup_refused": warning, "ranks": [as_dict(dry) for dry in found]})
+        share = filler_share(config, found[0].layout)
+        whole = {"world": world, "warmup_refused": warning, "filler_share": share}
+        print_json({**whole, "ranks": [as_dict(dry) for dry in found]})
         return 0
     if len(found) > 1:
         dearest = max(found, key=lambda dry: dry.memory.total)
         print(f"most memory: rank {dearest.rank:,}, {_size(dearest.memory.total)}")
+    fillers = told_fillers(config, found[0].layout)
+    if fillers:
+        print(fillers)
     if warning:
         print(f"note: while the batch is warming up, this layout is not legal: {warning}")
     return 0
@@ -77,12 +81,12 @@ def as_dict(found: DryRun) -> dict[str, Any]:
     }
 
 
-def told(found: DryRun, first: bool, fillers: str, *, seconds: float) -> list[str]:
-    """The same as lines; `first` has what all ranks share, a warning of fillers among it."""
+def told(found: DryRun, *, first: bool, seconds: float) -> list[str]:
+    """The same as lines; `first` has what all ranks share."""
     lines = []
     if first:
         cut = ", ".join(f"{axis} {getattr(found.layout, axis)}" for axis in AXES if getattr(found.layout, axis) > 1)
-        lines = [f"{found.layout.world:,} ranks: {cut or 'one rank'}", *([fillers] if fillers else []), ""]
+        lines = [f"{found.layout.world:,} ranks: {cut or 'one rank'}", ""]
     place = ", ".join(f"{axis} {at}" for axis, at in found.coordinate.items() if getattr(found.layout, axis, 1) > 1)
     traced = "" if found.traced == found.micro_batches else f", of which {found.traced} were traced"
     lines += [

@@ -192,7 +192,7 @@ def _checked(config: RunConfig, world: int, rank: int) -> Layout:
             f"offload={config.layout.offload!r} has no dry run",
             where="layout.offload",
             why="it counts one device's memory, and cannot tell what has been moved to the host's",
-            remedy='set layout.offload="none": what moves is the lines of weights, optimizer, and reduced gradients',
+            remedy='set layout.offload="none"; of its peak, weights and optimizer are what would move',
         )
     if config.kernels.attention == "varlen" and config.layout.precision != "bf16":
         raise UserError(

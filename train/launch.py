@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.run import RunFolder
 from minka.train.ending import Ending, read_ending, write_ending
+from minka.train.standing import standing
 
 HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # each asks the ranks to save and stop
 STACKS_SIGNAL = signal.SIGUSR2
@@ -110,6 +112,15 @@ class Ranks:
     pids: dict[int, int] = field(default_factory=dict)
     heard: dict[int, float] = field(default_factory=dict)
     steps: dict[int, int] = field(default_factory=dict)
+    rest: bytes = b""  # of a line that is not whole yet
+
+    def listen(self, beats: int) -> None:
+        """Whatever there is in a pipe that does not block."""
+        with suppress(BlockingIOError):
+            while said := os.read(beats, 65536):
+                *lines, self.rest = (self.rest + said).split(b"\n")
+                for line in lines:
+                    self.hear(line.decode(), time.monotonic())
 
     def hear(self, line: str, now: float) -> None:
         """One line of the pipe: `rank pid step`, and `done` behind it when the rank has only to end."""
@@ -128,6 +139,7 @@ def supervise(config: RunConfig, ranks: int, profile: str, from_scratch: bool, a
     folder, handing = RunFolder.of(config), _Handing()
     before = read_ending(folder)
     read_end, write_end = os.pipe()
+    os.set_blocking(read_end, False)
     os.set_blocking(write_end, False)  # a rank never waits for a slow supervisor: it drops the beat
     job = {
         "config": config.model_dump(mode="json"),
@@ -159,11 +171,9 @@ def supervise(config: RunConfig, ranks: int, profile: str, from_scratch: bool, a
     after = read_ending(folder)
     told = after if after != before else None
     if reason == A_RANK_FAILED and not told:
-        print(
-            f"minka: training has ended, since a rank failed. `minka train {folder.path}` goes on from the newest "
-            f"checkpoint; what the other ranks said is in {folder.logs}.",
-            file=sys.stderr,
-        )
+        place, again = standing(folder), f"`minka train {folder.path}`"
+        onward = f"{again} goes on from step {place.step:,}" if place else f"{again} begins again: nothing was saved"
+        print(f"minka: training has ended, since a rank failed. {onward}.", file=sys.stderr)
     if folder.exists():
         tell_ending(folder, status, reason, step, told)
     return status
@@ -202,15 +212,12 @@ class _Handing:
 def _watch(
     process: "subprocess.Popen[str]", beats: int, handing: _Handing, hang_seconds: float, folder: RunFolder
 ) -> tuple[int, str, int]:
-    ranks, buffer, handed = Ranks(), b"", 0
+    ranks, handed = Ranks(), 0
     selector = selectors.DefaultSelector()
     selector.register(beats, selectors.EVENT_READ)
     while process.poll() is None:
         if selector.select(timeout=0.2):
-            buffer += os.read(beats, 65536)
-            *lines, buffer = buffer.split(b"\n")
-            for line in lines:
-                ranks.hear(line.decode(), time.monotonic())
+            ranks.listen(beats)
         if handing.received > handed:
             if handing.interrupts > 1:  # a person at a terminal; schedulers send several signals as a matter of course
                 print(f"stopped at once, unsaved; `minka train {folder.path}` goes on from the last checkpoint")
@@ -226,12 +233,13 @@ def _watch(
             reason = f"no heartbeat from rank {', '.join(map(str, silent))} for {hang_seconds:g} s"
             print(f"minka: {reason}. The stacks of all ranks are in {folder.logs}.", file=sys.stderr)
             return int(ExitStatus.HUNG), reason, max(ranks.steps.values(), default=0)
+    ranks.listen(beats)  # what was said last
     if handed and not ranks.pids:
         print("stopped before the first step: there was nothing to save", file=sys.stderr)
         return int(ExitStatus.STOPPED), "stopped before the first step", 0
     status = process.returncode if process.returncode >= 0 else int(ExitStatus.FAILED)
     reasons = {0: "done", 85: "stopped and saved", 86: "stopped by a rule", 2: "refused"}
-    failed = A_RANK_FAILED if ranks.pids else "failed before the ranks were started"
+    failed = A_RANK_FAILED if ranks.pids else "failed before training began"
     return status, reasons.get(status, failed), max(ranks.steps.values(), default=0)
 
 

@@ -38,7 +38,7 @@ class AdamW:
 
     def step(self, gradients: Mapping[str, Tensor], learning_rate: float, divisor: Tensor, accept: Tensor) -> None:
         """See parallel.engine.Optimizer. A refused step is the kernel's `found_inf`: it returns before any write."""
-        home = self._count.device  # of offloaded weights the host's memory: the host waits for these two numbers
+        home = self._count.device  # of offloaded weights the host's memory: the host waits for what follows
         self._accepted, divisor = accept.to(home), divisor.to(home)
         self._count += self._accepted  # the bias correction counts accepted steps only
         refuse = (~self._accepted).float()

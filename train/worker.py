@@ -31,7 +31,6 @@ from minka.plan.errors import ExitStatus, UserError
 from minka.plan.fillers import told_fillers
 from minka.plan.flops import FORMULAS, parameters, training_flops_per_token
 from minka.plan.hardware import find
-from minka.plan.layout import Asked
 from minka.plan.ledger import Ledger
 from minka.plan.run import RunFolder
 from minka.plan.stages import stages_of
@@ -201,7 +200,7 @@ def _announce(record: Record, state: State, mesh: Mesh, changed: Changes) -> Non
         changed=changed,
         lineage=record.lineage,
     )
-    fillers = told_fillers(Asked(mesh.layout, config.model, config.data, config.kernels))
+    fillers = told_fillers(config, mesh.layout)
     for line in [*told(changed), *_placed(record, mesh), *([fillers] if fillers else [])]:
         record.console.say(line)
     record.console.say(

@@ -8,7 +8,7 @@ import torch
 
 from minka.parallel.apply import build_parts, named_parameters
 from minka.parallel.mesh import start_mesh
-from minka.parallel.pieces import Piece, parameter_piece, to_write
+from minka.parallel.pieces import Piece, parameter_piece, squared_norm, to_write
 from minka.plan.layout import Layout
 from ranks import on_ranks
 from tiny import tiny
@@ -25,6 +25,17 @@ def pieces_of(shard: int, shards: int, copy: int, copies: int) -> dict[str, Piec
         made[name] = Piece(torch.zeros(min(rows, first + each) - first, 2), (first, 0), (rows, 2), copies, copy)
     made["count"] = Piece(torch.zeros(()), (), (), copies * shards, copy * shards + shard)
     return made
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_the_norm_of_a_large_tensor_is_exact(copies: int) -> None:
+    """16 M numbers and 5: torch's own norm on a CPU loses 0.08 % of them."""
+    large = 1e-4 * torch.randn(2**24 + 5, generator=torch.Generator().manual_seed(1))
+    pieces = [Piece(tensor, (0,), tuple(tensor.shape), copies) for tensor in (large, torch.ones(7), torch.ones(0))]
+    truth = float(large.double().square().sum())
+    assert float(squared_norm(pieces[:1])) == pytest.approx(truth / copies, rel=1e-7)
+    assert float(squared_norm(pieces)) == pytest.approx((truth + 7) / copies, rel=1e-7)
+    assert float(torch._foreach_norm([large])[0]) ** 2 != pytest.approx(truth, rel=1e-3)
 
 
 @pytest.mark.parametrize(("shards", "copies"), [(1, 1), (4, 1), (1, 4), (2, 2), (3, 5), (8, 16)])

@@ -7,24 +7,27 @@ import pytest
 
 from parity import Run, config_of, run_on
 
-LAYOUTS = {
-    "shard 2": {"shard": 2},
-    "tensor 2": {"tensor": 2},
-    "tensor 4": {"tensor": 4},
-    "context 2": {"context": 2},
-    "pipeline 2": {"pipeline": 2},
+LAYOUTS: dict[str, tuple[dict[str, int], float]] = {
+    "shard 2": ({"shard": 2}, 1.01),
+    "replicate 2": ({"replicate": 2}, 1.01),
+    "context 2": ({"context": 2}, 1.01),
+    "pipeline 2": ({"pipeline": 2}, 1.01),
+    # Here hidden states of several ranks are summed in bf16, and so are gradients of norms.
+    "tensor 2": ({"tensor": 2}, 1.06),
+    "tensor 4": ({"tensor": 4}, 1.1),
+    "shard 2 x tensor 2": ({"shard": 2, "tensor": 2}, 1.06),
 }
-SLACK = 1.15  # tensor 4: 1.08
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_in_bf16_are_as_near_to_fp32_as_those_of_one_process(layout: str) -> None:
-    together = run_on(config_of({**LAYOUTS[layout], "precision": "bf16"}), steps=1)
+    ways, slack = LAYOUTS[layout]
+    together = run_on(config_of({**ways, "precision": "bf16"}), steps=1)
     error, usual = (distance(run, alone("fp32")) for run in (together, alone("bf16")))
     print(f"{layout}: {error:.2e} from fp32; one process {usual:.2e}")
-    assert 1e-3 < usual < 2e-2  # it is bf16
-    assert error <= SLACK * usual
+    assert 1e-3 < usual < 7.25e-3  # it is bf16, summed in fp32
+    assert error <= slack * usual
 
 
 @cache

@@ -1,6 +1,7 @@
 """A layout is legal or refused with the axis, the reason and what would work."""
 
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,6 @@ from pydantic import ValidationError
 
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
-from minka.plan.fillers import filler_share, told_fillers
 from minka.plan.layout import RULES, STAGES_PER_RANK, Asked, Layout
 from minka.plan.load import load_run, recipe_names, validate
 from minka.plan.stages import balanced, costs, stages_of
@@ -31,7 +31,7 @@ def test_shard_zero_takes_all_ranks_that_are_left(**ways: int) -> None:
     assert resolved.data_ways == ways["replicate"] * ways["shard"]
 
 
-@given(replicate=WAYS, shard=st.integers(0, 6), ranks=st.integers(1, 40))
+@given(replicate=WAYS, shard=st.integers(0, 6), ranks=st.integers(1, 40) | st.integers(990, 1010))
 def test_a_layout_resolves_to_exactly_the_ranks_there_are_or_is_refused(replicate: int, shard: int, ranks: int) -> None:
     asked = Layout(replicate=replicate, shard=shard)
     fits = ranks % replicate == 0 if shard == 0 else replicate * shard == ranks
@@ -41,12 +41,24 @@ def test_a_layout_resolves_to_exactly_the_ranks_there_are_or_is_refused(replicat
     with pytest.raises(UserError) as refusal:
         asked.resolve(ranks)
     assert refusal.value.status is ExitStatus.REFUSED
-    assert f"{ranks}" in refusal.value.what
-    offered = refusal.value.remedy.split(" ranks")[0].removeprefix("take ").split(" or ")
+    assert f"{ranks:,}" in refusal.value.what
+    offered = re.split(" ranks?", refusal.value.remedy)[0].removeprefix("take ").replace(",", "").split(" or ")
     for number in map(int, offered):  # it offers the nearest numbers that will do
         assert asked.resolve(number).world == number
     if shard == 0:
         assert any(number > ranks for number in map(int, offered))
+
+
+def test_a_long_list_of_ways_is_told_in_short() -> None:
+    with pytest.raises(UserError) as refusal:
+        Layout(tensor=7, pipeline=11).resolve(65_536 * 9)
+    assert refusal.value.remedy == (
+        "take 589,820 or 589,897 ranks, or axes whose product divides 589,824: "
+        "1, 2, 3, 4, 6, 8, 9, 12, ..., 196,608, 294,912, 589,824"
+    )
+    with pytest.raises(UserError) as refusal:
+        Layout(shard=1).resolve(2)
+    assert refusal.value.what == "the layout is of 1 rank, and there are 2"
 
 
 BASE: dict[str, dict[str, Any]] = {
@@ -225,20 +237,6 @@ def test_what_cannot_be_run_is_refused_with_its_reason_and_what_would_work(case:
     assert row.why in error.why
     assert error.remedy
     config_of(row.sections, row.mended)  # what the remedy says does work
-
-
-def test_work_for_nothing_is_told() -> None:
-    """1,000 data ranks and 1,024 sequences: 976 of the second micro-batch are fillers."""
-    config = config_of({"data": {"batch_tokens": 1024 * 64}})
-    for shard, share in ((1000, 976 / 2000), (1024, 0.0), (512, 0.0), (1023, 1022 / 2046)):
-        layout = config.layout.model_copy(update={"shard": shard})
-        asked = Asked(layout, config.model, config.data, config.kernels)
-        assert filler_share(asked) == pytest.approx(share)
-        assert bool(told_fillers(asked)) == (share > 0)
-        if shard == 1000:
-            assert told_fillers(asked).startswith(
-                "note: 49% of each step is spent on fillers: 1,000 data ranks take 1,000"
-            )
 
 
 def test_every_rule_is_broken_by_a_row() -> None:

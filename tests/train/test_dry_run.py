@@ -165,11 +165,12 @@ def test_the_command_prints_a_rank_or_one_of_each_stage(capsys: pytest.CaptureFi
     assert main([*small, "--dry-run", "--world", "2", "--rank", "1", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     (one,) = document["ranks"]
-    assert (one["rank"], document["warmup_refused"]) == (1, "")
+    assert (one["rank"], document["warmup_refused"], document["filler_share"]) == (1, "", 0)
     assert sum(one["peak_bytes_by_kind"].values()) == one["peak_bytes"]
     assert {t["axis"] for t in one["transfers"]} >= {"pipeline"}
     assert main([*small, "--dry-run", "--world", "2"]) == 0
-    text = capsys.readouterr().out
+    text, progress = capsys.readouterr()
+    assert "tracing rank 1 (2 of 2)" in progress
     assert all(word in text for word in ("rank 0", "rank 1", *KINDS, "model.blocks.", "most memory: rank", "send"))
 
 
@@ -191,6 +192,11 @@ def test_the_command_prints_a_rank_or_one_of_each_stage(capsys: pytest.CaptureFi
 def test_what_it_cannot_tell_it_refuses(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", *given]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_fillers_are_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "layout.micro_batch=3", "--dry-run", "--world", "1"]) == 0
+    assert "of each step is spent on fillers" in capsys.readouterr().out
 
 
 def test_a_layout_that_is_not_legal_while_the_batch_warms_up_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:

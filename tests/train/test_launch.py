@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -190,7 +191,9 @@ def test_a_killed_rank_fails_the_run_and_leaves_no_process(tmp_path: Path) -> No
     _, errors = process.communicate(timeout=60)
     assert process.returncode == ExitStatus.FAILED
     assert "rank 1 ended by signal 9" in errors
-    assert errors.rstrip().splitlines()[-1].startswith("minka: training has ended, since a rank failed. `minka train ")
+    last = errors.rstrip().splitlines()[-1]
+    assert last.startswith("minka: training has ended, since a rank failed.")
+    assert last.endswith(f"`minka train {RunFolder.of(config).path}` begins again: nothing was saved.")
     assert json.loads(RunFolder.of(config).exit_file.read_text())["code"] == 1
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
@@ -218,6 +221,8 @@ def test_joins_ranks_that_torchrun_started(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     steps = [line for line in read_ledger(RunFolder.of(config).ledger_file) if line["event"] == "step"]
     assert len(steps) == 20
+    assert "note: 19% of each step is spent on fillers: the 13 sequences" in done.stdout
+    assert re.search(r"^trained +step 20 of 20", done.stdout, re.MULTILINE)
 
 
 def test_joins_ranks_that_srun_started(tmp_path: Path) -> None:
