@@ -59,7 +59,7 @@ class ShardedEngine(TorchEngine, ShardedScorer):
     """All micro-batches of a step, one after the other; the same code trains one unsharded rank. See Engine."""
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], target_count: int) -> Sums:
-        """See Engine. Gradients are reduced once, in the last micro-batch's backward."""
+        """See Engine."""
         found = []
         for index, b in enumerate(micro_batches):
             self._sync_gradients(index == len(micro_batches) - 1)
@@ -71,8 +71,10 @@ class ShardedEngine(TorchEngine, ShardedScorer):
         return self._sum_up(found)
 
     def _sync_gradients(self, last: bool) -> None:
+        """Whole gradients wait for the last micro-batch, or only this rank's pieces do; copies are summed once."""
         if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(last)
+            self.model.set_requires_gradient_sync(last or self.mesh.layout.reduce == "micro_batch")
+            self.model.set_requires_all_reduce(last)
             self.model.set_is_last_backward(last)
             freed = reshards(self.mesh, self.model.blocks.values(), self.feeder.dtype)
             self.model.set_reshard_after_backward(last, recurse=not freed)

@@ -33,6 +33,7 @@ class Layout(BaseModel, frozen=True, extra="forbid", strict=True):
     stages: str = Field("", description='layers of each stage, "3,4,4,3"; empty: balanced by cost')
     recompute: Literal["none", "block"] = Field("none", description="which activations are recomputed in backward")
     reshard: Literal["auto", "always", "never"] = Field("auto", description="free gathered weights after forward")
+    reduce: Literal["step", "micro_batch"] = Field("step", description="sum gradients over shard: once, or each time")
     precision: Literal["auto", "fp32", "bf16", "fp64"] = Field(
         "auto", description="compute dtype; weights stay fp32. fp64: weights too, to tell a fault from rounding"
     )
@@ -341,6 +342,28 @@ def _deepspeed_reshards_by_stage(asked: Asked) -> Refusal | None:
     )
 
 
+def _deepspeed_reduces_by_stage(asked: Asked) -> Refusal | None:
+    if asked.layout.engine != "deepspeed" or asked.layout.reduce == "step":
+        return None
+    return Refusal(
+        "reduce",
+        'reduce="micro_batch" is not DeepSpeed\'s',
+        "when gradients are summed follows from the stage: 1 does so once a step, 2 and 3 after each micro-batch",
+        'set layout.reduce="step" and layout.zero_stage, or layout.engine="fsdp"',
+    )
+
+
+def _pipeline_reduces_once(asked: Asked) -> Refusal | None:
+    if asked.layout.pipeline == 1 or asked.layout.reduce == "step":
+        return None
+    return Refusal(
+        "reduce",
+        f'reduce="micro_batch" cannot be run with pipeline={asked.layout.pipeline}',
+        "a schedule sums a stage's gradients when its last micro-batch is done",
+        'set layout.reduce="step": more stages have fewer gradients each; or pipeline=1',
+    )
+
+
 def _deepspeed_gathers_in_hooks(asked: Asked) -> Refusal | None:
     if asked.layout.engine != "deepspeed" or asked.layout.zero_stage < 3 or not asked.kernels.compile:
         return None
@@ -368,6 +391,8 @@ RULES: tuple[Callable[[Asked], Refusal | None], ...] = (
     _offloaded_weights_are_cut,
     _deepspeed_precision,
     _deepspeed_reshards_by_stage,
+    _deepspeed_reduces_by_stage,
+    _pipeline_reduces_once,
     _deepspeed_gathers_in_hooks,
 )
 

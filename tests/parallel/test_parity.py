@@ -119,6 +119,28 @@ def alone(precision: str, **shape: Any) -> Run:
     return run_on(config_of({"precision": precision}, shape))
 
 
+REDUCED: dict[str, dict[str, Any]] = {
+    "shard 2": {"shard": 2},
+    "shard 2, freed": {"shard": 2, "reshard": "always"},
+    "replicate 2 x shard 2": {"replicate": 2, "shard": 2, "micro_batch": 1},
+    "shard 2 x context 2 x tensor 2": {"shard": 2, "context": 2, "tensor": 2},
+    "shard 2, offloaded": {"shard": 2, "offload": "all"},
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+@pytest.mark.parametrize("layout", [pytest.param(n, marks=() if n == "shard 2" else pytest.mark.slow) for n in REDUCED])
+def test_gradients_that_are_reduced_after_each_micro_batch(layout: str, precision: str) -> None:
+    config = config_of({**REDUCED[layout], "reduce": "micro_batch", "precision": precision}, VARIANTS["QKV bias"])
+    found = differences(run_on(config), alone(precision, **VARIANTS["QKV bias"]))
+    print(
+        f"{layout}, reduced each time, {precision}:", ", ".join(f"{kind} {error:.1e}" for kind, error in found.items())
+    )
+    bounds: Mapping[str, float] = BOUNDS if precision == "fp32" else EXACT
+    for kind, error in found.items():
+        assert error <= bounds[kind], kind
+
+
 OFFLOADED: dict[str, dict[str, Any]] = {
     "shard 2 x tensor 2": {"shard": 2, "tensor": 2},
     "tensor 2": {"tensor": 2},

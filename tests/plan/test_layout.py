@@ -199,6 +199,15 @@ REFUSED = {
     "deepspeed with resharding": Refused(
         {"layout": {"engine": "deepspeed", "reshard": "never"}}, "reshard", "the stage", {"layout": {"reshard": "auto"}}
     ),
+    "deepspeed with a time to reduce": Refused(
+        {"layout": {"engine": "deepspeed", "reduce": "micro_batch"}},
+        "reduce",
+        "the stage",
+        {"layout": {"reduce": "step"}},
+    ),
+    "a pipeline that reduces each micro-batch": Refused(
+        {"layout": {"pipeline": 2, "reduce": "micro_batch"}}, "reduce", "its last", {"layout": {"reduce": "step"}}
+    ),
     "compiled blocks under ZeRO stage 3": Refused(
         {"layout": {"engine": "deepspeed"}, "kernels": {"compile": True}},
         "zero_stage",

@@ -31,6 +31,10 @@ ROWS: dict[str, tuple[dict[str, Any], int]] = {
         UNITS,
     ),
     "shard 2, units, never": ({"shard": 2, "precision": "bf16", "reshard": "never"}, UNITS),
+    "shard 2, units, reduced each time": (
+        {"shard": 2, "precision": "bf16", "reshard": "always", "reduce": "micro_batch"},
+        UNITS,
+    ),
     "replicate 2 x shard 2": ({"replicate": 2, "shard": 2, "precision": "bf16"}, UNITS),
     "tensor 2": ({"tensor": 2}, UNIT_BYTES),
     "context 2": ({"context": 2}, UNIT_BYTES),
@@ -74,6 +78,10 @@ def test_it_holds_and_sends_what_real_ranks_do(row: str) -> None:
 EXTRAPOLATED: dict[str, tuple[dict[str, Any], int]] = {
     "shard 2, units, always": ({"shard": 2, "precision": "bf16", "reshard": "always"}, UNITS),
     "shard 2, units, never": ({"shard": 2, "precision": "bf16", "reshard": "never"}, UNITS),
+    "replicate 2 x shard 2, reduced each time": (
+        {"replicate": 2, "shard": 2, "precision": "bf16", "reduce": "micro_batch", "micro_batch": 1},
+        UNITS,
+    ),
     "context 2 x tensor 2, recompute": ({"context": 2, "tensor": 2, "recompute": "block"}, UNIT_BYTES),
     "pipeline 2": ({"pipeline": 2}, UNIT_BYTES),
     "pipeline 2, gpipe": ({"pipeline": 2, "schedule": "gpipe"}, UNIT_BYTES),

@@ -15,6 +15,12 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "shard 2, freed": ({"shard": 2, "precision": "bf16", "reshard": "always"}, {}),
     "shard 2, freed, recompute": ({"shard": 2, "precision": "bf16", "reshard": "always", "recompute": "block"}, {}),
     "shard 4, fp32": ({"shard": 4, "precision": "fp32", "reshard": "always"}, {}),
+    "shard 2, reduced each time": ({"shard": 2, "precision": "bf16", "reduce": "micro_batch"}, {}),
+    "replicate 2 x shard 2, reduced each time": (
+        {"replicate": 2, "shard": 2, "precision": "fp32", "micro_batch": 1, "reduce": "micro_batch"},
+        {},
+    ),
+    "shard 2 x tensor 2, reduced each time": ({"shard": 2, "tensor": 2, "reduce": "micro_batch"}, {"qk_norm": True}),
     "replicate 2 x shard 2": ({"replicate": 2, "shard": 2, "precision": "bf16", "reshard": "never"}, {}),
     "tensor 2": ({"tensor": 2}, {}),
     "tensor 4, QK-norm": ({"tensor": 4, "micro_batch": 1}, {"qk_norm": True}),
@@ -66,16 +72,17 @@ def derived(config: RunConfig, told: DryRun) -> Counter[tuple[str, str, str]]:
 
     sent: Counter[tuple[str, str, str]] = Counter()
     ways = layout.shard * c
+    sums = a if layout.reduce == "micro_batch" and ways > 1 else 1  # of gradients, in a step
     if ways > 1:
         sent["data", "all_gather", compute] = w * (whole + (blocks * (2 * a - 1) if freed else 0))
-        sent["data", "reduce_scatter", "float32"] = 4 * whole
+        sent["data", "reduce_scatter", "float32"] = sums * 4 * whole
     if layout.replicate > 1:
         sent["replicate", "all_reduce", "float32"] = 4 * whole // ways
     if n > 1:
         sent["tensor", "all_gather", compute] = a * w * hidden * (layers * (6 if again else 4) + first + last)
         sent["tensor", "reduce_scatter", compute] = a * w * hidden * (layers * (5 if again else 4) + first + last)
         loss = 3 * 4 * layout.micro_batch * tokens // c if last else 0
-        sent["tensor", "all_reduce", "float32"] = 4 * norms + a * loss
+        sent["tensor", "all_reduce", "float32"] = sums * 4 * norms + a * loss
     if c > 1:
         gathered = w * layout.micro_batch * tokens * m.kv_heads // n * 2 * e
         sent["context", "all_gather", compute] = a * layers * gathered * (2 if again else 1)
