@@ -16,13 +16,17 @@ DRAWS, EACH = 50, 5
 def drawn(dice: Random) -> RunConfig:
     """A legal layout of 2 to 8 ranks, and a model it is tried on."""
     while True:
-        axes = {axis: dice.choice([1, 1, 2, 3, 4]) for axis in ("pipeline", "replicate", "shard", "context", "tensor")}
+        axes = {axis: dice.choice([1, 1, 2, 3, 4]) for axis in ("replicate", "shard", "context", "tensor")}
+        axes["pipeline"] = dice.choice([1, 2, 2, 3, 4])  # the axis with most rules: many draws of it are refused
         layout: dict[str, Any] = {
             **axes,
             "schedule": dice.choice(sorted(STAGES_PER_RANK)),
             "recompute": dice.choice(["none", "none", "block"]),
             "reshard": dice.choice(["auto", "always", "never"]),
+            "offload": dice.choice(["none", "none", "all"]),
         }
+        if axes["pipeline"] == 1:
+            layout["reduce"] = dice.choice(["step", "micro_batch"])
         if layout["schedule"] == "interleaved":
             layout["stages_per_rank"] = dice.choice([0, 2, 3])
         model = {
@@ -61,4 +65,6 @@ def test_draws_are_of_many_kinds() -> None:
     assert len(configs) == DRAWS
     for axis in ("pipeline", "replicate", "shard", "context", "tensor"):
         assert sum(getattr(config.layout, axis) > 1 for config in configs) >= 5, axis
+    for key, value in (("reduce", "micro_batch"), ("offload", "all"), ("reshard", "always"), ("recompute", "block")):
+        assert sum(getattr(config.layout, key) == value for config in configs) >= 5, key
     assert {config.layout.schedule for config in configs if config.layout.pipeline > 1} == set(STAGES_PER_RANK)
