@@ -53,7 +53,7 @@ def test_any_legal_layout_is_the_single_device_run(group: int) -> None:
         config = drawn(dice)
         given = config.layout.model_dump(exclude_defaults=True)
         shape = config.model.model_dump(exclude_unset=True)
-        # In fp64: where a gradient nearly cancels (of key biases, of QK norms) one process in fp32 rounds as much as the
+        # In fp64: where a gradient nearly cancels (key biases, QK norms) one process in fp32 rounds as much as the
         # layout does, and the two together may go beyond the bound.
         one = run_on(config_of({"precision": "fp64"}, shape, checkpoint={"export": False}), steps=2)
         found = differences(run_on(config, steps=2), one)
