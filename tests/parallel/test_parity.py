@@ -1,6 +1,6 @@
 """Law 2, the whole matrix: under every layout losses, gradients, weights and moments are those of one process."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -90,6 +90,11 @@ def test_the_matrix_is_whole() -> None:
     assert {row.layout.get("schedule") for row in ROWS if row.core} >= {"1f1b", "zbv", "interleaved", "dualpipev"}
 
 
+def core(names: Iterable[str], *fast: str) -> list[Any]:
+    """All of them, of which some are part of `make test`."""
+    return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in names]
+
+
 def cases() -> list[Any]:
     return [
         pytest.param(
@@ -128,8 +133,8 @@ REDUCED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp64"])
-@pytest.mark.parametrize("layout", [pytest.param(n, marks=() if n == "shard 2" else pytest.mark.slow) for n in REDUCED])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp64", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", core(REDUCED, "shard 2"))
 def test_gradients_that_are_reduced_after_each_micro_batch(layout: str, precision: str) -> None:
     config = config_of({**REDUCED[layout], "reduce": "micro_batch", "precision": precision}, VARIANTS["QKV bias"])
     found = differences(run_on(config), alone(precision, **VARIANTS["QKV bias"]))
@@ -148,9 +153,8 @@ OFFLOADED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=[] if name == "tensor 2" else pytest.mark.slow) for name in OFFLOADED]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", OFFLOADED)
 def test_offloaded_weights_are_trained_as_others(layout: str) -> None:
     """On a CPU the host's memory is the device's, but FSDP takes its ways of offloading."""
     together = run_on(config_of({**OFFLOADED[layout], "offload": "all"}))
@@ -194,7 +198,7 @@ def test_compiled_blocks_of_cut_tensors_are_the_single_device_run(layout: str) -
         assert error <= BOUNDS[kind], kind
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize("mutant", core(MUTANTS, "divisor", "norm-weight reduction", "document leak", "stage order"))
 def test_the_comparison_sees_a_planted_fault(mutant: str) -> None:
     fault, layout, model = MUTANTS[mutant]
     one, config = alone("fp32", **model), config_of(layout, model)

@@ -260,6 +260,7 @@ def long_run(tmp_path: Path, count: int, spikes: set[int]) -> Path:
     return report(tmp_path, run_of(tmp_path, "long", lines, run={"name": "long", "max_steps": count}))
 
 
+@pytest.mark.slow
 def test_a_run_of_a_hundred_thousand_steps_opens_in_time_and_keeps_its_spikes(
     tmp_path: Path, chromium: Browser
 ) -> None:

@@ -50,7 +50,7 @@ ROWS: dict[str, tuple[dict[str, Any], int]] = {
         UNIT_BYTES,
     ),
 }
-FAST = ("one rank", "pipeline 2, zbv")
+FAST = ("one rank", "tensor 2")
 
 
 def rows() -> list[Any]:
