@@ -154,6 +154,7 @@ def test_a_window_that_is_none_is_refused_before_anything_starts(tmp_path: Path)
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.slow
 def test_a_store_made_again_from_other_text(tmp_path: Path) -> None:
     config = tiny(tmp_path, run={"max_steps": 2}, schedule={"warmup": 0})
     file = str(written(config))
