@@ -24,7 +24,6 @@ def test_a_fit_recipe_passes_every_check(tmp_path: Path) -> None:
     assert len(checks) == 6
 
 
-@pytest.mark.slow
 def test_a_learning_rate_that_diverges_is_named(tmp_path: Path) -> None:
     done = minka("doctor", str(written(tiny(tmp_path, optimizer={"learning_rate": 3.0}))), "--json")
     assert done.returncode == ExitStatus.FAILED
