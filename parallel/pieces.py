@@ -99,15 +99,19 @@ def squared_norm(pieces: list[Piece]) -> Tensor:
     full = [p for p in pieces if p.local.numel()]
     if not full:
         return torch.zeros((), dtype=torch.float64)
-    on_host = full[0].local.device.type == "cpu"
-    large = [p for p in full if on_host and p.local.numel() > LARGE]
-    small = [p for p in full if not (on_host and p.local.numel() > LARGE)]
+    large = [p for p in full if _is_large(p.local)]
+    small = [p for p in full if not _is_large(p.local)]
     squares = [_squared_in_parts(p.local) / p.copies for p in large]
     if small:
         norms = torch.stack(torch._foreach_norm([p.local for p in small]))
         shares = torch.tensor([1.0 / p.copies for p in small], dtype=torch.float64, device=norms.device)
         squares.append((norms.double().square() * shares).sum())
     return torch.stack(squares).sum()
+
+
+def _is_large(tensor: Tensor) -> bool:
+    """For one norm on a CPU; a GPU adds up in many parts anyway."""
+    return tensor.device.type == "cpu" and tensor.numel() > LARGE
 
 
 def _squared_in_parts(tensor: Tensor) -> Tensor:

@@ -116,14 +116,8 @@ def test_offloaded_weights_leave_room_on_the_device() -> None:
             engine, _ = build_engine(config, mesh)
             kept = {piece.local.device.type for piece in engine.tensors().values()}
             assert kept == {"cuda" if offload == "none" else "cpu"}
-            step = our_step(engine, batch, config, batch.target_count)
-            step()
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            step()
-            torch.cuda.synchronize()
-            peaks[offload] = torch.cuda.max_memory_allocated()
-            del engine, step
+            peaks[offload] = peak_of(our_step(engine, batch, config, batch.target_count))
+            del engine
         torch.cuda.empty_cache()
     freed = (peaks["none"] - peaks["all"]) / parameters(config.model)
     print(f"{torch.cuda.get_device_name()}: {freed:.1f} bytes a parameter less on the device")
@@ -137,13 +131,7 @@ def test_a_dry_run_holds_what_the_devices_allocator_counts() -> None:
     batch = made_up_batch(config.model.vocab, 4, 2048).to("cuda")
     with start_mesh(config.layout) as mesh:
         engine, _ = build_engine(config, mesh)
-        step = our_step(engine, batch, config, batch.target_count)
-        step()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        torch.cuda.synchronize()
-        real = torch.cuda.max_memory_allocated()
+        real = peak_of(our_step(engine, batch, config, batch.target_count))
     print(f"{torch.cuda.get_device_name()}: {told.memory.total / real:.3f} of {real / 2**30:.2f} GiB")
     assert told.memory.total == pytest.approx(real, rel=0.1)  # rounding up, cuBLAS, fillers
 
@@ -185,6 +173,16 @@ def test_a_save_beside_the_training_holds_the_tensors_as_they_were(tmp_path: Pat
         print(f"waited {outcome.stall_seconds * 1e3:.1f} ms of {outcome.total_seconds * 1e3:.0f} ms, the end included")
         assert restore_from(outcome.path, state, mesh) == {"step": 2}
         assert all(torch.equal(piece.local, truth[name]) for name, piece in state.items())
+
+
+def peak_of(step: Any) -> int:
+    """Bytes that were allocated at once in a step that is not the first."""
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
 
 
 def seconds(step: Any, steps: int = 10) -> float:
