@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
-FOLDERS := plan kernels model data parallel eval train report slurm
+FOLDERS := plan kernels model data parallel checkpoint launch eval train report slurm benchmarks
 STAMP := .venv/.minka-installed
 
 .PHONY: demo test test-all lint bench gpu-check clean
@@ -22,7 +22,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP) ## speed beside a peer, as ratios with their bounds
-	$(BIN)/python -m minka.train.bench
+	$(BIN)/python -m minka.benchmarks.training
 
 # For a machine that has torch with CUDA already: no network, no environment of its own.
 gpu-check:

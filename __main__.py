@@ -12,7 +12,7 @@ COMMANDS = {  # command: (module:function, called with argv and giving the exit 
     "data": ("minka.data.command:main", "turn documents into a token store"),
     "train": ("minka.train.command:main", "train a recipe, a run.toml, or go on with a run"),
     "eval": ("minka.eval.command:main", "score a checkpoint of a run"),
-    "export": ("minka.parallel.command:main", "write a checkpoint as a Hugging Face folder"),
+    "export": ("minka.checkpoint.command:main", "write a checkpoint as a Hugging Face folder"),
     "report": ("minka.report.command:main", "show runs as one HTML page"),
     "doctor": ("minka.train.command:doctor", "is this machine, and this recipe, fit to train?"),
 }

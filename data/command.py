@@ -10,7 +10,7 @@ from minka.plan.cli import new_app, print_json, progress, run_app
 from minka.plan.errors import UserError
 
 if TYPE_CHECKING:
-    from minka.data.store import Split, TokenStore
+    from minka.data.token_store import Split, TokenStore
     from minka.plan.config import RunConfig
 
 RUN_HELP = "a recipe, a run.toml, a run folder or the name of a run"
@@ -31,9 +31,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _prepare(run: Run, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Read the corpus a run names, split it, make its tokenizer, and write its token store."""
-    from minka.data.manifest import MANIFEST
     from minka.data.prepare import open_or_prepare, store_folder
-    from minka.plan.load import load_run
+    from minka.data.store_manifest import MANIFEST
+    from minka.plan.load_config import load_run
 
     config = load_run(run, overrides or ()).config
     there = (store_folder(config, Path()) / MANIFEST).is_file()
@@ -82,7 +82,7 @@ def _verify(
     as_json: AsJson = False,
 ) -> None:
     """Hash every file of a store again, and hold tokens, index, sidecar and manifest against each other."""
-    from minka.data.manifest import read_manifest
+    from minka.data.store_manifest import read_manifest
     from minka.data.verify import verify
 
     folder, _ = _folder(store, overrides or ())
@@ -98,7 +98,7 @@ def _verify(
 
 def _find(where: str, overrides: Sequence[str]) -> "tuple[TokenStore, RunConfig | None]":
     from minka.data.prepare import check_store
-    from minka.data.store import TokenStore
+    from minka.data.token_store import TokenStore
 
     folder, config = _folder(where, overrides)
     store = TokenStore.open(folder)
@@ -108,9 +108,9 @@ def _find(where: str, overrides: Sequence[str]) -> "tuple[TokenStore, RunConfig 
 
 
 def _folder(where: str, overrides: Sequence[str]) -> "tuple[Path, RunConfig | None]":
-    from minka.data.manifest import MANIFEST
     from minka.data.prepare import store_folder
-    from minka.plan.load import load_run
+    from minka.data.store_manifest import MANIFEST
+    from minka.plan.load_config import load_run
 
     path = Path(where)
     if path.is_dir() and ((path / MANIFEST).exists() or not (path / "run.toml").exists()):
@@ -142,7 +142,7 @@ def _document(split: "Split", i: int) -> dict[str, Any]:
 
 
 def _sample(split: "Split", config: "RunConfig | None", position: int, where: str) -> dict[str, Any]:
-    from minka.data.order import Order, window_count
+    from minka.data.sample_order import Order, window_count
     from minka.data.trace import trace_window
 
     if config is None:

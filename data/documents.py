@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from minka.plan.config_sections import DataSection
 from minka.plan.errors import UserError
-from minka.plan.sections import DataSection
 
 # Tests hold text that is broken on purpose (other encodings, unfinished syntax); the rest is not the library's own.
 STDLIB_LEFT_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})

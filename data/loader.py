@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from minka.data.batch import FILLER, Batch, build_batch
-from minka.data.order import Order, window_count
-from minka.data.store import Split
+from minka.data.sample_order import Order, window_count
+from minka.data.token_store import Split
 from minka.plan.config import RunConfig
 
 DEPTH = 2  # batches built ahead: the next is ready while one is being trained on

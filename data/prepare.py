@@ -7,8 +7,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from minka.data.building import Work, building
-from minka.data.corpus import Item, Survey, add_hash, read_corpus, survey
-from minka.data.manifest import (
+from minka.data.corpus_split import Item, Survey, add_hash, read_corpus, survey
+from minka.data.indexed_dataset import token_dtype
+from minka.data.split_writer import SplitWriter
+from minka.data.store_manifest import (
     MANIFEST,
     SPLITS,
     Manifest,
@@ -18,8 +20,7 @@ from minka.data.manifest import (
     hash_files,
     write_manifest,
 )
-from minka.data.megatron import token_dtype
-from minka.data.store import TokenStore
+from minka.data.token_store import TokenStore
 from minka.data.tokenizer import (
     TextTokenizer,
     bytes_tokenizer,
@@ -28,10 +29,9 @@ from minka.data.tokenizer import (
     tokenizer_hash,
     train_bpe,
 )
-from minka.data.writing import SplitWriter
 from minka.plan.config import RunConfig
+from minka.plan.config_sections import DataSection
 from minka.plan.errors import UserError
-from minka.plan.sections import DataSection
 
 STORES = "stores"
 ENCODE_BYTES = 4 * 2**20  # text tokenized at once

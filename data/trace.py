@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from minka.data.store import Split
+from minka.data.token_store import Split
 
 
 @dataclass(frozen=True)

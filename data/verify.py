@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from minka.data.corpus import content_hash
-from minka.data.manifest import MANIFEST, SPLITS, hash_file, read_manifest
-from minka.data.store import Split, TokenStore
+from minka.data.corpus_split import content_hash
+from minka.data.store_manifest import MANIFEST, SPLITS, hash_file, read_manifest
+from minka.data.token_store import Split, TokenStore
 from minka.plan.errors import UserError
 
 BLOCK = 1 << 22  # tokens looked at at once

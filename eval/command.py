@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> int:
         overrides: Annotated[list[str] | None, typer.Argument(help="eval.key=value")] = None,
         as_json: Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")] = False,
     ) -> int:
-        from minka.eval.score import score_checkpoint
+        from minka.eval.score_checkpoint import score_checkpoint
 
         with progress(None, "evaluating", "batches") as advance:
             result = score_checkpoint(run, overrides or [], lambda: advance(1))

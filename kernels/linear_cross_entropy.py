@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minka.kernels.precision import wide
+from minka.kernels.accumulation_dtype import wide
 
 IGNORED = -100  # a target that counts for nothing
 CPU_ROWS = 512  # logits of so many tokens at once: 256 to 1024 were equal on two cores, fewer and more slower

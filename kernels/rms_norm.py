@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minka.kernels.precision import wide
+from minka.kernels.accumulation_dtype import wide
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -14,8 +14,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from minka.plan.config_sections import KernelsSection
 from minka.plan.errors import UserError
-from minka.plan.sections import KernelsSection
 
 HALF = (torch.bfloat16, torch.float16)
 VARLEN: Callable[..., Any] = varlen_attn  # its signature differs between torch 2.11 and 2.13

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from minka.kernels.accumulation_dtype import wide
 from minka.kernels.linear_cross_entropy import IGNORED, linear_cross_entropy, token_losses
-from minka.kernels.precision import wide
 
 __all__ = ["IGNORED", "Head", "HeadSums"]
 

@@ -5,27 +5,25 @@ B batch · T tokens · D width · H query heads · K key/value heads · C head w
 Published variants are settings of it: Llama and Mistral as they are, Qwen 2 with `qkv_bias`, Qwen 3 with `qk_norm`.
 """
 
-import math
-from dataclasses import dataclass
-
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from minka.kernels.rms_norm import rms_norm
-from minka.kernels.rotate import rotate
+from minka.kernels.rope import rotate
 from minka.kernels.swiglu import swiglu
 from minka.model.attention import Structure, attention, document_structure, largest_logit
 from minka.model.head import IGNORED, Head, HeadSums
-from minka.plan.sections import KernelsSection, ModelSection
+from minka.model.rope_table import Rope, rope_table
+from minka.plan.config_sections import KernelsSection, ModelSection
 
-__all__ = ["IGNORED", "MLP", "Attention", "Block", "RMSNorm", "Rope", "Transformer", "rope_table"]
+__all__ = ["IGNORED", "MLP", "Attention", "Block", "RMSNorm", "Transformer"]
 
 DEFAULT_KERNELS = KernelsSection()
 
 
 class Transformer(nn.Module):
-    """Tokens to logits, or to sums of the loss. Its weights are not set: init.py or a checkpoint does that."""
+    """Tokens to logits, or to sums of the loss. Its weights are not set: model/initial_weights.py or a checkpoint does that."""
 
     def __init__(self, cfg: ModelSection, kernels: KernelsSection = DEFAULT_KERNELS) -> None:
         super().__init__()
@@ -135,7 +133,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """nn.Linear in fp32 that spends no time on weights which model/init.py will set."""
+    """nn.Linear in fp32 that spends no time on weights which model/initial_weights.py will set."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
         super().__init__(inputs, outputs, bias=bias, dtype=torch.float32)
@@ -149,39 +147,3 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         """Leaves the memory as it is."""
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary tables [B, T, 1, C] in fp32, or fp64; sin with the signs that `kernels.rotate` wants.
-
-    No pytree, as Structure.
-    """
-
-    cos: Tensor
-    sin: Tensor
-
-
-def rope_table(positions_BT: Tensor, cfg: ModelSection, dtype: torch.dtype = torch.float32) -> Rope:
-    """The rotation of every position (Su et al. 2021), channels in Hugging Face's half-split order."""
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    angles = positions_BT.to(exact)[:, :, None, None] * frequencies(cfg, positions_BT.device)
-    cos, sin = angles.cos(), angles.sin()
-    return Rope(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
-
-
-def frequencies(cfg: ModelSection, device: torch.device) -> Tensor:
-    """Radians a position for each pair of channels [C/2], in fp32 and in the order of operations of transformers.
-
-    With `rope_scaling`, Llama 3.1's rule: waves longer than the original context are slowed by `factor`, short ones
-    are kept, those between are blended.
-    """
-    exponents = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device=device) / cfg.head_dim
-    plain = 1.0 / cfg.rope_theta**exponents
-    scaling = cfg.rope_scaling
-    if scaling is None:
-        return plain
-    waves = scaling.original_max_positions / (2 * math.pi / plain)  # in the original context
-    smooth = (waves - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    smooth = smooth.clamp(0, 1)
-    return (1 - smooth) * plain / scaling.factor + smooth * plain

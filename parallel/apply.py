@@ -5,19 +5,18 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minka.model.init import fill_
+from minka.model.initial_weights import fill_
 from minka.model.transformer import Transformer
+from minka.parallel.fsdp import home, shard_model
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import parameter_piece
 from minka.parallel.precision import compute_dtype
-from minka.parallel.shard import home, shard_model
-from minka.parallel.stage import take_stage
 from minka.parallel.tensor import cut_tensor
 from minka.plan.config import RunConfig
-from minka.plan.stages import stages_of
+from minka.plan.pipeline_stages import stages_of
 
 
 def build_parts(config: RunConfig, mesh: Mesh) -> list[Transformer]:
@@ -93,3 +92,27 @@ def initialise(model: Transformer, config: RunConfig, device: torch.device) -> N
             )
             if on_device is not piece.local:
                 piece.local.copy_(on_device)
+
+
+def take_stage(model: Transformer, stage: int, stages: Sequence[range]) -> None:
+    """Leave of `model` (on the meta device) the layers of `stages[stage]`, embedding and head at the ends."""
+    for layer in list(model.blocks):
+        if int(layer) not in stages[stage]:
+            del model.blocks[layer]
+    if stage > 0:
+        model.embedding = nn.Identity()  # type: ignore[assignment]  # what comes in are hidden states
+    if stage < len(stages) - 1:
+        model.norm = nn.Identity()  # type: ignore[assignment]
+        model.head = Onward()  # type: ignore[assignment]
+
+
+class Onward(nn.Module):
+    """In the place of a head that another stage has: hidden states go through as they are."""
+
+    def logits(self, hidden_BTD: Tensor, at: int | None = None) -> Tensor:
+        """As Head's, for hidden states that are not at their end."""
+        return hidden_BTD
+
+    def forward(self, hidden_BTD: Tensor, targets_BT: Tensor, reduce: bool = True) -> Tensor:
+        """The same where there are targets."""
+        return hidden_BTD

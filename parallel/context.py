@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minka.model.attention import HALF, Part, Structure, additive, allowed_pairs
-from minka.plan.sections import KernelsSection
+from minka.plan.config_sections import KernelsSection
 
 # torch 2.13 has new names for the two, and warns of the old ones, which 2.11 has alone.
 _gather: Callable[..., object] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)

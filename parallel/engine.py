@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from minka.model.transformer import Transformer
 from minka.parallel.apply import named_parameters
-from minka.parallel.feed import Feeder
+from minka.parallel.inputs import Feeder
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece, like, parameter_piece, piece_of, squared_norm
 

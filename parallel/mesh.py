@@ -21,6 +21,7 @@ from minka.plan.topology import Place, Topology, check, coordinates, order
 # that hangs by the supervisor.
 PATIENCE = timedelta(days=1)
 # FSDP cuts weights over the ranks of a sequence's parts too: they hold the same weights and other tokens.
+MESSAGE_BYTES = 500  # of an error that travels between ranks
 MESH_AXES = ("pipeline", "replicate", "data", "tensor")
 
 
@@ -90,6 +91,20 @@ class Mesh:
         tensor = torch.tensor(numbers, dtype=torch.int64)
         dist.all_reduce(tensor, group=self.host)
         return [int(n) for n in tensor.tolist()]
+
+    def first_error(self, problem: str) -> str:
+        """This rank's problem, or that of the first rank that has one; empty when none has. Collective.
+
+        The ledger is rank 0's, and must name the file that another rank could not read.
+        """
+        (count,) = self.sum_on_host([bool(problem)])
+        if not count:
+            return ""
+        having = self.sum_on_host([bool(problem) and rank == self.rank for rank in range(self.ranks)])
+        first = having.index(1)
+        mine = problem.encode()[:MESSAGE_BYTES] if self.rank == first else b""
+        message = bytes(self.sum_on_host(list(mine.ljust(MESSAGE_BYTES, b"\0")))).rstrip(b"\0").decode(errors="replace")
+        return problem or f"rank {first}: {message}"
 
     def beside(self) -> "Mesh":
         """The same mesh with a group of its own for sum_on_host, for a thread beside the training. Collective."""

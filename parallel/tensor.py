@@ -22,8 +22,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from minka.kernels.accumulation_dtype import wide
 from minka.kernels.linear_cross_entropy import Rows, linear_cross_entropy, token_losses
-from minka.kernels.precision import wide
 from minka.kernels.rms_norm import rms_norm
 from minka.model.head import Head, HeadSums
 from minka.model.transformer import Block, RMSNorm, Transformer

@@ -4,8 +4,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
-from minka.plan.layout import Asked, Layout, check_layout
-from minka.plan.sections import (
+from minka.plan.config_sections import (
     CheckpointSection,
     DataSection,
     EvalSection,
@@ -17,6 +16,7 @@ from minka.plan.sections import (
     ScheduleSection,
     TrackingSection,
 )
+from minka.plan.layout import Asked, Layout, check_layout
 
 FORMAT: Literal[1] = 1
 

@@ -7,7 +7,7 @@ A FLOP is one addition or one multiplication: a matrix product (m x n)(n x p) is
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Self
 
-from minka.plan.sections import ModelSection
+from minka.plan.config_sections import ModelSection
 
 Convention = Literal["causal", "palm"]
 FORMULAS: dict[Convention, str] = {

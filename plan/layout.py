@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, Field
 
+from minka.plan.config_sections import DataSection, KernelsSection, ModelSection
 from minka.plan.errors import UserError
-from minka.plan.sections import DataSection, KernelsSection, ModelSection
 
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")  # mesh order, from the slowest link to the fastest
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zbv", "dualpipev"]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from minka.plan.sections import CheckpointSection
+from minka.plan.config_sections import CheckpointSection
 
 
 class Kept(NamedTuple):

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         ] = None,
         as_json: Annotated[bool, typer.Option("--json", help="print the page's numbers as one JSON document")] = False,
     ) -> int:
-        from minka.report.write import Report, Spoken, numbers
+        from minka.report.report_writer import Report, Spoken, numbers
 
         spoken = Spoken(sys.stderr, sys.stderr if as_json else sys.stdout)
         report = Report(runs, out)

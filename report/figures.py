@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from minka.plan.ledger import is_count, number
-from minka.plan.run import RunFolder
-from minka.report.clock import Clock
-from minka.report.read import Event, Run
+from minka.plan.run_folder import RunFolder
+from minka.report.downsample import Numbers
+from minka.report.load_run import Event, Run
+from minka.report.run_status import State
+from minka.report.running_time import Clock
 from minka.report.series import PARTS, Columns, parts_of
-from minka.report.state import State
-from minka.report.thin import Numbers
 
 SPEED_STEPS = 200  # newest steps by which the time that is left is told
 HEADLINE = "bits_per_byte"

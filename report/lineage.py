@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minka.report.marks import changes
-from minka.report.read import Event, Run
+from minka.report.events import changes
+from minka.report.load_run import Event, Run
 
 MOST_ROWS = 24  # of one run; of more, the middle is folded into one row
 TELLING = frozenset({"start", "restore", "fallback", "rewind", "restart", "stop"})

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minka.plan.ledger import number
-from minka.report.clock import Clock
-from minka.report.read import Run
-from minka.report.thin import Numbers, plain, smooth, spread, thin
+from minka.report.downsample import Numbers, plain, smooth, spread, thin
+from minka.report.load_run import Run
+from minka.report.running_time import Clock
 
 PARTS = ("data", "compute", "save", "eval")  # of a step's seconds
 CURVES = ("loss", "grad_norm", "learning_rate", "batch_tokens", "tokens_per_second", "mfu", "data", "compute")

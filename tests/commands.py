@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from minka.plan.config import RunConfig
-from minka.plan.load import dump_toml
+from minka.plan.load_config import dump_toml
 
 SOURCE = Path(__file__).resolve().parent.parent / ".ns"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from configs import values
 from minka.plan.config import RunConfig
-from minka.plan.sections import DataSection
+from minka.plan.config_sections import DataSection
 
 WORDS = "the of model token naïve データ while return def \n \t, . 0 1 42 ÿ <|endoftext|> \r\n".split(" ")
 

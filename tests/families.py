@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from minka.launch.signals import Outside
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.ledger import current, read_ledger
-from minka.plan.load import load_run
-from minka.plan.run import RunFolder
+from minka.plan.load_config import load_run
+from minka.plan.run_folder import RunFolder
 from minka.train.command import main
-from minka.train.signals import Outside
 from ranks import on_ranks
 from tiny import tiny, train_rank
 

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import Replicate
 
-from minka.parallel import apply, context, engine, pipeline, shard, tensor
-from minka.parallel.feed import Fed, Feeder
+from minka.parallel import apply, context, engine, tensor
+from minka.parallel import fsdp as shard
+from minka.parallel import pipeline_engine as pipeline
+from minka.parallel.fsdp_engine import ShardedEngine
+from minka.parallel.inputs import Fed, Feeder
 from minka.parallel.pieces import Piece, squared_norm
-from minka.parallel.sharded import ShardedEngine
 
 
 def put(owner: Any, name: str, new: Any) -> None:

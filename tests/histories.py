@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from minka.parallel import shelf
-from minka.parallel.checkpoint import restore, restore_from
-from minka.parallel.commit import FINAL, step_name
-from minka.parallel.manifest import NAME
+from minka.checkpoint import catalogue as shelf
+from minka.checkpoint.commit import FINAL, step_name
+from minka.checkpoint.manifest import NAME
+from minka.checkpoint.restore import restore, restore_from
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece
 from saved import ALONE, save

@@ -12,12 +12,16 @@ FLOORS: dict[str, frozenset[str]] = {
     "data": frozenset({"plan"}),
     "model": frozenset({"plan", "kernels"}),
     "parallel": frozenset({"plan", "kernels", "model"}),
-    "eval": frozenset({"plan", "data", "model", "parallel"}),
-    "train": frozenset({"plan", "kernels", "data", "model", "parallel", "eval"}),
+    "checkpoint": frozenset({"plan", "model", "parallel"}),
+    "launch": frozenset({"plan"}),
+    "eval": frozenset({"plan", "data", "model", "parallel", "checkpoint", "launch"}),
+    "train": frozenset({"plan", "kernels", "data", "model", "parallel", "checkpoint", "launch", "eval"}),
     "report": frozenset({"plan"}),
-    "slurm": frozenset({"plan"}),
+    "slurm": frozenset({"plan", "launch"}),
+    "benchmarks": frozenset({"plan", "kernels", "data", "model", "parallel", "checkpoint", "launch", "eval", "train"}),
 }
-TORCH_FREE = frozenset({"plan", "report", "slurm"})
+TORCH_FREE = frozenset({"plan", "launch", "report", "slurm"})
+OUTSIDE_THE_WHEEL = frozenset({"benchmarks"})
 KERNELS_MAY = frozenset({"torch", "triton"})
 EXECUTES = frozenset({"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"})
 FILE_LINES, FUNCTION_LINES = 300, 60

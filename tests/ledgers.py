@@ -7,8 +7,8 @@ from typing import Any
 
 from configs import SEQ, values
 from minka.plan.ledger import finite
-from minka.plan.load import dump_toml, validate
-from minka.plan.run import RunFolder
+from minka.plan.load_config import dump_toml, validate
+from minka.plan.run_folder import RunFolder
 
 BEGAN = 1_700_000_000.0  # Unix seconds
 BATCH = 4 * SEQ  # tokens a step, as in configs.values

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minka.model.hub import hf_config, read_config, read_tensors
+from minka.model.hub_folder import hf_config, read_config, read_tensors
 from minka.model.transformer import DEFAULT_KERNELS, IGNORED, Transformer
-from minka.plan.sections import KernelsSection, ModelSection
+from minka.plan.config_sections import KernelsSection, ModelSection
 
 SHAPE: dict[str, Any] = {
     "layers": 2,

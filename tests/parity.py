@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minka.parallel import shard
+from minka.parallel import fsdp as shard
 from minka.parallel.mesh import start_mesh
 from minka.parallel.pieces import Piece, piece_of, tensor_name
 from minka.plan.config import RunConfig
-from minka.plan.load import validate
+from minka.plan.load_config import validate
 from minka.train.guard import accepts
 from minka.train.worker import build_engine
 from models import packed

@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
+from minka.checkpoint.async_saver import Saver
+from minka.checkpoint.filesystem import LOCAL, Disk
+from minka.checkpoint.write import Contents, Saved
 from minka.data.prepare import open_or_prepare
 from minka.parallel.apply import build_parts, named_parameters
-from minka.parallel.disk import LOCAL, Disk
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.parallel.pieces import Piece, parameter_piece, piece_of
-from minka.parallel.saver import Saver
-from minka.parallel.saving import Contents, Saved
 from minka.plan.layout import Layout
-from minka.plan.run import RunFolder
+from minka.plan.run_folder import RunFolder
 from tiny import tiny
 
 ALONE = Mesh(Layout(shard=1), torch.device("cpu"), 0, None)

@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from minka.checkpoint.restore import checkpoints, whole_tensors
 from minka.data.batch import IGNORED, Batch
-from minka.parallel.checkpoint import checkpoints, whole_tensors
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.parallel.pieces import Piece, tensor_name
 from minka.plan.config import RunConfig

@@ -42,7 +42,7 @@ class Folder:
 
 
 class SimDisk:
-    """See the module, and parallel/disk.py for the calls. `base` is the checkpoints folder, which is always there.
+    """See the module, and checkpoint/filesystem.py for the calls. `base`, the checkpoints folder, always exists.
 
     Every change is a step, and so is every look. Set `crash_at` (of the changes), or `fails`, which is asked with
     ("change" | "look", its number) for an error.

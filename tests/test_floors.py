@@ -9,9 +9,9 @@ import pytest
 from house import FLOORS, TORCH_FREE, breaches
 
 PLANTED = [
-    ("floors", {"plan/a.py": "from minka.data.store import TokenStore\n", "data/store.py": ""}),
+    ("floors", {"plan/a.py": "from minka.data.token_store import TokenStore\n", "data/token_store.py": ""}),
     ("floors", {"model/a.py": "import minka.parallel.mesh\n", "parallel/mesh.py": ""}),
-    ("floors", {"report/a.py": "from minka.model import hub\n", "model/hub.py": ""}),
+    ("floors", {"report/a.py": "from minka.model import hub\n", "model/hub_folder.py": ""}),
     ("floors", {"eval/a.py": "from minka.train.loop import run\n", "train/loop.py": ""}),
     ("floors", {"__main__.py": "from minka.plan.errors import UserError\n", "plan/errors.py": ""}),
     ("no cycles", {"plan/a.py": "import minka.plan.b\n", "plan/b.py": "from minka.plan.a import x\n"}),
@@ -33,8 +33,8 @@ PLANTED = [
 ]
 ALLOWED = {
     "__main__.py": "import importlib\nimportlib.import_module('minka.train.command')\n",
-    "data/command.py": "def main(argv):\n    from minka.data.store import TokenStore\n",
-    "data/store.py": "import numpy\nfrom minka.plan.errors import UserError\nTABLE = {}\nmodel.eval()\n",
+    "data/command.py": "def main(argv):\n    from minka.data.token_store import TokenStore\n",
+    "data/token_store.py": "import numpy\nfrom minka.plan.errors import UserError\nTABLE = {}\nmodel.eval()\n",
     "plan/errors.py": "import enum\n",
     "kernels/swiglu.py": "import math\nimport torch\nimport triton\n",
 }

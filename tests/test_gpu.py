@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 import torch
 
+from minka.benchmarks.training import made_up_batch, our_step, peer_step
+from minka.checkpoint.async_saver import Outcome, Saver
+from minka.checkpoint.restore import restore_from
+from minka.checkpoint.write import Contents
 from minka.model.attention import attention, document_structure
-from minka.parallel.checkpoint import restore_from
 from minka.parallel.mesh import start_mesh
 from minka.parallel.pieces import piece_of
-from minka.parallel.saver import Outcome, Saver
-from minka.parallel.saving import Contents
+from minka.plan.config_sections import KernelsSection
 from minka.plan.flops import parameters
 from minka.plan.layout import Layout
 from minka.plan.ledger import read_ledger
-from minka.plan.load import dump_toml, load_run
-from minka.plan.run import RunFolder
-from minka.plan.sections import KernelsSection
-from minka.train.bench import made_up_batch, our_step, peer_step
+from minka.plan.load_config import dump_toml, load_run
+from minka.plan.run_folder import RunFolder
 from minka.train.dry_run import dry_run
 from minka.train.worker import build_engine
 from tiny import tiny, train_rank

@@ -15,10 +15,10 @@ from pydantic.fields import FieldInfo
 from house import FILE_LINES, FLOORS, sources
 from minka.__main__ import COMMANDS
 from minka.plan.config import RunConfig
+from minka.plan.config_sections import BatchStage, RopeScaling
 from minka.plan.errors import ExitStatus
 from minka.plan.ledger import EVENTS
-from minka.plan.load import load_run, recipe_names
-from minka.plan.sections import BatchStage, RopeScaling
+from minka.plan.load_config import load_run, recipe_names
 
 GUIDES = (
     "architecture",

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from minka.plan.config import RunConfig
-from minka.plan.load import validate
+from minka.plan.load_config import validate
 from minka.train.worker import WorkerJob, work
 
 WORDS = "the loss of a run is one number and the data are many so look at both before you change the model".split()

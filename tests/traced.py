@@ -12,14 +12,14 @@ from unittest.mock import patch
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minka.parallel import shard
+from minka.parallel import fsdp as shard
 from minka.parallel.apply import build_parts
-from minka.parallel.feed import Feeder
+from minka.parallel.inputs import Feeder
 from minka.parallel.memory_trace import MemoryTrace, Peak
 from minka.parallel.mesh import start_mesh
 from minka.parallel.traffic import Transfer
 from minka.plan.config import RunConfig
-from minka.plan.load import validate
+from minka.plan.load_config import validate
 from minka.train.dry_run import DryRun, dry_run, traced_step
 from minka.train.worker import engine_over
 from models import packed

@@ -8,8 +8,8 @@ import typer
 from minka.plan.cli import new_app, print_json, run_app
 
 if TYPE_CHECKING:
-    from minka.plan.load import Loaded
-    from minka.plan.run import RunFolder
+    from minka.plan.load_config import Loaded
+    from minka.plan.run_folder import RunFolder
 
 SOURCE = "recipe, run.toml, run folder, or name under runs/"
 OVERRIDES = "section.key=value, as many as you like; docs/configuration.md lists the settings"
@@ -69,9 +69,9 @@ def main(argv: Sequence[str]) -> int:
         ] = None,
         as_json: Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")] = False,
     ) -> int:
-        from minka.plan.load import load_run
-        from minka.plan.run import RunFolder
-        from minka.train.ending import explained
+        from minka.launch.exit_reason import explained
+        from minka.plan.load_config import load_run
+        from minka.plan.run_folder import RunFolder
 
         if replay is not None:
             others = {"--ranks": ranks is not None, "--dry-run": dry_run, "--from-scratch": from_scratch}
@@ -100,7 +100,7 @@ def doctor(argv: Sequence[str]) -> int:
         overrides: Annotated[list[str] | None, typer.Argument(help=OVERRIDES)] = None,
         as_json: Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")] = False,
     ) -> int:
-        from minka.plan.load import load_run
+        from minka.plan.load_config import load_run
         from minka.train.doctor import examine
 
         return examine(load_run(source, overrides or []).config if source else None, as_json=as_json)
@@ -111,11 +111,12 @@ def doctor(argv: Sequence[str]) -> int:
 def _start(loaded: "Loaded", ranks: int | None, profile: str, from_scratch: bool, as_json: bool) -> int:
     import os
 
+    from minka.launch.supervisor import choose_ranks, joined, restarted, slurm_environment, supervise, visible_gpus
     from minka.plan.errors import UserError
-    from minka.plan.run import RunFolder
-    from minka.train.launch import choose_ranks, joined, restarted, slurm_environment, supervise, visible_gpus
+    from minka.plan.run_folder import RunFolder
+    from minka.train.standing import standing
     from minka.train.start import look
-    from minka.train.track import check_trackers
+    from minka.train.trackers import check_trackers
 
     config, joins, gpus = loaded.config, joined(os.environ), visible_gpus(os.environ)
     _check_profile(profile, loaded)
@@ -146,12 +147,17 @@ def _start(loaded: "Loaded", ranks: int | None, profile: str, from_scratch: bool
     if not as_json and not outlook.begun:  # of a run that goes on, the ranks say what is another than before
         for key, (old, new) in loaded.changed.items():
             print(f"{key} = {new!r} (was {old!r})", flush=True)
-    return supervise(config, count, profile, from_scratch, as_json)
+
+    def saved_step() -> int | None:
+        place = standing(folder)
+        return place.step if place else None
+
+    return supervise(config, count, profile, from_scratch, as_json, saved_step)
 
 
 def _check_profile(profile: str, loaded: "Loaded") -> None:
+    from minka.launch.supervisor import parse_window
     from minka.plan.errors import UserError
-    from minka.train.launch import parse_window
 
     if parse_window(profile)[0] >= loaded.config.total_steps:
         raise UserError(f"{profile} lies behind the run's end, step {loaded.config.total_steps:,}", where="--profile")
@@ -187,7 +193,7 @@ def _replay(source: str, others: list[str], step: int, as_json: bool) -> int:
 def _join(loaded: "Loaded", profile: str, from_scratch: bool, as_json: bool) -> int:
     import sys
 
-    from minka.train.ranks import run_guarded
+    from minka.train.forker import run_guarded
     from minka.train.worker import WorkerJob, prepare_joined, work
 
     job = WorkerJob(loaded.config, profile, as_json, threads=None, beat=None, from_scratch=from_scratch)
@@ -213,17 +219,17 @@ def _dry_run_of(loaded: "Loaded", world: int | None, rank: str, dry_run: bool, o
             why="nothing is started: a dry run is of ranks that are not there, as many as --world says",
             remedy="leave that out",
         )
-    from minka.train.dry_report import dry_run_command
+    from minka.train.dry_run_report import dry_run_command
 
     return dry_run_command(loaded.config, world, rank or "stages", as_json=as_json)
 
 
 def _print_run(loaded: "Loaded", ranks: int | None, profile: str, from_scratch: bool, as_json: bool) -> int:
     """The run and what would become of it. What this machine lacks is no matter: it need not be the one that trains."""
+    from minka.launch.supervisor import choose_ranks
     from minka.plan.flops import parameters, training_flops_per_token
-    from minka.plan.load import dump_toml
-    from minka.plan.run import RunFolder
-    from minka.train.launch import choose_ranks
+    from minka.plan.load_config import dump_toml
+    from minka.plan.run_folder import RunFolder
     from minka.train.start import look
 
     config, folder = loaded.config, RunFolder.of(loaded.config)

@@ -23,14 +23,14 @@ from minka.parallel.engine import Engine
 from minka.parallel.mesh import Mesh, local_device, start_mesh
 from minka.plan.cli import print_json, progress
 from minka.plan.config import RunConfig
+from minka.plan.config_sections import KernelsSection
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.flops import parameters
 from minka.plan.hardware import find
 from minka.plan.layout import Layout
-from minka.plan.sections import KernelsSection
-from minka.train.detail import Detail
+from minka.train.final_summary import table
+from minka.train.layer_stats import Detail
 from minka.train.provenance import processor
-from minka.train.summary import table
 from minka.train.worker import build_engine
 
 PACKAGES = (

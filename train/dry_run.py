@@ -18,19 +18,19 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minka.parallel.apply import cut
+from minka.parallel.fsdp_engine import ShardedEngine
 from minka.parallel.memory_trace import MemoryTrace, Peak
 from minka.parallel.mesh import Mesh, lay_mesh
 from minka.parallel.pieces import Piece
-from minka.parallel.pipeline import PipelineEngine
-from minka.parallel.sharded import ShardedEngine
+from minka.parallel.pipeline_engine import PipelineEngine
 from minka.parallel.traffic import Traffic, Transfer
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 from minka.plan.layout import Asked, Layout, micro_batches, micro_batches_refused
 from minka.plan.topology import coordinates
-from minka.train.dry_ways import AssumedFeeder, alone, fakes, gpu_ways, without_numbers
+from minka.train.dry_run_fakes import AssumedFeeder, alone, fakes, gpu_ways, without_numbers
 from minka.train.guard import accepts
-from minka.train.optim import AdamW
+from minka.train.optimizer import AdamW
 from minka.train.worker import engine_over
 
 TRACED_LAYERS = 300  # of a pipeline: layers of a rank times micro-batches that take less than a minute

@@ -3,18 +3,18 @@
 from dataclasses import dataclass
 
 from minka.data.loader import Loader
+from minka.launch.signals import Outside
 from minka.parallel.engine import Engine
 from minka.parallel.mesh import Mesh
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
-from minka.train.cadence import checkpoint_due, detail_due, eval_due
-from minka.train.detail import Detail, Updates
+from minka.train.due import checkpoint_due, detail_due, eval_due
 from minka.train.guard import accepts, refuse_tokens
+from minka.train.layer_stats import Detail, Updates
 from minka.train.metrics import Metrics, Stopwatch
-from minka.train.profile import Profile
-from minka.train.record import Record
+from minka.train.profiler import Profile
+from minka.train.recorder import Record
 from minka.train.schedule import learning_rate
-from minka.train.signals import Outside
 from minka.train.state import State
 
 

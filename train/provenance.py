@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
-from minka.data.store import TokenStore
+from minka.data.token_store import TokenStore
 from minka.plan.config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,29 +12,29 @@ from typing import Any, NamedTuple
 
 import torch
 
+from minka.checkpoint.catalogue import checkpoints, run_and_step
+from minka.checkpoint.commit import step_name
+from minka.checkpoint.reader_lease import leased
+from minka.checkpoint.restore import restore_from
 from minka.data.batch import FILLER, Batch
 from minka.data.loader import Loader, order_of
-from minka.data.store import TokenStore
+from minka.data.token_store import TokenStore
 from minka.data.trace import trace_window
-from minka.parallel.checkpoint import restore_from
-from minka.parallel.commit import step_name
 from minka.parallel.engine import Engine
-from minka.parallel.lease import leased
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.parallel.precision import compute_dtype
-from minka.parallel.shelf import checkpoints, run_and_step
 from minka.plan.cli import print_json, progress
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.layout import AXES
 from minka.plan.ledger import is_count, read_ledger
-from minka.plan.load import load_run, validate
-from minka.plan.run import RunFolder, find_run, store_of
+from minka.plan.load_config import load_run, validate
+from minka.plan.run_folder import RunFolder, find_run, store_of
 from minka.train.guard import accepts, refuse_tokens
 from minka.train.metrics import Metrics, Stopwatch
-from minka.train.origin import begins_at, pinned_parent
+from minka.train.parent_run import begins_at, pinned_parent
 from minka.train.provenance import processor
-from minka.train.recorded import (
+from minka.train.replay_compare import (
     BOUNDS,
     VERDICTS,
     Line,

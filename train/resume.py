@@ -9,21 +9,21 @@ from typing import Any
 
 import torch
 
-from minka.model.hub import read_tensors
-from minka.parallel.checkpoint import restore, restore_from
-from minka.parallel.commit import step_name
+from minka.checkpoint.commit import step_name
+from minka.checkpoint.reader_lease import leased
+from minka.checkpoint.restore import restore, restore_from
+from minka.model.hub_folder import read_tensors
 from minka.parallel.engine import Engine
-from minka.parallel.lease import leased
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece, tensor_name
-from minka.plan.changes import changes, decides_rate
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.ledger import RETURNS, read_ledger
-from minka.plan.load import from_json
-from minka.plan.run import RunFolder
-from minka.train.origin import Parent, begins_at, pinned_parent
-from minka.train.record import Record
+from minka.plan.load_config import from_json
+from minka.plan.resume_rules import changes, decides_rate
+from minka.plan.run_folder import RunFolder
+from minka.train.parent_run import Parent, begins_at, pinned_parent
+from minka.train.recorder import Record
 from minka.train.schedule import learning_rate
 from minka.train.state import State, randomness
 

@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-from minka.parallel.commit import step_name
-from minka.parallel.manifest import load_manifest
-from minka.parallel.shelf import newest_first, steps_of
-from minka.plan.changes import changes, check_batch, check_length, decides_rate
+from minka.checkpoint.catalogue import newest_first, steps_of
+from minka.checkpoint.commit import step_name
+from minka.checkpoint.manifest import load_manifest
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.ledger import Ledger
-from minka.plan.run import RunFolder
-from minka.train.origin import Place, hash_hub_folder, pinned_parent
+from minka.plan.resume_rules import changes, check_batch, check_length, decides_rate
+from minka.plan.run_folder import RunFolder
+from minka.train.parent_run import Place, hash_hub_folder, pinned_parent
 
 
 def standing(folder: RunFolder) -> Place | None:

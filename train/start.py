@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from minka.plan.changes import LENGTH, changes, check_resume
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
-from minka.plan.run import RunFolder
-from minka.train.origin import Parent, Place, check_parent, check_tokenizer, find_parent
+from minka.plan.resume_rules import LENGTH, changes, check_resume
+from minka.plan.run_folder import RunFolder
+from minka.train.parent_run import Parent, Place, check_parent, check_tokenizer, find_parent
 from minka.train.standing import check_goes_on, standing
 
 

@@ -10,48 +10,48 @@ from typing import NamedTuple
 
 import torch
 
+from minka.checkpoint.commit import step_name
+from minka.checkpoint.export import export_checkpoint
 from minka.data.loader import Loader
 from minka.data.prepare import store_folder
-from minka.data.store import TokenStore
+from minka.data.token_store import TokenStore
+from minka.launch.exit_reason import explained, write_ending
+from minka.launch.signals import Outside
 from minka.model.transformer import Transformer
 from minka.parallel.apply import build_parts, named_parameters
-from minka.parallel.commit import step_name
+from minka.parallel.deepspeed_engine import build_zero_engine
 from minka.parallel.engine import Engine
-from minka.parallel.export import export_checkpoint
-from minka.parallel.feed import Feeder
+from minka.parallel.fsdp_engine import ShardedEngine
+from minka.parallel.inputs import Feeder
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.parallel.pieces import parameter_piece
-from minka.parallel.pipeline import PipelineEngine
+from minka.parallel.pipeline_engine import PipelineEngine
 from minka.parallel.precision import compute_dtype
-from minka.parallel.sharded import ShardedEngine
-from minka.parallel.zero import build_zero_engine
-from minka.plan.changes import Changes, told
+from minka.plan.atomic import write_json
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
-from minka.plan.fillers import told_fillers
 from minka.plan.flops import FORMULAS, parameters, training_flops_per_token
 from minka.plan.hardware import find
 from minka.plan.ledger import Ledger
-from minka.plan.run import RunFolder
-from minka.plan.stages import stages_of
+from minka.plan.padding import told_fillers
+from minka.plan.pipeline_stages import stages_of
+from minka.plan.resume_rules import Changes, told
+from minka.plan.run_folder import RunFolder
 from minka.plan.topology import describe
 from minka.plan.topology import told as told_places
-from minka.plan.writing import write_json
 from minka.train.console import Console
-from minka.train.detail import Updates
-from minka.train.ending import explained, write_ending
+from minka.train.final_summary import summarise
+from minka.train.layer_stats import Updates
 from minka.train.loop import Session, train
-from minka.train.optim import AdamW, decay_of
-from minka.train.origin import open_run, pinned_parent
-from minka.train.profile import Profile
+from minka.train.optimizer import AdamW, decay_of
+from minka.train.parent_run import open_run, pinned_parent
+from minka.train.profiler import Profile
 from minka.train.provenance import processor
-from minka.train.record import Record
+from minka.train.recorder import Record
 from minka.train.resume import begin, on_first
-from minka.train.signals import Outside
 from minka.train.standing import begin_again, check_goes_on
 from minka.train.state import State
-from minka.train.summary import summarise
-from minka.train.track import open_trackers
+from minka.train.trackers import open_trackers
 
 GROUP_SECONDS = 300.0  # beyond guard.hang_seconds: the supervisor must notice a hang before the group gives up
 

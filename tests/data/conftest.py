@@ -6,7 +6,7 @@ import pytest
 
 from corpora import data_section, texts, write_jsonl
 from minka.data.prepare import prepare
-from minka.data.store import TokenStore
+from minka.data.token_store import TokenStore
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,8 @@ import pytest
 from corpora import data_section, run_config, texts, write_jsonl
 from minka.data.command import main
 from minka.data.prepare import open_or_prepare, prepare
-from minka.data.store import TokenStore
-from minka.data.writing import SplitWriter
+from minka.data.split_writer import SplitWriter
+from minka.data.token_store import TokenStore
 from minka.plan.errors import UserError
 
 MIB = 2**20

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from minka.benchmarks.data_path import samples_per_second, synthetic_stream
 from minka.data.batch import FILLER, IGNORED, Batch, build_batch
-from minka.data.bench import samples_per_second, synthetic_stream
-from minka.data.order import window_count
+from minka.data.sample_order import window_count
 
 EOD = 9
 

@@ -12,7 +12,7 @@ import pytest
 from corpora import run_config
 from minka.data.command import main
 from minka.data.loader import Loader, LoaderState
-from minka.data.store import TokenStore
+from minka.data.token_store import TokenStore
 
 OVERRIDES = ["data.tokenizer=bytes", "model.vocab=256", "data.source=jsonl", "data.validation_fraction=0.1"]
 

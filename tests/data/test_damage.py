@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from corpora import data_section, run_config
-from minka.data.manifest import MANIFEST, hash_files, read_manifest, write_manifest
 from minka.data.prepare import check_store
-from minka.data.store import TokenStore
+from minka.data.store_manifest import MANIFEST, hash_files, read_manifest, write_manifest
+from minka.data.token_store import TokenStore
 from minka.data.verify import verify
 from minka.plan.errors import UserError
 

@@ -15,7 +15,7 @@ from corpora import data_section, run_config
 from minka.data.batch import FILLER, Batch
 from minka.data.loader import Loader, LoaderState, global_batch, order_of
 from minka.data.prepare import prepare
-from minka.data.store import Split, TokenStore
+from minka.data.token_store import Split, TokenStore
 
 SEQ = 16
 WARMUP = [{"until_tokens": 6 * SEQ, "batch_tokens": 3 * SEQ}, {"until_tokens": 20 * SEQ, "batch_tokens": 5 * SEQ}]

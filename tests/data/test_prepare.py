@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 
 from corpora import data_section, run_config, texts, write_jsonl
-from minka.data import corpus as corpus_module
+from minka.data import corpus_split as corpus_module
 from minka.data import prepare as prepare_module
 from minka.data.building import building
-from minka.data.corpus import content_hash, read_corpus, survey
-from minka.data.manifest import SPLITS
+from minka.data.corpus_split import content_hash, read_corpus, survey
 from minka.data.prepare import open_or_prepare, prepare, store_folder
-from minka.data.store import TokenStore
+from minka.data.store_manifest import SPLITS
+from minka.data.token_store import TokenStore
 from minka.data.tokenizer import train_bpe
 from minka.data.verify import verify
+from minka.plan.config_sections import DataSection
 from minka.plan.errors import UserError
-from minka.plan.sections import DataSection
 
 
 def jsonl(path: Path, *given: str) -> list[str]:

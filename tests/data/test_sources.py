@@ -13,7 +13,7 @@ import pytest
 import zstandard
 
 from corpora import data_section, texts, write_jsonl
-from minka.data.corpus import read_corpus
+from minka.data.corpus_split import read_corpus
 from minka.data.documents import Document, expand, stdlib_documents, stdlib_names
 
 TEXTS = texts(12)

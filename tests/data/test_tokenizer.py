@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from corpora import data_section, run_config, texts, write_jsonl
 from minka.data.prepare import check_store, prepare
-from minka.data.store import TokenStore
+from minka.data.token_store import TokenStore
 from minka.data.tokenizer import EOD_TOKEN, TextTokenizer, bytes_tokenizer, load_hf, read_tokenizer, train_bpe
 from minka.plan.errors import UserError
 

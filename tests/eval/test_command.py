@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from minka.eval.bits import Scores, write_scores
+from minka.eval.bits_per_byte import Scores, write_scores
 from minka.eval.command import main
 from minka.plan.errors import ExitStatus
-from minka.plan.run import RunFolder
+from minka.plan.run_folder import RunFolder
 from saved import saved_run
 
 OWN = "heldout@1.json"
@@ -86,7 +86,7 @@ def test_a_folder_that_cannot_be_written_is_one_paragraph_before_the_work(
 ) -> None:
     run = saved_run(tmp_path, 3)
     run.evals.touch()  # a file in its place stands for what root cannot be forbidden
-    monkeypatch.setattr("minka.eval.score.heldout", pytest.fail)
+    monkeypatch.setattr("minka.eval.score_checkpoint.heldout", pytest.fail)
     assert main([str(run.path)]) == ExitStatus.REFUSED
     errors = capsys.readouterr().err
     assert "cannot be written" in errors
@@ -99,7 +99,7 @@ def test_a_disk_that_fills_during_the_work_is_one_paragraph(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minka.eval.bits.write_json", full)
+    monkeypatch.setattr("minka.eval.bits_per_byte.write_json", full)
     assert main([str(run.path)]) == ExitStatus.REFUSED
     assert "No space left" in capsys.readouterr().err
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minka.kernels.rms_norm import rms_norm
-from minka.kernels.rotate import rotate
+from minka.kernels.rope import rotate
 from minka.kernels.swiglu import swiglu
 
 B, T, H, C = 2, 5, 3, 8

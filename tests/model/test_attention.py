@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minka.model import attention as attention_module
 from minka.model.attention import Structure, allowed_pairs, attention, document_structure, largest_logit
+from minka.plan.config_sections import KernelsSection
 from minka.plan.errors import UserError
-from minka.plan.sections import KernelsSection
 from models import packed
 
 CPU, AUTO = torch.device("cpu"), KernelsSection()

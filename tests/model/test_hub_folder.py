@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from minka.model import hub
-from minka.model.hub import MARKER, write_folder
+from minka.model import hub_folder as hub
+from minka.model.hub_folder import MARKER, write_folder
 from minka.plan.errors import UserError
 from models import section
 

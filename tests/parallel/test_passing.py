@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from minka.parallel import disk as disk_module
-from minka.parallel.checkpoint import restore
-from minka.parallel.disk import LOCAL, LocalDisk
-from minka.parallel.shelf import Catalogue, find_checkpoint
+from minka.checkpoint import filesystem as disk_module
+from minka.checkpoint.catalogue import Catalogue, find_checkpoint
+from minka.checkpoint.filesystem import LOCAL, LocalDisk
+from minka.checkpoint.restore import restore
 from minka.plan.retention import Kept
 from saved import ALONE, save, silent, tensors
 

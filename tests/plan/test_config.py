@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from configs import SEQ, values
 from minka.plan.config import RunConfig
-from minka.plan.load import dump_toml, load_run, recipe_names, validate
+from minka.plan.load_config import dump_toml, load_run, recipe_names, validate
 
 
 def walk(config: RunConfig) -> tuple[int, int]:

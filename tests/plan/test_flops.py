@@ -6,10 +6,10 @@ from typing import Literal
 
 import pytest
 
+from minka.plan.config_sections import ModelSection
 from minka.plan.flops import FORMULAS, Shape, mfu, parameters, training_flops_per_token
 from minka.plan.hardware import find
-from minka.plan.load import load_run
-from minka.plan.sections import ModelSection
+from minka.plan.load_config import load_run
 
 GOLDENS = Path(__file__).resolve().parent.parent / "goldens"
 MODELS = list(csv.DictReader((GOLDENS / "model_shapes.csv").read_text().splitlines()))

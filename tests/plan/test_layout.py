@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.layout import RULES, Asked, Layout
-from minka.plan.load import validate
+from minka.plan.load_config import validate
 
 WAYS = st.integers(1, 6)
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minka.plan.config_sections import CheckpointSection
 from minka.plan.retention import Kept, expendable, milestone_passed, permanent
-from minka.plan.sections import CheckpointSection
 
 
 def settings(**values: Any) -> CheckpointSection:

@@ -6,7 +6,7 @@ import pytest
 from playwright.sync_api import Browser
 
 from browser import browser
-from minka.plan.run import RunFolder
+from minka.plan.run_folder import RunFolder
 from ranks import on_ranks
 from tiny import tiny, train_rank
 

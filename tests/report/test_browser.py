@@ -12,8 +12,8 @@ from playwright.sync_api import Browser
 from browser import NARROW, WIDE, opened
 from ledgers import BATCH, Event, event, run_of, score, start, steps
 from minka.plan.ledger import read_ledger
-from minka.plan.run import RunFolder
-from minka.report.write import Report
+from minka.plan.run_folder import RunFolder
+from minka.report.report_writer import Report
 
 BYTES, MILLISECONDS, SLOWER = 5_000_000, 3_000, 1.6
 PLOTS = {"loss", "score", "grad_norm", "learning_rate", "batch_tokens", "tokens_per_second", "parts", "split"}

@@ -8,10 +8,10 @@ import pytest
 from ledgers import ended, event, run_of, start, steps
 from minka.plan.errors import ExitStatus
 from minka.plan.ledger import read_ledger
-from minka.plan.run import RunFolder
+from minka.plan.run_folder import RunFolder
 from minka.report.command import WATCH_SECONDS, main, with_seconds
-from minka.report.document import Document
-from minka.report.write import Report
+from minka.report.page_data import Document
+from minka.report.report_writer import Report
 
 Trained = tuple[RunFolder, RunFolder]
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from ledgers import BATCH, BEGAN, Event, ended, event, run_of, score, start, steps
-from minka.plan.run import RunFolder
-from minka.report.document import document
+from minka.plan.run_folder import RunFolder
 from minka.report.figures import checkpoints, unlike
-from minka.report.read import read_run
+from minka.report.load_run import read_run
+from minka.report.page_data import document
 
 PAUSE = 1000.0
 BROKEN_OFF: list[Event] = [  # killed after step 8; taken up again at step 5, with another rate, 1,000 s later

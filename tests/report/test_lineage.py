@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from ledgers import event, run_of, start, steps
-from minka.plan.run import RunFolder
+from minka.plan.run_folder import RunFolder
 from minka.report.lineage import MOST_ROWS, Graph, rows_of
-from minka.report.read import read_run
+from minka.report.load_run import read_run
 
 
 def drawn(*folders: RunFolder) -> dict[str, Any]:

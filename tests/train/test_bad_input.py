@@ -11,7 +11,7 @@ import pytest
 from commands import environment, minka, written
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
-from minka.plan.run import RunFolder
+from minka.plan.run_folder import RunFolder
 from minka.train.command import main
 from tiny import tiny
 

@@ -8,8 +8,8 @@ import pytest
 from minka.data.prepare import open_or_prepare
 from minka.plan.config import RunConfig
 from minka.plan.ledger import read_ledger
-from minka.plan.load import load_run
-from minka.plan.run import RunFolder
+from minka.plan.load_config import load_run
+from minka.plan.run_folder import RunFolder
 from ranks import on_ranks
 from tiny import train_rank
 

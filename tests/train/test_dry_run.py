@@ -11,10 +11,10 @@ from unittest.mock import patch
 import pytest
 
 from minka.kernels import linear_cross_entropy
+from minka.plan.config_sections import KernelsSection
 from minka.plan.errors import UserError
-from minka.plan.load import load_run
+from minka.plan.load_config import load_run
 from minka.plan.memory import KINDS
-from minka.plan.sections import KernelsSection
 from minka.train import dry_run as dry_runs
 from minka.train.command import main
 from minka.train.dry_run import DryRun, dry_run

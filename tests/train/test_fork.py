@@ -8,10 +8,10 @@ import pytest
 
 from commands import minka
 from families import crash, fork, ledger, rank_refuses, said, samples, stable_phase, steps, trained
-from minka.parallel.checkpoint import checkpoints, load_manifest, whole_tensors
+from minka.checkpoint.restore import checkpoints, load_manifest, whole_tensors
 from minka.plan.config import RunConfig
-from minka.plan.load import load_run
-from minka.plan.run import RunFolder
+from minka.plan.load_config import load_run
+from minka.plan.run_folder import RunFolder
 from minka.train import resume
 from minka.train.command import main
 from ranks import on_ranks

@@ -12,8 +12,8 @@ import pytest
 from commands import environment
 from families import crash, fork, rank_refuses, refused, stable_phase, trained
 from minka.data.prepare import open_or_prepare
-from minka.plan.load import load_run
-from minka.plan.run import RunFolder
+from minka.plan.load_config import load_run
+from minka.plan.run_folder import RunFolder
 from tiny import tiny
 
 MIXED = "schedule.unit=tokens"  # the end is in steps

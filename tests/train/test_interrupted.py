@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 import torch
 
+from minka.checkpoint.async_saver import Saver
+from minka.checkpoint.catalogue import checkpoints
+from minka.checkpoint.restore import whole_tensors
 from minka.data.loader import Loader
-from minka.parallel.checkpoint import whole_tensors
-from minka.parallel.saver import Saver
-from minka.parallel.sharded import ShardedEngine
-from minka.parallel.shelf import checkpoints
+from minka.launch.signals import Outside
+from minka.parallel.fsdp_engine import ShardedEngine
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
 from minka.plan.ledger import current, read_ledger
-from minka.plan.run import RunFolder
+from minka.plan.run_folder import RunFolder
 from minka.train.console import Console
-from minka.train.record import Record
-from minka.train.signals import Outside
+from minka.train.recorder import Record
 from ranks import on_ranks
 from tiny import tiny, train_rank
 

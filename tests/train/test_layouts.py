@@ -9,17 +9,17 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from minka.checkpoint.restore import checkpoints, whole_tensors
 from minka.model.transformer import Transformer
-from minka.parallel import shard
+from minka.parallel import fsdp as shard
 from minka.parallel.apply import build_parts, named_parameters
-from minka.parallel.checkpoint import checkpoints, whole_tensors
 from minka.parallel.engine import MicroBatch, Sums, TorchEngine
+from minka.parallel.fsdp_engine import ShardedEngine
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.parallel.pieces import parameter_piece
-from minka.parallel.sharded import ShardedEngine
 from minka.plan.config import RunConfig
 from minka.plan.ledger import read_ledger
-from minka.plan.run import RunFolder
+from minka.plan.run_folder import RunFolder
 from ranks import on_ranks
 from tiny import tiny, train_rank
 

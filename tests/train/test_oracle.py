@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minka.model.hub import their_name
+from minka.model.hub_folder import their_name
 from minka.parallel.mesh import start_mesh
 from minka.plan.config import RunConfig
 from minka.train.guard import accepts

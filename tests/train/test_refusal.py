@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from minka.parallel.checkpoint import checkpoints, load_manifest, whole_tensors
+from minka.checkpoint.restore import checkpoints, load_manifest, whole_tensors
 from minka.parallel.engine import MicroBatch, Sums
-from minka.parallel.sharded import ShardedEngine
+from minka.parallel.fsdp_engine import ShardedEngine
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
 from minka.plan.guard import judge
 from minka.plan.ledger import read_ledger
-from minka.plan.run import RunFolder
+from minka.plan.run_folder import RunFolder
 from ranks import on_ranks
 from tiny import tiny, train_rank
 

@@ -9,10 +9,10 @@ import pytest
 
 from commands import minka
 from families import crash, fork, ledger, samples, stable_phase, trained
-from minka.parallel.checkpoint import checkpoints
+from minka.checkpoint.restore import checkpoints
 from minka.plan.errors import UserError
-from minka.plan.load import load_run
-from minka.plan.run import RunFolder
+from minka.plan.load_config import load_run
+from minka.plan.run_folder import RunFolder
 from minka.train import replay as module
 from minka.train.replay import replay, told
 from ranks import on_ranks

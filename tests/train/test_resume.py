@@ -22,16 +22,16 @@ from families import (
     train_refusing,
     trained,
 )
-from minka.parallel.checkpoint import checkpoints, load_manifest
+from minka.checkpoint.restore import checkpoints, load_manifest
+from minka.launch.supervisor import restarted
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.ledger import read_ledger
-from minka.plan.load import load_run
-from minka.plan.run import RunFolder
+from minka.plan.load_config import load_run
+from minka.plan.run_folder import RunFolder
 from minka.train import resume
 from minka.train.command import main
 from minka.train.contents import config_hash, contents
-from minka.train.launch import restarted
 from minka.train.resume import check_rate
 from minka.train.schedule import learning_rate
 from minka.train.state import State

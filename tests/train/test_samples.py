@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from minka.launch.signals import Outside
 from minka.plan.config import RunConfig
-from minka.plan.run import RunFolder
-from minka.train.signals import Outside
+from minka.plan.run_folder import RunFolder
 from ranks import on_ranks
 from tiny import tiny, train_rank
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from minka.parallel import saving
-from minka.parallel.shelf import checkpoints
+from minka.checkpoint import write as saving
+from minka.checkpoint.catalogue import checkpoints
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
 from minka.plan.ledger import read_ledger
-from minka.plan.run import RunFolder
+from minka.plan.run_folder import RunFolder
 from ranks import on_ranks
 from tiny import tiny, train_rank
 

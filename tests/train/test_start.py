@@ -9,7 +9,7 @@ import pytest
 from commands import environment
 from families import assert_needs_person, copy, refused, stable_phase
 from minka.plan.errors import ExitStatus
-from minka.plan.run import RunFolder
+from minka.plan.run_folder import RunFolder
 from minka.train.command import main
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from commands import environment, written
-from minka.parallel.checkpoint import checkpoints, whole_tensors
+from minka.checkpoint.restore import checkpoints, whole_tensors
 from minka.plan.config import RunConfig
-from minka.plan.run import RunFolder
+from minka.plan.run_folder import RunFolder
 from tiny import tiny
 
 HOSTS = ("node2", "node10")

@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from minka.checkpoint.restore import checkpoints, restore, whole_tensors
 from minka.data.batch import FILLER
 from minka.data.loader import Loader
-from minka.data.store import TokenStore
-from minka.parallel.checkpoint import checkpoints, restore, whole_tensors
+from minka.data.token_store import TokenStore
 from minka.parallel.mesh import start_mesh
 from minka.plan.config import RunConfig
 from minka.plan.ledger import read_ledger
-from minka.plan.run import RunFolder
+from minka.plan.run_folder import RunFolder
 from minka.train.guard import accepts
 from minka.train.schedule import learning_rate
 from minka.train.state import State

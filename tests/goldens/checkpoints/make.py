@@ -10,10 +10,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from minka.parallel.manifest import FORMAT
+from minka.checkpoint.manifest import FORMAT
 from minka.plan.ledger import current, read_ledger
-from minka.plan.load import validate
-from minka.plan.run import RunFolder
+from minka.plan.load_config import validate
+from minka.plan.run_folder import RunFolder
 from minka.train.worker import WorkerJob, work
 
 HERE = Path(__file__).resolve().parent

@@ -1,0 +1,187 @@
+"""What a save costs the training: its stall, its hashes, its memory. Rows of `make bench` (benchmarks/training.py).
+
+torch's own distributed checkpoint (DCP) saves the same tensors in the same minute.
+"""
+
+import hashlib
+import multiprocessing
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import async_save
+
+from minka.checkpoint.async_saver import Saver
+from minka.checkpoint.write import Contents
+from minka.parallel.mesh import Mesh, start_mesh
+from minka.parallel.pieces import Piece, piece_of
+from minka.plan.layout import Layout
+
+PAIRS = 7
+STATE_BYTES = 256 * 2**20
+FORWARD_BACKWARD_SECONDS = 1.0  # of a model with such a state (20 M parameters, 12 bytes each) on two cores, at least
+
+
+def made_up_state(size: int = STATE_BYTES) -> dict[str, Tensor]:
+    """Sixteen equal tensors."""
+    return {f"model.{i}": torch.randn(size // 64) for i in range(16)}
+
+
+class Saves:
+    """Our saves and DCP's of one state, each in seconds for which the training waits."""
+
+    def __init__(self, folder: Path, mesh: Mesh) -> None:
+        self.folder, self.state = folder, made_up_state()
+        self.pieces = {name: piece_of(tensor) for name, tensor in self.state.items()}
+        self._sync = Saver(folder / "sync", mesh, 1, asynchronous=False)
+        self._async = Saver(folder / "async", mesh, 1)
+        self._step = 0
+
+    def synchronous(self) -> float:
+        """Until it is committed."""
+        return _saved(self._sync, self._next(), self.pieces, 0.0)
+
+    def asynchronous(self, between: float) -> float:
+        """Until the tensors may change, less `between` seconds of forward and backward."""
+        return _saved(self._async, self._next(), self.pieces, between)
+
+    def dcp_asynchronous(self) -> float:
+        """As long as its async_save takes to return; the tensors may change then."""
+        began = time.perf_counter()
+        writing = async_save(self.state, storage_writer=FileSystemWriter(self.folder / "dcp"))
+        stall = time.perf_counter() - began
+        writing.result()  # type: ignore[union-attr]
+        shutil.rmtree(self.folder / "dcp")
+        return stall
+
+    def _next(self) -> Contents:
+        self._step += 1
+        return Contents(self._step, {})
+
+
+def _saved(saver: Saver, contents: Contents, pieces: dict[str, Piece], between: float) -> float:
+    saver.save(contents, pieces)
+    if saver.asynchronous:
+        compute(between)
+        saver.settle()
+        stall = saver.stall_seconds
+        outcome = saver.wait()
+    else:
+        outcome = saver.wait()
+        stall = outcome.stall_seconds if outcome else 0.0
+    if outcome is None or outcome.error:
+        raise RuntimeError(f"the save failed: {outcome}")
+    return stall
+
+
+def compute(seconds: float) -> None:
+    """As a forward and backward pass: products of matrices on all threads."""
+    a, b = torch.randn(512, 512), torch.randn(512, 512)
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        a = torch.tanh(a @ b)
+
+
+@contextmanager
+def saves() -> Iterator[Saves]:
+    """In a folder of their own on the disk of temporary files, each warmed up once."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        start_mesh(Layout(shard=1, precision="bf16")) as mesh,  # bf16: then there is a process group, which DCP wants
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # DCP's
+        one = Saves(Path(folder), mesh)
+        one.synchronous(), one.asynchronous(0.0), one.dcp_asynchronous()
+        yield one
+
+
+def stall(between: float) -> float:
+    """Stall of an asynchronous save as a share of a synchronous one."""
+    with saves() as one:
+        return median_ratio(lambda: one.asynchronous(between), one.synchronous)
+
+
+def stall_against_dcp() -> float:
+    """Stall of our asynchronous save, nothing between, as a share of DCP's."""
+    with saves() as one:
+        return median_ratio(lambda: one.asynchronous(0.0), one.dcp_asynchronous)
+
+
+def hashing() -> float:
+    """What the hashes add to a synchronous save, as a share of one whose hashes cost nothing."""
+    with saves() as one:
+        return median_ratio(one.synchronous, lambda: _unhashed(one.synchronous)) - 1.0
+
+
+def _unhashed(save: Callable[[], float]) -> float:
+    real = hashlib.sha256
+    hashlib.sha256 = lambda content=b"": real()  # type: ignore[assignment,misc]
+    try:
+        return save()
+    finally:
+        hashlib.sha256 = real
+
+
+def memory(size: int = STATE_BYTES, saves: int = 2) -> float:
+    """Most memory of a process beyond what it had before its saves, as a share of the state, in a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_remember, args=(theirs, size, saves), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        return float(ours.recv())
+    finally:
+        process.join()
+
+
+def _remember(pipe: Connection, size: int, saves: int) -> None:
+    pieces = {name: piece_of(tensor) for name, tensor in made_up_state(size).items()}
+    with tempfile.TemporaryDirectory() as folder, start_mesh(Layout(shard=1)) as mesh:
+        saver = Saver(Path(folder), mesh, 1)
+        before = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        for step in range(1, saves + 1):
+            _saved(saver, Contents(step, {}), pieces, 0.0)
+        pipe.send((_status("VmHWM") - before) / size)
+
+
+def _status(name: str) -> int:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:")]
+    return int(line.split()[1]) * 1024
+
+
+def median_ratio(ours: Callable[[], float], other: Callable[[], float], pairs: int = PAIRS) -> float:
+    """Of our seconds to the others', by pairs, in turn first."""
+    ratios = []
+    for pair in range(pairs):
+        first, second = (ours, other) if pair % 2 == 0 else (other, ours)
+        a, b = first(), second()
+        ratios.append(a / b if pair % 2 == 0 else b / a)
+    return statistics.median(ratios)
+
+
+ROWS: dict[str, Callable[[], float]] = {
+    "save beside a step, stall of a synchronous one": lambda: stall(FORWARD_BACKWARD_SECONDS),
+    "save with nothing beside, stall of a synchronous one": lambda: stall(0.0),
+    "save with nothing beside, stall of DCP's": stall_against_dcp,
+    "save, what hashing adds": hashing,
+    "save, memory beside the state": memory,
+}
+BOUNDS: dict[str, tuple[float, bool, str]] = {
+    "save beside a step, stall of a synchronous one": (0.10, False, "x"),
+    "save with nothing beside, stall of a synchronous one": (0.25, False, "x"),
+    "save with nothing beside, stall of DCP's": (2.0, False, "x"),  # 0.34 to 1.37 from run to run (LOG.md)
+    "save, what hashing adds": (0.15, False, "x"),
+    "save, memory beside the state": (1.05 + 96 / 256, False, "x"),
+}

@@ -1,0 +1,42 @@
+"""`minka export`: a run's checkpoint as a folder that transformers loads."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minka.plan.cli import new_app, print_json, run_app
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `minka export`."""
+    app = new_app("Write a checkpoint as a Hugging Face folder: config.json, safetensors, tokenizer.")
+
+    @app.command()
+    def export(
+        run: Annotated[
+            str, typer.Argument(help="run folder, or name under runs/; RUN@STEP takes that step's checkpoint")
+        ],
+        folder: Annotated[
+            Path, typer.Argument(help="folder to write; an earlier export there is replaced, nothing else")
+        ],
+        as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
+    ) -> int:
+        from minka.checkpoint.catalogue import find_checkpoint, run_and_step
+        from minka.checkpoint.export import export_checkpoint
+        from minka.checkpoint.reader_lease import leased
+        from minka.plan.run_folder import find_run, store_of
+
+        name, step = run_and_step(run)
+        found = find_run(name)
+        checkpoint, store = find_checkpoint(found.checkpoints, step), store_of(found)
+        with leased(found.path, checkpoint):
+            export_checkpoint(checkpoint, folder, found.config().model, store.tokenizer, store.eod)
+        if as_json:
+            print_json({"checkpoint": str(checkpoint), "folder": str(folder)})
+        else:
+            print(f"{checkpoint} -> {folder}")
+        return 0
+
+    return run_app(app, argv, "minka export")

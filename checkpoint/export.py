@@ -1,0 +1,36 @@
+"""From a checkpoint on disk to a Hugging Face folder, one tensor at a time, in one process."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from minka.checkpoint.restore import DAMAGE, whole_tensors
+from minka.model.hub_folder import write_folder
+from minka.plan.config_sections import ModelSection
+from minka.plan.errors import UserError
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    folder: Path,
+    model: ModelSection,
+    tokenizer: Path,
+    eod: int,
+    *,
+    alive: Callable[[], None] = lambda: None,
+) -> None:
+    """Write `folder` anew from `checkpoint`. Raises UserError when a hash does not hold; then nothing changed.
+
+    `alive` is called for each chunk and each tensor read. See write_folder for what is refused.
+    """
+    weights = _readable(checkpoint, alive)
+    write_folder(folder, model, weights, tokenizer=tokenizer, eod_token=eod, source=str(checkpoint))
+
+
+def _readable(checkpoint: Path, alive: Callable[[], None]) -> Iterator[tuple[str, Tensor]]:
+    try:
+        yield from whole_tensors(checkpoint, "model.", alive=alive)
+    except DAMAGE as error:
+        remedy = "take another checkpoint (RUN@STEP)"
+        raise UserError(f"damaged: {error}", where=str(checkpoint), remedy=remedy) from None

@@ -1,0 +1,277 @@
+"""Hugging Face folders in and out: both JSON files, safetensors with their index, the tokenizer's files."""
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minka.model.transformer import Transformer
+from minka.plan.atomic import writing
+from minka.plan.config_sections import ModelSection
+from minka.plan.errors import UserError
+from minka.plan.hub_config import from_config, to_config
+
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MARKER, MARKER_FORMAT = "minka_export.json", 1  # only a folder with this file in it is ever replaced
+# Ours -> theirs. Both rotate half-split channels, so no weight needs a permutation.
+OUTER = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+INNER = {
+    "attention_norm": "input_layernorm",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+}
+
+
+def read_config(folder: Path) -> ModelSection:
+    """The model in a Hugging Face folder. Raises UserError for an architecture or setting that minka has not."""
+    path = folder / "config.json"
+    return from_config(_read_json(path), str(path))
+
+
+def hf_config(cfg: ModelSection, family: str = "auto") -> Any:
+    """The transformers configuration of the same model. Raises UserError where no family can represent `cfg`."""
+    from transformers import AutoConfig
+
+    values = to_config(cfg, family, None, "float32")
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def read_tensors(folder: Path, cfg: ModelSection) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of `cfg` as (our name, tensor in the file's dtype), read one at a time.
+
+    Raises UserError for a missing file or tensor, and for a tensor of another shape than `cfg` gives.
+    """
+    with torch.device("meta"):
+        expected = {name: tuple(p.shape) for name, p in Transformer(cfg).named_parameters()}
+    by_file: dict[Path, list[str]] = {}
+    places = _places(folder)
+    for name in expected:
+        if their_name(name) not in places:
+            raise _missing(name, folder)
+        by_file.setdefault(places[their_name(name)], []).append(name)
+    for path, names in by_file.items():
+        with _open(path) as file:
+            there = set(file.keys())
+            for name in names:
+                theirs = their_name(name)
+                if theirs not in there:
+                    raise _missing(name, path)
+                shape = tuple(file.get_slice(theirs).get_shape())
+                if shape != expected[name]:
+                    raise UserError(
+                        f"{theirs} has shape {list(shape)}, and the model needs {list(expected[name])}",
+                        where=str(path),
+                        why="config.json and the weights describe different models",
+                        remedy="use the config.json that was saved with these weights",
+                    )
+                yield name, file.get_tensor(theirs)
+
+
+def write_folder(
+    folder: Path,
+    cfg: ModelSection,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    family: str = "auto",
+    tokenizer: Path | None = None,
+    eod_token: int | None,
+    dtype: torch.dtype = torch.float32,
+    max_shard_bytes: float = 5e9,
+    source: str = "",
+) -> None:
+    """Write a folder that transformers loads. `tensors` (our names) are taken one at a time, a shard held at once.
+
+    It is written aside and renamed when whole, over nothing, an empty folder, or what an earlier call wrote.
+    `source` says in it where the weights come from. Raises UserError before any tensor is read where no family can
+    represent `cfg` and where something else stands in that place; and, with nothing changed, when the disk is full.
+    """
+    config = to_config(cfg, family, eod_token, str(dtype).removeprefix("torch."))
+    folder = Path(os.path.realpath(folder))
+    aside = folder.parent / f".{folder.name}.{os.getpid()}.partial"
+    with writing(folder):
+        _check_replaceable(folder)
+        _sweep(folder)
+        try:
+            aside.mkdir(parents=True)
+            _write_shards(aside, tensors, dtype, max_shard_bytes)
+            _write_json(aside / "config.json", config)
+            generation = {"bos_token_id": None, "do_sample": False, "eos_token_id": eod_token, "use_cache": True}
+            _write_json(aside / "generation_config.json", generation)
+            for path in sorted(tokenizer.iterdir()) if tokenizer is not None else ():
+                if path.is_file():
+                    shutil.copyfile(path, aside / path.name)
+            _write_json(aside / MARKER, {"format": MARKER_FORMAT, "source": source})
+            _replace(folder, aside)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def their_name(name: str) -> str:
+    """Hugging Face's name of one of our parameters."""
+    module, _, kind = name.rpartition(".")
+    inner = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
+    if inner:
+        return f"model.layers.{inner[1]}.{INNER[inner[2]]}.{kind}"
+    return f"{OUTER[module]}.{kind}"
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raises UserError unless `folder` may be replaced whole."""
+    if not folder.exists():
+        return
+    what, why = "", "an export replaces a whole folder, and only one that an earlier export wrote"
+    if not folder.is_dir():
+        what = "this is a file"
+    elif Path.cwd().is_relative_to(folder):
+        what = "the current folder cannot be replaced"
+    elif any(folder.iterdir()) and not _is_export(folder):
+        what, why = "this folder holds something else", f"{why}, which has a {MARKER}"
+    if what:
+        raise UserError(
+            what, where=str(folder), why=why, remedy="choose a folder that is not there yet, or an empty one"
+        )
+
+
+def _is_export(folder: Path) -> bool:
+    try:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(marker, dict) and isinstance(marker.get("format"), int)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes that are no more have left beside `folder`."""
+    for path in folder.parent.iterdir() if folder.parent.is_dir() else ():
+        found = re.fullmatch(rf"\.{re.escape(folder.name)}\.(\d+)(\.old)?\.partial", path.name)
+        if found and (int(found[1]) == os.getpid() or not _runs(int(found[1]))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def _replace(folder: Path, aside: Path) -> None:
+    """Give `aside` the name `folder`; what had it is deleted after, and gets it back if that fails."""
+    _check_replaceable(folder)  # again: hours may lie between
+    old = folder.parent / f".{folder.name}.{os.getpid()}.old.partial"
+    try:
+        if folder.exists():
+            folder.rename(old)
+        aside.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, limit: float) -> None:
+    """Shards are numbered as they fill, and get their final names, which say how many there are, at the end."""
+    shards: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    held = total = 0
+
+    def flush() -> None:
+        nonlocal shard, held
+        try:
+            save_file(shard, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        except SafetensorError as error:  # wraps what the system said
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error), str(folder)) from None
+        shards.append(list(shard))
+        shard, held = {}, 0
+
+    for name, tensor in tensors:
+        size = tensor.numel() * dtype.itemsize
+        if shard and held + size > limit:
+            flush()
+        shard[their_name(name)] = tensor.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
+        held, total = held + size, total + size
+    if shard or not shards:
+        flush()
+    if len(shards) == 1:
+        (folder / "0.part").rename(folder / WHOLE)
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{number}.part").rename(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _places(folder: Path) -> dict[str, Path]:
+    """Hugging Face's tensor name -> file."""
+    if (folder / INDEX).is_file():
+        weight_map = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or any(Path(str(file)).name != file for file in weight_map.values()):
+            raise UserError("weight_map is no table of file names", where=str(folder / INDEX), remedy="fetch it again")
+        return {name: folder / file for name, file in weight_map.items()}
+    with _open(folder / WHOLE) as file:
+        return dict.fromkeys(file.keys(), folder / WHOLE)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise UserError(
+            "this file of weights is missing",
+            where=str(path),
+            why=f"weights are read from {WHOLE} or from the files that {INDEX} names",
+            remedy="fetch the whole folder; pickled weights (.bin) are never read",
+        ) from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"these are no safetensors: {error}", where=str(path), remedy="fetch the file again") from None
+
+
+def _missing(name: str, where: Path) -> UserError:
+    return UserError(
+        f"{their_name(name)} is missing",
+        where=str(where),
+        why=f"the model has a parameter {name}",
+        remedy="fetch the whole folder, with the config.json that was saved with these weights",
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            "this file is missing", where=str(path), remedy="give a folder that save_pretrained wrote"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"this is no JSON: {error}", where=str(path), remedy="fetch the file again") from None
+    if not isinstance(values, dict):
+        raise UserError("this is no JSON object", where=str(path), remedy="fetch the file again")
+    return values
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

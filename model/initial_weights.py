@@ -1,0 +1,110 @@
+"""Initial weights as a function of (seed, parameter name, global index) alone: any slice, on any device, bit for bit.
+
+A counter is hashed to 52 bits in integer arithmetic; they pick a place in a table of the normal quantile, truncated
+at three sigma, and between its entries one multiplication and one addition in fp64 interpolate. Integer operations
+and single IEEE roundings have one right answer everywhere; a library's sine, logarithm or generator has several.
+"""
+
+import functools
+import hashlib
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import torch
+from torch import Tensor, nn
+
+from minka.plan.config_sections import ModelSection
+
+SIGMAS = 3.0  # truncation
+CELLS_LOG2 = 12
+FRACTION_BITS = 40
+CHUNK = 2**18  # elements at once: a few buffers of 2 MiB
+GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # splitmix64 (Steele et al. 2014)
+
+
+def initialise(model: nn.Module, seed: int, cfg: ModelSection) -> None:
+    """Set every parameter of a whole model on one device."""
+    for name, parameter in model.named_parameters():
+        fill_(parameter, name, seed, cfg, offset=[0] * parameter.ndim, global_shape=parameter.shape)
+
+
+@torch.no_grad()
+def fill_(
+    local: Tensor, name: str, seed: int, cfg: ModelSection, *, offset: Sequence[int], global_shape: Sequence[int]
+) -> None:
+    """Set `local` to the box of parameter `name` that begins at `offset` in the whole tensor of `global_shape`.
+
+    Norms are 1, biases 0, matrices normal with the deviation of `deviation`, truncated at 3 sigma.
+    """
+    constant = 1.0 if name.endswith("norm.weight") else 0.0 if name.endswith(".bias") else None
+    if constant is not None:
+        local.fill_(constant)
+        return
+    if local.numel() == 0:
+        return
+    table = torch.tensor(_quantiles(), dtype=torch.float64, device=local.device)
+    rows = max(1, CHUNK // math.prod(local.shape[1:]))
+    for begin in range(0, local.shape[0], rows):
+        part = local[begin : begin + rows]
+        index = _global_index(part, (offset[0] + begin, *offset[1:]), global_shape)
+        part.copy_(_normal(index, _key(seed, name), table) * deviation(name, cfg))
+
+
+def deviation(name: str, cfg: ModelSection) -> float:
+    """Sigma of a matrix before truncation; what writes to the residual stream gets less of it the deeper the model."""
+    writes_to_stream = name.endswith(("attention.wo.weight", "mlp.down.weight"))
+    return cfg.init_std / math.sqrt(2 * cfg.layers) if writes_to_stream else cfg.init_std
+
+
+def _global_index(box: Tensor, offset: Sequence[int], global_shape: Sequence[int]) -> Tensor:
+    """Row-major index in the whole tensor of each element of the box."""
+    index = torch.zeros((), dtype=torch.int64, device=box.device)
+    stride = 1
+    for dim in reversed(range(box.ndim)):
+        along = torch.arange(offset[dim], offset[dim] + box.shape[dim], device=box.device) * stride
+        index = index + along.view(-1, *[1] * (box.ndim - 1 - dim))
+        stride *= global_shape[dim]
+    return index
+
+
+def _normal(index: Tensor, key: int, table: Tensor) -> Tensor:
+    """Truncated standard normal numbers in fp64 for int64 counters."""
+    bits = _hash(index, key)
+    cell = _shift(bits, 64 - CELLS_LOG2)
+    fraction = (_shift(bits, 64 - CELLS_LOG2 - FRACTION_BITS) & (2**FRACTION_BITS - 1)).double() * 2.0**-FRACTION_BITS
+    low = table[cell]
+    # Two calls, so that no compiler contracts them into one with a single rounding.
+    return (table[cell + 1] - low).mul_(fraction).add_(low)
+
+
+def _hash(index: Tensor, key: int) -> Tensor:
+    """splitmix64's output number `index` from state `key`, in int64 that wraps."""
+    z = (index + 1).mul_(_signed(GOLDEN)).add_(key)
+    z = (z ^ _shift(z, 30)).mul_(_signed(MIX_1))
+    z = (z ^ _shift(z, 27)).mul_(_signed(MIX_2))
+    return z ^ _shift(z, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right: int64's own repeats the sign."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _key(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little", signed=True)
+
+
+def _signed(x: int) -> int:
+    return x - 2**64 if x >= 2**63 else x
+
+
+@functools.cache
+def _quantiles() -> tuple[float, ...]:
+    """Quantile function of the truncated normal at cell borders; rounded, so that a last bit of libm cannot show."""
+    normal = NormalDist()
+    first = normal.cdf(-SIGMAS)
+    cells = 2**CELLS_LOG2
+    lower = [normal.inv_cdf(first + (1 - 2 * first) * i / cells) for i in range(1, cells // 2)]
+    lower = [-SIGMAS, *(round(x * 2**32) / 2**32 for x in lower)]
+    return (*lower, 0.0, *(-x for x in reversed(lower)))

@@ -1,0 +1,33 @@
+"""The bench's arithmetic: ratios of alternating pairs, bounds with slack, and equal work on both sides."""
+
+import torch
+
+from minka.benchmarks.training import BOUNDS, ROWS, Row, config_of, made_up_batch, our_step, paired, peer_step
+from minka.parallel.mesh import start_mesh
+from minka.train.worker import build_engine
+
+
+def test_a_ratio_is_the_median_of_pairs_whoever_goes_first() -> None:
+    ours, peer = iter([1.0, 2.0, 1.0, 1.0, 4.0]), iter([2.0, 2.0, 3.0, 9.0, 2.0])
+    assert paired(lambda: next(ours), lambda: next(peer)) == 2.0  # of 2, 1, 3, 9 and a half
+
+
+def test_bounds_hold_in_their_direction_and_give_by_the_slack() -> None:
+    assert Row("speed", 1.1, 1.15, True, "x").kept(0.9)
+    assert not Row("speed", 1.1, 1.15, True, "x").kept()
+    assert Row("seconds", 16.0, 15.0, False, "s").kept(0.9)
+    assert not Row("seconds", 16.0, 15.0, False, "s").kept()
+    assert ROWS.keys() == BOUNDS.keys()
+
+
+def test_both_sides_have_equally_many_targets_and_about_the_same_first_loss() -> None:
+    config = config_of("1M", compiled=False)
+    batch = made_up_batch(config.model.vocab, 2, 32)
+    assert int((batch.targets != -100).sum()) == batch.target_count == 2 * 31
+    with start_mesh(config.layout) as mesh:
+        engine, _ = build_engine(config, mesh)
+        weights = {name: p for name, p in engine.tensors().items() if name.startswith("model.")}
+        before = {name: piece.local.clone() for name, piece in weights.items()}
+        our_step(engine, batch, config, batch.target_count)()
+        assert all(not torch.equal(piece.local, before[name]) for name, piece in weights.items())
+    peer_step(config, batch, compiled=False)()

@@ -1,0 +1,69 @@
+"""`minka export` as a user types it: what it writes, what it replaces, and what it refuses in one paragraph."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from minka.checkpoint.command import main
+from minka.checkpoint.restore import whole_tensors
+from minka.model.hub_folder import MARKER
+from minka.plan.errors import ExitStatus
+from minka.plan.run_folder import RunFolder
+from models import from_folder
+from saved import saved_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run with checkpoints of steps 1 and 2; only read here."""
+    return saved_run(tmp_path_factory.mktemp("export"), 1, 2)
+
+
+@pytest.mark.parametrize("name", ["", "@2", "/run.toml", "/run.toml@2"])
+def test_a_checkpoint_becomes_a_folder_and_again(name: str, run: RunFolder, tmp_path: Path) -> None:
+    assert main([f"{run.path}@1", str(tmp_path / "out")]) == 0
+    assert main([f"{run.path}{name}", str(tmp_path / "out")]) == 0
+    checkpoint = run.checkpoints / "step-00000002"
+    assert json.loads((tmp_path / "out" / MARKER).read_text())["source"] == str(checkpoint)
+    exported = from_folder(tmp_path / "out").state_dict()
+    for tensor, weight in whole_tensors(checkpoint, "model."):
+        assert torch.equal(exported[tensor], weight), tensor
+
+
+def test_transformers_loads_it_with_its_tokenizer(run: RunFolder, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert main([str(run.path), str(tmp_path / "out")]) == 0
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out")("one number", return_tensors="pt").input_ids
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("place", [".", "/proc/out", "/dev/null", "something"])
+def test_a_place_that_is_not_free_is_one_paragraph(
+    place: str, run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "something").mkdir()
+    (tmp_path / "something" / "of_mine").touch()
+    assert main([str(run.path), place]) == ExitStatus.REFUSED
+    errors = capsys.readouterr().err
+    assert errors.startswith("minka: ")
+    assert errors.count("\n") == 1
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == [
+        "something",
+        "something/of_mine",
+    ]
+
+
+@pytest.mark.parametrize("damage", ["manifest.json", "rank-00000.safetensors"])
+def test_a_damaged_checkpoint_changes_nothing(damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = saved_run(tmp_path, 1, 2)
+    assert main([f"{run.path}@1", str(tmp_path / "out")]) == 0
+    file = run.checkpoints / "step-00000002" / damage
+    file.write_bytes(file.read_bytes()[:-9])
+    assert main([f"{run.path}@2", str(tmp_path / "out")]) == ExitStatus.REFUSED
+    assert "damaged" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / MARKER).read_text())["source"].endswith("step-00000001")
+    assert not list(tmp_path.glob(".out*"))

@@ -1,0 +1,72 @@
+"""Bits per byte against the definition written out on a real model, on one rank and on two."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minka.data.prepare import open_or_prepare
+from minka.eval.bits_per_byte import Scores, heldout, ratio_of_sums
+from minka.eval.compressors import compressed_bits_per_byte
+from minka.parallel.fsdp_engine import build_scorer
+from minka.parallel.mesh import start_mesh
+from minka.plan.config import RunConfig
+from ranks import on_ranks
+from tiny import tiny
+
+
+def test_is_the_sum_of_the_models_losses_over_the_bytes(tmp_path: Path) -> None:
+    config = tiny(tmp_path)
+    store = open_or_prepare(config, tmp_path)
+    split = store.split("validation")
+    nats = size = 0.0
+    with start_mesh(config.layout) as mesh:
+        scorer = build_scorer(config, mesh)
+        for i in range(split.n_documents):
+            tokens = torch.from_numpy(split.document(i).astype(np.int64))
+            nats += math.log(256)  # the first token
+            size += len(split.text_of(i).encode())
+            for at in range(1, len(tokens)):  # each target by itself, in the first window that holds it
+                first = max(0, -(-(at - 32) // 16) * 16)
+                seen = tokens[None, first:at]
+                logits = scorer.model(seen, None, torch.arange(seen.shape[1])[None])
+                nats += float(torch.nn.functional.cross_entropy(logits[0, -1], tokens[at]).detach())
+        scores = heldout(scorer, split, config, mesh, store.eod, lambda: None)
+    assert scores.scores["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert scores.scores["bits_per_byte/text"] == scores.scores["bits_per_byte"]
+    assert scores.bytes == size
+
+
+def test_is_the_same_on_any_number_of_ranks(tmp_path: Path) -> None:
+    config = tiny(tmp_path, eval={"batch_sequences": 2})
+    open_or_prepare(config, tmp_path)
+    (alone,) = on_ranks(score, 1, config, str(tmp_path))
+    for together in on_ranks(score, 3, config, str(tmp_path)):
+        assert together.scores == pytest.approx(alone.scores, rel=1e-6)
+        assert together.stderr == pytest.approx(alone.stderr, rel=1e-5)
+
+
+def test_standard_error_is_that_of_repeated_draws() -> None:
+    dice = np.random.default_rng(0)
+    sizes = dice.integers(100, 2000, 200).astype(float)
+    bits = sizes * 2 + dice.normal(0, 300, 200)
+    draws = []
+    for _ in range(2000):
+        chosen = dice.integers(0, 200, 200)
+        draws.append(bits[chosen].sum() / sizes[chosen].sum())
+    assert ratio_of_sums(bits, sizes)[1] == pytest.approx(np.std(draws), rel=0.1)
+
+
+def test_compressors_are_counted_in_bits_of_each_plain_byte() -> None:
+    found = compressed_bits_per_byte([b"a" * 1000, bytes(range(256))])
+    assert set(found) == {"zlib -9, each document", "xz -9, all in one"}
+    assert found["zlib -9, each document"] == pytest.approx(8 * (17 + 267) / 1256, rel=0.02)
+
+
+def score(config: RunConfig, root: str) -> Scores:
+    with start_mesh(config.layout) as mesh:
+        store = open_or_prepare(config, Path(root))
+        scorer = build_scorer(config, mesh)
+        return heldout(scorer, store.split("validation"), config, mesh, store.eod, lambda: None)

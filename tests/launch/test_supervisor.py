@@ -1,0 +1,298 @@
+"""The supervisor: whom it joins, how many ranks it starts, what it does about signals, hangs and deaths."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from commands import environment, train, written
+from minka.checkpoint.restore import checkpoints, whole_tensors
+from minka.launch.exit_reason import read_ending, write_ending
+from minka.launch.supervisor import (
+    Ranks,
+    choose_ranks,
+    first_host,
+    joined,
+    slurm_environment,
+    tell_ending,
+    visible_gpus,
+)
+from minka.plan.config import RunConfig
+from minka.plan.errors import ExitStatus, UserError
+from minka.plan.ledger import read_ledger
+from minka.plan.run_folder import RunFolder
+from tiny import tiny
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [("node7", "node7"), ("node[07-09,12],login1", "node07"), ("a1,b2", "a1"), ("gpu[3]-ib,x", "gpu3-ib")],
+)
+def test_first_host_of_a_slurm_list(hosts: str, first: str) -> None:
+    assert first_host(hosts) == first
+
+
+def test_joins_torchrun_and_srun_but_not_a_batch_script() -> None:
+    assert joined({"RANK": "1", "WORLD_SIZE": "2"}) == "torchrun"
+    assert joined({"SLURM_PROCID": "0", "SLURM_JOB_ID": "5"}) is None
+    assert joined({"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}) is None  # srun --pty bash
+    step = {
+        "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_ID": "0",
+        "SLURM_JOB_ID": "77",
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_STEP_NODELIST": "n[1-2]",
+    }
+    assert joined(step) == "slurm"
+    found = slurm_environment(step)
+    assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"], found["MASTER_ADDR"]) == ("3", "1", "4", "n1")
+    assert 20_000 <= int(found["MASTER_PORT"]) < 60_000
+    assert slurm_environment({**step, "SLURM_PROCID": "0"})["MASTER_PORT"] == found["MASTER_PORT"]
+
+
+def test_one_rank_a_gpu_else_two_and_never_more_than_gpus(tmp_path: Path) -> None:
+    assert visible_gpus({}, tmp_path) == 0
+    for name in ("nvidia0", "nvidia1", "nvidia2", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert visible_gpus({}, tmp_path) == 3
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "0,2"}, tmp_path) == 2
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}, tmp_path) == 0
+    assert [choose_ranks(None, 0), choose_ranks(None, 3), choose_ranks(2, 3), choose_ranks(5, 0)] == [2, 3, 2, 5]
+    with pytest.raises(UserError, match="there are 3 GPUs"):
+        choose_ranks(4, 3)
+
+
+def test_a_rank_is_silent_after_the_limit_and_not_before() -> None:
+    ranks = Ranks()
+    ranks.hear("0 100 5", now=10.0)
+    ranks.hear("1 101 5", now=12.0)
+    assert ranks.silent(now=12.5, seconds=3) == []
+    assert ranks.silent(now=13.5, seconds=3) == [0]
+    ranks.hear("0 100 5 done", now=13.6)  # it exports, which may take long
+    assert ranks.silent(now=99, seconds=3) == [1]
+    assert (ranks.pids, ranks.steps) == ({0: 100, 1: 101}, {0: 5, 1: 5})
+
+
+def test_an_ending_that_the_ranks_wrote_stands(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    write_ending(folder, ExitStatus.FAILED, "theirs", 5)
+    theirs = read_ending(folder)
+    tell_ending(folder, ExitStatus.FAILED, "a rank failed", 5, theirs)
+    assert read_ending(folder) == theirs
+    tell_ending(folder, ExitStatus.STOPPED, "stopped", 5, None)  # in good order, which the ranks tell
+    assert read_ending(folder) == theirs
+    tell_ending(folder, ExitStatus.FAILED, "a rank failed", 6, None)  # theirs was of a session before
+    assert json.loads(folder.exit_file.read_text())["reason"] == "a rank failed"
+    write_ending(folder, ExitStatus.DONE, "done", 7)
+    tell_ending(folder, ExitStatus.FAILED, "a rank failed", 7, read_ending(folder))
+    ending = json.loads(folder.exit_file.read_text())
+    assert (ending["code"], ending["reason"]) == (
+        1,
+        "trained to its end and saved; what comes after that failed: the export",
+    )
+
+
+def test_a_stop_saves_and_going_on_gives_the_run_that_was_never_stopped(tmp_path: Path) -> None:
+    whole = tiny(tmp_path, run={"name": "whole", "max_steps": 60})
+    assert ended(whole, ranks=2)[0] == ExitStatus.DONE
+    stopped = tiny(tmp_path, run={"name": "stopped", "max_steps": 60})
+    process = train(stopped)
+    at_step(stopped, 5)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == ExitStatus.STOPPED
+    folder = RunFolder.of(stopped)
+    reason = json.loads(folder.exit_file.read_text())
+    assert (reason["code"], reason["requeue"]) == (85, True)
+    assert 5 <= reason["step"] < 60
+    assert ended(stopped, ranks=1)[0] == ExitStatus.DONE  # on another number of ranks, too
+    one, other = (dict(whole_tensors(checkpoints(RunFolder.of(c).checkpoints)[-1], "model.")) for c in (whole, stopped))
+    for name, weight in one.items():
+        assert float((weight - other[name]).norm()) <= 1e-4 * float(weight.norm()), name
+    assert samples_of(stopped) == samples_of(whole)
+
+
+def test_an_interrupt_while_preparing_leaves_nothing(tmp_path: Path) -> None:
+    config = tiny(tmp_path)
+    text = "all work and no play makes a long corpus to read through " * 200
+    for number in range(3000):
+        (tmp_path / "corpus" / f"long-{number}.txt").write_text(f"{number} {text}")
+    process = train(config)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".store.preparing-*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == ExitStatus.STOPPED
+    assert "nothing to save" in errors
+    assert "Traceback" not in errors
+    assert not list(tmp_path.glob("*store*"))
+    assert not RunFolder.of(config).path.exists()
+
+
+def test_signals_while_a_stopped_run_ends_do_not_undo_the_stop(tmp_path: Path) -> None:
+    config = tiny(tmp_path, run={"max_steps": 100_000}, checkpoint={"export": True})
+    process = train(config)
+    at_step(config, 3)
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):  # as a scheduler sends them
+        process.send_signal(number)
+        time.sleep(0.1)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == ExitStatus.STOPPED, errors
+    assert (RunFolder.of(config).export / "config.json").exists()
+    assert json.loads(RunFolder.of(config).exit_file.read_text())["requeue"] is True
+
+
+def test_a_signal_to_every_process_saves_too(tmp_path: Path) -> None:
+    config = tiny(tmp_path, run={"max_steps": 100_000})
+    process = train(config)
+    at_step(config, 3)
+    (forker,) = children(process.pid)
+    for pid in [process.pid, forker, *children(forker)]:
+        os.kill(pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == ExitStatus.STOPPED, errors
+    assert len(checkpoints(RunFolder.of(config).checkpoints)) == 1
+
+
+def test_a_finished_run_says_so_and_a_changed_one_is_refused(tmp_path: Path) -> None:
+    config = tiny(tmp_path)
+    assert ended(config)[0] == ExitStatus.DONE
+    status, output, _ = ended(config)
+    assert (status, "finished" in output) == (ExitStatus.DONE, True)
+    status, _, errors = ended(config, "run.seed=8")
+    assert status == ExitStatus.REFUSED
+    assert "run.seed is 7 there and 8 here" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_rank_that_hangs_is_stopped_with_its_stacks_written(tmp_path: Path) -> None:
+    config = tiny(tmp_path, run={"max_steps": 100_000}, guard={"hang_seconds": 3.0})
+    process = train(config)
+    at_step(config, 2)
+    pid = rank_pids(process.pid)[1]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        with_hands_off(pid)
+    assert process.returncode == ExitStatus.HUNG
+    assert "no heartbeat from rank" in errors
+    stacks = (RunFolder.of(config).logs / "stacks-00000.txt").read_text()
+    assert "loop.py" in stacks
+
+
+def test_a_killed_rank_fails_the_run_and_leaves_no_process(tmp_path: Path) -> None:
+    config = tiny(tmp_path, run={"max_steps": 100_000})
+    process = train(config)
+    at_step(config, 2)
+    pids = rank_pids(process.pid)
+    os.kill(pids[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == ExitStatus.FAILED
+    assert "rank 1 ended by signal 9" in errors
+    last = errors.rstrip().splitlines()[-1]
+    assert last.startswith("minka: training has ended, since a rank failed.")
+    assert last.endswith(f"`minka train {RunFolder.of(config).path}` begins again: nothing was saved.")
+    assert json.loads(RunFolder.of(config).exit_file.read_text())["code"] == 1
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_ranks_end_when_their_supervisor_is_killed(tmp_path: Path) -> None:
+    config = tiny(tmp_path, run={"max_steps": 100_000})
+    process = train(config)
+    at_step(config, 2)
+    pids = rank_pids(process.pid)
+    process.kill()
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 20
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, "a rank outlived its supervisor"
+        time.sleep(0.05)
+
+
+def test_joins_ranks_that_torchrun_started(tmp_path: Path) -> None:
+    config = tiny(tmp_path)
+    file = written(config)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "minka"]
+    done = subprocess.run(
+        [*command, "train", str(file)], capture_output=True, text=True, timeout=120, env=environment(), check=False
+    )
+    assert done.returncode == 0, done.stderr
+    steps = [line for line in read_ledger(RunFolder.of(config).ledger_file) if line["event"] == "step"]
+    assert len(steps) == 20
+    assert "note: 19% of each step is spent on fillers: the 13 sequences" in done.stdout
+    assert re.search(r"^trained +step 20 of 20", done.stdout, re.MULTILINE)
+
+
+def test_joins_ranks_that_srun_started(tmp_path: Path) -> None:
+    config = tiny(tmp_path)
+    file = written(config)
+    step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    tasks = []
+    for task in ("0", "1"):
+        place = environment(**step, SLURM_PROCID=task, SLURM_LOCALID=task, SLURM_STEP_NODELIST="localhost")
+        command = [sys.executable, "-m", "minka", "train", str(file)]
+        tasks.append(subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=place))
+    for process in tasks:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    steps = [line for line in read_ledger(RunFolder.of(config).ledger_file) if line["event"] == "step"]
+    assert len(steps) == 20
+
+
+def ended(config: RunConfig, *overrides: str, ranks: int = 2) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a whole `minka train`."""
+    process = train(config, *overrides, ranks=ranks)
+    output, errors = process.communicate(timeout=120)
+    return process.returncode, output, errors
+
+
+def at_step(config: RunConfig, step: int, seconds: float = 60.0) -> None:
+    """Wait until the run has logged `step`."""
+    deadline = time.monotonic() + seconds
+    while not any(e["event"] == "step" and e["step"] >= step for e in read_ledger(RunFolder.of(config).ledger_file)):
+        assert time.monotonic() < deadline, f"step {step} was not reached"
+        time.sleep(0.05)
+
+
+def rank_pids(supervisor: int) -> list[int]:
+    """Processes two below the supervisor, oldest first: rank 0, rank 1, ..."""
+    (forker,) = children(supervisor)
+    return sorted(children(forker))
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def with_hands_off(pid: int) -> None:
+    """Let a stopped process go on, if it is still there."""
+    if alive(pid):
+        os.kill(pid, signal.SIGCONT)
+
+
+def samples_of(config: RunConfig) -> dict[int, list[int]]:
+    """Step to the sample ids that all ranks together trained on."""
+    found: dict[int, list[int]] = {}
+    for file in sorted(RunFolder.of(config).logs.glob("samples-*.jsonl")):
+        for line in file.read_text().splitlines():
+            entry = json.loads(line)
+            found.setdefault(entry["step"], []).extend(entry["samples"])
+    return {step: sorted(ids) for step, ids in sorted(found.items())}

@@ -1,0 +1,37 @@
+"""What is computed for nothing is told before it is paid for."""
+
+import pytest
+
+from minka.plan.config import RunConfig
+from minka.plan.load_config import load_run
+from minka.plan.padding import filler_share, told_fillers
+
+
+def of_1024_sequences() -> RunConfig:
+    return load_run("demo", ["data.batch_tokens=262144", "data.seq_len=256", "data.batch_warmup=[]"]).config
+
+
+@pytest.mark.parametrize(
+    ("ranks", "micro_batch", "share"),
+    [
+        (1000, 1, 976 / 2000),  # 24 of the second round are there
+        (1024, 1, 0),
+        (512, 2, 0),
+        (341, 3, 1022 / 2046),
+        (1, 1000, 976 / 2000),
+        (1, 3, 2 / 1026),
+    ],
+)
+def test_work_for_nothing_is_told_where_it_is_much(ranks: int, micro_batch: int, share: float) -> None:
+    config = of_1024_sequences()
+    layout = config.layout.model_copy(update={"shard": ranks, "micro_batch": micro_batch})
+    assert filler_share(config, layout) == pytest.approx(share)
+    assert bool(told_fillers(config, layout)) == (share >= 0.01)
+
+
+def test_the_words_say_how_it_comes_about() -> None:
+    config = of_1024_sequences()
+    assert told_fillers(config, config.layout.model_copy(update={"shard": 1000, "micro_batch": 1})) == (
+        "note: 49% of each step is spent on fillers: the 1,024 sequences of a batch are taken 1,000 at a time "
+        "(1,000 data ranks x micro_batch 1)"
+    )

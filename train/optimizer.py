@@ -1,0 +1,88 @@
+"""AdamW on local shards (Loshchilov & Hutter 2019, algorithm 2): one fused call a group, refusals without a sync."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from minka.plan.config_sections import OptimizerSection
+
+EMBEDDINGS = ("embedding.weight", "head.weight")
+
+
+def decay_of(name: str, dims: int, settings: OptimizerSection) -> float:
+    """Weight decay of a parameter with so many dimensions."""
+    decays = dims > 1 and (settings.decay_embeddings or name not in EMBEDDINGS)
+    return settings.weight_decay if decays else 0.0
+
+
+class AdamW:
+    """Moments beside this rank's pieces of the parameters; no DTensor arithmetic (slow and leaky in foreach form).
+
+    `parameters` are (name, local tensor, number of dimensions of the whole tensor). Tensors of one dimension, norms and
+    biases, are never decayed; embeddings and head only with `decay_embeddings`.
+    """
+
+    def __init__(self, parameters: Iterable[tuple[str, Tensor, int]], settings: OptimizerSection) -> None:
+        self.settings = settings
+        self._weights: dict[str, Tensor] = {}
+        self._decay: dict[str, float] = {}
+        for name, tensor, dims in parameters:
+            self._weights[name] = tensor
+            self._decay[name] = decay_of(name, dims, settings)
+        self._moment1 = {name: torch.zeros_like(tensor) for name, tensor in self._weights.items()}
+        self._moment2 = {name: torch.zeros_like(tensor) for name, tensor in self._weights.items()}
+        device = next(iter(self._weights.values())).device
+        self._count = torch.zeros((), dtype=torch.float32, device=device)
+        self._accepted = torch.zeros((), dtype=torch.bool, device=device)
+
+    def step(self, gradients: Mapping[str, Tensor], learning_rate: float, divisor: Tensor, accept: Tensor) -> None:
+        """See parallel.engine.Optimizer. A refused step is the kernel's `found_inf`: it returns before any write."""
+        home = self._count.device  # of offloaded weights the host's memory: the host waits for what follows
+        self._accepted, divisor = accept.to(home), divisor.to(home)
+        self._count += self._accepted  # the bias correction counts accepted steps only
+        refuse = (~self._accepted).float()
+        for decay in sorted(set(self._decay.values())):
+            names = [n for n, d in self._decay.items() if d == decay and self._weights[n].numel()]
+            if not names:
+                continue
+            torch._fused_adamw_(
+                [self._weights[n] for n in names],
+                [gradients[n] for n in names],
+                [self._moment1[n] for n in names],
+                [self._moment2[n] for n in names],
+                [],
+                [self._count] * len(names),
+                lr=learning_rate,
+                beta1=self.settings.beta1,
+                beta2=self.settings.beta2,
+                weight_decay=decay,
+                eps=self.settings.eps,
+                amsgrad=False,
+                maximize=False,
+                grad_scale=divisor.float(),
+                found_inf=refuse,
+            )
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """{"moment1": {name: local tensor}, "moment2": ...}; the tensors themselves, so a restore writes into them."""
+        return {"moment1": self._moment1, "moment2": self._moment2}
+
+    def count(self) -> Tensor:
+        """Accepted steps, a scalar tensor (fp32: the kernel reads it)."""
+        return self._count
+
+    def update_squares(self, learning_rate: float) -> dict[str, Tensor]:
+        """Squared norm of what the last step took from each local tensor, rebuilt from the moments; 0 if refused.
+
+        The step took lr * (m_hat / (sqrt(v_hat) + eps) + decay * weight); one tensor at a time, so that it needs no
+        second copy of the model. The weight is the one after the step, which differs by lr * decay of itself.
+        """
+        s, found = self.settings, {}
+        for name, weight in self._weights.items():
+            m = self._moment1[name] / (1 - s.beta1**self._count)
+            v = self._moment2[name] / (1 - s.beta2**self._count)
+            update = m / (v.sqrt() + s.eps) + self._decay[name] * weight
+            square = (learning_rate * update).double().square().sum()
+            found[name] = torch.where(self._accepted, square, torch.zeros_like(square))
+        return found

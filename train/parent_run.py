@@ -1,0 +1,260 @@
+"""Where a run's first weights come from, when not from its seed: another run's checkpoint, or a Hugging Face folder.
+
+The parent is found once, when the run is made, and pinned in lineage.json: step and hash, so that a run that ended
+before its first own checkpoint begins from the very same weights again.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minka.checkpoint.catalogue import find_checkpoint, run_and_step
+from minka.checkpoint.commit import step_name
+from minka.checkpoint.manifest import load_manifest
+from minka.data.prepare import open_or_prepare, store_folder
+from minka.data.store_manifest import MANIFEST, hash_file
+from minka.data.token_store import TokenStore
+from minka.data.tokenizer import bytes_tokenizer, load_hf
+from minka.plan.cli import progress
+from minka.plan.config import RunConfig
+from minka.plan.config_sections import ModelSection
+from minka.plan.errors import UserError
+from minka.plan.hub_config import from_config
+from minka.plan.load_config import from_json
+from minka.plan.resume_rules import Changes, changes, check_batch, check_fork, model_changes
+from minka.plan.run_folder import RunFolder, find_run, store_of
+from minka.train.provenance import provenance
+
+OWN = ("run.name", "run.folder", "run.start_from", "run.start_with")  # differ in every fork, and say nothing
+
+
+class Place(NamedTuple):
+    """Where in its run a checkpoint stands."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "Place":
+        """By the state in a checkpoint's manifest. Raises KeyError, TypeError or ValueError for one that lacks it."""
+        return cls(*(int(state[name]) for name in cls._fields))
+
+
+class Parent(NamedTuple):
+    """A checkpoint that a run starts from; `checkpoint` and `config` are None for a Hugging Face folder."""
+
+    run: str
+    folder: Path
+    checkpoint: Path | None
+    config: RunConfig | None
+    model: ModelSection
+    place: Place
+    data_sha256: str
+    sha256: str
+    learning_rate: float | None = None  # of its next step; None where it does not say
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.run} at step {self.place.step}" if self.run else str(self.folder)
+
+
+def open_run(config: RunConfig, command: Sequence[str]) -> TokenStore:
+    """The run's token store, prepared where it is missing, and its folder, made or checked. Raises UserError."""
+    folder = RunFolder.of(config)
+    parent = None if folder.begun() else find_parent(config)
+    if parent:
+        check_parent(parent, config)
+    store = open_or_prepare(config, Path(), progress)
+    if parent:
+        check_tokenizer(parent, config)  # now that there is one to look at
+    folder.open(config, provenance(config, store, command), lineage_of(parent, config) if parent else ())
+    return store
+
+
+def find_parent(config: RunConfig) -> Parent | None:
+    """What run.start_from means now; None when it is empty. Raises UserError."""
+    given = config.run.start_from
+    if not given:
+        return None
+    if (Path(given) / "config.json").is_file() and not (Path(given) / "run.toml").is_file():
+        return _hub_folder(Path(given))
+    name, step = run_and_step(given)
+    try:
+        found = find_run(name, config.run.folder)
+    except UserError as error:
+        raise UserError(
+            f"{given!r} is neither a run nor a Hugging Face folder", where="run.start_from", why=error.why
+        ) from None
+    if found.path.resolve() == RunFolder.of(config).path.resolve():
+        raise UserError(
+            "a run cannot start from itself",
+            where="run.start_from",
+            remedy=f"give the new one a name (run.name=NEW), or leave it out to go on (minka train {found.path})",
+        )
+    return _checkpoint(found, find_checkpoint(found.checkpoints, step))
+
+
+def pinned_parent(folder: RunFolder) -> Parent | None:
+    """The parent that lineage.json names; None for a run without one. Raises UserError when it is another by now."""
+    lineage = folder.lineage()
+    if not lineage:
+        return None
+    pin = lineage[0]
+    path = Path(pin["folder"])
+    if not pin["run"]:
+        return _hub_folder(path)._replace(sha256=pin["sha256"])
+    checkpoint = path / "checkpoints" / step_name(pin["step"])
+    parent = _checkpoint(RunFolder(path), checkpoint) if checkpoint.exists() else None
+    if parent is None or parent.sha256 != pin["sha256"]:
+        raise UserError(
+            f"the checkpoint that this run starts from is {'gone' if parent is None else 'another by now'}",
+            where=str(checkpoint),
+            why="the run has none of its own yet, and other weights would make another run",
+            remedy="start a run of another name (run.name=...) from a checkpoint that is there",
+        )
+    return parent
+
+
+def check_parent(parent: Parent, config: RunConfig) -> None:
+    """Refuse, by name, what cannot be trained from `parent`. Raises UserError."""
+    entire = config.run.start_with == "all"
+    if entire and parent.config is None:
+        raise UserError(
+            "a Hugging Face folder has weights only",
+            where="run.start_with",
+            why="optimizer, counters and data position are in checkpoints of runs",
+            remedy='set run.start_with="weights"',
+        )
+    check_fork(changes_of(parent, config), parent.name)
+    if entire and parent.config is not None:
+        step, tokens = parent.place.step, parent.place.tokens
+        if config.finished(step, tokens):
+            run = config.run
+            end = f"max_steps={run.max_steps}" if run.max_steps is not None else f"max_tokens={run.max_tokens}"
+            raise UserError(
+                f"{parent.name} ({tokens} tokens) is where the run begins, and run.{end} ends it there or before",
+                where="run.start_from",
+                why='run.start_with="all" goes on with the parent\'s counters',
+                remedy='give a greater length, an earlier checkpoint, or run.start_with="weights", which counts from 0',
+            )
+        check_batch(parent.config, config, step, tokens)
+
+
+def check_tokenizer(parent: Parent, config: RunConfig) -> None:
+    """Raises UserError when the parent's ids mean other text than those of the run's token store."""
+    file = parent.folder / "tokenizer.json"
+    if parent.checkpoint is not None:
+        file = store_of(RunFolder(parent.folder)).tokenizer / "tokenizer.json"
+    try:
+        theirs = _meaning(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the tokenizer of {parent.name} cannot be read: {error}",
+            where=str(file),
+            why="without it nobody can say whether the ids of the data mean the text that the weights have learnt",
+            remedy="put it back; transformers' AutoTokenizer writes one with save_pretrained",
+        ) from None
+    ours = _tokenizer(config)
+    if ours is None or _meaning(ours) != theirs:
+        raise UserError(
+            f"data.tokenizer={config.data.tokenizer!r} is not the tokenizer of {parent.name}",
+            where="run.start_from",
+            why="its ids mean other text than those that the weights have learnt",
+            remedy=f"give data.store= data.tokenizer={file.parent} to prepare the data with the parent's",
+        )
+
+
+def changes_of(parent: Parent, config: RunConfig) -> Changes:
+    """In what a run differs from its parent; not in its name, nor in what is free."""
+    if parent.config is None:
+        return model_changes(parent.model, config.model)
+    return {key: pair for key, pair in changes(parent.config, config).items() if key not in OWN}
+
+
+def lineage_of(parent: Parent, config: RunConfig) -> list[dict[str, Any]]:
+    """The run's parents, nearest first, as lineage.json has them."""
+    entry = {
+        "run": parent.run,
+        "folder": str(parent.folder.resolve()),
+        "step": parent.place.step,
+        "tokens": parent.place.tokens,
+        "sha256": parent.sha256 or hash_hub_folder(parent.folder),
+        "with": config.run.start_with,
+        "changed": changes_of(parent, config),
+    }
+    return [entry, *(RunFolder(parent.folder).lineage() if parent.run else [])]
+
+
+def begins_at(parent: Parent, config: RunConfig, data_sha256: str) -> tuple[Place, str]:
+    """Where a run begins, and a line that says what it took along."""
+    origin = f"goes on from {parent.name}"
+    if config.run.start_with == "weights" or parent.config is None:
+        return Place(), f"{origin} (weights only; optimizer, schedule and data begin anew)"
+    old, new = parent.config, config
+    same = {
+        "the token store": parent.data_sha256 == data_sha256,
+        "data.seq_len": old.data.seq_len == new.data.seq_len,
+        "run.seed": old.run.seed == new.run.seed,
+        "data.dropped_samples": old.data.dropped_samples == new.data.dropped_samples,
+    }
+    if all(same.values()):
+        return parent.place, f"{origin} (weights, optimizer, position)"
+    others = [name for name, is_same in same.items() if not is_same]
+    return parent.place._replace(samples=0), (
+        f"{origin} (weights, optimizer, counters); the data begin at the first sample of a new order, "
+        f"because {' and '.join(others)} {'is another' if len(others) == 1 else 'are others'}"
+    )
+
+
+def hash_hub_folder(folder: Path) -> str:
+    """sha256 over config.json and the hashes of all weights."""
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return hashlib.sha256("".join(f"{file.name} {hash_file(file).sha256}\n" for file in files).encode()).hexdigest()
+
+
+def _checkpoint(run: RunFolder, path: Path) -> Parent:
+    try:
+        manifest = load_manifest(path)
+        state = manifest["state"]
+        config = from_json(json.dumps(state["config"])) if "config" in state else run.config()
+        provenance_file = run.path / "provenance.json"
+        began = json.loads(provenance_file.read_text(encoding="utf-8")) if provenance_file.exists() else {}
+        data = state.get("data_sha256") or began.get("data", {}).get("manifest_sha256", "")
+        rate = state.get("learning_rate")
+        sha, at = manifest["sha256"], Place.of(state)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"damaged: {error}", where=str(path), remedy="take another checkpoint (RUN@STEP)") from None
+    return Parent(run.path.resolve().name, run.path, path, config, config.model, at, data, sha, rate)
+
+
+def _hub_folder(folder: Path) -> Parent:
+    file = folder / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot be read: {error}", where=str(file), remedy="fetch the folder again") from None
+    if not isinstance(values, dict):
+        raise UserError("this is no JSON object", where=str(file), remedy="fetch the folder again")
+    return Parent("", folder, None, None, from_config(values, str(file)), Place(), "", "")
+
+
+def _tokenizer(config: RunConfig) -> str | None:
+    """The tokenizer.json of the run's data; None for one that is still to be trained, and so will be another."""
+    store, name = store_folder(config, Path()), config.data.tokenizer
+    if (store / MANIFEST).is_file():
+        return (store / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8")
+    if name == "bpe":
+        return None
+    made = bytes_tokenizer() if name == "bytes" else load_hf(name, config.model.vocab)
+    return made.backend.to_str()
+
+
+def _meaning(tokenizer: str) -> str:
+    """Hash of what decides which ids a text has; a folder that was loaded and saved again differs in the rest."""
+    parts = json.loads(tokenizer)
+    kept = {key: parts.get(key) for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,33 @@
+"""`--profile 10:13`: a trace of these steps, in the run's logs, one file a rank (chrome://tracing, Perfetto)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minka.launch.supervisor import parse_window
+
+
+class Profile:
+    """Traces steps first < step <= last, counted as in the ledger. An empty window traces nothing."""
+
+    def __init__(self, window: str, file: Path) -> None:
+        self.first, self.last = parse_window(window)
+        self.file = file
+        self._profiler: Any = None
+        self.step(0)
+
+    def step(self, step: int) -> None:
+        """A step has ended: begin or end the trace if it is time."""
+        if self.first < self.last and step == self.first:
+            self._profiler = torch.profiler.profile(record_shapes=True)
+            self._profiler.start()
+        elif self._profiler is not None and step >= self.last:
+            self.close()
+
+    def close(self) -> None:
+        """End and write a trace that is under way."""
+        if self._profiler is not None:
+            self._profiler.stop()
+            self._profiler.export_chrome_trace(str(self.file))
+            self._profiler = None

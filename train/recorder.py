@@ -1,0 +1,226 @@
+"""What a run writes down: ledger, trackers, console, checkpoints, evaluations, samples. The loop calls it by name.
+
+Every rank has one, since judging, saving and evaluating are collective; only rank 0's writes and speaks.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from minka.checkpoint.async_saver import Outcome, Saver
+from minka.checkpoint.write import Contents
+from minka.data.batch import FILLER
+from minka.data.token_store import TokenStore
+from minka.eval.bits_per_byte import SUITE, Scores, heldout, write_scores
+from minka.eval.samples import samples
+from minka.launch.signals import Outside
+from minka.parallel.engine import Scorer
+from minka.parallel.mesh import Mesh
+from minka.parallel.pieces import Piece
+from minka.plan.config import RunConfig
+from minka.plan.errors import ExitStatus
+from minka.plan.guard import judge
+from minka.plan.ledger import Ledger, current, read_ledger
+from minka.plan.retention import permanent
+from minka.plan.run_folder import RunFolder
+from minka.train.console import Console
+from minka.train.contents import contents
+from minka.train.due import eval_due
+from minka.train.metrics import Metrics, StepRecord, Stopwatch, memory_bytes
+from minka.train.state import State, randomness
+from minka.train.trackers import Tracker
+
+
+class Record:
+    """See the module. `ledger` is None and `trackers` is empty on every rank but the first."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        mesh: Mesh,
+        store: TokenStore,
+        outside: Outside,
+        ledger: Ledger | None,
+        trackers: Sequence[Tracker],
+        console: Console,
+        lineage: Sequence[Mapping[str, object]] = (),
+    ) -> None:
+        self.config, self.mesh, self.store, self.outside = config, mesh, store, outside
+        self.ledger, self.trackers, self.console = ledger, trackers, console
+        self.folder = RunFolder.of(config)
+        self.scores: Scores | None = None
+        self.last: StepRecord | None = None
+        self.tokens_per_second: float | None = None
+        self.lineage = lineage
+        settings = config.checkpoint
+        self._saver = Saver(self.folder.checkpoints, mesh, settings.keep, asynchronous=settings.asynchronous)
+        self._saved = State(step=-1)
+        self.evaluated_at = -1
+        self.refused_steps = 0
+        self._ledger_writes = True
+        self._samples = None
+        if config.tracking.record_samples:
+            self._samples = (self.folder.logs / f"samples-{mesh.rank:05d}.jsonl").open("a")
+
+    def event(self, event: str, state: State, **fields: object) -> None:
+        """One line of the ledger. A disk that takes none does not end the run: the lines wait and go out later."""
+        if self.ledger is None:
+            return
+        written = self.ledger.append(event, step=state.step, tokens=state.tokens, **fields)
+        if not written and self._ledger_writes:
+            self.console.say(f"step {state.step}: the ledger cannot be written (is the disk full?); its lines wait")
+        self._ledger_writes = written
+
+    def judge(self, metrics: Metrics, state: State) -> tuple[State, ExitStatus]:
+        """Read the waiting steps from the device, judge and write each. Every rank reads the same numbers."""
+        records = metrics.flush()
+        if not records:
+            return state, ExitStatus.DONE
+        speed = metrics.speed(state, sum(r.seconds["save"] + r.seconds["eval"] for r in records))
+        memory, refused, status = memory_bytes(self.mesh.device), state.refused_in_a_row, ExitStatus.DONE
+        for record in records:
+            at = State(step=record.step, tokens=record.tokens)
+            fields = {k: v for k, v in record._asdict().items() if k not in ("step", "tokens")}
+            self.event("step", at, **fields, **speed, memory_bytes=memory)
+            most = self.config.guard.max_refused_steps
+            verdict = judge(record.loss, record.grad_norm, refused_in_a_row=refused, max_refused=most)
+            refused = verdict.refused_in_a_row
+            if verdict.action != "accept":
+                self.refused_steps += 1
+                self.event(verdict.action, at, reason=verdict.reason, loss=record.loss, grad_norm=record.grad_norm)
+                self.console.say(f"step {record.step}: {verdict.reason}; the step was refused, no weight changed")
+            if verdict.action == "stop":
+                status = ExitStatus.NEEDS_PERSON
+        self.last, self.tokens_per_second = records[-1], speed["tokens_per_second"]
+        self._show(records[-1], speed)
+        return replace(state, refused_in_a_row=refused), status
+
+    def samples(self, state: State, ids: Tensor) -> None:
+        """The sample ids this rank trained on in the step that ended at `state`, fillers left out."""
+        if self._samples is not None:
+            here = [i for i in ids.tolist() if i != FILLER]
+            self._samples.write(json.dumps({"step": state.step, "samples": here}) + "\n")
+            self._samples.flush()
+
+    def detail(self, state: State, fields: Mapping[str, object]) -> None:
+        """A detailed step: per-layer numbers."""
+        self.event("detail", state, **fields)
+        flat = {f"{kind}/{layer}": v for kind, by in fields.items() if isinstance(by, dict) for layer, v in by.items()}
+        for tracker in self.trackers:
+            tracker.log(state.step, flat)
+
+    def resumed(self, state: State) -> None:
+        """The run goes on from a checkpoint of its own, which need not be saved again."""
+        self._saved = state
+
+    def forked(self, state: State) -> None:
+        """The run goes on from another's checkpoint: token milestones passed there are not its own."""
+        self._saved = replace(state, step=-1)
+
+    def save(self, state: State, tensors: Mapping[str, Piece], watch: Stopwatch) -> None:
+        """Begin a checkpoint, once the one before it has ended; a failure is an event, and the run goes on. Collective.
+
+        No tensor may change before `settle`.
+        """
+        with watch.time("save"):
+            self._saving_ended(self._saver.wait(self._beat(state)))
+            if self._saved.step == state.step:
+                return
+            stays = permanent(self.config.checkpoint, state.step, self._saved.tokens, state.tokens)
+            told = contents(self.config, state, self.mesh, self.store.hash, self.lineage)
+            self._saver.save(Contents(state.step, told, stays), {**tensors, **randomness()}, self._beat(state))
+            self._saving_ended(self._saver.poll())
+
+    def settle(self, watch: Stopwatch) -> None:
+        """Before an update: a save under way has its own copy of every tensor when this returns."""
+        with watch.time("save"):
+            self._saver.settle(self._beat(self._saved))
+            self._saving_ended(self._saver.poll())
+
+    def saved(self, state: State, watch: Stopwatch) -> bool:
+        """Whether `state` is safe in a checkpoint, once the save under way has ended. Collective."""
+        with watch.time("save"):
+            self._saving_ended(self._saver.wait(self._beat(state)))
+        return self._saved.step == state.step
+
+    def _saving_ended(self, outcome: Outcome | None) -> None:
+        if outcome is None:
+            return
+        state = State.from_json(outcome.contents.state)
+        if outcome.error:
+            self._failed(state, "checkpoint", outcome.error)
+            return
+        self._saved = state
+        self.event(
+            "save",
+            state,
+            path=str(outcome.path),
+            bytes=outcome.bytes,
+            stall_seconds=outcome.stall_seconds,
+            total_seconds=outcome.total_seconds,
+            permanent=outcome.contents.permanent,
+        )
+
+    def _beat(self, state: State) -> Callable[[], None]:
+        return lambda: self.outside.alive(state.step)
+
+    def evaluation_missed(self, state: State) -> bool:
+        """Whether the step of the checkpoint that a run goes on from was to be evaluated, and was not: it ended there.
+
+        Collective.
+        """
+        missed = False
+        if self.mesh.is_first and self._saved.step == state.step:
+            events = current(read_ledger(self.folder.ledger_file))
+            tokens = [e["tokens"] for e in events if e["event"] == "step" and e["step"] == state.step - 1]
+            done = any(e["event"] == "eval" and e["step"] == state.step for e in events)
+            missed = not done and eval_due(self.config, replace(state, tokens=tokens[-1] if tokens else 0), state)
+        return bool(self.mesh.sum_on_host([missed])[0])
+
+    def evaluate(self, state: State, scorer: Scorer, watch: Stopwatch) -> None:
+        """Bits per byte on the validation split, and samples. Collective."""
+        if self.evaluated_at == state.step:
+            return
+        self.evaluated_at = state.step
+        split, eod = self.store.split("validation"), self.store.eod
+        with watch.time("eval"):
+            self.scores = heldout(scorer, split, self.config, self.mesh, eod, lambda: self.outside.alive(state.step))
+            tokenizer = self.store.tokenizer_folder / "tokenizer.json"
+            written = samples(scorer, tokenizer, self.config, self.mesh, eod)
+        if not self.mesh.is_first:
+            return
+        try:
+            write_scores(self.folder.evals, state.step, state.tokens, self.scores, written)
+        except OSError as error:
+            self._failed(state, "evaluation", str(error))
+        scores = {"scores": self.scores.scores, "stderr": self.scores.stderr}
+        self.event("eval", state, suite=SUITE, **scores)
+        self.console.say(f"step {state.step}: {self.scores.scores['bits_per_byte']:.4f} bits per byte, held out")
+        for prompt, text in written:
+            self.console.say(f"  {prompt!r} -> {text!r}")
+        for tracker in self.trackers:
+            tracker.log(state.step, {f"eval/{name}": value for name, value in self.scores.scores.items()})
+
+    def _failed(self, state: State, what: str, error: str) -> None:
+        self.event("save_failed", state, reason=f"{what}: {error}")
+        self.console.say(f"step {state.step}: the {what} could not be written: {error}")
+
+    def close(self) -> None:
+        """Finish the save under way, every file and every tracker."""
+        # Also when the training has broken down: what the save needs it has, and the other ranks' savers still run.
+        self._saving_ended(self._saver.close(self.config.guard.hang_seconds))
+        for tracker in self.trackers:
+            tracker.close()
+        if self.ledger is not None:
+            self.ledger.close()
+        if self._samples is not None:
+            self._samples.close()
+
+    def _show(self, record: StepRecord, speed: Mapping[str, float | None]) -> None:
+        self.console.step(record, speed["tokens_per_second"] or 0.0, speed["mfu"])
+        numbers = {"loss": record.loss, "grad_norm": record.grad_norm, "learning_rate": record.learning_rate}
+        numbers |= {name: value for name, value in speed.items() if value is not None}
+        for tracker in self.trackers:
+            tracker.log(record.step, numbers)
