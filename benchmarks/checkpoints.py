@@ -72,7 +72,7 @@ def _saved(saver: Saver, contents: Contents, pieces: dict[str, Piece], between: 
     saver.save(contents, pieces)
     if saver.asynchronous:
         compute(between)
-        saver.settle()
+        saver.wait_for_copy()
         stall = saver.stall_seconds
         outcome = saver.wait()
     else:

@@ -54,7 +54,7 @@ class Saver:
     def __init__(self, folder: Path, mesh: Mesh, newest: int, *, asynchronous: bool = True, disk: Disk = LOCAL) -> None:
         self.mesh, self.newest, self._catalogue = mesh, newest, Catalogue(folder, disk)
         self.asynchronous = asynchronous
-        self._beside = mesh.beside()
+        self._beside = mesh.with_own_host_group()
         self._image: Image | None = None
         self._saving: _Saving | None = None
 
@@ -66,7 +66,7 @@ class Saver:
     def save(self, contents: Contents, tensors: Mapping[str, Piece], alive: Callable[[], None] = lambda: None) -> None:
         """Begin to save; collective. `wait` or `poll` must have given the outcome of the save before.
 
-        Until `settle` has returned, no tensor may change.
+        Until `wait_for_copy` has returned, no tensor may change.
         """
         assert self._saving is None
         saving = self._saving = _Saving(contents)
@@ -82,7 +82,7 @@ class Saver:
             self._run(saving, mine, ready, alive)
         saving.stall_seconds += time.perf_counter() - saving.began
 
-    def settle(self, alive: Callable[[], None] = lambda: None) -> None:
+    def wait_for_copy(self, alive: Callable[[], None] = lambda: None) -> None:
         """Return when the save under way, if there is one, has its own copy of every tensor."""
         saving = self._saving
         if saving is None or saving.copied.is_set():

@@ -19,7 +19,7 @@ from minka.parallel.pieces import Piece, tensor_name
 BLOCK_BYTES = 32 * 2**20  # read at once: what a restore needs of memory beside the boxes it fills
 
 
-class Part(NamedTuple):
+class PlannedRead(NamedTuple):
     """A box of a stored piece that goes into a box of a local tensor."""
 
     key: str  # of the stored piece in its file
@@ -46,8 +46,8 @@ def fill(
                 _read(reader, part)
 
 
-def _plan(path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Piece]) -> dict[str, list[Part]]:
-    files: dict[str, list[Part]] = defaultdict(list)
+def _plan(path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Piece]) -> dict[str, list[PlannedRead]]:
+    files: dict[str, list[PlannedRead]] = defaultdict(list)
     for key, piece in tensors.items():
         name = tensor_name(key)
         entry, filled = manifest["tensors"][name], 0
@@ -65,7 +65,7 @@ def _plan(path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Piece])
                 target = target.narrow(dim, at, length)
             stored_key = entry["pieces"][source].get("key", name)
             begin, size, stored_size = tuple(item.storage_offsets), tuple(item.lengths), tuple(there[source].sizes)
-            part = Part(stored_key, entry["dtype"], target, begin, size, stored_size)
+            part = PlannedRead(stored_key, entry["dtype"], target, begin, size, stored_size)
             files[entry["pieces"][source]["file"]].append(part)
             filled += target.numel()
         if filled != piece.local.numel():
@@ -73,13 +73,13 @@ def _plan(path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Piece])
     return files
 
 
-def _check_span(reader: ShardReader, part: Part) -> None:
+def _check_span(reader: ShardReader, part: PlannedRead) -> None:
     span = reader.spans.get(part.key)
     if span is None or (span.shape or (1,)) != part.stored or span.dtype != part.dtype:
         raise Damage(f"{reader.file}: {part.key} is not there as the manifest has it")
 
 
-def _read(reader: ShardReader, part: Part) -> None:
+def _read(reader: ShardReader, part: PlannedRead) -> None:
     """By blocks of rows; a row that is only partly wanted is read whole."""
     row_bytes = math.prod(part.stored[1:]) * DTYPES[reader.spans[part.key].dtype]
     rows = max(1, BLOCK_BYTES // max(row_bytes, 1))

@@ -36,7 +36,7 @@ MOST_HEADER_BYTES = 100 * 10**6  # the limit of the safetensors library
 ALIGNMENT = 8
 
 
-class Span(NamedTuple):
+class TensorSpan(NamedTuple):
     """Where a tensor lies in its file: bytes [first, last), and how they are to be taken."""
 
     first: int
@@ -143,7 +143,7 @@ class ShardReader:
         raw = self._at(span.first + first * row, span.first + last * row)
         return torch.frombuffer(raw, dtype=getattr(torch, span.dtype)).view(last - first, *shape[1:])
 
-    def _read_header(self) -> dict[str, Span]:
+    def _read_header(self) -> dict[str, TensorSpan]:
         size = self._disk.size(self.file)
         if size != self._bytes:
             raise Damage(f"{self.file} has {size:,} bytes instead of {self._bytes:,}")
@@ -182,7 +182,7 @@ class ShardReader:
         return self._cached[1]
 
 
-def _span(entry: Mapping[str, Any], begin: int, size: int) -> Span:
+def _span(entry: Mapping[str, Any], begin: int, size: int) -> TensorSpan:
     dtype = DTYPE_OF[entry["dtype"]]
     shape = tuple(int(n) for n in entry["shape"])
     first, last = (begin + int(n) for n in entry["data_offsets"])
@@ -190,7 +190,7 @@ def _span(entry: Mapping[str, Any], begin: int, size: int) -> Span:
         raise ValueError("a tensor lies outside the file")
     if last - first != math.prod(shape) * DTYPES[dtype]:
         raise ValueError("a tensor's bytes are not those of its shape")
-    return Span(first, last, dtype, shape)
+    return TensorSpan(first, last, dtype, shape)
 
 
 def _header(tensors: list[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, int]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 IGNORED = -100  # a target that counts for nothing
-FILLER = -1  # sample id of a sequence that only makes the batch divisible
+PADDING = -1  # sample id of a sequence that only makes the batch divisible
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Batch:
     """Sequences of one rank. All tensors are int64: tokens, targets, documents, positions [B, T]; samples [B].
 
     targets: the next token of the same document, or IGNORED. documents: differ between the documents of a row, from 0.
-    positions: restart at each document and at the row's start. samples: position in the run's order, or FILLER.
+    positions: restart at each document and at the row's start. samples: position in the run's order, or PADDING.
     target_count: targets that count, a host integer.
     """
 
@@ -81,7 +81,7 @@ def build_batch(
     """Windows of a token stream as a Batch.
 
     stream: all tokens of a split, each document ended by `eod`, which occurs nowhere else. windows: [B], window k
-    begins at token k*seq_len; FILLER makes an empty sequence. samples: [B], their ids. What lies beyond it is padded.
+    begins at token k*seq_len; PADDING makes an empty sequence. samples: [B], their ids. What lies beyond it is padded.
     """
     block, real = _gather(stream, windows, seq_len, eod)
     ends = block[:, :-1] == eod
@@ -110,7 +110,7 @@ def _gather(
     real = np.full(len(windows), seq_len, dtype=np.int64)
     for row, window in enumerate(windows):
         start = int(window) * seq_len
-        part = stream[start : start + seq_len + 1] if window != FILLER else stream[:0]
+        part = stream[start : start + seq_len + 1] if window != PADDING else stream[:0]
         block[row, : len(part)] = part
         if len(part) <= seq_len:
             block[row, len(part) :] = eod

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minka.data.batch import FILLER, Batch, build_batch
+from minka.data.batch import PADDING, Batch, build_batch
 from minka.data.sample_order import Order, window_count
 from minka.data.token_store import Split
 from minka.plan.config import RunConfig
@@ -48,18 +48,18 @@ def global_batch(config: RunConfig, state: LoaderState) -> int:
 
 
 def share(config: RunConfig, order: Order, state: LoaderState, rank: int, ways: int) -> NDArray[np.int64]:
-    """Positions in the order of rank's sequences of the batch that begins at `state`; FILLER where there is none."""
+    """Positions in the order of rank's sequences of the batch that begins at `state`; PADDING where there is none."""
     size = global_batch(config, state)
     whole = -(-size // (ways * config.layout.micro_batch)) * ways * config.layout.micro_batch
-    positions = np.full(whole, FILLER, dtype=np.int64)
+    positions = np.full(whole, PADDING, dtype=np.int64)
     positions[:size] = order.positions(state.samples, state.samples + size)
     return positions[rank::ways]
 
 
 def read_batch(config: RunConfig, split: Split, order: Order, positions: NDArray[np.int64]) -> Batch:
-    """The batch of the samples at `positions` ([B], FILLER allowed)."""
-    windows = np.full(len(positions), FILLER, dtype=np.int64)
-    real = positions != FILLER
+    """The batch of the samples at `positions` ([B], PADDING allowed)."""
+    windows = np.full(len(positions), PADDING, dtype=np.int64)
+    real = positions != PADDING
     windows[real] = order.windows_at(positions[real])
     return build_batch(split.tokens, windows, positions, config.data.seq_len, split.eod)
 

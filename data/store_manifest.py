@@ -27,11 +27,11 @@ DEFINING = (
 BLOCK = 1 << 20
 
 
-class Part(BaseModel, frozen=True, extra="forbid"):
+class StrictModel(BaseModel, frozen=True, extra="forbid"):
     """Base of the manifest's parts."""
 
 
-class TokenizerPart(Part):
+class TokenizerPart(StrictModel):
     """kind, the name it was asked for by, entries (largest id + 1), and sha256 of its tokenizer.json."""
 
     kind: Kind
@@ -41,7 +41,7 @@ class TokenizerPart(Part):
     sha256: str
 
 
-class SplitPart(Part):
+class SplitPart(StrictModel):
     """Totals of one split; tokens count the end-of-document tokens, bytes are of UTF-8 text."""
 
     documents: int = Field(ge=1)
@@ -49,14 +49,14 @@ class SplitPart(Part):
     bytes: int = Field(ge=1)
 
 
-class FilePart(Part):
+class FilePart(StrictModel):
     """Size and hash of one file."""
 
     bytes: int = Field(ge=0)
     sha256: str
 
 
-class Manifest(Part):
+class Manifest(StrictModel):
     """The store in one value. source: the DEFINING fields it was made from. cutoff: see corpus.Item.key."""
 
     format: Literal[1] = 1

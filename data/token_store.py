@@ -29,7 +29,7 @@ class Tokenized(NamedTuple):
     source: str
 
 
-class Span(NamedTuple):
+class TokenSpan(NamedTuple):
     """A part of a document: tokens first .. last-1 of the document numbered `document`."""
 
     document: int
@@ -109,7 +109,7 @@ class Split:
         for i in range(min(limit, self.n_documents) if limit else self.n_documents):
             yield Tokenized(i, self.document(i), self.bytes_of(i), self.source_of(i))
 
-    def spans(self, first: int, last: int) -> list[Span]:
+    def spans(self, first: int, last: int) -> list[TokenSpan]:
         """Which documents tokens first .. last-1 of the split belong to, in order."""
         spans, at = [], first
         while at < min(last, self.n_tokens):
@@ -117,7 +117,7 @@ class Split:
             i = _rightmost(self.index.pointers, at * self.tokens.itemsize)
             start = int(self.index.pointers[i]) // self.tokens.itemsize
             end = min(last, start + int(self.index.lengths[i]))
-            spans.append(Span(i, at - start, end - start))
+            spans.append(TokenSpan(i, at - start, end - start))
             at = end
         return spans
 

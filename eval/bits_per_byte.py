@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from minka.data.token_store import Split
-from minka.eval.scoring_windows import Rows, Window, filler, rows, windows
+from minka.eval.scoring_windows import ScoringBatch, Window, filler, rows, windows
 from minka.parallel.engine import Scorer
 from minka.parallel.mesh import Mesh
 from minka.plan.atomic import write_json
@@ -134,7 +134,7 @@ def ratio_of_sums(bits: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
     return float(ratio), float(error)
 
 
-def _my_batches(split: Split, count: int, config: RunConfig, mesh: Mesh, eod: int) -> Iterator[Rows]:
+def _my_batches(split: Split, count: int, config: RunConfig, mesh: Mesh, eod: int) -> Iterator[ScoringBatch]:
     """This rank's batches; every rank gives as many as the one with most."""
     length, batch, ways = config.data.seq_len, config.eval.batch_sequences, mesh.layout.data_ways
     cut = (w for i in range(count) for w in windows(i, np.asarray(split.document(i)), length, stride_of(length)))

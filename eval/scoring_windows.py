@@ -20,7 +20,7 @@ class Window(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rows:
+class ScoringBatch:
     """A batch of rows, each filled with windows of one or more documents; all [B, T] int64.
 
     `owners` says whose target each place is: an index into the documents, or -1.
@@ -32,9 +32,11 @@ class Rows:
     positions: Tensor
     owners: Tensor
 
-    def to(self, device: torch.device) -> "Rows":
+    def to(self, device: torch.device) -> "ScoringBatch":
         """The same on `device`."""
-        return Rows(*(t.to(device) for t in (self.tokens, self.targets, self.documents, self.positions, self.owners)))
+        return ScoringBatch(
+            *(t.to(device) for t in (self.tokens, self.targets, self.documents, self.positions, self.owners))
+        )
 
 
 def windows(document: int, tokens: np.ndarray, length: int, stride: int) -> Iterator[Window]:
@@ -50,7 +52,7 @@ def windows(document: int, tokens: np.ndarray, length: int, stride: int) -> Iter
         first += stride
 
 
-def rows(cut: Iterable[Window], length: int, batch: int, fill: int) -> Iterator[Rows]:
+def rows(cut: Iterable[Window], length: int, batch: int, fill: int) -> Iterator[ScoringBatch]:
     """Pack windows into rows of `length` (next fit) and rows into batches of exactly `batch` rows."""
     waiting: list[list[Window]] = []
     row: list[Window] = []
@@ -70,12 +72,12 @@ def rows(cut: Iterable[Window], length: int, batch: int, fill: int) -> Iterator[
         yield _batch(waiting, length, batch, fill)
 
 
-def filler(length: int, batch: int, fill: int) -> Rows:
+def filler(length: int, batch: int, fill: int) -> ScoringBatch:
     """A batch without targets, for ranks that have run out: a forward pass is collective."""
     return _batch([], length, batch, fill)
 
 
-def _batch(filled: Sequence[Sequence[Window]], length: int, batch: int, fill: int) -> Rows:
+def _batch(filled: Sequence[Sequence[Window]], length: int, batch: int, fill: int) -> ScoringBatch:
     tokens = np.full((batch, length), fill, dtype=np.int64)
     targets = np.full((batch, length), IGNORED, dtype=np.int64)
     owners = np.full((batch, length), -1, dtype=np.int64)
@@ -92,4 +94,4 @@ def _batch(filled: Sequence[Sequence[Window]], length: int, batch: int, fill: in
             positions[r, at : at + n] = np.arange(n)
             at += n
         positions[r, at:] = np.arange(length - at)  # what is left of the row is a document of filler, number 0
-    return Rows(*(torch.from_numpy(a) for a in (tokens, targets, documents, positions, owners)))
+    return ScoringBatch(*(torch.from_numpy(a) for a in (tokens, targets, documents, positions, owners)))

@@ -17,7 +17,7 @@ CPU_ROWS = 512  # logits of so many tokens at once: 256 to 1024 were equal on tw
 GPU_LOGITS = 2**28  # 1 GiB of fp32: thousands of tokens a product, which cuBLAS needs for its full rate
 
 
-class Rows(NamedTuple):
+class VocabShard(NamedTuple):
     """Which rows of the vocabulary's matrix are here, and how numbers come together over all of them, in place."""
 
     first: int
@@ -25,11 +25,11 @@ class Rows(NamedTuple):
     sum_: Callable[[Tensor], object]
 
 
-ALL_ROWS = Rows(0, lambda here: here, lambda here: here)
+ALL_ROWS = VocabShard(0, lambda here: here, lambda here: here)
 
 
 def linear_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_weight: float, rows: Rows = ALL_ROWS
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_weight: float, rows: VocabShard = ALL_ROWS
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(objective, loss, z_loss): sums over the targets that are not IGNORED, fp32 scalars, objective = loss + z_loss.
 
@@ -42,7 +42,7 @@ def linear_cross_entropy(
 
 
 @torch.no_grad()
-def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows: Rows = ALL_ROWS) -> Tensor:
+def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows: VocabShard = ALL_ROWS) -> Tensor:
     """Nats of each target, [N] fp32, 0 where ignored; no gradient."""
     losses, _, _, _ = _chunked(hidden_ND, weight_VD, targets_N, 0.0, False, False, rows)
     return losses
@@ -53,7 +53,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_weight: float, rows: Rows
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_weight: float, rows: VocabShard
     ) -> tuple[Tensor, Tensor, Tensor]:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         losses, z_losses, d_hidden, d_weight = _chunked(
@@ -87,7 +87,7 @@ def _chunked(
     z_weight: float,
     need_hidden: bool,
     need_weight: bool,
-    rows: Rows,
+    rows: VocabShard,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Losses [N] and weighted z-losses [N] in fp32, and the gradients of their sum; those of the weight in fp32."""
     (tokens, _), vocab = hidden_ND.shape, weight_VD.shape[0]

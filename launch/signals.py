@@ -1,4 +1,4 @@
-"""What reaches a rank from outside: the wish to stop, the supervisor's pipe, the request for stacks."""
+"""What reaches a rank from supervisor: the wish to stop, the supervisor's pipe, the request for stacks."""
 
 import faulthandler
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 ASKING = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP})
 
 
-class Outside:
+class SupervisorLink:
     """Counts wishes to stop and beats the heart. One for each rank; signal handlers live here and nowhere else."""
 
     def __init__(self, rank: int, stop_file: Path, beat: int | None, stacks: Path) -> None:
@@ -20,11 +20,11 @@ class Outside:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
         faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
 
-    def stop_asked(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether this rank was signalled, or a person put a file called STOP into the run's folder (rank 0 looks)."""
         return self._asked or (self.rank == 0 and self.stop_file.exists())
 
-    def alive(self, step: int, *, done: bool = False) -> None:
+    def heartbeat(self, step: int, *, done: bool = False) -> None:
         """Tell the supervisor; `done`: only the ending is left, which may take its time.
 
         Never waits: a full pipe drops the beat.

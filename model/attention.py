@@ -35,11 +35,11 @@ class Structure:
     documents: Tensor | None = None  # [B, T] of the whole rows; None: every row is one document
     mask: Tensor | None = None  # [B, 1, Tq, Tk], 0 where allowed and -inf elsewhere
     starts: Tensor | None = None  # int32 cumulative lengths over the flattened batch, padded with B*T
-    part: "Part | None" = None  # None: queries and keys are whole rows
+    part: "ContextShard | None" = None  # None: queries and keys are whole rows
 
 
 @dataclass(frozen=True)
-class Part:
+class ContextShard:
     """Of queries that are a part of each row, while the keys of the whole row are gathered from elsewhere.
 
     gather: keys and values [B, K, Tq, C] of this part to those of the row [B, K, T, C], in the order `keys_at`, with

@@ -23,7 +23,7 @@ DEFAULT_KERNELS = KernelsSection()
 
 
 class Transformer(nn.Module):
-    """Tokens to logits, or to sums of the loss. Its weights are not set: model/initial_weights.py or a checkpoint does that."""
+    """Tokens to logits, or to sums of the loss. A checkpoint or initial_weights.py sets its weights."""
 
     def __init__(self, cfg: ModelSection, kernels: KernelsSection = DEFAULT_KERNELS) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minka.model.attention import HALF, Part, Structure, additive, allowed_pairs
+from minka.model.attention import HALF, ContextShard, Structure, additive, allowed_pairs
 from minka.plan.config_sections import KernelsSection
 
 # torch 2.13 has new names for the two, and warns of the old ones, which 2.11 has alone.
@@ -54,15 +54,15 @@ def part_structure(
     gather = gather_over(group)
     if device.type == "cuda" and dtype in HALF and kernels.attention != "sdpa":
         starts, key_starts, take, longest = varlen_part(documents_BT.cpu(), ways, rank)
-        part = Part(gather, queries_at, keys_at, take.to(device), key_starts.to(device), longest)
+        part = ContextShard(gather, queries_at, keys_at, take.to(device), key_starts.to(device), longest)
         return Structure("varlen", documents_BT.to(device), starts=starts.to(device), part=part)
     documents_BT = documents_BT.to(device)
     mask = additive(allowed_pairs(documents_BT, queries_at, keys_at), dtype)
-    return Structure("mask", documents_BT, mask=mask, part=Part(gather, queries_at, keys_at))
+    return Structure("mask", documents_BT, mask=mask, part=ContextShard(gather, queries_at, keys_at))
 
 
 def gather_over(group: Any) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """From this rank's keys and values to those of the whole sequence: `Part.gather`."""
+    """From this rank's keys and values to those of the whole sequence: `ContextShard.gather`."""
 
     def gather(k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor]:
         both: Tensor = _GatherTokens.apply(torch.cat((k_BKTC, v_BKTC), dim=-1), group)

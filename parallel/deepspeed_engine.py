@@ -63,7 +63,7 @@ def build_zero_engine(config: RunConfig, mesh: Mesh, decay: Decay) -> "ZeroEngin
                 name = tensor_name(key.removeprefix("model."))
                 where = {"offset": piece.offset, "global_shape": piece.global_shape}
                 fill_(piece.local, name, config.run.seed, config.model, **where)
-    zero.adopt()
+    zero.after_restore()
     return zero
 
 
@@ -162,7 +162,7 @@ class ZeroEngine:
         return found
 
     @torch.no_grad()
-    def adopt(self) -> None:
+    def after_restore(self) -> None:
         """See Engine: into the weights that the model computes with, and the counts of the other partitions."""
         count, zero = self.count(), self._deepspeed.optimizer
         for state in self._adamw.state.values():

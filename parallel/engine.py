@@ -76,7 +76,7 @@ class Engine(Scorer, Protocol):
     def tensors(self) -> dict[str, Piece]:
         """All state, by name: model.*, moment1.*, moment2.*, and the optimizer's own count."""
 
-    def adopt(self) -> None:
+    def after_restore(self) -> None:
         """Whoever has written into tensors() says so before the next step. Collective."""
 
     def gradient_pieces(self) -> dict[str, Piece]:
@@ -89,7 +89,7 @@ class Engine(Scorer, Protocol):
         """The largest attention logit of each layer that is here, on this rank's rows and heads; fp32."""
 
 
-class Parts:
+class ModelParts:
     """A rank's parts of a model: torch modules, sharded or not, and what makes their inputs."""
 
     def __init__(self, parts: Sequence[Transformer], mesh: Mesh, feeder: Feeder) -> None:
@@ -116,7 +116,7 @@ class Parts:
                     module.reshard()
 
 
-class TorchEngine(Parts):
+class TorchEngine(ModelParts):
     """Gradients, their norm, the update and the state of parts of a model."""
 
     def __init__(self, parts: Sequence[Transformer], mesh: Mesh, feeder: Feeder, optimizer: Optimizer) -> None:
@@ -160,7 +160,7 @@ class TorchEngine(Parts):
         found["optimizer.count"] = piece_of(self.optimizer.count())
         return found
 
-    def adopt(self) -> None:
+    def after_restore(self) -> None:
         """See Engine: these tensors are what the model computes with."""
 
     def weight_pieces(self) -> dict[str, Piece]:

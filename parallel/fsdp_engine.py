@@ -8,14 +8,14 @@ from torch.distributed.fsdp import FSDPModule
 
 from minka.model.transformer import Transformer
 from minka.parallel.apply import build_parts
-from minka.parallel.engine import MicroBatch, Parts, Sums, TorchEngine
+from minka.parallel.engine import MicroBatch, ModelParts, Sums, TorchEngine
 from minka.parallel.fsdp import reshards
 from minka.parallel.inputs import Fed, Feeder
 from minka.parallel.mesh import Mesh
 from minka.plan.config import RunConfig
 
 
-class ShardedScorer(Parts):
+class ShardedScorer(ModelParts):
     """Forward passes of it, for evaluation. See Scorer."""
 
     def __init__(self, parts: Sequence[Transformer], mesh: Mesh, feeder: Feeder) -> None:

@@ -106,7 +106,7 @@ class Mesh:
         message = bytes(self.sum_on_host(list(mine.ljust(MESSAGE_BYTES, b"\0")))).rstrip(b"\0").decode(errors="replace")
         return problem or f"rank {first}: {message}"
 
-    def beside(self) -> "Mesh":
+    def with_own_host_group(self) -> "Mesh":
         """The same mesh with a group of its own for sum_on_host, for a thread beside the training. Collective."""
         return self if self.axes is None else replace(self, host=dist.new_group(backend="gloo", timeout=PATIENCE))
 

@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from minka.kernels.accumulation_dtype import wide
-from minka.kernels.linear_cross_entropy import Rows, linear_cross_entropy, token_losses
+from minka.kernels.linear_cross_entropy import VocabShard, linear_cross_entropy, token_losses
 from minka.kernels.rms_norm import rms_norm
 from minka.model.head import Head, HeadSums
 from minka.model.transformer import Block, RMSNorm, Transformer
@@ -124,7 +124,7 @@ class VocabularyHead(Head):
     def forward(self, hidden_BTD: Tensor, targets_BT: Tensor, reduce: bool = True) -> HeadSums | Tensor:
         """See Head; the numbers are the same on every rank of the group."""
         weight = _local(self.matrix(), Shard(0))
-        rows = Rows(self.axis.get_local_rank() * weight.shape[0], *self._over)
+        rows = VocabShard(self.axis.get_local_rank() * weight.shape[0], *self._over)
         hidden_ND = rearrange(_gather_tokens(hidden_BTD, self.axis), "b t d -> (b t) d")
         if reduce:
             return HeadSums(*linear_cross_entropy(hidden_ND, weight, targets_BT.flatten(), self.z_weight, rows))
@@ -144,7 +144,7 @@ def _local(weight: Tensor, gradient: Placement) -> Tensor:
 
 
 def _look_up(tokens_BT: Tensor, weight: Tensor, axis: DeviceMesh) -> Tensor:
-    """Rows of other ranks are 0 here, and the sum over the group is left where each rank's tokens are."""
+    """VocabShard of other ranks are 0 here, and the sum over the group is left where each rank's tokens are."""
     rows = _local(weight, Shard(0))
     at = tokens_BT - axis.get_local_rank() * rows.shape[0]
     here = (at >= 0) & (at < rows.shape[0])

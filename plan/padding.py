@@ -4,15 +4,15 @@ from minka.plan.config import RunConfig
 from minka.plan.layout import Layout, counted
 
 
-def filler_share(config: RunConfig, layout: Layout) -> float:
+def padding_share(config: RunConfig, layout: Layout) -> float:
     """Of what the ranks of a resolved layout compute in a whole batch, the part that is for nothing."""
     sequences, at_once = config.data.batch_tokens // config.data.seq_len, layout.data_ways * layout.micro_batch
     return 1 - sequences / (-(-sequences // at_once) * at_once)
 
 
-def told_fillers(config: RunConfig, layout: Layout) -> str:
+def describe_padding(config: RunConfig, layout: Layout) -> str:
     """A warning, where a hundredth or more of the work is for nothing; else empty."""
-    share, at_once = filler_share(config, layout), layout.data_ways * layout.micro_batch
+    share, at_once = padding_share(config, layout), layout.data_ways * layout.micro_batch
     if share < 0.01:
         return ""
     sequences = config.data.batch_tokens // config.data.seq_len

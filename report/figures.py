@@ -11,7 +11,7 @@ from minka.plan.ledger import is_count, number
 from minka.plan.run_folder import RunFolder
 from minka.report.downsample import Numbers
 from minka.report.load_run import Event, Run
-from minka.report.run_status import State
+from minka.report.run_status import RunStatus
 from minka.report.running_time import Clock
 from minka.report.series import PARTS, Columns, parts_of
 
@@ -19,7 +19,7 @@ SPEED_STEPS = 200  # newest steps by which the time that is left is told
 HEADLINE = "bits_per_byte"
 
 
-def figures(run: Run, table: Columns, clock: Clock, state: State, points: Sequence[Event]) -> dict[str, Any]:
+def figures(run: Run, table: Columns, clock: Clock, state: RunStatus, points: Sequence[Event]) -> dict[str, Any]:
     """The numbers at the head of the page, and all that `--json` prints of a run. `points` are its scores."""
     last = next((event for event in reversed(run.kept) if event["event"] == "step"), {})
     here = run.events[-1] if run.events else {"step": 0, "tokens": 0, "time": 0.0}
@@ -122,7 +122,7 @@ def _told(point: Event) -> dict[str, Any]:
     return {"name": HEADLINE, "suite": point["suite"], "step": point["step"], "value": _score(point), "stderr": error}
 
 
-def _plan(run: Run, table: Columns, at: Event, state: State) -> dict[str, Any] | None:
+def _plan(run: Run, table: Columns, at: Event, state: RunStatus) -> dict[str, Any] | None:
     """What the configuration asks for, how much of it is done, and how long the rest takes at the present speed."""
     if run.planned is None:
         return None

@@ -10,7 +10,7 @@ from minka.report.events import marks
 from minka.report.figures import checkpoints, figures, scores, time_split, unlike
 from minka.report.lineage import Graph
 from minka.report.load_run import Event, Run
-from minka.report.run_status import State, state_of
+from minka.report.run_status import RunStatus, state_of
 from minka.report.running_time import Clock
 from minka.report.series import columns, curves
 
@@ -24,7 +24,7 @@ class Document(NamedTuple):
 
     page: dict[str, Any]
     numbers: dict[str, Any]
-    states: list[State]
+    states: list[RunStatus]
 
 
 def document(runs: Sequence[Run], now: float) -> Document:
@@ -39,7 +39,7 @@ def document(runs: Sequence[Run], now: float) -> Document:
     return Document(page, {"format": FORMAT, "runs": [run["figures"] for run in shown]}, states)
 
 
-def _run(run: Run, name: str, state: State, points: int) -> dict[str, Any]:
+def _run(run: Run, name: str, state: RunStatus, points: int) -> dict[str, Any]:
     clock = Clock(run.events)
     table = columns(run, clock)
     scored = scores(run, table, clock)

@@ -15,7 +15,7 @@ KINDS = {
 }
 
 
-class State(NamedTuple):
+class RunStatus(NamedTuple):
     """`kind`: waiting, running, silent, finished, stopped, person or failed; `label`, it in words; `why`, a reason."""
 
     kind: str
@@ -28,25 +28,25 @@ class State(NamedTuple):
         return self.kind in ("finished", "stopped", "person", "failed")
 
 
-def state_of(run: Run, now: float) -> State:
+def state_of(run: Run, now: float) -> RunStatus:
     """The run's state at `now`, in Unix seconds."""
     telling = [event for event in run.events if event["event"] != "save_failed"]  # a lost export comes after the end
     if _exit_counts(run, telling):
         code = int(run.ending["code"])
         kind, label = KINDS.get(ExitStatus(code), ("failed", "failed")) if code in set(ExitStatus) else _odd(code)
         reason = str(run.ending.get("reason", ""))
-        return State(kind, label, "" if reason in (label, "done") else reason)
+        return RunStatus(kind, label, "" if reason in (label, "done") else reason)
     if not telling:
-        return State("waiting", "not begun", "nothing is in the ledger yet")
+        return RunStatus("waiting", "not begun", "nothing is in the ledger yet")
     if telling[-1]["event"] == "stop":
         return _stopped(str(telling[-1].get("reason", "")))
     hang = run.planned.guard.hang_seconds if run.planned else HANG_SECONDS
     quiet = now - telling[-1]["time"]
     if quiet > hang:
-        return State("silent", "silent", f"no line for {quiet / 60:,.0f} minutes: killed, or in a very long step")
+        return RunStatus("silent", "silent", f"no line for {quiet / 60:,.0f} minutes: killed, or in a very long step")
     if not any(event["event"] == "step" for event in run.kept):
-        return State("running", "starting", "no step yet")
-    return State("running", "running")
+        return RunStatus("running", "starting", "no step yet")
+    return RunStatus("running", "running")
 
 
 def _exit_counts(run: Run, telling: list[dict[str, Any]]) -> bool:
@@ -62,11 +62,11 @@ def _exit_counts(run: Run, telling: list[dict[str, Any]]) -> bool:
     return not isinstance(step, int) or step >= last["step"]
 
 
-def _stopped(reason: str) -> State:
+def _stopped(reason: str) -> RunStatus:
     for status, (kind, label) in KINDS.items():
         if status.reason == reason:
-            return State(kind, label, "" if reason in (label, "done") else reason)
-    return State("failed", "stopped", reason)
+            return RunStatus(kind, label, "" if reason in (label, "done") else reason)
+    return RunStatus("failed", "stopped", reason)
 
 
 def _odd(code: int) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from minka.launch.signals import Outside
+from minka.launch.signals import SupervisorLink
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.ledger import current, read_ledger
@@ -87,14 +87,14 @@ def crash(config: RunConfig, step: int) -> None:
 
 def train_until_crash(config: RunConfig, step: int) -> int:
     """One rank that ends without farewell."""
-    alive = Outside.alive
+    alive = SupervisorLink.heartbeat
 
-    def last(self: Outside, at: int, *, done: bool = False) -> None:
+    def last(self: SupervisorLink, at: int, *, done: bool = False) -> None:
         alive(self, at, done=done)
         if at == step:
             raise RuntimeError("the machine is gone")
 
-    Outside.alive = last  # type: ignore[method-assign,assignment]
+    SupervisorLink.heartbeat = last  # type: ignore[method-assign,assignment]
     return train_rank(config)
 
 

@@ -108,7 +108,7 @@ def dropped_all_reduce() -> None:
 
 def stale_gather() -> None:
     """Keep what an evaluation has gathered."""
-    put(engine.Parts, "_forget_gathered", lambda self: None)
+    put(engine.ModelParts, "_forget_gathered", lambda self: None)
 
 
 MUTANTS: dict[str, tuple[Callable[[], None], dict[str, Any], dict[str, Any]]] = {

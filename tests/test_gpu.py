@@ -162,7 +162,7 @@ def test_a_save_beside_the_training_holds_the_tensors_as_they_were(tmp_path: Pat
             saver.save(Contents(step, {"step": step}), state)
             for _ in range(50):
                 a @ a  # a forward and backward pass
-            saver.settle()
+            saver.wait_for_copy()
             for piece in state.values():
                 piece.local.zero_()  # the update
             ended = saver.wait()

@@ -19,7 +19,7 @@ class TurnMesh(Mesh):
     def sum_on_host(self, numbers: Sequence[int]) -> list[int]:
         return self.turns.sum(self.rank, [int(number) for number in numbers])
 
-    def beside(self) -> "TurnMesh":
+    def with_own_host_group(self) -> "TurnMesh":
         return self
 
 

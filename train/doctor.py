@@ -29,7 +29,7 @@ from minka.plan.flops import parameters
 from minka.plan.hardware import find
 from minka.plan.layout import Layout
 from minka.train.final_summary import table
-from minka.train.layer_stats import Detail
+from minka.train.layer_stats import LayerStats
 from minka.train.provenance import processor
 from minka.train.worker import build_engine
 
@@ -125,7 +125,7 @@ def _first_step(config: RunConfig, mesh: Mesh, batch: Batch) -> Iterator[Check]:
     ]
     yield Check("gradients reach every weight", not dead, ", ".join(dead) or "all finite, none zero")
     engine.grad_norm()
-    detail = Detail(engine, optimizer, mesh, config.model)
+    detail = LayerStats(engine, optimizer, mesh, config.model)
     detail.before_apply([batch])
     norms = detail.gradient_norms()
     blocks = [norm for name, norm in norms.items() if name.startswith("blocks.")]

@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from minka.kernels import linear_cross_entropy
 from minka.model import transformer
-from minka.model.attention import HALF, Part, Structure, additive, allowed_pairs
+from minka.model.attention import HALF, ContextShard, Structure, additive, allowed_pairs
 from minka.parallel import tensor as tensor_parallel
 from minka.parallel.context import gather_over, gathered_places, places, varlen_part
 from minka.parallel.inputs import Fed, Feeder
@@ -86,13 +86,13 @@ class AssumedFeeder(Feeder):
         gather = gather_over(self.mesh.context)
         if not self.varlen:
             mask = additive(allowed_pairs(documents, queries_at, keys_at), self.dtype)
-            return Structure("mask", documents, mask=mask, part=Part(gather, queries_at, keys_at))
+            return Structure("mask", documents, mask=mask, part=ContextShard(gather, queries_at, keys_at))
         with unset_fake_temporarily():
             starts, _, take, longest = varlen_part(torch.zeros(documents.shape), self.ways, self.part)
             segments, taken = len(starts), len(take)
         take = torch.empty(taken, dtype=torch.int64)
         key_starts = torch.empty(segments, dtype=torch.int32)
-        part = Part(gather, queries_at, keys_at, take, key_starts, longest)
+        part = ContextShard(gather, queries_at, keys_at, take, key_starts, longest)
         return Structure("varlen", documents, starts=torch.empty(segments, dtype=torch.int32), part=part)
 
 

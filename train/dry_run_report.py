@@ -13,7 +13,7 @@ from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 from minka.plan.layout import AXES
 from minka.plan.memory import KINDS
-from minka.plan.padding import filler_share, told_fillers
+from minka.plan.padding import describe_padding, padding_share
 from minka.train.dry_run import DryRun, Shard, after_warmup, dry_run, stage_ranks
 
 STAGES = "stages"
@@ -36,14 +36,14 @@ def dry_run_command(config: RunConfig, world: int, rank: str, *, as_json: bool) 
         if not as_json:
             print("\n".join(told(dry, first=number == 0, seconds=time.monotonic() - begun)), flush=True)
     if as_json:
-        share = filler_share(config, found[0].layout)
-        whole = {"world": world, "warmup_refused": warning, "filler_share": share}
+        share = padding_share(config, found[0].layout)
+        whole = {"world": world, "warmup_refused": warning, "padding_share": share}
         print_json({**whole, "ranks": [as_dict(dry) for dry in found]})
         return 0
     if len(found) > 1:
         dearest = max(found, key=lambda dry: dry.memory.total)
         print(f"most memory: rank {dearest.rank:,}, {_size(dearest.memory.total)}")
-    fillers = told_fillers(config, found[0].layout)
+    fillers = describe_padding(config, found[0].layout)
     if fillers:
         print(fillers)
     if warning:

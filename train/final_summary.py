@@ -10,14 +10,14 @@ from minka.plan.cli import print_json
 from minka.plan.errors import ExitStatus
 from minka.plan.ledger import parse
 from minka.plan.run_folder import RunFolder
-from minka.train.recorder import Record
+from minka.train.recorder import Recorder
 from minka.train.standing import standing
 from minka.train.state import State
 
 MOST_DOCUMENTS = 100_000
 
 
-def summarise(record: Record, state: State, status: ExitStatus, *, as_json: bool) -> None:
+def summarise(record: Recorder, state: State, status: ExitStatus, *, as_json: bool) -> None:
     """Print how the run ended, and its bits per byte beside what compressors make of the same documents."""
     config, scores = record.config, record.scores
     beside = _beside(record) if scores is not None else {}
@@ -84,7 +84,7 @@ def _export(folder: RunFolder, state: State) -> str | None:
     return str(folder.export) if Path(str(source)).name == step_name(state.step) else None
 
 
-def _beside(record: Record) -> dict[str, float]:
+def _beside(record: Recorder) -> dict[str, float]:
     split = record.store.split("validation")
     count = min(record.config.eval.max_documents or split.n_documents, split.n_documents)
     if count > MOST_DOCUMENTS:

@@ -28,7 +28,7 @@ class Rows(NamedTuple):
     positions: Tensor
 
 
-class Detail:
+class LayerStats:
     """One detailed step. `before_apply` while the gradients are there, then `after_apply`. Collective."""
 
     def __init__(self, engine: Engine, optimizer: Updates, mesh: Mesh, model: ModelSection) -> None:

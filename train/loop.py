@@ -3,17 +3,17 @@
 from dataclasses import dataclass
 
 from minka.data.loader import Loader
-from minka.launch.signals import Outside
+from minka.launch.signals import SupervisorLink
 from minka.parallel.engine import Engine
 from minka.parallel.mesh import Mesh
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
 from minka.train.due import checkpoint_due, detail_due, eval_due
 from minka.train.guard import accepts, refuse_tokens
-from minka.train.layer_stats import Detail, Updates
+from minka.train.layer_stats import LayerStats, Updates
 from minka.train.metrics import Metrics, Stopwatch
 from minka.train.profiler import Profile
-from minka.train.recorder import Record
+from minka.train.recorder import Recorder
 from minka.train.schedule import learning_rate
 from minka.train.state import State
 
@@ -27,8 +27,8 @@ class Session:
     engine: Engine
     optimizer: Updates
     loader: Loader
-    record: Record
-    outside: Outside
+    record: Recorder
+    supervisor: SupervisorLink
     profile: Profile
 
 
@@ -45,7 +45,7 @@ def train(run: Session, state: State) -> tuple[State, ExitStatus]:
             micro_batches = [part.to(mesh.device) for part in batch.micro_batches(config.layout.micro_batch)]
             beyond = batch.largest_token() >= config.model.vocab
             counted = batch.target_count if mesh.leads_data else 0
-            targets, stop, broken = mesh.sum_on_host([counted, run.outside.stop_asked(), beyond])
+            targets, stop, broken = mesh.sum_on_host([counted, run.supervisor.stop_requested(), beyond])
         if broken:
             refuse_tokens(batch, config.model.vocab, mesh)
         if stop:
@@ -55,10 +55,12 @@ def train(run: Session, state: State) -> tuple[State, ExitStatus]:
             rate = learning_rate(config, state.step, state.tokens)
             sums = engine.forward_backward(micro_batches, targets)
             norm = engine.grad_norm()
-            detail = Detail(engine, run.optimizer, mesh, config.model) if detail_due(config, state.step + 1) else None
+            detail = (
+                LayerStats(engine, run.optimizer, mesh, config.model) if detail_due(config, state.step + 1) else None
+            )
             if detail:
                 detail.before_apply(micro_batches)
-        record.settle(watch)  # a save under way has its copy of what is about to change
+        record.wait_for_copy(watch)  # a save under way has its copy of what is about to change
         with watch.time("compute"):
             engine.apply(rate, config.optimizer.max_norm, accepts(sums, norm))
         before, state = state, state.after(loaded)
@@ -66,7 +68,7 @@ def train(run: Session, state: State) -> tuple[State, ExitStatus]:
         if mesh.leads_data:
             record.samples(state, batch.samples)
         run.profile.step(state.step)
-        run.outside.alive(state.step)
+        run.supervisor.heartbeat(state.step)
         if detail:
             record.detail(state, detail.after_apply(rate))
         save, evaluate = checkpoint_due(config, before, state), eval_due(config, before, state)

@@ -30,7 +30,7 @@ from minka.train.provenance import provenance
 OWN = ("run.name", "run.folder", "run.start_from", "run.start_with")  # differ in every fork, and say nothing
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """Where in its run a checkpoint stands."""
 
     step: int = 0
@@ -38,7 +38,7 @@ class Place(NamedTuple):
     tokens: int = 0
 
     @classmethod
-    def of(cls, state: Mapping[str, Any]) -> "Place":
+    def of(cls, state: Mapping[str, Any]) -> "Position":
         """By the state in a checkpoint's manifest. Raises KeyError, TypeError or ValueError for one that lacks it."""
         return cls(*(int(state[name]) for name in cls._fields))
 
@@ -51,7 +51,7 @@ class Parent(NamedTuple):
     checkpoint: Path | None
     config: RunConfig | None
     model: ModelSection
-    place: Place
+    place: Position
     data_sha256: str
     sha256: str
     learning_rate: float | None = None  # of its next step; None where it does not say
@@ -189,11 +189,11 @@ def lineage_of(parent: Parent, config: RunConfig) -> list[dict[str, Any]]:
     return [entry, *(RunFolder(parent.folder).lineage() if parent.run else [])]
 
 
-def begins_at(parent: Parent, config: RunConfig, data_sha256: str) -> tuple[Place, str]:
+def begins_at(parent: Parent, config: RunConfig, data_sha256: str) -> tuple[Position, str]:
     """Where a run begins, and a line that says what it took along."""
     origin = f"goes on from {parent.name}"
     if config.run.start_with == "weights" or parent.config is None:
-        return Place(), f"{origin} (weights only; optimizer, schedule and data begin anew)"
+        return Position(), f"{origin} (weights only; optimizer, schedule and data begin anew)"
     old, new = parent.config, config
     same = {
         "the token store": parent.data_sha256 == data_sha256,
@@ -225,7 +225,7 @@ def _checkpoint(run: RunFolder, path: Path) -> Parent:
         began = json.loads(provenance_file.read_text(encoding="utf-8")) if provenance_file.exists() else {}
         data = state.get("data_sha256") or began.get("data", {}).get("manifest_sha256", "")
         rate = state.get("learning_rate")
-        sha, at = manifest["sha256"], Place.of(state)
+        sha, at = manifest["sha256"], Position.of(state)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"damaged: {error}", where=str(path), remedy="take another checkpoint (RUN@STEP)") from None
     return Parent(run.path.resolve().name, run.path, path, config, config.model, at, data, sha, rate)
@@ -239,7 +239,7 @@ def _hub_folder(folder: Path) -> Parent:
         raise UserError(f"cannot be read: {error}", where=str(file), remedy="fetch the folder again") from None
     if not isinstance(values, dict):
         raise UserError("this is no JSON object", where=str(file), remedy="fetch the folder again")
-    return Parent("", folder, None, None, from_config(values, str(file)), Place(), "", "")
+    return Parent("", folder, None, None, from_config(values, str(file)), Position(), "", "")
 
 
 def _tokenizer(config: RunConfig) -> str | None:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from minka.checkpoint.async_saver import Outcome, Saver
 from minka.checkpoint.write import Contents
-from minka.data.batch import FILLER
+from minka.data.batch import PADDING
 from minka.data.token_store import TokenStore
 from minka.eval.bits_per_byte import SUITE, Scores, heldout, write_scores
 from minka.eval.samples import samples
-from minka.launch.signals import Outside
+from minka.launch.signals import SupervisorLink
 from minka.parallel.engine import Scorer
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece
@@ -33,7 +33,7 @@ from minka.train.state import State, randomness
 from minka.train.trackers import Tracker
 
 
-class Record:
+class Recorder:
     """See the module. `ledger` is None and `trackers` is empty on every rank but the first."""
 
     def __init__(
@@ -41,13 +41,13 @@ class Record:
         config: RunConfig,
         mesh: Mesh,
         store: TokenStore,
-        outside: Outside,
+        supervisor: SupervisorLink,
         ledger: Ledger | None,
         trackers: Sequence[Tracker],
         console: Console,
         lineage: Sequence[Mapping[str, object]] = (),
     ) -> None:
-        self.config, self.mesh, self.store, self.outside = config, mesh, store, outside
+        self.config, self.mesh, self.store, self.supervisor = config, mesh, store, supervisor
         self.ledger, self.trackers, self.console = ledger, trackers, console
         self.folder = RunFolder.of(config)
         self.scores: Scores | None = None
@@ -100,7 +100,7 @@ class Record:
     def samples(self, state: State, ids: Tensor) -> None:
         """The sample ids this rank trained on in the step that ended at `state`, fillers left out."""
         if self._samples is not None:
-            here = [i for i in ids.tolist() if i != FILLER]
+            here = [i for i in ids.tolist() if i != PADDING]
             self._samples.write(json.dumps({"step": state.step, "samples": here}) + "\n")
             self._samples.flush()
 
@@ -122,7 +122,7 @@ class Record:
     def save(self, state: State, tensors: Mapping[str, Piece], watch: Stopwatch) -> None:
         """Begin a checkpoint, once the one before it has ended; a failure is an event, and the run goes on. Collective.
 
-        No tensor may change before `settle`.
+        No tensor may change before `wait_for_copy`.
         """
         with watch.time("save"):
             self._saving_ended(self._saver.wait(self._beat(state)))
@@ -133,10 +133,10 @@ class Record:
             self._saver.save(Contents(state.step, told, stays), {**tensors, **randomness()}, self._beat(state))
             self._saving_ended(self._saver.poll())
 
-    def settle(self, watch: Stopwatch) -> None:
+    def wait_for_copy(self, watch: Stopwatch) -> None:
         """Before an update: a save under way has its own copy of every tensor when this returns."""
         with watch.time("save"):
-            self._saver.settle(self._beat(self._saved))
+            self._saver.wait_for_copy(self._beat(self._saved))
             self._saving_ended(self._saver.poll())
 
     def saved(self, state: State, watch: Stopwatch) -> bool:
@@ -164,7 +164,7 @@ class Record:
         )
 
     def _beat(self, state: State) -> Callable[[], None]:
-        return lambda: self.outside.alive(state.step)
+        return lambda: self.supervisor.heartbeat(state.step)
 
     def evaluation_missed(self, state: State) -> bool:
         """Whether the step of the checkpoint that a run goes on from was to be evaluated, and was not: it ended there.
@@ -186,7 +186,9 @@ class Record:
         self.evaluated_at = state.step
         split, eod = self.store.split("validation"), self.store.eod
         with watch.time("eval"):
-            self.scores = heldout(scorer, split, self.config, self.mesh, eod, lambda: self.outside.alive(state.step))
+            self.scores = heldout(
+                scorer, split, self.config, self.mesh, eod, lambda: self.supervisor.heartbeat(state.step)
+            )
             tokenizer = self.store.tokenizer_folder / "tokenizer.json"
             written = samples(scorer, tokenizer, self.config, self.mesh, eod)
         if not self.mesh.is_first:

@@ -16,7 +16,7 @@ from minka.checkpoint.catalogue import checkpoints, run_and_step
 from minka.checkpoint.commit import step_name
 from minka.checkpoint.reader_lease import leased
 from minka.checkpoint.restore import restore_from
-from minka.data.batch import FILLER, Batch
+from minka.data.batch import PADDING, Batch
 from minka.data.loader import Loader, order_of
 from minka.data.token_store import TokenStore
 from minka.data.trace import trace_window
@@ -216,7 +216,7 @@ def _begin(job: Replay, config: RunConfig, engine: Engine, mesh: Mesh) -> tuple[
     if job.origin is not None:
         with leased(job.folder.path, job.origin):
             saved = restore_from(job.origin, engine.tensors(), mesh)
-            engine.adopt()
+            engine.after_restore()
             return State.from_json(saved), str(job.origin)
     parent = pinned_parent(job.folder)
     if parent is None:
@@ -241,7 +241,7 @@ def _moved(engine: Engine, config: RunConfig, mesh: Mesh) -> Engine:
     with torch.no_grad():
         for name, piece in other.tensors().items():
             piece.local.copy_(old[name].local)
-    other.adopt()
+    other.after_restore()
     return other
 
 
@@ -266,7 +266,7 @@ def _step(
 def _samples(config: RunConfig, store: TokenStore, batch: Batch) -> list[dict[str, Any]]:
     """The sample ids of a batch, with the documents that each was cut from."""
     split = store.split("train")
-    ids = [sample for sample in batch.samples.tolist() if sample != FILLER]
+    ids = [sample for sample in batch.samples.tolist() if sample != PADDING]
     windows = order_of(config, split).windows_at(ids)
     return [
         {

@@ -23,7 +23,7 @@ from minka.plan.load_config import from_json
 from minka.plan.resume_rules import changes, decides_rate
 from minka.plan.run_folder import RunFolder
 from minka.train.parent_run import Parent, begins_at, pinned_parent
-from minka.train.recorder import Record
+from minka.train.recorder import Recorder
 from minka.train.schedule import learning_rate
 from minka.train.state import State, randomness
 
@@ -31,7 +31,7 @@ from minka.train.state import State, randomness
 CLOSE = 1e-9
 
 
-def begin(engine: Engine, record: Record, mesh: Mesh) -> State:
+def begin(engine: Engine, record: Recorder, mesh: Mesh) -> State:
     """Fill the engine's tensors and give the state to go on from. Collective. Raises UserError on every rank."""
     damaged: list[dict[str, str]] = []
     random = randomness()
@@ -40,11 +40,11 @@ def begin(engine: Engine, record: Record, mesh: Mesh) -> State:
         {**engine.tensors(), **random},
         mesh,
         lambda path, reason: damaged.append({"path": str(path), "reason": reason}),
-        alive=lambda: record.outside.alive(0),
+        alive=lambda: record.supervisor.heartbeat(0),
     )
     if saved is None:
         return _first(engine, record, mesh)
-    engine.adopt()
+    engine.after_restore()
     torch.set_rng_state(random["rng.torch"].local)
     state = State.from_json(saved)
     record.resumed(state)
@@ -65,7 +65,7 @@ def begin(engine: Engine, record: Record, mesh: Mesh) -> State:
     return state
 
 
-def _tell_of_lost(record: Record, state: State, damaged: set[str]) -> None:
+def _tell_of_lost(record: Recorder, state: State, damaged: set[str]) -> None:
     """A checkpoint that was saved after the one that is gone on from, and is not there, is a fall-back too."""
     saves: list[int] = []
     for event in read_ledger(record.folder.ledger_file):
@@ -107,7 +107,7 @@ def check_rate(saved: Mapping[str, Any], folder: RunFolder, config: RunConfig, s
     return ""
 
 
-def _first(engine: Engine, record: Record, mesh: Mesh) -> State:
+def _first(engine: Engine, record: Recorder, mesh: Mesh) -> State:
     """No checkpoint of its own: from the parent's, or the initial weights that are there already."""
     problem: UserError | None = None
     try:
@@ -120,7 +120,7 @@ def _first(engine: Engine, record: Record, mesh: Mesh) -> State:
         place, said = begins_at(parent, record.config, record.store.hash)
         state = State(*place)
         record.forked(state)
-        load_parent(parent, engine, record.config.run.start_with, mesh, lambda: record.outside.alive(0))
+        load_parent(parent, engine, record.config.run.start_with, mesh, lambda: record.supervisor.heartbeat(0))
         record.console.say(said)
         if parent.learning_rate is not None and state.step:
             rate = learning_rate(record.config, state.step, state.tokens)
@@ -145,13 +145,13 @@ def load_parent(
         tensors = {name: piece for name, piece in tensors.items() if name.startswith("model.")}
     if parent.checkpoint is None:
         _load_hub_folder(parent, tensors, mesh)
-        engine.adopt()
+        engine.after_restore()
         return
     with ExitStack() as stack:
         lease = leased(parent.folder, parent.checkpoint)
         on_first(lambda: stack.enter_context(lease), mesh)  # and nobody reads before it is there
         restore_from(parent.checkpoint, tensors, mesh, alive=alive)
-        engine.adopt()
+        engine.after_restore()
         mesh.barrier()
 
 

@@ -10,14 +10,14 @@ from minka.plan.errors import ExitStatus, UserError
 from minka.plan.ledger import Ledger
 from minka.plan.resume_rules import changes, check_batch, check_length, decides_rate
 from minka.plan.run_folder import RunFolder
-from minka.train.parent_run import Place, hash_hub_folder, pinned_parent
+from minka.train.parent_run import Position, hash_hub_folder, pinned_parent
 
 
-def standing(folder: RunFolder) -> Place | None:
+def standing(folder: RunFolder) -> Position | None:
     """Where the run stands: its newest checkpoint whose manifest can be read; None when there is none."""
     for step in newest_first(folder.checkpoints):
         try:
-            return Place.of(load_manifest(folder.checkpoints / step_name(step))["state"])
+            return Position.of(load_manifest(folder.checkpoints / step_name(step))["state"])
         except (OSError, ValueError, KeyError, TypeError):
             continue  # restore will say what is wrong with it
     return None

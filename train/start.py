@@ -7,7 +7,7 @@ from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 from minka.plan.resume_rules import LENGTH, changes, check_resume
 from minka.plan.run_folder import RunFolder
-from minka.train.parent_run import Parent, Place, check_parent, check_tokenizer, find_parent
+from minka.train.parent_run import Parent, Position, check_parent, check_tokenizer, find_parent
 from minka.train.standing import check_goes_on, standing
 
 
@@ -16,7 +16,7 @@ class Outlook(NamedTuple):
 
     begun: bool
     over: bool  # finished, and nothing that was given makes it longer
-    place: Place | None  # of the checkpoint that it goes on from
+    place: Position | None  # of the checkpoint that it goes on from
     parent: Parent | None  # of a new run
     changed: Mapping[str, object]  # against the run as it was last started
 

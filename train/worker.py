@@ -16,7 +16,7 @@ from minka.data.loader import Loader
 from minka.data.prepare import store_folder
 from minka.data.token_store import TokenStore
 from minka.launch.exit_reason import explained, write_ending
-from minka.launch.signals import Outside
+from minka.launch.signals import SupervisorLink
 from minka.model.transformer import Transformer
 from minka.parallel.apply import build_parts, named_parameters
 from minka.parallel.deepspeed_engine import build_zero_engine
@@ -33,7 +33,7 @@ from minka.plan.errors import ExitStatus, UserError
 from minka.plan.flops import FORMULAS, parameters, training_flops_per_token
 from minka.plan.hardware import find
 from minka.plan.ledger import Ledger
-from minka.plan.padding import told_fillers
+from minka.plan.padding import describe_padding
 from minka.plan.pipeline_stages import stages_of
 from minka.plan.resume_rules import Changes, told
 from minka.plan.run_folder import RunFolder
@@ -47,7 +47,7 @@ from minka.train.optimizer import AdamW, decay_of
 from minka.train.parent_run import open_run, pinned_parent
 from minka.train.profiler import Profile
 from minka.train.provenance import processor
-from minka.train.recorder import Record
+from minka.train.recorder import Recorder
 from minka.train.resume import begin, on_first
 from minka.train.standing import begin_again, check_goes_on
 from minka.train.state import State
@@ -83,14 +83,14 @@ def work(job: WorkerJob) -> int:
         run.profile.close()
         run.record.console.end()
         mesh.barrier()  # every rank has written what it has to
-        run.outside.alive(state.step, done=True)
+        run.supervisor.heartbeat(state.step, done=True)
         return int(_finish(job, run, state, status) if mesh.is_first else status)
 
 
 def prepare_joined(config: RunConfig, command: list[str]) -> None:
     """Before ranks of torchrun or Slurm meet: the first prepares the data, the others wait for as long as it works.
 
-    Outside the process group, whose collectives give up long before a large corpus is done. Raises UserError.
+    SupervisorLink the process group, whose collectives give up long before a large corpus is done. Raises UserError.
     """
     if os.environ["RANK"] == "0":
         open_run(config, command)
@@ -115,14 +115,14 @@ def session(job: WorkerJob, mesh: Mesh) -> Iterator[tuple[Session, State]]:
     config, folder = job.config, RunFolder.of(job.config)
     with ExitStack() as stack:
         store, changed = _open_run(job, mesh, stack)
-        outside = Outside(mesh.rank, folder.stop_file, job.beat, folder.logs / f"stacks-{mesh.rank:05d}.txt")
-        stack.callback(outside.close)
-        outside.alive(0)
+        supervisor = SupervisorLink(mesh.rank, folder.stop_file, job.beat, folder.logs / f"stacks-{mesh.rank:05d}.txt")
+        stack.callback(supervisor.close)
+        supervisor.heartbeat(0)
         trackers = open_trackers(config, folder) if mesh.is_first else []
         ledger = Ledger(folder.ledger_file) if mesh.is_first else None
         console = Console(config, speaks=mesh.is_first, as_json=job.as_json)
         lineage = folder.lineage() if mesh.is_first else []
-        record = Record(config, mesh, store, outside, ledger, trackers, console, lineage)
+        record = Recorder(config, mesh, store, supervisor, ledger, trackers, console, lineage)
         stack.callback(record.close)
         stack.callback(console.end)
         engine, optimizer = build_engine(config, mesh)
@@ -133,7 +133,7 @@ def session(job: WorkerJob, mesh: Mesh) -> Iterator[tuple[Session, State]]:
         stack.callback(loader.close)
         profile = Profile(job.profile, folder.logs / f"trace-{mesh.rank:05d}.json")
         console.begin(state.step)
-        yield Session(config, mesh, engine, optimizer, loader, record, outside, profile), state
+        yield Session(config, mesh, engine, optimizer, loader, record, supervisor, profile), state
 
 
 def build_engine(config: RunConfig, mesh: Mesh) -> tuple[Engine, Updates]:
@@ -179,7 +179,7 @@ def _open_run(job: WorkerJob, mesh: Mesh, stack: ExitStack) -> tuple[TokenStore,
     return TokenStore.open(store_folder(job.config, Path())), changed
 
 
-def _announce(record: Record, state: State, mesh: Mesh, changed: Changes) -> None:
+def _announce(record: Recorder, state: State, mesh: Mesh, changed: Changes) -> None:
     config = record.config
     gpu = find(torch.cuda.get_device_name(mesh.device)) if mesh.device.type == "cuda" else None
     device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else processor()
@@ -200,7 +200,7 @@ def _announce(record: Record, state: State, mesh: Mesh, changed: Changes) -> Non
         changed=changed,
         lineage=record.lineage,
     )
-    fillers = told_fillers(config, mesh.layout)
+    fillers = describe_padding(config, mesh.layout)
     for line in [*told(changed), *_placed(record, mesh), *([fillers] if fillers else [])]:
         record.console.say(line)
     record.console.say(
@@ -215,7 +215,7 @@ def _announce(record: Record, state: State, mesh: Mesh, changed: Changes) -> Non
     )
 
 
-def _placed(record: Record, mesh: Mesh) -> list[str]:
+def _placed(record: Recorder, mesh: Mesh) -> list[str]:
     """Which rank has which place and which layers: stored, and told where it is more than a row of data ranks."""
     if mesh.topology is None or not mesh.is_first:
         return []

@@ -56,7 +56,7 @@ def test_what_changes_after_settle_is_not_what_is_saved(tmp_path: Path, monkeypa
     saver = Saver(tmp_path, ALONE, 2, disk=disk)
     disk.open.clear()
     saver.save(Contents(1, {"step": 1}), training)
-    saver.settle()
+    saver.wait_for_copy()
     for piece in training.values():
         piece.local.zero_()
     disk.open.set()
@@ -80,7 +80,7 @@ def test_stall_is_what_the_training_waited_and_no_more(
     waited += time.perf_counter()
     time.sleep(between)  # forward and backward
     waited -= time.perf_counter()
-    saver.settle()
+    saver.wait_for_copy()
     waited += time.perf_counter()
     stall = saver.stall_seconds
     outcome = saver.wait()
@@ -105,7 +105,7 @@ def test_one_save_at_a_time_and_its_outcome_is_given_once(tmp_path: Path) -> Non
     saver = Saver(tmp_path, ALONE, 2, disk=disk)
     disk.open.clear()
     saver.save(Contents(1, {}), tensors())
-    saver.settle()
+    saver.wait_for_copy()
     assert saver.poll() is None
     with pytest.raises(AssertionError):
         saver.save(Contents(2, {}), tensors())
@@ -155,7 +155,7 @@ def test_a_save_that_fails_raises_nothing_says_why_and_leaves_nothing(
     for step, problem in ((1, None), (2, error), (3, None)):
         disk.error = problem
         saver.save(Contents(step, {"step": step}), tensors(step))
-        saver.settle()
+        saver.wait_for_copy()
         outcomes.append(saver.wait())
         assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     said = [outcome.error for outcome in outcomes if outcome]
@@ -174,7 +174,7 @@ def test_no_memory_for_the_buffer_fails_the_save_and_not_the_training(
     with monkeypatch.context() as patch:
         patch.setattr(Image, "__init__", refuse)
         saver.save(Contents(1, {}), tensors())
-        saver.settle()
+        saver.wait_for_copy()
         outcome = saver.wait()
     assert outcome is not None
     assert "no memory" in outcome.error
@@ -206,7 +206,7 @@ def test_a_wait_has_a_heartbeat_while_the_save_gets_on_and_none_while_it_hangs(t
     saver = Saver(tmp_path, ALONE, 2, disk=disk)
     disk.open.clear()
     saver.save(Contents(1, {}), tensors())
-    saver.settle()
+    saver.wait_for_copy()
     time.sleep(0.1)  # the hashes need no disk
     threading.Timer(TAKES, disk.open.set).start()
     began = time.perf_counter()
@@ -237,7 +237,7 @@ def fail_on_second_rank(folder: str, how: str, asynchronous: bool) -> list[str]:
             Image.__init__ = refuse if bad and how == "memory" else make  # type: ignore[method-assign]
             rows = Piece(torch.full((2 + step % 2, largest), float(step)), (3 * mesh.rank, 0), (6, largest))
             saver.save(Contents(step, {"step": step}), {"model.w": rows})
-            saver.settle()
+            saver.wait_for_copy()
             outcome: Outcome | None = saver.wait()
             assert outcome is not None
             said.append(outcome.error)

@@ -105,7 +105,7 @@ def write_for_ever(pipe: Connection, folder: str, first: int, moment: str) -> No
         tensors = numbers(version)
         pipe.send(("begun", version, step))
         saver.save(Contents(step, {"step": step, "version": version}, permanent=step % EVERY == 0), tensors)
-        saver.settle()
+        saver.wait_for_copy()
         for piece in tensors.values():
             piece.local.fill_(-1)  # the training goes on
         outcome = saver.wait()

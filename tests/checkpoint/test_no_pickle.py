@@ -61,7 +61,7 @@ def save_without_pickle(folder: str) -> str:
         saver = Saver(Path(folder), mesh, 2)
         for step in (1, 2, 3):
             saver.save(Contents(step, {"step": step}), rows(mesh.rank, mesh.ranks, float(step)))
-            saver.settle()
+            saver.wait_for_copy()
             outcome = saver.wait()
             assert outcome is not None
             assert not outcome.error, outcome.error

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from minka.benchmarks.data_path import samples_per_second, synthetic_stream
-from minka.data.batch import FILLER, IGNORED, Batch, build_batch
+from minka.data.batch import IGNORED, PADDING, Batch, build_batch
 from minka.data.sample_order import window_count
 
 EOD = 9
@@ -30,7 +30,7 @@ def one_by_one(stream: NDArray[Any], window: int, seq_len: int) -> tuple[list[in
     rows: tuple[list[int], ...] = ([], [], [], [])
     document = position = 0
     for at in range(window * seq_len, (window + 1) * seq_len):
-        real = window != FILLER and at < len(stream)
+        real = window != PADDING and at < len(stream)
         token = int(stream[at]) if real else EOD
         counts = real and token != EOD
         rows[0].append(token)
@@ -49,7 +49,7 @@ def one_by_one(stream: NDArray[Any], window: int, seq_len: int) -> tuple[list[in
 )
 def test_a_batch_is_what_the_rules_say_token_by_token(lengths: list[int], seq_len: int, fillers: int) -> None:
     stream = stream_of(lengths)
-    windows = [*range(window_count(len(stream), seq_len)), *[FILLER] * fillers]
+    windows = [*range(window_count(len(stream), seq_len)), *[PADDING] * fillers]
     batch = build_batch(stream, windows, np.array(windows), seq_len, EOD)
     for row, window in enumerate(windows):
         made = (batch.tokens, batch.targets, batch.documents, batch.positions)
@@ -71,7 +71,7 @@ def test_every_target_of_the_stream_counts_once_and_none_crosses_documents(lengt
 
 
 def test_fillers_have_no_target_one_document_and_running_positions() -> None:
-    batch = build_batch(stream_of([5, 5]), [FILLER], np.array([FILLER]), 6, EOD)
+    batch = build_batch(stream_of([5, 5]), [PADDING], np.array([PADDING]), 6, EOD)
     assert batch.target_count == 0
     assert batch.targets.tolist() == [[IGNORED] * 6]
     assert batch.documents.tolist() == [[0] * 6]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from corpora import data_section, run_config
-from minka.data.batch import FILLER, Batch
+from minka.data.batch import PADDING, Batch
 from minka.data.loader import Loader, LoaderState, global_batch, order_of
 from minka.data.prepare import prepare
 from minka.data.token_store import Split, TokenStore
@@ -55,7 +55,7 @@ def together(parts: list[Batch], micro_batch: int) -> Step:
     assert rows.pop() % micro_batch == 0
     samples = torch.stack([part.samples for part in parts], dim=1).flatten().tolist()
     tokens = torch.stack([part.tokens for part in parts], dim=1).flatten(0, 1).tolist()
-    real = [i for i, sample in enumerate(samples) if sample != FILLER]
+    real = [i for i, sample in enumerate(samples) if sample != PADDING]
     assert real == list(range(len(real)))
     return [samples[i] for i in real], [tokens[i] for i in real]
 

@@ -272,7 +272,7 @@ def copy(config: RunConfig, source: Path, target: Path) -> list[float]:
     with start_mesh(config.layout) as mesh:
         engine, _ = build_engine(config, mesh)
         restore_from(checkpoints(source)[-1], engine.tensors(), mesh)
-        engine.adopt()
+        engine.after_restore()
         save(target, 2, engine.tensors(), {}, mesh)
         return losses_of(engine, mesh)
 

@@ -4,7 +4,7 @@ import pytest
 
 from minka.plan.config import RunConfig
 from minka.plan.load_config import load_run
-from minka.plan.padding import filler_share, told_fillers
+from minka.plan.padding import describe_padding, padding_share
 
 
 def of_1024_sequences() -> RunConfig:
@@ -25,13 +25,13 @@ def of_1024_sequences() -> RunConfig:
 def test_work_for_nothing_is_told_where_it_is_much(ranks: int, micro_batch: int, share: float) -> None:
     config = of_1024_sequences()
     layout = config.layout.model_copy(update={"shard": ranks, "micro_batch": micro_batch})
-    assert filler_share(config, layout) == pytest.approx(share)
-    assert bool(told_fillers(config, layout)) == (share >= 0.01)
+    assert padding_share(config, layout) == pytest.approx(share)
+    assert bool(describe_padding(config, layout)) == (share >= 0.01)
 
 
 def test_the_words_say_how_it_comes_about() -> None:
     config = of_1024_sequences()
-    assert told_fillers(config, config.layout.model_copy(update={"shard": 1000, "micro_batch": 1})) == (
+    assert describe_padding(config, config.layout.model_copy(update={"shard": 1000, "micro_batch": 1})) == (
         "note: 49% of each step is spent on fillers: the 1,024 sequences of a batch are taken 1,000 at a time "
         "(1,000 data ranks x micro_batch 1)"
     )

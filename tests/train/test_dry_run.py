@@ -173,7 +173,7 @@ def test_the_command_prints_a_rank_or_one_of_each_stage(capsys: pytest.CaptureFi
     assert main([*small, "--dry-run", "--world", "2", "--rank", "1", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     (one,) = document["ranks"]
-    assert (one["rank"], document["warmup_refused"], document["filler_share"]) == (1, "", 0)
+    assert (one["rank"], document["warmup_refused"], document["padding_share"]) == (1, "", 0)
     assert sum(one["peak_bytes_by_kind"].values()) == one["peak_bytes"]
     assert {t["axis"] for t in one["transfers"]} >= {"pipeline"}
     assert main([*small, "--dry-run", "--world", "2"]) == 0

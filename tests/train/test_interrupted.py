@@ -12,14 +12,14 @@ from minka.checkpoint.async_saver import Saver
 from minka.checkpoint.catalogue import checkpoints
 from minka.checkpoint.restore import whole_tensors
 from minka.data.loader import Loader
-from minka.launch.signals import Outside
+from minka.launch.signals import SupervisorLink
 from minka.parallel.fsdp_engine import ShardedEngine
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
 from minka.plan.ledger import current, read_ledger
 from minka.plan.run_folder import RunFolder
 from minka.train.console import Console
-from minka.train.recorder import Record
+from minka.train.recorder import Recorder
 from ranks import on_ranks
 from tiny import tiny, train_rank
 
@@ -29,11 +29,11 @@ MOMENTS: dict[str, tuple[type, str]] = {  # the points of a cycle, in their orde
     "data": (Loader, "__next__"),
     "forward and backward": (ShardedEngine, "forward_backward"),
     "gradient norm": (ShardedEngine, "grad_norm"),
-    "settling a save": (Record, "settle"),
+    "settling a save": (Recorder, "settle"),
     "update": (ShardedEngine, "apply"),
-    "judging": (Record, "judge"),
+    "judging": (Recorder, "judge"),
     "beginning a save": (Saver, "save"),
-    "evaluation": (Record, "evaluate"),
+    "evaluation": (Recorder, "evaluate"),
 }
 AFTER_UPDATE = ("judging", "beginning a save", "evaluation")
 STOPS = {  # moment: the step in which it is asked for; saves come every 3 steps, evaluations every 4
@@ -135,17 +135,17 @@ def train_asked(
 
 def steps_done() -> list[int]:
     """A list whose last entry is the number of steps done, while the run goes on."""
-    done, begin, alive = [0], Console.begin, Outside.alive
+    done, begin, alive = [0], Console.begin, SupervisorLink.heartbeat
 
     def begins(self: Console, step: int) -> None:
         done.append(step)
         begin(self, step)
 
-    def beats(self: Outside, step: int, **kwargs: bool) -> None:
+    def beats(self: SupervisorLink, step: int, **kwargs: bool) -> None:
         done.append(max(step, done[-1]))
         alive(self, step, **kwargs)
 
-    Console.begin, Outside.alive = begins, beats  # type: ignore[method-assign]
+    Console.begin, SupervisorLink.heartbeat = begins, beats  # type: ignore[method-assign]
     return done
 
 

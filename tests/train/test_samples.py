@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from minka.launch.signals import Outside
+from minka.launch.signals import SupervisorLink
 from minka.plan.config import RunConfig
 from minka.plan.run_folder import RunFolder
 from ranks import on_ranks
@@ -49,13 +49,13 @@ def test_a_half_on_one_rank_and_a_half_on_three_are_one_run(folder: Path) -> Non
 def train_until(config: RunConfig, stop_after: int = 0) -> int:
     """One rank of the run; with `stop_after`, as if a person had asked for a stop in that step."""
     if stop_after:
-        alive = Outside.alive
+        alive = SupervisorLink.heartbeat
 
-        def counted(self: Outside, step: int, *, done: bool = False) -> None:
+        def counted(self: SupervisorLink, step: int, *, done: bool = False) -> None:
             alive(self, step, done=done)
             self._asked = step >= stop_after
 
-        Outside.alive = counted  # type: ignore[method-assign]
+        SupervisorLink.heartbeat = counted  # type: ignore[method-assign]
     return train_rank(config)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from minka.checkpoint.restore import checkpoints, restore, whole_tensors
-from minka.data.batch import FILLER
+from minka.data.batch import PADDING
 from minka.data.loader import Loader
 from minka.data.token_store import TokenStore
 from minka.parallel.mesh import start_mesh
@@ -99,5 +99,5 @@ def going_on(config: RunConfig, folder: str) -> dict[str, Any]:
         sums = engine.forward_backward(batch.micro_batches(config.layout.micro_batch), count)
         rate = learning_rate(config, state.step, state.tokens)
         engine.apply(rate, config.optimizer.max_norm, accepts(sums, engine.grad_norm()))
-        samples = [s for s in batch.samples.tolist() if s != FILLER] if mesh.leads_data else []
+        samples = [s for s in batch.samples.tolist() if s != PADDING] if mesh.leads_data else []
         return {"pieces": pieces, "loss": float(sums.loss) / count, "samples": samples}
