@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from minka.data.batch import build_batch
-from minka.data.sample_order import Order, Permutation, window_count
+from minka.data.sample_order import EpochPermutation, SampleOrder, window_count
 
 TOKENS = 20_000_000
 SEQ_LEN = 2048
@@ -28,7 +28,7 @@ def synthetic_stream(mean_length: int, tokens: int = TOKENS) -> NDArray[np.uint1
 
 def samples_per_second(stream: NDArray[np.uint16], rows: int, seconds: float = 2.0) -> float:
     """Batches of `rows` permuted windows built by this thread: order, gather, targets, documents, positions."""
-    order = Order(window_count(len(stream), SEQ_LEN), seed=0)
+    order = SampleOrder(window_count(len(stream), SEQ_LEN), seed=0)
 
     def batch(step: int) -> int:
         positions = order.positions(step * rows, (step + 1) * rows)
@@ -40,7 +40,7 @@ def samples_per_second(stream: NDArray[np.uint16], rows: int, seconds: float = 2
 
 def indices_per_second(count: int = 3_000_000, seconds: float = 2.0) -> float:
     """Indices of one epoch permuted by this thread."""
-    permutation = Permutation(count, seed=0, epoch=0)
+    permutation = EpochPermutation(count, seed=0, epoch=0)
     block = np.arange(1 << 17)
 
     def permute(step: int) -> int:

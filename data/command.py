@@ -142,7 +142,7 @@ def _document(split: "Split", i: int) -> dict[str, Any]:
 
 
 def _sample(split: "Split", config: "RunConfig | None", position: int, where: str) -> dict[str, Any]:
-    from minka.data.sample_order import Order, window_count
+    from minka.data.sample_order import SampleOrder, window_count
     from minka.data.trace import trace_window
 
     if config is None:
@@ -154,7 +154,7 @@ def _sample(split: "Split", config: "RunConfig | None", position: int, where: st
     if position < 0:
         raise UserError(f"there is no sample {position}", remedy="samples are counted from 0, on through every epoch")
     windows = window_count(split.n_tokens, config.data.seq_len)
-    window = int(Order(windows, config.run.seed).windows_at([position])[0])
+    window = int(SampleOrder(windows, config.run.seed).windows_at([position])[0])
     return {
         "sample": position,
         "epoch": position // windows,

@@ -22,7 +22,7 @@ Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Permutation:
+class EpochPermutation:
     """A bijection of 0 .. count-1, keyed by (seed, epoch); the same on every machine."""
 
     count: int
@@ -69,7 +69,7 @@ class Permutation:
 
 
 @dataclass(frozen=True)
-class Order:
+class SampleOrder:
     """Which window of the split each sample of a run is.
 
     windows: samples in one epoch. dropped: rising, disjoint [first, last) ranges of *positions*. A position is a
@@ -98,7 +98,7 @@ class Order:
         out = np.empty_like(asked)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            out[here] = Permutation(self.windows, self.seed, int(epoch)).at(within[here])
+            out[here] = EpochPermutation(self.windows, self.seed, int(epoch)).at(within[here])
         return out
 
     def sample_at(self, sample: int) -> tuple[int, int]:
