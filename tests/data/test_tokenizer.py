@@ -89,7 +89,7 @@ def test_a_hugging_face_folder_tokenizes_a_store(tmp_path: Path) -> None:
     )
     check_store(store, config)  # an embedding may have more rows than the tokenizer has entries
     narrow = config.model_copy(update={"model": config.model.model_copy(update={"vocab": 299})})
-    with pytest.raises(UserError, match="300 entries.* 299 rows"):
+    with pytest.raises(UserError, match=r"300 entries.* 299 rows"):
         check_store(store, narrow)
     saved = (store.tokenizer_folder / "tokenizer_config.json").read_text()
     assert str(tmp_path) not in saved

@@ -110,7 +110,7 @@ def test_an_export_that_cannot_be_put_in_place_leaves_the_old_one(
 
 
 def test_a_read_only_place_and_a_full_disk_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="^/proc/out: "):
+    with pytest.raises(UserError, match=r"^/proc/out: "):
         write_folder(Path("/proc/out"), section(), untouched(), eod_token=0)
 
     def full(*_: object, **__: object) -> None:
