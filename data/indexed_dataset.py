@@ -5,10 +5,11 @@ i64 byte offsets[S], i64 document index[D]. Here a sequence is a document, its e
 Layout: Megatron-LM, megatron/core/datasets/indexed_dataset.py.
 """
 
+import shutil
 import struct
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,17 +38,20 @@ def token_dtype(vocab: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocab < SMALL_VOCAB else "<i4")
 
 
-def write_index(path: Path, lengths: Path, dtype: np.dtype[Any]) -> None:
+def write_index(path: Path, lengths_file: Path, dtype: np.dtype[Any]) -> None:
     """Write an .idx from a file of raw i32 lengths, in bounded memory."""
-    size = lengths.stat().st_size // 4
+    lengths = np.memmap(lengths_file, dtype="<i4", mode="r")
+    size = len(lengths)
     code = next(code for code, name in DTYPE_CODES.items() if np.dtype(name) == dtype)
-    with path.open("wb") as out:
+    with path.open("wb") as out, lengths_file.open("rb") as source:
         out.write(HEADER.pack(MAGIC, 1, code, size, size + 1))
-        with lengths.open("rb") as source:
-            while part := source.read(4 * CHUNK):
-                out.write(part)
-        with lengths.open("rb") as source:
-            _write_pointers(out, source, dtype.itemsize)
+        shutil.copyfileobj(source, out)
+        offset = 0
+        for start in range(0, size, CHUNK):
+            sizes = lengths[start : start + CHUNK].astype("<i8") * dtype.itemsize
+            ends = offset + np.cumsum(sizes)
+            out.write((ends - sizes).tobytes())
+            offset = int(ends[-1])
         for start in range(0, size + 1, CHUNK):
             out.write(np.arange(start, min(size + 1, start + CHUNK), dtype="<i8").tobytes())
 
@@ -74,12 +78,3 @@ def read_tokens(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
         return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot be read as tokens: {error}", where=str(path)) from None
-
-
-def _write_pointers(out: BinaryIO, lengths: BinaryIO, itemsize: int) -> None:
-    offset = 0
-    while part := lengths.read(4 * CHUNK):
-        sizes = np.frombuffer(part, dtype="<i4").astype(np.int64) * itemsize
-        ends = offset + np.cumsum(sizes)
-        out.write((ends - sizes).astype("<i8").tobytes())
-        offset = int(ends[-1])

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from minka.data.document import HashedDocument
@@ -17,11 +18,12 @@ from minka.data.store_manifest import (
     SplitTotals,
     TokenizerInfo,
     defining_fields,
+    hash_file,
     hash_files,
     write_manifest,
 )
 from minka.data.token_store import TokenStore
-from minka.data.tokenizer import TextTokenizer, bytes_tokenizer, check_bpe_vocab, load_hf, tokenizer_hash, train_bpe
+from minka.data.tokenizer import TextTokenizer, bytes_tokenizer, check_bpe_vocab, load_hf, train_bpe
 from minka.data.validation_split import CorpusSurvey, add_hash, survey_corpus
 from minka.plan.atomic import NewFolder, atomic_folder
 from minka.plan.config import RunConfig
@@ -117,7 +119,7 @@ def prepare(data: DataSection, vocab: int, folder: Path, progress: Progress = no
                 name=data.tokenizer,
                 entries=tokenizer.entries,
                 eod_token=str(tokenizer.backend.id_to_token(tokenizer.eod)),
-                sha256=tokenizer_hash(new.path / "tokenizer"),
+                sha256=hash_file(new.path / "tokenizer" / "tokenizer.json").sha256,
             ),
             vocab=tokenizer.entries,
             eod=tokenizer.eod,
@@ -157,20 +159,18 @@ def _make_tokenizer(data: DataSection, vocab: int, survey: CorpusSurvey, progres
     return trained
 
 
+@dataclass
 class _SecondReading:
     """Reads the corpus again, tokenizes it in groups of documents, and writes each document to its split."""
 
-    def __init__(
-        self,
-        data: DataSection,
-        tokenizer: TextTokenizer,
-        survey: CorpusSurvey,
-        new: NewFolder,
-        advance: Callable[[int], None],
-    ) -> None:
-        self.data, self.tokenizer, self.survey, self.new, self.advance = data, tokenizer, survey, new, advance
-        self.without_tokens = self.tried = 0
-        self.exact = True
+    data: DataSection
+    tokenizer: TextTokenizer
+    survey: CorpusSurvey
+    new: NewFolder
+    advance: Callable[[int], None]
+    without_tokens: int = 0
+    tried: int = 0  # documents that were decoded again, to decide `exact`
+    exact: bool = True
 
     def write_splits(self) -> dict[str, SplitTotals]:
         checksum = 0

@@ -12,6 +12,7 @@ from minka.plan.errors import UserError
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
+SHOWN_PROBLEMS = 5
 # Fields of DataSection that decide which tokens a store contains; the others decide how they are read.
 DEFINING_FIELDS = {
     "source",
@@ -111,10 +112,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise damaged_store(folder, f"{MANIFEST} cannot be read: {error}") from None
 
 
-def damaged_store(folder: Path, what: str) -> UserError:
+def damaged_store(folder: Path, *problems: str) -> UserError:
     """The error for a store that is not what its manifest says."""
+    more = f"; and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
     return UserError(
-        f"the store is damaged: {what}",
+        f"the store is damaged: {'; '.join(problems[:SHOWN_PROBLEMS])}{more}",
         where=str(folder),
         remedy="copy it again from an intact copy, or remove the folder and run `minka data prepare` again",
     )

@@ -157,13 +157,15 @@ class TokenStore:
     @classmethod
     def open(cls, folder: Path) -> "TokenStore":
         """Open a store and check the sizes of its files (`minka data verify` checks hashes). Raises UserError."""
-        manifest = read_manifest(folder)
+        manifest, problems = read_manifest(folder), []
         for name, file in manifest.files.items():
             path = folder / name
-            found = path.stat().st_size if path.is_file() else None
-            if found != file.bytes:
-                what = "is missing" if found is None else f"has {found} bytes where the manifest says {file.bytes}"
-                raise damaged_store(folder, f"{name} {what}")
+            if not path.is_file():
+                problems.append(f"{name} is missing")
+            elif path.stat().st_size != file.bytes:
+                problems.append(f"{name} has {path.stat().st_size} bytes where the manifest says {file.bytes}")
+        if problems:
+            raise damaged_store(folder, *problems)
         return cls(folder, manifest)
 
     @property

@@ -1,8 +1,7 @@
 """Tokenizers: plain bytes, a byte-level BPE trained on the training split, or one loaded from Hugging Face."""
 
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ EOD_TOKEN = "<|endoftext|>"
 BYTES_EOD = 0xFF  # a byte that no UTF-8 text contains
 # Settings of a loaded tokenizer that are kept. The others belong to its class, or are paths on this machine.
 HF_SETTINGS = ("clean_up_tokenization_spaces", "model_max_length", "padding_side", "chat_template")
+OWN_SETTINGS = {"eos_token": EOD_TOKEN, "clean_up_tokenization_spaces": False, "model_max_length": 10**30}
 BPE_MIN_ENTRIES = 257  # one entry for each byte, and the end of a document
 TokenizerKind = Literal["bytes", "bpe", "hf"]
 
@@ -65,11 +65,6 @@ def read_tokenizer(folder: Path, kind: TokenizerKind, eod: int, entries: int) ->
     return TextTokenizer(kind, _plain(backend), eod, entries, {})
 
 
-def tokenizer_hash(folder: Path) -> str:
-    """sha256 of the folder's tokenizer.json."""
-    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
-
-
 def bytes_tokenizer() -> TextTokenizer:
     """Id = byte. In a Hugging Face folder: a byte-level BPE without merges, in which entry 255 ends a document."""
     vocab = {letter: byte for byte, letter in enumerate(_letters())}
@@ -78,7 +73,7 @@ def bytes_tokenizer() -> TextTokenizer:
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     _byte_level(backend)
     backend.add_special_tokens([EOD_TOKEN])
-    return TextTokenizer("bytes", _plain(backend), BYTES_EOD, 256, _config())
+    return TextTokenizer("bytes", _plain(backend), BYTES_EOD, 256, _config_file(OWN_SETTINGS))
 
 
 def train_bpe(texts: Sequence[bytes], vocab: int, train_bytes: int) -> TextTokenizer:
@@ -104,7 +99,7 @@ def train_bpe(texts: Sequence[bytes], vocab: int, train_bytes: int) -> TextToken
         )
     eod = backend.token_to_id(EOD_TOKEN)
     assert eod is not None  # the trainer puts its special tokens first
-    return TextTokenizer("bpe", _plain(backend), eod, entries, _config())
+    return TextTokenizer("bpe", _plain(backend), eod, entries, _config_file(OWN_SETTINGS))
 
 
 def check_bpe_vocab(vocab: int) -> None:
@@ -152,10 +147,8 @@ def load_hf(name: str, vocab: int) -> TextTokenizer:
         )
     kept = {key: tokenizer.init_kwargs[key] for key in HF_SETTINGS if key in tokenizer.init_kwargs}
     special = {key: str(token) for key, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **kept, **special}
-    files = {"tokenizer_config.json": json.dumps(config, indent=2)}
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    return TextTokenizer("hf", _plain(backend), int(tokenizer.eos_token_id), entries, files)
+    return TextTokenizer("hf", _plain(backend), int(tokenizer.eos_token_id), entries, _config_file(kept | special))
 
 
 def _plain(backend: Tokenizer) -> Tokenizer:
@@ -177,11 +170,6 @@ def _letters() -> list[str]:
     return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
 
 
-def _config() -> dict[str, str]:
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": EOD_TOKEN,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 10**30,
-    }
+def _config_file(settings: Mapping[str, object]) -> dict[str, str]:
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
     return {"tokenizer_config.json": json.dumps(config, indent=2)}

@@ -100,17 +100,10 @@ def _cutoff(data: DataSection, lowest: int, highest: int, documents: int) -> tup
 
 
 def _no_text(data: DataSection, empty: int) -> UserError:
-    where = f"data.source={data.source}" + (f", data.paths={list(data.paths)}" if data.paths else "")
+    why = f"all {empty} documents are empty" if empty else "no document was found"
+    remedy = "give files that contain text, or use data.source=stdlib, which is on every machine"
     if data.max_bytes:
-        return UserError(
-            "no text was read",
-            where=where,
-            why=f"no whole document fits in data.max_bytes={data.max_bytes}",
-            remedy="raise data.max_bytes, or set it to 0 for no limit",
-        )
-    return UserError(
-        "the corpus has no text",
-        where=where,
-        why=f"all {empty} documents are empty" if empty else "no document was found",
-        remedy="give files that contain text, or use data.source=stdlib, which is on every machine",
-    )
+        why = f"no whole document fits in data.max_bytes={data.max_bytes}"
+        remedy = "raise data.max_bytes, or set it to 0 for no limit"
+    where = f"data.source={data.source}" + (f", data.paths={list(data.paths)}" if data.paths else "")
+    return UserError("the corpus has no text", where=where, why=why, remedy=remedy)
