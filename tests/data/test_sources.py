@@ -69,7 +69,7 @@ def test_a_byte_order_mark_before_json_is_not_part_of_it(tmp_path: Path) -> None
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
 def test_jsonl_is_read_plain_and_compressed_with_file_and_line(suffix: str, tmp_path: Path) -> None:
     plain = write_jsonl(tmp_path / "x", [{"text": t, "license": "CC0"} for t in TEXTS]).read_bytes()
-    plain = plain.replace(b"\n", b"\n\n", 1)  # an empty line is no document, but it counts as a line
+    plain = plain.replace(b"\n", b"\n\n", 1)  # an empty line is not a document, but it counts as a line
     half = len(plain) // 2
     packed = {
         ".jsonl": plain,
