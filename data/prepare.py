@@ -176,9 +176,9 @@ class _SecondReading:
         checksum = 0
         dtype = token_dtype(self.tokenizer.entries)
         with ExitStack() as stack:
-            writers = [
-                stack.enter_context(SplitWriter(self.new.path, name, dtype, self.tokenizer.eod)) for name in SPLITS
-            ]
+            writers = [SplitWriter(self.new.path, name, dtype, self.tokenizer.eod) for name in SPLITS]
+            for writer in writers:
+                stack.enter_context(writer)
             try:
                 for group in group_documents(read_documents(self.data)):
                     for document in group:

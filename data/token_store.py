@@ -1,5 +1,6 @@
 """TokenStore: a prepared corpus on disk, memory-mapped. Split: its tokens, documents, provenance and windows."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -104,8 +105,8 @@ class Split:
         """The documents of tokens first .. last-1 of the split, in order."""
         spans, at = [], first
         while at < min(last, self.n_tokens):
-            # Not np.searchsorted: the mapped index is not aligned, so it would copy all of it. This takes 30 look-ups.
-            i = _rightmost(self.index.pointers, at * self.tokens.itemsize)
+            # Not np.searchsorted: the mapped index is not aligned, so it would copy all of it.
+            i = bisect_right(self.index.pointers, at * self.tokens.itemsize) - 1
             start = int(self.index.pointers[i]) // self.tokens.itemsize
             end = min(last, start + int(self.index.lengths[i]))
             spans.append(TokenSpan(i, at - start, end - start))
@@ -203,12 +204,3 @@ class TokenStore:
                 f"{totals.tokens} in {totals.documents}",
             )
         return Split(self.folder, name, tokens, index, self.manifest.eod, self.tokenizer)
-
-
-def _rightmost(starts: NDArray[np.int64], at: int) -> int:
-    """The last i with starts[i] <= at."""
-    low, high = 0, len(starts)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if starts[middle] <= at else (low, middle)
-    return low

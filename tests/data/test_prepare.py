@@ -20,7 +20,6 @@ from minka.data.token_store import TokenStore
 from minka.data.tokenizer import train_bpe
 from minka.data.validation_split import survey_corpus
 from minka.data.verify import verify
-from minka.plan.atomic import atomic_folder
 from minka.plan.config_sections import DataSection
 from minka.plan.errors import UserError
 
@@ -188,14 +187,6 @@ def test_processes_that_prepare_at_once_end_with_one_whole_store(corpus: Path, t
     assert len({found.get() for _ in workers}) == 1
     (folder,) = (tmp_path / "stores").iterdir()
     assert verify(folder)["ok"]
-
-
-def test_the_second_process_keeps_the_store_of_the_first(tmp_path: Path) -> None:
-    with atomic_folder(tmp_path / "store") as new:
-        (new.path / "mine").write_text("second")
-        (tmp_path / "store").mkdir()
-        (tmp_path / "store" / "theirs").write_text("first")
-    assert sorted(tmp_path.rglob("*")) == [tmp_path / "store", tmp_path / "store" / "theirs"]
 
 
 @pytest.mark.parametrize("when", ["reading", "writing"])
