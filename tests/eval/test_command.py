@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from minka.eval.bits_per_byte import Scores, write_scores
+from minka.eval.bits_per_byte import Scores
 from minka.eval.command import main
+from minka.eval.result_file import write_result
 from minka.plan.errors import ExitStatus
 from minka.plan.run_folder import RunFolder
 from saved import saved_run
@@ -20,7 +21,7 @@ SETTINGS = {"max_documents": 0, "window": 32, "stride": 16}
 def run(tmp_path: Path) -> RunFolder:
     """A run with a checkpoint of step 3 and the result that it wrote itself."""
     found = saved_run(tmp_path, 3)
-    write_scores(found.evals, 3, 96, scores(SETTINGS), [("one", "two")])
+    write_result(found.evals, 3, 96, scores(SETTINGS), [("one", "two")])
     return found
 
 
@@ -59,13 +60,13 @@ def test_equal_settings_replace_the_result_and_keep_its_samples(run: RunFolder) 
 def test_a_result_that_does_not_say_its_settings_is_not_replaced(old: str, run: RunFolder) -> None:
     own = run.evals / "step-00000003" / OWN
     own.write_text(old)
-    write_scores(run.evals, 3, 96, scores(SETTINGS), [])
+    write_result(run.evals, 3, 96, scores(SETTINGS), [])
     assert own.read_text() == old
     assert len(list(own.parent.iterdir())) == 2
 
 
 def test_a_run_that_evaluates_a_step_again_has_only_its_new_samples(run: RunFolder) -> None:
-    write_scores(run.evals, 3, 96, scores(SETTINGS), [])
+    write_result(run.evals, 3, 96, scores(SETTINGS), [])
     assert results(run)[OWN]["samples"] == []
 
 
@@ -86,7 +87,7 @@ def test_a_folder_that_cannot_be_written_is_one_paragraph_before_the_work(
 ) -> None:
     run = saved_run(tmp_path, 3)
     run.evals.touch()  # a file in its place stands for what root cannot be forbidden
-    monkeypatch.setattr("minka.eval.score_checkpoint.heldout", pytest.fail)
+    monkeypatch.setattr("minka.eval.score_checkpoint.bits_per_byte", pytest.fail)
     assert main([str(run.path)]) == ExitStatus.REFUSED
     errors = capsys.readouterr().err
     assert "cannot be written" in errors
@@ -99,7 +100,7 @@ def test_a_disk_that_fills_during_the_work_is_one_paragraph(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minka.eval.bits_per_byte.write_json", full)
+    monkeypatch.setattr("minka.eval.result_file.write_json", full)
     assert main([str(run.path)]) == ExitStatus.REFUSED
     assert "No space left" in capsys.readouterr().err
 

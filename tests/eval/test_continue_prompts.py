@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from minka.eval.samples import samples
+from minka.eval.continue_prompts import continue_prompts
 from minka.parallel.engine import Scorer
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.plan.config import RunConfig
@@ -45,4 +45,4 @@ def sampled(config: RunConfig, file: str) -> Any:
             tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
             tokenizer.save(file)
         mesh.barrier()
-        return samples(cast(Scorer, Disagreeing(mesh)), Path(file), config, mesh, EOD)
+        return continue_prompts(cast(Scorer, Disagreeing(mesh)), Path(file), config, mesh, EOD)
