@@ -13,7 +13,7 @@ from browser import NARROW, WIDE, opened
 from ledgers import BATCH, Event, event, run_of, score, start, steps
 from minka.plan.ledger import read_ledger
 from minka.plan.run_folder import RunFolder
-from minka.report.report_writer import Report
+from minka.report.write_report import write_report
 
 BYTES, MILLISECONDS, SLOWER = 5_000_000, 3_000, 1.6
 PLOTS = {"loss", "score", "grad_norm", "learning_rate", "batch_tokens", "tokens_per_second", "parts", "split"}
@@ -22,7 +22,7 @@ EVIL = "<img src=x onerror=pwned=1><script>pwned=1</script></script><b>bold</b>%
 
 def report(tmp_path: Path, *folders: RunFolder, refresh_seconds: float = 0.0, now: float | None = None) -> Path:
     file = tmp_path / "report.html"
-    Report([str(folder.path) for folder in folders], file).write(refresh_seconds, now)
+    write_report([str(folder.path) for folder in folders], file, refresh_seconds, now)
     return file
 
 

@@ -8,15 +8,12 @@ import pytest
 
 from ledgers import event, run_of, start, steps
 from minka.plan.run_folder import RunFolder
-from minka.report.lineage import MOST_ROWS, Graph, rows_of
-from minka.report.load_run import read_run
+from minka.report.lineage_graph import MAX_ROWS, history_rows, lineage_graph
+from minka.report.run_files import read_run_files
 
 
 def drawn(*folders: RunFolder) -> dict[str, Any]:
-    graph = Graph()
-    runs = [read_run(str(folder.path)) for folder in folders]
-    graph.add(runs, [folder.path.name for folder in folders])
-    return graph.as_json()
+    return lineage_graph([read_run_files(str(folder.path)) for folder in folders], [f.path.name for f in folders])
 
 
 def comes_from(folder: RunFolder, *parents: tuple[Path, int]) -> None:
@@ -70,22 +67,22 @@ def test_coming_back_is_one_row_that_says_what_it_cost_and_what_it_changed(tmp_p
             *steps(6, 10),
         ],
     )
-    rows = rows_of(read_run(str(run.path)))
+    rows = history_rows(read_run_files(str(run.path)))
     assert [(row["kind"], row["step"], row["title"]) for row in rows] == [
-        ("start", 0, "begun"),
-        ("fallback", 5, "checkpoint passed over"),
+        ("start", 0, "started"),
+        ("fallback", 5, "checkpoint skipped"),
         ("restore", 5, "resumed"),
     ]
     assert rows[1]["text"] == "step-00000007: a hash is wrong"
-    assert rows[2]["text"] == "3 steps to be done again; 2 ranks on a processor; run.max_steps: 8 → 20"
+    assert rows[2]["text"] == "3 steps to repeat; 2 ranks on a processor; run.max_steps: 8 → 20"
 
 
 def test_a_run_taken_up_a_hundred_times_is_folded_in_the_middle(tmp_path: Path) -> None:
     lines = [line for n in range(100) for line in (event("restore", n, reason=""), start(n))]
-    rows = rows_of(read_run(str(run_of(tmp_path, "a", [start(), *lines]).path)))
-    assert len(rows) == MOST_ROWS + 1
-    assert [row["title"] for row in rows if row["kind"] == "fold"] == [f"{101 - MOST_ROWS} more"]
-    assert (rows[0]["title"], rows[-1]["step"]) == ("begun", 99)
+    rows = history_rows(read_run_files(str(run_of(tmp_path, "a", [start(), *lines]).path)))
+    assert len(rows) == MAX_ROWS + 1
+    assert [row["title"] for row in rows if row["kind"] == "fold"] == [f"{101 - MAX_ROWS} more"]
+    assert (rows[0]["title"], rows[-1]["step"]) == ("started", 99)
 
 
 def test_a_hugging_face_folder_is_a_parent_too(tmp_path: Path) -> None:

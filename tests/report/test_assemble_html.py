@@ -12,9 +12,10 @@ import pytest
 
 from ledgers import event, run_of, start, steps
 from minka.plan.errors import UserError
-from minka.report.assemble import HERE, MARK, SCRIPTS, embedded, page, plotly_script, write_page
-from minka.report.load_run import read_run
-from minka.report.page_data import document
+from minka.report.assemble_html import HERE, MARK, SCRIPTS, assemble_html, embed_json, plotly_script
+from minka.report.page_data import page_data
+from minka.report.run_files import read_run_files
+from minka.report.write_report import write_page
 
 HUGE = 10**400  # an integer to JSON, and too large for a float
 DEEP = "[" * 100_000
@@ -23,11 +24,11 @@ EVIL = "</script><script>window.pwned=1</script><!--<img src=x onerror='window.p
 
 
 def page_of(folder: Path) -> str:
-    return page(document([read_run(str(folder))], 1_700_000_100.0).page, plotly="")
+    return assemble_html(page_data([read_run_files(str(folder))], 1_700_000_100.0), plotly="")
 
 
 def test_data_cannot_end_its_script_and_comes_back_unchanged() -> None:
-    text = embedded({EVIL: [EVIL, float("inf")]})
+    text = embed_json({EVIL: [EVIL, float("inf")]})
     assert not set("<>&\u2028") & set(text)
     assert json.loads(text) == {EVIL: [EVIL, "Infinity"]}
 
@@ -72,10 +73,10 @@ def test_a_report_replaces_only_a_report(tmp_path: Path) -> None:
     assert file.read_text().endswith("two")
     other = tmp_path / "notes.html"
     other.write_text("mine")
-    with pytest.raises(UserError, match="no report"):
-        write_page(other, "x")
-    with pytest.raises(UserError, match="no report"):
-        write_page(tmp_path, "x")
+    for place in (other, tmp_path):
+        with pytest.raises(UserError) as refused:
+            write_page(place, "x")
+        assert refused.value.where == str(place)
     assert other.read_text() == "mine"
 
 
@@ -85,8 +86,8 @@ def test_torn_lines_are_left_out_and_told_by_number(tmp_path: Path) -> None:
     lines[2] = b'{"event": "step", "ti\n'
     lines.insert(4, b"\xff\x00\n")
     folder.ledger_file.write_bytes(b"".join(lines) + b'{"event": "st')
-    run = read_run(str(folder.path))
-    assert run.torn == [3, 5, 7]
+    run = read_run_files(str(folder.path))
+    assert run.torn_lines == [3, 5, 7]
     assert [e["step"] for e in run.kept if e["event"] == "step"] == [1, 3, 4]
 
 
@@ -108,9 +109,11 @@ def test_torn_lines_are_left_out_and_told_by_number(tmp_path: Path) -> None:
     ],
 )
 def test_a_line_whose_numbers_are_none_is_left_out_and_told_of(odd: dict[str, Any], tmp_path: Path) -> None:
-    run = read_run(str(run_of(tmp_path, "a", [start(), *steps(1, 1), {**event("step", 2), **odd}, *steps(3, 3)]).path))
+    run = read_run_files(
+        str(run_of(tmp_path, "a", [start(), *steps(1, 1), {**event("step", 2), **odd}, *steps(3, 3)]).path)
+    )
     assert [e["step"] for e in run.events] == [0, 1, 3]
-    assert run.torn == [3]
+    assert run.torn_lines == [3]
 
 
 @pytest.mark.parametrize(
@@ -164,7 +167,7 @@ def test_a_file_that_cannot_be_read_costs_its_own_part_only(name: str, text: str
     file = folder.path / name
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(text.encode(errors="surrogateescape"))
-    run = read_run(str(folder.path))
+    run = read_run_files(str(folder.path))
     assert len(run.kept) == 3
     assert bool(run.notes) == (text.startswith(("{cut", "\udcff", "[[", '{"a"')))
     page_of(folder.path)
@@ -177,7 +180,7 @@ def test_a_result_of_no_step_is_left_out(step: object, tmp_path: Path) -> None:
         file = folder.evals / f"step-{at}" / "heldout@1.json"
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps({"step": told, "tokens": HUGE, "scores": {"bits_per_byte": HUGE, "x": 1}}))
-    shown = document([read_run(str(folder.path))], 0.0).page["runs"][0]
+    shown = page_data([read_run_files(str(folder.path))], 0.0)["runs"][0]
     assert shown["scores"]["x"]["step"] == [1]
     assert shown["scores"]["bits_per_byte"]["value"] == [None]
 
@@ -185,7 +188,7 @@ def test_a_result_of_no_step_is_left_out(step: object, tmp_path: Path) -> None:
 def test_a_configuration_nested_out_of_all_reason_is_said(tmp_path: Path) -> None:
     folder = run_of(tmp_path, "a", [start(), *steps(1, 2)])
     folder.config_file.write_text("a = " + DEEP)
-    run = read_run(str(folder.path))
+    run = read_run_files(str(folder.path))
     assert (run.config, run.planned, len(run.notes)) == ({}, None, 2)
     page_of(folder.path)
 
@@ -193,7 +196,7 @@ def test_a_configuration_nested_out_of_all_reason_is_said(tmp_path: Path) -> Non
 def test_a_configuration_of_another_version_is_shown_without_its_plan(tmp_path: Path) -> None:
     folder = run_of(tmp_path, "a", [start(), *steps(1, 2)])
     folder.config_file.write_text('[run]\nname = "a"\nfuture = 3\n')
-    run = read_run(str(folder.path))
+    run = read_run_files(str(folder.path))
     assert run.config == {"run.name": "a", "run.future": 3}
     assert run.planned is None
     assert any("run.future" in note for note in run.notes)
@@ -206,11 +209,11 @@ def test_the_configuration_is_the_one_last_started(tmp_path: Path) -> None:
         *steps(1, 2),
         start(2, config={"run": {"max_steps": 9}}),
     ]
-    assert read_run(str(run_of(tmp_path, "a", lines).path)).config == {"run.max_steps": 9}
+    assert read_run_files(str(run_of(tmp_path, "a", lines).path)).config == {"run.max_steps": 9}
 
 
 def test_a_plan_in_the_folder_is_shown_as_it_stands(tmp_path: Path) -> None:
     folder = run_of(tmp_path, "a", [start(), *steps(1, 2)])
-    assert document([read_run(str(folder.path))], 0.0).page["runs"][0]["plan_file"] is None
+    assert page_data([read_run_files(str(folder.path))], 0.0)["runs"][0]["plan_file"] is None
     (folder.path / "plan.json").write_text('{"gpu_hours": [1, {"x": 2}]}')
-    assert document([read_run(str(folder.path))], 0.0).page["runs"][0]["plan_file"] == {"gpu_hours": [1, {"x": 2}]}
+    assert page_data([read_run_files(str(folder.path))], 0.0)["runs"][0]["plan_file"] == {"gpu_hours": [1, {"x": 2}]}

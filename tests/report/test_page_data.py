@@ -10,9 +10,8 @@ import pytest
 
 from ledgers import BATCH, BEGAN, Event, ended, event, run_of, score, start, steps
 from minka.plan.run_folder import RunFolder
-from minka.report.figures import checkpoints, unlike
-from minka.report.load_run import read_run
-from minka.report.page_data import document
+from minka.report.page_data import checkpoints, distinct_names, page_data
+from minka.report.run_files import read_run_files
 
 PAUSE = 1000.0
 BROKEN_OFF: list[Event] = [  # killed after step 8; taken up again at step 5, with another rate, 1,000 s later
@@ -33,7 +32,7 @@ BROKEN_OFF: list[Event] = [  # killed after step 8; taken up again at step 5, wi
 
 
 def page_of(folder: RunFolder, now: float = BEGAN + 30) -> dict[str, Any]:
-    shown: dict[str, Any] = document([read_run(str(folder.path))], now).page["runs"][0]
+    shown: dict[str, Any] = page_data([read_run_files(str(folder.path))], now)["runs"][0]
     return shown
 
 
@@ -42,9 +41,9 @@ def test_what_a_return_made_void_is_not_drawn_and_is_counted(tmp_path: Path) -> 
     assert run["curves"]["loss"]["step"] == list(range(1, 11))
     assert run["curves"]["loss"]["value"] == [round(4 - n / 100, 6) for n in range(1, 11)]
     assert run["scores"]["bits_per_byte"]["value"] == [1.5]
-    assert run["figures"]["steps_void"] == 3
-    assert run["figures"]["best"]["value"] == 1.5
-    assert run["time"]["again"] == pytest.approx(3 * 0.625)
+    assert run["headline"]["steps_void"] == 3
+    assert run["headline"]["best"]["value"] == 1.5
+    assert run["time"]["repeated"] == pytest.approx(3 * 0.625)
 
 
 def test_time_is_running_time_without_the_pause(tmp_path: Path) -> None:
@@ -52,7 +51,7 @@ def test_time_is_running_time_without_the_pause(tmp_path: Path) -> None:
     seconds = run["curves"]["loss"]["seconds"]
     assert seconds[:5] == pytest.approx([1.5, 2.5, 3.5, 4.5, 5.5])  # it began half a second before zero
     assert seconds[5:] == pytest.approx([8.5 + n - 4 for n in range(6, 11)])  # 8.5 had passed when it broke off
-    assert run["figures"]["running_seconds"] == pytest.approx(14.5)
+    assert run["headline"]["running_seconds"] == pytest.approx(14.5)
     assert sum(run["time"].values()) == pytest.approx(14.5)
 
 
@@ -75,7 +74,7 @@ def test_losses_that_are_not_finite_are_gaps_and_marked(tmp_path: Path) -> None:
     run = page_of(run_of(tmp_path, "a", [start(), *lines[:3], skip, *lines[3:]]))
     assert run["curves"]["loss"]["value"] == [3.99, 3.98, None, None, 3.95]
     assert run["curves"]["not_finite"]["step"] == [3, 4]
-    assert run["marks"]["skip"] == {"step": [3], "tokens": [96], "seconds": [3.5], "text": ["loss is not finite"]}
+    assert run["events"]["skip"] == {"step": [3], "tokens": [96], "seconds": [3.5], "text": ["loss is not finite"]}
 
 
 def test_seconds_of_saving_are_shown_where_something_was_saved(tmp_path: Path) -> None:
@@ -88,32 +87,32 @@ def test_seconds_of_saving_are_shown_where_something_was_saved(tmp_path: Path) -
 
 
 def test_every_kind_of_event_is_marked_where_it_happened(tmp_path: Path) -> None:
-    marks = page_of(run_of(tmp_path, "a", BROKEN_OFF))["marks"]
+    marks = page_of(run_of(tmp_path, "a", BROKEN_OFF))["events"]
     found = {kind: (of["step"], of["text"]) for kind, of in marks.items()}
     assert found == {
         "start": ([0], ["2 ranks on a processor"]),
         "changed": ([5], ["optimizer.learning_rate: 0.001 → 0.002"]),
-        "save": ([5], ["10 B, kept for ever"]),
+        "save": ([5], ["10 B, kept forever"]),
         "eval": ([10], ["heldout 1.5000 bits per byte"]),
         "restore": ([5], ["the run is going on"]),
-        "fallback": ([5], ["x/checkpoints/step-00000007 a hash is wrong"]),
+        "fallback": ([5], ["step-00000007: a hash is wrong"]),
         "stop": ([10], ["done"]),
     }
 
 
 def test_the_plan_is_the_configurations_and_the_time_left_says_from_what(tmp_path: Path) -> None:
-    running = page_of(run_of(tmp_path, "a", [start(), *steps(1, 4)]), BEGAN + 5)["figures"]["plan"]
+    running = page_of(run_of(tmp_path, "a", [start(), *steps(1, 4)]), BEGAN + 5)["headline"]["plan"]
     assert (running["steps"], running["tokens"], running["done"]) == (10, 10 * BATCH, 0.4)
     assert running["seconds_left"] == pytest.approx(6.0)
     assert "last 4 steps" in running["seconds_left_from"]
     ends = {"name": "b", "max_tokens": 8 * BATCH, "max_steps": None}
     by_tokens = run_of(tmp_path, "b", [start(), *steps(1, 4, tokens=6 * BATCH)], run=ends)
-    assert page_of(by_tokens)["figures"]["plan"]["done"] == 0.75
+    assert page_of(by_tokens)["headline"]["plan"]["done"] == 0.75
     at_its_end = page_of(run_of(tmp_path, "d", [start(), *steps(1, 10)]), BEGAN + 11)  # and still being scored
-    assert (at_its_end["state"]["kind"], at_its_end["figures"]["plan"]["seconds_left"]) == ("running", None)
+    assert (at_its_end["status"]["kind"], at_its_end["headline"]["plan"]["seconds_left"]) == ("running", None)
     finished = run_of(tmp_path, "c", BROKEN_OFF)
     ended(finished, 0, 10)
-    assert page_of(finished)["figures"]["plan"]["seconds_left"] is None
+    assert page_of(finished)["headline"]["plan"]["seconds_left"] is None
 
 
 def test_scores_made_afterwards_join_those_of_the_ledger(tmp_path: Path) -> None:
@@ -146,17 +145,17 @@ def test_checkpoints_are_those_of_the_ledger_and_those_on_disk(tmp_path: Path) -
         (folder.checkpoints / f"step-{step:08d}").mkdir(parents=True)
         (folder.checkpoints / f"step-{step:08d}" / "manifest.json").touch()
     (folder.checkpoints / "step-00000010").mkdir()  # not committed
-    newest, told = checkpoints(read_run(str(folder.path)))
-    assert newest == {"name": "step-00000009", "step": 9, "untold": True, "there": True}
-    assert (told["step"], told["bytes"], told["stall_seconds"], told["permanent"], told["there"]) == (
+    newest, told = checkpoints(read_run_files(str(folder.path)))
+    assert newest == {"name": "step-00000009", "step": 9, "only_on_disk": True, "on_disk": True}
+    assert (told["step"], told["size"], told["stall_seconds"], told["permanent"], told["on_disk"]) == (
         5,
-        10,
+        "10 B",
         0.5,
         True,
         True,
     )
     (folder.checkpoints / "step-00000005" / "manifest.json").unlink()
-    assert not checkpoints(read_run(str(folder.path)))[1]["there"]
+    assert not checkpoints(read_run_files(str(folder.path)))[1]["on_disk"]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +172,7 @@ def test_checkpoints_are_those_of_the_ledger_and_those_on_disk(tmp_path: Path) -
 def test_an_ended_run_says_how(code: int, reason: str, kind: str, tmp_path: Path) -> None:
     folder = run_of(tmp_path, "a", [start(), *steps(1, 3)])
     ended(folder, code, 3, reason)
-    state = page_of(folder)["state"]
+    state = page_of(folder)["status"]
     assert state["kind"] == kind
     assert reason in (state["why"], state["label"], "done")
 
@@ -185,17 +184,17 @@ def test_a_run_that_goes_on_is_running_whatever_its_last_end_was(tmp_path: Path)
         [start(), *steps(1, 3), event("stop", 3, reason="stopped and saved"), start(3, 9), *steps(4, 5, late=9)],
     )
     ended(folder, 85, 3, "stopped and saved")
-    assert page_of(folder, BEGAN + 20)["state"]["kind"] == "running"
-    assert page_of(folder, BEGAN + 10_000)["state"]["kind"] == "silent"
+    assert page_of(folder, BEGAN + 20)["status"]["kind"] == "running"
+    assert page_of(folder, BEGAN + 10_000)["status"]["kind"] == "silent"
 
 
 def test_the_end_of_an_earlier_session_is_not_the_runs(tmp_path: Path) -> None:
     folder = run_of(tmp_path, "a", [start(), *steps(1, 8), event("restore", 5, 100), start(5, 100), *steps(6, 7, 100)])
     ended(folder, 85, 8, "stopped and saved")  # beyond where the run is now, but long ago
     os.utime(folder.exit_file, (BEGAN + 9, BEGAN + 9))
-    assert page_of(folder, BEGAN + 120)["state"]["kind"] == "running"
+    assert page_of(folder, BEGAN + 120)["status"]["kind"] == "running"
     os.utime(folder.exit_file, (BEGAN + 108, BEGAN + 108))
-    assert page_of(folder, BEGAN + 120)["state"]["kind"] == "stopped"
+    assert page_of(folder, BEGAN + 120)["status"]["kind"] == "stopped"
 
 
 def test_an_end_that_only_the_ledger_tells_of_counts(tmp_path: Path) -> None:
@@ -205,17 +204,17 @@ def test_an_end_that_only_the_ledger_tells_of_counts(tmp_path: Path) -> None:
         event("stop", 3, reason="stopped by a rule"),
         event("save_failed", 3, reason="export"),
     ]
-    assert page_of(run_of(tmp_path, "a", lines))["state"]["kind"] == "person"
+    assert page_of(run_of(tmp_path, "a", lines))["status"]["kind"] == "person"
 
 
 @pytest.mark.parametrize("lines", [[], [start()]])
 def test_a_run_without_a_step_has_a_page_of_its_own(lines: list[Event], tmp_path: Path) -> None:
     run = page_of(run_of(tmp_path, "a", lines))
     assert run["curves"] == {}
-    assert run["state"]["label"] == ("starting" if lines else "not begun")
-    assert (run["figures"]["step"], run["figures"]["loss"]) == (0, None)
+    assert run["status"]["label"] == ("starting" if lines else "not started")
+    assert (run["headline"]["step"], run["headline"]["loss"]) == (0, None)
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     folders = [run_of(tmp_path / place, name, []) for place, name in (("x", "a"), ("y", "a"), ("y", "b"))]
-    assert unlike(folders) == ["x/a", "y/a", "b"]
+    assert distinct_names(folders) == ["x/a", "y/a", "b"]
