@@ -1,7 +1,6 @@
 """The scores and samples of a run's evaluations, from its ledger and from evals/."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,36 +11,44 @@ from minka.report.downsample import rounded
 from minka.report.run_files import Event, RunFiles
 from minka.report.running_time import RunningTime
 
-POINT = ("step", "tokens", "seconds", "value", "stderr")
 
+def eval_scores(run: RunFiles, steps: StepColumns, time: RunningTime) -> dict[tuple[str, str], list[Event]]:
+    """Return the points of each (suite, score) by step: {"step", "tokens", "seconds", "value", "stderr"}.
 
-def eval_scores(run: RunFiles, steps: StepColumns, time: RunningTime) -> list[Event]:
-    """Return evaluations by suite and step: those of the ledger, and those made later of checkpoints (evals/)."""
-    found: dict[tuple[str, int], Event] = {}
+    They come from the ledger, and from later evaluations of checkpoints (evals/).
+    """
+    results: dict[tuple[str, int], Event] = {}
     for event in run.kept:
         if event["event"] == "eval" and isinstance(event.get("scores"), dict):
-            suite = str(event.get("suite", ""))
-            found[suite, event["step"]] = _evaluation(event, suite, time.seconds(event["time"]))
-    end = max([*steps.step.tolist(), *(step for _, step in found)], default=math.inf)
+            results[str(event.get("suite", "")), event["step"]] = event | {"seconds": time.seconds(event["time"])}
+    end = max([*steps.step.tolist(), *(step for _, step in results)], default=math.inf)
     for result in run.evals:
         if result["step"] <= end:  # later ones are of steps that count no more
             seconds = float(np.interp(result["step"], steps.step, steps.seconds)) if len(steps.step) else 0.0
-            found.setdefault((result["suite"], result["step"]), _evaluation(result, result["suite"], seconds))
-    return [found[key] for key in sorted(found)]
+            results.setdefault((result["suite"], result["step"]), result | {"seconds": seconds})
+    points: dict[tuple[str, str], list[Event]] = {}
+    for suite, step in sorted(results):
+        result = results[suite, step]
+        errors = result.get("stderr")
+        at = {
+            "step": step,
+            "tokens": result["tokens"] if is_count(result.get("tokens")) else None,
+            "seconds": round(result["seconds"], 2),
+        }
+        for name, value in result["scores"].items():
+            error = errors.get(name) if isinstance(errors, dict) else None
+            points.setdefault((suite, name), []).append({**at, "value": number(value), "stderr": error})
+    return points
 
 
-def score_curves(evaluations: Sequence[Event]) -> dict[str, dict[str, list[Any]]]:
-    """Return {"step", "tokens", "seconds", "value", "stderr"} by score name (with its suite, if there are several)."""
-    suites = {evaluation["suite"] for evaluation in evaluations}
-    found: dict[str, dict[str, list[Any]]] = {}
-    for evaluation in evaluations:
-        for name, value in evaluation["scores"].items():
-            label = name if len(suites) == 1 else f"{evaluation['suite']}: {name}"
-            curve = found.setdefault(label, {key: [] for key in POINT})
-            for key in ("step", "tokens", "seconds"):
-                curve[key].append(evaluation[key])
-            curve["value"] += rounded([number(value)])
-            curve["stderr"] += rounded([number(evaluation["stderr"].get(name))])
+def score_curves(scores: dict[tuple[str, str], list[Event]]) -> dict[str, dict[str, list[Any]]]:
+    """Return the points as columns, by score name (with its suite, if there are several)."""
+    several = len({suite for suite, _ in scores}) > 1
+    found = {}
+    for (suite, name), points in scores.items():
+        at = {key: [point[key] for point in points] for key in ("step", "tokens", "seconds")}
+        rest = {key: rounded([number(point[key]) for point in points]) for key in ("value", "stderr")}
+        found[f"{suite}: {name}" if several else name] = at | rest
     return found
 
 
@@ -53,15 +60,3 @@ def newest_samples(run: RunFiles) -> dict[str, Any] | None:
             pairs = [(str(t.get("prompt", "")), str(t.get("text", ""))) for t in texts if isinstance(t, dict)]
             return {"step": result["step"], "texts": pairs}
     return None
-
-
-def _evaluation(source: Event, suite: str, seconds: float) -> Event:
-    errors = source.get("stderr")
-    return {
-        "suite": suite,
-        "step": source["step"],
-        "tokens": source["tokens"] if is_count(source.get("tokens")) else None,
-        "seconds": round(seconds, 2),
-        "scores": source["scores"],
-        "stderr": errors if isinstance(errors, dict) else {},
-    }

@@ -3,16 +3,10 @@
 const finite = (value) => typeof value === "number" && Number.isFinite(value);
 const count = (value) => (finite(value) ? value.toLocaleString("en-US") : "–");
 const fixed = (value, digits) => (finite(value) ? value.toFixed(digits) : setting(value ?? undefined));
+const compact = new Intl.NumberFormat("en-US", { notation: "compact", maximumSignificantDigits: 3 }); // 1.23M
+const short = (value) => (finite(value) ? compact.format(value) : "–");
 const plural = (n, word) => `${count(n)} ${word}${n === 1 ? "" : "s"}`;
 const when = (time) => new Date(time * 1000).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
-
-function short(value) {
-  if (!finite(value)) return "–";
-  for (const [size, unit] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]]) {
-    if (Math.abs(value) >= size) return `${Number((value / size).toPrecision(3))}${unit}`;
-  }
-  return `${Number(value.toPrecision(3))}`;
-}
 
 function duration(seconds) {
   if (!finite(seconds)) return "–";

@@ -2,10 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
-from minka.plan.ledger import number
 from minka.report.curves import StepColumns
 from minka.report.run_files import Event, RunFiles
 from minka.report.run_status import RunStatus
@@ -16,14 +14,14 @@ SUITE, SCORE = "heldout", "bits_per_byte"
 
 
 def headline(
-    run: RunFiles, steps: StepColumns, time: RunningTime, status: RunStatus, evaluations: Sequence[Event]
+    run: RunFiles, steps: StepColumns, time: RunningTime, status: RunStatus, scores: dict[tuple[str, str], list[Event]]
 ) -> dict[str, Any]:
     """Return the numbers at the head of the page."""
     newest = run.events[-1] if run.events else {"step": 0, "tokens": 0, "time": 0.0}
     last = next((event for event in reversed(run.kept) if event["event"] == "step"), {})
     at = {key: last.get(key, newest[key]) for key in ("step", "tokens")}
-    scored = [e for e in evaluations if e["suite"] == SUITE and math.isfinite(number(e["scores"].get(SCORE)))]
-    best = min(scored, key=lambda evaluation: float(evaluation["scores"][SCORE]), default=None)
+    scored = [point for point in scores.get((SUITE, SCORE), []) if math.isfinite(point["value"])]
+    best = min(scored, key=lambda point: float(point["value"]), default=None)
     counts = Counter(event["event"] for event in run.events)
     return {
         "run": run.folder.path.name,
@@ -45,9 +43,8 @@ def headline(
     }
 
 
-def _score(evaluation: Event) -> dict[str, Any]:
-    value, error = number(evaluation["scores"][SCORE]), evaluation["stderr"].get(SCORE)
-    return {"name": SCORE, "suite": SUITE, "step": evaluation["step"], "value": value, "stderr": error}
+def _score(point: Event) -> dict[str, Any]:
+    return {"name": SCORE, "suite": SUITE, **{key: point[key] for key in ("step", "value", "stderr")}}
 
 
 def _plan(run: RunFiles, steps: StepColumns, at: Event, status: RunStatus) -> dict[str, Any] | None:

@@ -69,18 +69,18 @@ def checkpoints(run: RunFiles) -> list[dict[str, Any]]:
 def _run(run: RunFiles, name: str, status: RunStatus, points: int) -> dict[str, Any]:
     time = RunningTime(run.events)
     steps = step_columns(run, time)
-    evaluations = eval_scores(run, steps, time)
+    scores = eval_scores(run, steps, time)
     saved = checkpoints(run)
     starts = [event for event in run.events if event["event"] == "start"]
     return {
         "name": name,
         "status": status._asdict() | {"ended": status.ended},
-        "headline": headline(run, steps, time, status, evaluations),
+        "headline": headline(run, steps, time, status, scores),
         "warnings": run.warnings(),
         "steps": len(steps.step),
         "curves": curves(steps, points),
         "events": events(run.kept, time),
-        "scores": score_curves(evaluations),
+        "scores": score_curves(scores),
         "time": time_split(run, steps, time),
         "config": run.config,
         "changed": [[*change, start["step"]] for start in starts for change in changed_settings(start)],

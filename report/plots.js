@@ -15,9 +15,8 @@ const EVENTS = { // kind: [sign, symbol, colour, whether a line crosses every pl
   refuse: ["⊘", "circle-x-open", "--bad", true],
   stop: ["●", "circle", "--soft", false, 0.03],
 };
-const PARTS = { compute: ["compute", "solid"], data: ["data", "dot"], save: ["save", "square"], eval: ["eval", "diamond"] };
-const SPLIT = { compute: "--part-0", data: "--part-1", save: "--part-2", eval: "--part-3", repeated: "--bad", other: "--part-4" };
-const SPLIT_NAMES = { other: "starting, waiting" };
+const PARTS = { compute: "solid", data: "dot", save: "square", eval: "diamond" }; // dash of a line, or symbol
+const SPLIT = { compute: "--part-0", data: "--part-1", save: "--part-2", eval: "--part-3", repeated: "--bad", "starting, waiting": "--part-4" };
 
 const has = (name) => RUNS.some((run) => run.curves[name]);
 const scoreNames = [...new Set(RUNS.flatMap((run) => Object.keys(run.scores)))];
@@ -96,11 +95,11 @@ function sourceTraces() {
 
 function partTraces() {
   const traces = [];
-  for (const index of on()) for (const [part, [name, style]] of Object.entries(PARTS)) {
+  for (const index of on()) for (const [part, style] of Object.entries(PARTS)) {
     const curve = RUNS[index].curves[part];
     if (!curve) continue;
     const spikes = part === "save" || part === "eval";
-    traces.push({ type: "scatter", mode: spikes ? "markers" : "lines", x: xs(curve), y: curve.value.map((v) => (v > 0 ? v : null)), name: several ? `${nameOf(index)}: ${name}` : name, line: { color: colour(index), width: 1.5, dash: spikes ? undefined : style }, marker: { symbol: spikes ? style : "circle", color: colour(index), size: 6 }, hovertemplate: "%{y:.3g} s", meta: { run: index, role: part } });
+    traces.push({ type: "scatter", mode: spikes ? "markers" : "lines", x: xs(curve), y: curve.value.map((v) => (v > 0 ? v : null)), name: several ? `${nameOf(index)}: ${part}` : part, line: { color: colour(index), width: 1.5, dash: spikes ? undefined : style }, marker: { symbol: spikes ? style : "circle", color: colour(index), size: 6 }, hovertemplate: "%{y:.3g} s", meta: { run: index, role: part } });
   }
   return traces;
 }
@@ -113,7 +112,7 @@ function decades() {
 function splitTraces() {
   return Object.entries(SPLIT).filter(([part]) => RUNS.some((run) => run.time[part] > 0)).map(([part, name]) => {
     const total = (run) => Object.values(run.time).reduce((a, b) => a + b, 0) || 1;
-    return { type: "bar", orientation: "h", name: SPLIT_NAMES[part] || part, y: on().map((i) => cut(RUNS[i].name)), x: on().map((i) => RUNS[i].time[part] / total(RUNS[i])), customdata: on().map((i) => duration(RUNS[i].time[part])), hovertemplate: "%{x:.1%}, %{customdata}", marker: { color: css(name) }, showlegend: true, meta: { role: part } };
+    return { type: "bar", orientation: "h", name: part, y: on().map((i) => cut(RUNS[i].name)), x: on().map((i) => RUNS[i].time[part] / total(RUNS[i])), customdata: on().map((i) => duration(RUNS[i].time[part])), hovertemplate: "%{x:.1%}, %{customdata}", marker: { color: css(name) }, showlegend: true, meta: { role: part } };
   });
 }
 

@@ -43,6 +43,5 @@ class RunningTime:
         later than the next one began.
         """
         ends = np.array([self.seconds(step["time"]) for step in steps])
-        for i in range(len(ends) - 2, -1, -1):
-            ends[i] = min(ends[i], ends[i + 1] - took[i + 1])
-        return np.maximum(ends, 0.0)
+        total = np.cumsum(took)
+        return np.maximum(total + np.minimum.accumulate((ends - total)[::-1])[::-1], 0.0)

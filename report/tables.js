@@ -65,8 +65,7 @@ function configCard() {
 
 // A <details> that stays open over a reload.
 function folded(key, title, ...inside) {
-  const node = el("details", { open: Boolean(view.open[key]), ontoggle: () => { view.open[key] = node.open; } }, el("summary", {}, title), inside);
-  return node;
+  return el("details", { open: Boolean(view.open[key]), ontoggle: (event) => { view.open[key] = event.target.open; } }, el("summary", {}, title), inside);
 }
 
 function provenanceCard() {

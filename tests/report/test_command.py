@@ -1,4 +1,4 @@
-"""`minka report` as a user types it: real runs, runs that go on, runs that are not there."""
+"""`minka report` as a user types it: real runs, running runs, runs that do not exist."""
 
 import json
 from pathlib import Path
@@ -41,12 +41,12 @@ def test_several_runs_share_a_page_in_the_folder_one_stands_in(
     one, two = (str(folder.path) for folder in trained)
     assert main([one, two, f"{one}/run.toml", one]) == ExitStatus.DONE
     said = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in said] == ["one", "two", "report.html"]  # one is not there twice
+    assert [line.split(":")[0] for line in said] == ["one", "two", "report.html"]  # a run given twice is shown once
     assert "finished, step 20 of 20" in said[0]
     assert (tmp_path / "report.html").is_file()
 
 
-def test_a_name_under_runs_and_a_place_for_the_page_will_do(
+def test_a_run_is_found_by_name_and_out_sets_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_of(tmp_path / "runs", "a", [start(), *steps(1, 2)])
@@ -56,7 +56,7 @@ def test_a_name_under_runs_and_a_place_for_the_page_will_do(
     assert (tmp_path / "pages" / "a.html").is_file()
 
 
-def test_a_run_that_is_not_there_is_one_paragraph_that_names_those_that_are(
+def test_a_run_that_does_not_exist_is_one_paragraph_that_names_the_existing_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_of(tmp_path / "runs", "a", [])
@@ -69,7 +69,7 @@ def test_a_run_that_is_not_there_is_one_paragraph_that_names_those_that_are(
     assert list(tmp_path.rglob("*.html")) == []
 
 
-def test_a_file_that_is_no_report_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_not_a_report_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run_of(tmp_path, "a", [])
     before = folder.config_file.read_text()
     assert main([str(folder.path), "--out", str(folder.config_file)]) == ExitStatus.REFUSED
@@ -77,7 +77,7 @@ def test_a_file_that_is_no_report_is_not_replaced(tmp_path: Path, capsys: pytest
     assert folder.config_file.read_text() == before
 
 
-def test_torn_lines_are_said_on_the_console(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_torn_lines_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run_of(tmp_path, "a", [start(), *steps(1, 2)])
     with folder.ledger_file.open("a") as ledger:
         ledger.write('{"event": "st')
@@ -118,7 +118,7 @@ def test_watching_writes_again_until_the_run_has_ended(tmp_path: Path) -> None:
             ended(folder, ExitStatus.STOPPED, 4, "stopped and saved")
 
     file, data = watch([str(folder.path)], None, 7, said, go_on)
-    assert seen == [(2, 7.0), (3, 7.0), (4, 0.0)]  # the last page does not wait for another
+    assert seen == [(2, 7.0), (3, 7.0), (4, 0.0)]  # the last page does not reload itself
     assert (file, data["runs"][0]["status"]["kind"]) == (folder.path / "report.html", "stopped")
 
 

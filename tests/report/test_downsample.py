@@ -1,4 +1,4 @@
-"""Thinning keeps what a reader looks for: every spike, every gap, both ends."""
+"""Downsampling keeps every spike, every gap and both ends."""
 
 import math
 

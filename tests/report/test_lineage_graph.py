@@ -1,4 +1,4 @@
-"""Where runs come from, drawn: one lane a run, parents first, a link a fork, a row for each time a run went on."""
+"""The lineage graph has a lane for each run, parents first, a link for each fork, a row for each resume."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_two_children_of_one_parent_fork_from_its_own_lane(tmp_path: Path) -> No
     assert own == [("start", 0), ("fork", 5), ("stop", 9), ("fork", 9)]
 
 
-def test_coming_back_is_one_row_that_says_what_it_cost_and_what_it_changed(tmp_path: Path) -> None:
+def test_a_resume_is_one_row_with_the_steps_to_repeat_and_the_changed_settings(tmp_path: Path) -> None:
     run = run_of(
         tmp_path,
         "a",
@@ -77,7 +77,7 @@ def test_coming_back_is_one_row_that_says_what_it_cost_and_what_it_changed(tmp_p
     assert rows[2]["text"] == "3 steps to repeat; 2 ranks on a processor; run.max_steps: 8 → 20"
 
 
-def test_a_run_taken_up_a_hundred_times_is_folded_in_the_middle(tmp_path: Path) -> None:
+def test_a_run_resumed_a_hundred_times_is_folded_in_the_middle(tmp_path: Path) -> None:
     lines = [line for n in range(100) for line in (event("restore", n, reason=""), start(n))]
     rows = history_rows(read_run_files(str(run_of(tmp_path, "a", [start(), *lines]).path)))
     assert len(rows) == MAX_ROWS + 1
@@ -97,7 +97,7 @@ def test_a_hugging_face_folder_is_a_parent_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "folder", ["/a\0b", "/a\ud800b", "/" + 5000 * "a", "circle"], ids=["nul", "surrogate", "long", "circle"]
 )
-def test_a_parent_whose_folder_is_no_path_is_drawn_by_its_name(folder: str, tmp_path: Path) -> None:
+def test_a_parent_whose_folder_is_not_a_path_is_drawn_by_its_name(folder: str, tmp_path: Path) -> None:
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     child = run_of(tmp_path, "child", [start(), *steps(1, 2)])
     comes_from(child, (tmp_path / folder, 3))
