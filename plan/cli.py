@@ -78,10 +78,12 @@ def print_table(
     if file.isatty():
         _print_rich(cells, head, title, file)
         return
+    if title:
+        print(title, file=file)
     lines = [list(head), *cells] if head else cells
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in [[title]] * bool(title) + lines:
-        padded = (f"{cell:<{width}}" for cell, width in zip(line, widths, strict=False))
+    for line in lines:
+        padded = (f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True))
         print("  ".join(padded).rstrip(), file=file)
 
 

@@ -7,7 +7,7 @@ from minka.report.run_files import Event, RunFiles
 
 CLOCK_SLACK_SECONDS = 2.0  # between the time of a file and the clock of the ledger
 HANG_SECONDS = 600.0  # where the configuration does not say
-ENDS = {
+ENDS: dict[int, tuple[str, str]] = {
     ExitStatus.DONE: ("finished", "finished"),
     ExitStatus.STOPPED: ("stopped", "stopped and saved"),
     ExitStatus.NEEDS_PERSON: ("person", "needs a person"),
@@ -33,13 +33,13 @@ def run_status(run: RunFiles, now: float) -> RunStatus:
     events = [event for event in run.events if event["event"] != "save_failed"]  # a failed export comes after the end
     if _exit_reason_counts(run, events):
         code = int(run.exit_reason["code"])
-        kind, label = ENDS.get(code, ("failed", "failed" if code in set(ExitStatus) else f"exit status {code}"))  # type: ignore[call-overload]
-        return _ended(kind, label, str(run.exit_reason.get("reason", "")))
+        label = "failed" if code in set(ExitStatus) else f"exit status {code}"
+        return _ended(*ENDS.get(code, ("failed", label)), str(run.exit_reason.get("reason", "")))
     if not events:
         return RunStatus("waiting", "not started", "the ledger is empty")
     if events[-1]["event"] == "stop":
         reason = str(events[-1].get("reason", ""))
-        by_reason = {status.reason: end for status, end in ENDS.items()}
+        by_reason = {ExitStatus(code).reason: end for code, end in ENDS.items()}
         return _ended(*by_reason.get(reason, ("failed", "stopped")), reason)
     hang = run.planned.guard.hang_seconds if run.planned else HANG_SECONDS
     quiet = now - events[-1]["time"]

@@ -34,11 +34,11 @@ def test_overlap_gives_context_and_positions_restart() -> None:
     cut = list(scoring_windows(0, np.arange(30), length=8, stride=4))
     assert [w.scored for w in cut] == [0, 4, 4, 4, 4, 4, 4]
     (batch,) = pack_windows(cut[:1], 16, 1, padding=0)
-    assert batch.positions[0].tolist() == [*range(8), *range(8)]  # what is left is a document of its own
+    assert batch.positions[0].tolist() == [*range(8), *range(8)]  # the rest is a document of its own
     assert batch.documents[0].tolist() == [1] * 8 + [0] * 8
 
 
-def test_a_filler_scores_nothing() -> None:
+def test_a_padding_batch_scores_nothing() -> None:
     assert (padding_batch(8, 2, 5).targets == -100).all()
     assert (padding_batch(8, 2, 5).owners == -1).all()
 

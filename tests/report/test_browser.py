@@ -103,9 +103,7 @@ def eventful(tmp_path: Path) -> RunFolder:
     return folder
 
 
-def test_gaps_events_and_axes_are_drawn_as_recorded(
-    eventful: RunFolder, tmp_path: Path, chromium: Browser
-) -> None:
+def test_gaps_events_and_axes_are_drawn_as_recorded(eventful: RunFolder, tmp_path: Path, chromium: Browser) -> None:
     kept = list(range(1, 13))
     with opened(chromium, report(tmp_path, eventful)) as seen:
         plots = seen.plots()
@@ -176,8 +174,8 @@ def test_text_of_a_run_does_nothing_even_without_the_content_policy(tmp_path: Pa
     (folder.path / "lineage.json").write_text(json.dumps({"parents": [parent]}))
     evals = folder.evals / "step-00000004"
     evals.mkdir(parents=True)
-    told = {"suite": EVIL, "step": 4, "tokens": 4, "scores": {"x": 1}, "samples": [{"prompt": EVIL, "text": EVIL}]}
-    (evals / "x@1.json").write_text(json.dumps(told))
+    result = {"suite": EVIL, "step": 4, "tokens": 4, "scores": {"x": 1}, "samples": [{"prompt": EVIL, "text": EVIL}]}
+    (evals / "x@1.json").write_text(json.dumps(result))
     with opened(chromium, report(tmp_path, folder, other), bypass_csp=True) as seen:
         seen.page.evaluate(f"Plotly.Fx.hover('plot-loss', {{xval: {4 * BATCH}}})")  # plotly makes bold of <b>
         seen.wait("document.querySelector('#plot-loss .hoverlayer')?.textContent.includes('<b>bold<')")
@@ -273,15 +271,15 @@ def test_a_run_of_a_hundred_thousand_steps_opens_in_time_and_keeps_its_spikes(
     for _ in range(3):  # the first that is in time will do: the machine may be busy with something else
         with opened(chromium, file) as seen:
             took.append(seen.painted_ms())
-            loss, told = trace(seen.plots()["loss"], "loss"), seen.page.locator("main").inner_text()
+            loss, text = trace(seen.plots()["loss"], "loss"), seen.page.locator("main").inner_text()
             assert seen.complaints == []
         with opened(chromium, short) as seen:
-            beside = seen.painted_ms()
-        if took[-1] < max(MILLISECONDS, SLOWER * beside):  # on a machine where even a short run's page takes longer
+            short_ms = seen.painted_ms()
+        if took[-1] < max(MILLISECONDS, SLOWER * short_ms):  # on a machine where even a short run's page takes longer
             break
     else:
-        pytest.fail(f"{took} ms, and {beside:.0f} ms for a short run's page")
+        pytest.fail(f"{took} ms, and {short_ms:.0f} ms for a short run's page")
     high = {round(x / BATCH): y for x, y in zip(loss["x"], loss["y"], strict=True) if y > 10}
     assert high == {n: pytest.approx(50.0 + n / count, rel=1e-5) for n in spikes}
     assert 1_000 < len(loss["x"]) <= 2_002
-    assert "are thinned" in told
+    assert "are thinned" in text

@@ -20,11 +20,11 @@ def test_a_real_run_has_a_page_in_its_folder_and_its_numbers_in_json(
     trained: Trained, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(trained[0].path), "--json"]) == ExitStatus.DONE
-    told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
-    assert told["page"] == str(trained[0].path / "report.html")
-    assert Path(told["page"]).stat().st_size < 5e6
+    printed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert printed["page"] == str(trained[0].path / "report.html")
+    assert Path(printed["page"]).stat().st_size < 5e6
     events = list(read_ledger(trained[0].ledger_file))
-    (run,) = told["runs"]
+    (run,) = printed["runs"]
     last = [e for e in events if e["event"] == "step"][-1]
     scores = [e["scores"]["bits_per_byte"] for e in events if e["event"] == "eval"]
     assert (run["status"], run["step"], run["tokens"], run["loss"]) == ("finished", 20, last["tokens"], last["loss"])

@@ -17,12 +17,12 @@ def drawn(*folders: RunFolder) -> dict[str, Any]:
 
 
 def comes_from(folder: RunFolder, *parents: tuple[Path, int]) -> None:
-    told = [
+    lineage = [
         {"run": path.name, "folder": str(path), "step": step, "tokens": 1, "sha256": "ab" * 32, "with": "weights",
          "changed": {"schedule.kind": ["cosine", "wsd"]}}
         for path, step in parents
     ]  # fmt: skip
-    (folder.path / "lineage.json").write_text(json.dumps({"format": 1, "parents": told}))
+    (folder.path / "lineage.json").write_text(json.dumps({"format": 1, "parents": lineage}))
 
 
 def links(graph: dict[str, Any]) -> set[tuple[str, int, str]]:
@@ -87,8 +87,8 @@ def test_a_run_resumed_a_hundred_times_is_folded_in_the_middle(tmp_path: Path) -
 
 def test_a_hugging_face_folder_is_a_parent_too(tmp_path: Path) -> None:
     child = run_of(tmp_path, "child", [start()])
-    told = {"run": "", "folder": "/models/llama", "step": 0, "tokens": 0, "sha256": "cd" * 32, "with": "weights"}
-    (child.path / "lineage.json").write_text(json.dumps({"format": 1, "parents": [told]}))
+    parent = {"run": "", "folder": "/models/llama", "step": 0, "tokens": 0, "sha256": "cd" * 32, "with": "weights"}
+    (child.path / "lineage.json").write_text(json.dumps({"format": 1, "parents": [parent]}))
     graph = drawn(child)
     assert links(graph) == {("llama", 0, "child")}
     assert "from /models/llama at step 0" in graph["rows"][-1]["text"]
@@ -101,9 +101,9 @@ def test_a_parent_whose_folder_is_not_a_path_is_drawn_by_its_name(folder: str, t
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     child = run_of(tmp_path, "child", [start(), *steps(1, 2)])
     comes_from(child, (tmp_path / folder, 3))
-    told = json.loads((child.path / "lineage.json").read_text())
-    told["parents"][0] |= {"folder": str(tmp_path / folder), "run": "parent", "step": 10**400}
-    (child.path / "lineage.json").write_text(json.dumps(told))
+    lineage = json.loads((child.path / "lineage.json").read_text())
+    lineage["parents"][0] |= {"folder": str(tmp_path / folder), "run": "parent", "step": 10**400}
+    (child.path / "lineage.json").write_text(json.dumps(lineage))
     assert [lane["name"] for lane in drawn(child)["lanes"]] == ["parent", "child"]
 
 

@@ -13,9 +13,9 @@ def test_checkpoints_are_those_of_the_ledger_and_those_on_disk(tmp_path: Path) -
         (folder.checkpoints / f"step-{step:08d}").mkdir(parents=True)
         (folder.checkpoints / f"step-{step:08d}" / "manifest.json").touch()
     (folder.checkpoints / "step-00000010").mkdir()  # not committed
-    newest, told = checkpoints(read_run_files(str(folder.path)))
+    newest, saved = checkpoints(read_run_files(str(folder.path)))
     assert newest == {"name": "step-00000009", "step": 9, "only_on_disk": True, "on_disk": True}
-    assert (told["step"], told["size"], told["stall_seconds"], told["permanent"], told["on_disk"]) == (
+    assert (saved["step"], saved["size"], saved["stall_seconds"], saved["permanent"], saved["on_disk"]) == (
         5,
         "10 B",
         0.5,

@@ -17,7 +17,7 @@ WALKABLE = "[" * 500 + "]" * 500 + "}"  # valid JSON, too deep to be walked
 
 
 def shown(folder: RunFolder) -> str:
-    """The data of the page, as it stands in the page."""
+    """The page's data, as it is written into the page."""
     return embed_json(page_run(folder))
 
 
@@ -94,10 +94,10 @@ def test_a_plan_in_the_folder_is_shown_as_it_stands(tmp_path: Path) -> None:
 @pytest.mark.parametrize("step", [HUGE, -HUGE, -1, True, "2"], ids=["huge", "-huge", "-1", "true", "word"])
 def test_a_result_without_a_valid_step_is_skipped(step: object, tmp_path: Path) -> None:
     folder = run_of(tmp_path, "a", [start(), *steps(1, 3)])
-    for at, told in (("1", 1), ("2", step)):
+    for at, given in (("1", 1), ("2", step)):
         file = folder.evals / f"step-{at}" / "heldout@1.json"
         file.parent.mkdir(parents=True)
-        file.write_text(json.dumps({"step": told, "tokens": HUGE, "scores": {"bits_per_byte": HUGE, "x": 1}}))
+        file.write_text(json.dumps({"step": given, "tokens": HUGE, "scores": {"bits_per_byte": HUGE, "x": 1}}))
     run = page_run(folder)
     assert run["scores"]["x"]["step"] == [1]
     assert run["scores"]["bits_per_byte"]["value"] == [None]
