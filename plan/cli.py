@@ -32,6 +32,8 @@ def run_app(app: typer.Typer, argv: Sequence[str], prog: str) -> int:
     try:
         command = get_command(app)
         command.help = command.help or str(app.info.help)  # a lone command would show none
+        for inner in getattr(command, "commands", {}).values():
+            inner.short_help = inner.help  # whole: typer would cut it to one line
         result = command.main(args=list(argv), prog_name=prog, standalone_mode=False)
         return int(result or 0)
     except UserError as error:
