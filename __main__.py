@@ -1,4 +1,4 @@
-"""The front door: from a command to the module that has it. Nothing else, so that `--help` is instant."""
+"""The front door: maps a command to its module. It imports nothing else, so that `--help` is instant."""
 
 import difflib
 import importlib
@@ -8,13 +8,13 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
-COMMANDS = {  # command: (module:function, called with argv and giving the exit status; one line of help)
+COMMANDS = {  # command: (module:function, which takes argv and returns the exit status; one line of help)
     "data": ("minka.data.command:main", "turn documents into a token store"),
-    "train": ("minka.train.command:main", "train a recipe, a run.toml, or go on with a run"),
+    "train": ("minka.train.command:main", "train a recipe or a run.toml, or resume a run"),
     "eval": ("minka.eval.command:main", "score a checkpoint of a run"),
     "export": ("minka.checkpoint.command:main", "write a checkpoint as a Hugging Face folder"),
     "report": ("minka.report.command:main", "show runs as one HTML page"),
-    "doctor": ("minka.train.command:doctor", "is this machine, and this recipe, fit to train?"),
+    "doctor": ("minka.train.command:doctor", "check whether this machine can train, or train this recipe"),
 }
 DONE, FAILED, REFUSED = 0, 1, 2  # minka.plan.errors has the whole table; the front door imports nothing
 
@@ -29,20 +29,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"minka {version()}")
         return DONE
     if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
-        meant = f"Did you mean `minka {near[0]}`? " if near else ""
-        print(f"minka: there is no command {command!r}. {meant}Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
-        return REFUSED
+        return unknown_command(command, as_json="--json" in rest)
     module, function = COMMANDS[command][0].split(":")
     try:
         return int(getattr(importlib.import_module(module), function)(rest))
-    except KeyboardInterrupt:  # commands handle their own; this one came while they were being imported
-        print("minka: stopped before anything began.", file=sys.stderr)
+    except KeyboardInterrupt:  # commands handle their own; this one came during their import
+        print("minka: interrupted before the command started.", file=sys.stderr)
         return FAILED
 
 
+def unknown_command(command: str, *, as_json: bool) -> int:
+    """Print that there is no such command, and the nearest one."""
+    near = difflib.get_close_matches(command, COMMANDS, n=1)
+    errors, cli = (importlib.import_module(f"minka.plan.{name}") for name in ("errors", "cli"))
+    error = errors.UserError(
+        f"there is no command {command!r}",
+        where="command line",
+        why=f"did you mean `minka {near[0]}`?" if near else "",
+        remedy=f"commands: {', '.join(COMMANDS)}",
+    )
+    cli.print_error(error, as_json=as_json)
+    return REFUSED
+
+
 def usage() -> str:
-    """What `minka --help` prints."""
+    """Return what `minka --help` prints."""
     width = max(map(len, COMMANDS))
     rows = [f"  {name:<{width}}  {line}" for name, (_, line) in COMMANDS.items()]
     return "\n".join(
@@ -59,7 +70,7 @@ def usage() -> str:
 
 
 def version() -> str:
-    """The installed version, or that of the source tree this file stands in."""
+    """Return the installed version, or the version of this source tree."""
     try:
         return importlib.metadata.version("minka")
     except importlib.metadata.PackageNotFoundError:

@@ -1,12 +1,11 @@
-"""What a save costs the training: its stall, its hashes, its memory. Rows of `make bench` (benchmarks/training.py).
+"""What a save costs the training: stall, hashes, memory. Claims of `make bench` (benchmarks/training.py).
 
-torch's own distributed checkpoint (DCP) saves the same tensors in the same minute.
+The peer is torch's distributed checkpoint (DCP), which saves the same tensors in the same minute.
 """
 
 import hashlib
 import multiprocessing
 import shutil
-import statistics
 import tempfile
 import time
 import warnings
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
+from minka.benchmarks.claims import Claim, median_ratio
 from minka.checkpoint.async_saver import Saver
 from minka.checkpoint.write import Contents
 from minka.parallel.mesh import Mesh, start_mesh
@@ -32,12 +32,12 @@ FORWARD_BACKWARD_SECONDS = 1.0  # of a model with such a state (20 M parameters,
 
 
 def made_up_state(size: int = STATE_BYTES) -> dict[str, Tensor]:
-    """Sixteen equal tensors."""
+    """Return sixteen equal tensors."""
     return {f"model.{i}": torch.randn(size // 64) for i in range(16)}
 
 
 class Saves:
-    """Our saves and DCP's of one state, each in seconds for which the training waits."""
+    """Saves of one state by us and by DCP. Each returns the seconds for which the training waits."""
 
     def __init__(self, folder: Path, mesh: Mesh) -> None:
         self.folder, self.state = folder, made_up_state()
@@ -47,15 +47,15 @@ class Saves:
         self._step = 0
 
     def synchronous(self) -> float:
-        """Until it is committed."""
+        """Save until it is committed."""
         return _saved(self._sync, self._next(), self.pieces, 0.0)
 
     def asynchronous(self, between: float) -> float:
-        """Until the tensors may change, less `between` seconds of forward and backward."""
+        """Save until the tensors may change, less `between` seconds of forward and backward."""
         return _saved(self._async, self._next(), self.pieces, between)
 
     def dcp_asynchronous(self) -> float:
-        """As long as its async_save takes to return; the tensors may change then."""
+        """Save until DCP's async_save returns; the tensors may change then."""
         began = time.perf_counter()
         writing = async_save(self.state, storage_writer=FileSystemWriter(self.folder / "dcp"))
         stall = time.perf_counter() - began
@@ -84,7 +84,7 @@ def _saved(saver: Saver, contents: Contents, pieces: dict[str, Piece], between: 
 
 
 def compute(seconds: float) -> None:
-    """As a forward and backward pass: products of matrices on all threads."""
+    """Multiply matrices on all threads for `seconds`, as a forward and backward pass does."""
     a, b = torch.randn(512, 512), torch.randn(512, 512)
     until = time.perf_counter() + seconds
     while time.perf_counter() < until:
@@ -93,7 +93,7 @@ def compute(seconds: float) -> None:
 
 @contextmanager
 def saves() -> Iterator[Saves]:
-    """In a folder of their own on the disk of temporary files, each warmed up once."""
+    """Yield the saves in a temporary folder, after each has run once."""
     with (
         tempfile.TemporaryDirectory() as folder,
         start_mesh(Layout(shard=1, precision="bf16")) as mesh,  # bf16: then there is a process group, which DCP wants
@@ -106,21 +106,21 @@ def saves() -> Iterator[Saves]:
 
 
 def stall(between: float) -> float:
-    """Stall of an asynchronous save as a share of a synchronous one."""
+    """Return the stall of an asynchronous save as a share of a synchronous one."""
     with saves() as one:
-        return median_ratio(lambda: one.asynchronous(between), one.synchronous)
+        return median_ratio(lambda: one.asynchronous(between), one.synchronous, PAIRS)
 
 
 def stall_against_dcp() -> float:
-    """Stall of our asynchronous save, nothing between, as a share of DCP's."""
+    """Return the stall of our asynchronous save as a share of DCP's, with no training in between."""
     with saves() as one:
-        return median_ratio(lambda: one.asynchronous(0.0), one.dcp_asynchronous)
+        return median_ratio(lambda: one.asynchronous(0.0), one.dcp_asynchronous, PAIRS)
 
 
 def hashing() -> float:
-    """What the hashes add to a synchronous save, as a share of one whose hashes cost nothing."""
+    """Return what the hashes add to a synchronous save, as a share of a save without hashes."""
     with saves() as one:
-        return median_ratio(one.synchronous, lambda: _unhashed(one.synchronous)) - 1.0
+        return median_ratio(one.synchronous, lambda: _unhashed(one.synchronous), PAIRS) - 1.0
 
 
 def _unhashed(save: Callable[[], float]) -> float:
@@ -133,7 +133,7 @@ def _unhashed(save: Callable[[], float]) -> float:
 
 
 def memory(size: int = STATE_BYTES, saves: int = 2) -> float:
-    """Most memory of a process beyond what it had before its saves, as a share of the state, in a fresh process."""
+    """Return the peak memory that saves add to a fresh process, as a share of the state."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_remember, args=(theirs, size, saves), daemon=True)
@@ -161,27 +161,11 @@ def _status(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def median_ratio(ours: Callable[[], float], other: Callable[[], float], pairs: int = PAIRS) -> float:
-    """Of our seconds to the others', by pairs, in turn first."""
-    ratios = []
-    for pair in range(pairs):
-        first, second = (ours, other) if pair % 2 == 0 else (other, ours)
-        a, b = first(), second()
-        ratios.append(a / b if pair % 2 == 0 else b / a)
-    return statistics.median(ratios)
-
-
-ROWS: dict[str, Callable[[], float]] = {
-    "save beside a step, stall of a synchronous one": lambda: stall(FORWARD_BACKWARD_SECONDS),
-    "save with nothing beside, stall of a synchronous one": lambda: stall(0.0),
-    "save with nothing beside, stall of DCP's": stall_against_dcp,
-    "save, what hashing adds": hashing,
-    "save, memory beside the state": memory,
-}
-BOUNDS: dict[str, tuple[float, bool, str]] = {
-    "save beside a step, stall of a synchronous one": (0.10, False, "x"),
-    "save with nothing beside, stall of a synchronous one": (0.25, False, "x"),
-    "save with nothing beside, stall of DCP's": (2.0, False, "x"),  # 0.34 to 1.37 from run to run (LOG.md)
-    "save, what hashing adds": (0.15, False, "x"),
-    "save, memory beside the state": (1.05 + 96 / 256, False, "x"),
-}
+CLAIMS = (
+    Claim("save during a step, stall of a synchronous one", lambda: stall(FORWARD_BACKWARD_SECONDS), 0.10, "x"),
+    Claim("save with nothing else to do, stall of a synchronous one", lambda: stall(0.0), 0.25, "x"),
+    # 0.34 to 1.37 from run to run (LOG.md)
+    Claim("save with nothing else to do, stall of DCP's", stall_against_dcp, 2.0, "x"),
+    Claim("save, what hashing adds", hashing, 0.15, "x"),
+    Claim("save, memory beyond the state", memory, 1.05 + 96 / 256, "x"),
+)

@@ -1,4 +1,4 @@
-"""Speed of the data path on one core. `python -m minka.benchmarks.data_path` prints a table and writes no file."""
+"""Speed of the data path on one core: `python -m minka.benchmarks.data_path` prints a table and writes no file."""
 
 import time
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from minka.data.batch import build_batch
 from minka.data.sample_order import EpochPermutation, SampleOrder, window_count
+from minka.plan.cli import print_table
 
 TOKENS = 20_000_000
 SEQ_LEN = 2048
@@ -16,7 +17,7 @@ EOD = 0
 
 
 def synthetic_stream(mean_length: int, tokens: int = TOKENS) -> NDArray[np.uint16]:
-    """A token stream whose documents have log-normal lengths around `mean_length` and end with EOD."""
+    """Return a token stream whose documents have log-normal lengths around `mean_length` and end with EOD."""
     random = np.random.default_rng(0)
     stream = random.integers(1, 32_000, tokens).astype(np.uint16)
     lengths = random.lognormal(np.log(mean_length), 0.7, 2 * tokens // mean_length).astype(np.int64) + 2
@@ -27,7 +28,7 @@ def synthetic_stream(mean_length: int, tokens: int = TOKENS) -> NDArray[np.uint1
 
 
 def samples_per_second(stream: NDArray[np.uint16], rows: int, seconds: float = 2.0) -> float:
-    """Speed of building batches of `rows` permuted windows: order, gather, targets, documents, positions."""
+    """Return the samples/s of this thread in batches of `rows`: order, gather, targets, documents, positions."""
     order = SampleOrder(window_count(len(stream), SEQ_LEN), seed=0)
 
     def batch(step: int) -> int:
@@ -39,7 +40,7 @@ def samples_per_second(stream: NDArray[np.uint16], rows: int, seconds: float = 2
 
 
 def indices_per_second(count: int = 3_000_000, seconds: float = 2.0) -> float:
-    """Speed of permuting the indices of one epoch."""
+    """Return the indices of one epoch that this thread permutes in a second."""
     permutation = EpochPermutation(count, seed=0, epoch=0)
     block = np.arange(1 << 17)
 
@@ -61,15 +62,15 @@ def _rate(work: Callable[[int], int], seconds: float) -> float:
 def main() -> None:
     """Print the table."""
     torch.set_num_threads(1)
-    print(f"permuted indices       {indices_per_second() / 1e6:8.1f} M/s")
-    print(f"samples of {SEQ_LEN} tokens, one thread (documents: mean length; rows: sequences in a batch)")
+    print(f"permuted indices: {indices_per_second() / 1e6:.1f} M/s")
+    print(f"samples of {SEQ_LEN} tokens on one thread:")
+    rows = []
     for mean_length in (4000, 1000, 100, 20):
         stream = synthetic_stream(mean_length)
-        for rows in (8, 32, 256):
-            rate = samples_per_second(stream, rows)
-            print(
-                f"documents {mean_length:5}  rows {rows:4} {rate:10,.0f} samples/s {rate * SEQ_LEN / 1e6:8.1f} Mtok/s"
-            )
+        for batch in (8, 32, 256):
+            rate = samples_per_second(stream, batch)
+            rows.append((mean_length, batch, f"{rate:,.0f}", f"{rate * SEQ_LEN / 1e6:.1f}"))
+    print_table(rows, ["tokens per document", "sequences per batch", "samples/s", "Mtok/s"])
 
 
 if __name__ == "__main__":

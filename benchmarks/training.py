@@ -1,6 +1,6 @@
-"""`make bench`: speed beside a peer in the same minute, as ratios. One table; absolute times are of no use here.
+"""`make bench`: speed against a peer in the same minute, as ratios. Absolute times depend on the machine.
 
-Each pair runs ours and the peer's one after the other, in turn first; a row is the median of the pairs' ratios.
+Each pair runs our step and the peer's, and each goes first in turn. A figure is the median of the pairs' ratios.
 """
 
 import argparse
@@ -15,21 +15,21 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from minka.benchmarks import checkpoints as saves
+from minka.benchmarks import checkpoints
+from minka.benchmarks.claims import Claim, median_ratio
 from minka.benchmarks.data_path import samples_per_second, synthetic_stream
 from minka.data.batch import Batch
 from minka.parallel.engine import Engine
 from minka.parallel.mesh import start_mesh
-from minka.plan.cli import print_json
+from minka.plan.cli import print_json, print_table
 from minka.plan.config import RunConfig
 from minka.plan.hub_config import family_of, to_config
 from minka.plan.ledger import read_ledger
 from minka.plan.load_config import validate
-from minka.train.final_summary import table
 from minka.train.worker import build_engine
 
 PAIRS = 5
@@ -41,49 +41,39 @@ SHAPES: dict[str, dict[str, int]] = {
 SECONDS_A_SIDE = 3.0
 
 
-class Row(NamedTuple):
-    """One claim: what was measured, the bound it must keep, and whether a larger figure is better."""
-
-    name: str
-    value: float
-    bound: float
-    larger_is_better: bool
-    unit: str
-
-    def kept(self, slack: float = 1.0) -> bool:
-        """Whether that share of the bound holds."""
-        if self.larger_is_better:
-            return self.value >= slack * self.bound
-        return self.value <= self.bound / slack
-
-
 def main() -> int:
-    """Run the rows whose name contains --only (default: all); exit status 1 when a bound is broken."""
-    parser = argparse.ArgumentParser(description="Speed beside a peer, as ratios.")
-    parser.add_argument("--only", default="", help="rows whose name contains this")
-    parser.add_argument("--slack", type=float, default=1.0, help="of each bound, the share that must be kept")
+    """Check the claims whose name contains --only (default: all). Return 1 when a bound is broken."""
+    parser = argparse.ArgumentParser(description="Speed against a peer, as ratios.")
+    parser.add_argument("--only", default="", help="check the claims whose name contains this")
+    parser.add_argument("--slack", type=float, default=1.0, help="share of each bound that must be kept")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
-    rows = []
-    for name, measure in ROWS.items():
-        if options.only in name:
-            value = measure()
-            rows.append(Row(name, value, *BOUNDS[name]))
-            print(f"{name}: {value:.4g}", file=sys.stderr, flush=True)
+    found = []
+    for claim in CLAIMS:
+        if options.only in claim.name:
+            value = claim.measure()
+            found.append((claim, value))
+            print(f"{claim.name}: {value:.4g}", file=sys.stderr, flush=True)
     if options.json:
-        print_json([row._asdict() | {"kept": row.kept()} for row in rows])
+        print_json([_as_dict(claim, value) for claim, value in found])
     else:
-        print(table({row.name: _line(row) for row in rows}))
-    return 0 if all(row.kept(options.slack) for row in rows) else 1
+        print_table([_row(claim, value) for claim, value in found], ["claim", "measured", "bound", ""])
+    return 0 if all(claim.holds(value, options.slack) for claim, value in found) else 1
 
 
-def _line(row: Row) -> str:
-    sign = ">=" if row.larger_is_better else "<="
-    return f"{row.value:>10.4g} {row.unit}  (bound {sign} {row.bound:g}{'' if row.kept() else ', BROKEN'})"
+def _as_dict(claim: Claim, value: float) -> dict[str, object]:
+    fields = {name: field for name, field in claim._asdict().items() if name != "measure"}
+    return fields | {"value": value, "kept": claim.holds(value)}
+
+
+def _row(claim: Claim, value: float) -> tuple[str, ...]:
+    sign = ">=" if claim.larger_is_better else "<="
+    kept = "" if claim.holds(value) else "BROKEN"
+    return claim.name, f"{value:.4g} {claim.unit}", f"{sign} {claim.bound:g} {claim.unit}", kept
 
 
 def config_of(shape: str, compiled: bool, folder: str = "bench") -> RunConfig:
-    """A run of one of SHAPES on batches that are made up here; nothing of it touches the disk."""
+    """Return a run of one of SHAPES. Its batches are synthetic, and nothing touches the disk."""
     return validate(
         {
             "run": {"name": "bench", "max_steps": 1000, "folder": folder},
@@ -97,19 +87,19 @@ def config_of(shape: str, compiled: bool, folder: str = "bench") -> RunConfig:
     )
 
 
-def made_up_batch(vocab: int, sequences: int, seq_len: int = SEQ_LEN) -> Batch:
-    """Random tokens, one document a row: what a plain causal model can train on too."""
+def synthetic_batch(vocab: int, sequences: int, seq_len: int = SEQ_LEN) -> Batch:
+    """Return random tokens, one document a row, which a plain causal model can train on, too."""
     tokens = torch.randint(vocab, (sequences, seq_len + 1), generator=torch.Generator().manual_seed(0))
     zeros = torch.zeros(sequences, seq_len, dtype=torch.int64)
     positions = torch.arange(seq_len).repeat(sequences, 1)
     ids = torch.arange(sequences)
     targets = tokens[:, 1:].contiguous()
-    targets[:, -1] = -100  # the peer shifts inside a row, and so has one target fewer
+    targets[:, -1] = -100  # the peer shifts inside a row and has one target fewer
     return Batch(tokens[:, :-1].contiguous(), targets, zeros, positions, ids, sequences * (seq_len - 1))
 
 
 def our_step(engine: Engine, batch: Batch, config: RunConfig, targets: int) -> Callable[[], None]:
-    """One whole training step of ours."""
+    """Return one whole training step of minka."""
 
     def step() -> None:
         sums = engine.forward_backward([batch], targets)
@@ -122,7 +112,7 @@ def our_step(engine: Engine, batch: Batch, config: RunConfig, targets: int) -> C
 def peer_step(
     config: RunConfig, batch: Batch, *, compiled: bool, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Callable[[], None]:
-    """One whole training step of a transformers model with torch's fused AdamW: as fast as it comes."""
+    """Return one whole training step of a transformers model with torch's fused AdamW."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = to_config(config.model, family_of(config.model), None, str(dtype).removeprefix("torch."))
@@ -142,13 +132,13 @@ def peer_step(
     return step
 
 
-def paired(ours: Callable[[], float], peer: Callable[[], float]) -> float:
-    """Median of peer seconds / our seconds over PAIRS pairs, in turn first."""
-    return saves.median_ratio(peer, ours, PAIRS)
+def peer_ratio(ours: Callable[[], float], peer: Callable[[], float]) -> float:
+    """Return the median of peer seconds / our seconds over PAIRS pairs."""
+    return median_ratio(peer, ours, PAIRS)
 
 
 def timed(step: Callable[[], None]) -> Callable[[], float]:
-    """Seconds a step over about SECONDS_A_SIDE, after one that warms up (and compiles)."""
+    """Return a function that measures seconds a step over about SECONDS_A_SIDE. Warms up (and compiles) first."""
     step()
     began = time.perf_counter()
     step()
@@ -164,48 +154,48 @@ def timed(step: Callable[[], None]) -> Callable[[], float]:
 
 
 def one_process(shape: str, compiled: bool) -> float:
-    """Ours against the peer in one process with all cores."""
+    """Compare minka with the peer in one process on all cores."""
     torch.set_num_threads(os.cpu_count() or 1)
     config = config_of(shape, compiled)
-    batch = made_up_batch(config.model.vocab, SEQUENCES)
+    batch = synthetic_batch(config.model.vocab, SEQUENCES)
     with start_mesh(config.layout) as mesh:
         engine, _ = build_engine(config, mesh)
         ours = timed(our_step(engine, batch.to(mesh.device), config, batch.target_count))
-        return paired(ours, timed(peer_step(config, batch, compiled=compiled)))
+        return peer_ratio(ours, timed(peer_step(config, batch, compiled=compiled)))
 
 
 def sharded_against_threads() -> float:
-    """Two sharded ranks of one thread, on half the batch each, against one process with two threads on all of it."""
+    """Compare two sharded ranks of one thread, on half the batch each, with one process of two threads on all of it."""
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "rendezvous")
-        two = [_Side({"RANK": str(r), "WORLD_SIZE": "2", "MINKA_STORE": store}, 1, SEQUENCES // 2) for r in range(2)]
-        one = [_Side({"RANK": "0", "WORLD_SIZE": "1"}, 2, SEQUENCES)]
+        two = [_Worker({"RANK": str(r), "WORLD_SIZE": "2", "MINKA_STORE": store}, 1, SEQUENCES // 2) for r in range(2)]
+        one = [_Worker({"RANK": "0", "WORLD_SIZE": "1"}, 2, SEQUENCES)]
         try:
-            return paired(lambda: _go(two), lambda: _go(one))
+            return peer_ratio(lambda: _seconds_per_step(two), lambda: _seconds_per_step(one))
         finally:
-            for side in two + one:
-                side.process.kill()
-                side.process.join()
+            for worker in two + one:
+                worker.process.kill()
+                worker.process.join()
 
 
-class _Side:
-    """A process that holds a model and runs steps when told."""
+class _Worker:
+    """A process that holds a model and runs the number of steps it is sent."""
 
-    def __init__(self, place: dict[str, str], threads: int, sequences: int) -> None:
+    def __init__(self, environment: dict[str, str], threads: int, sequences: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, place, threads, sequences), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, environment, threads, sequences), daemon=True)
         self.process.start()
 
 
-def _serve(pipe: Connection, place: dict[str, str], threads: int, sequences: int) -> None:
-    os.environ.update(place)
+def _serve(pipe: Connection, environment: dict[str, str], threads: int, sequences: int) -> None:
+    os.environ.update(environment)
     torch.set_num_threads(threads)
     config = config_of("1M", compiled=False)
     config = config.model_copy(update={"layout": config.layout.model_copy(update={"micro_batch": sequences})})
     with start_mesh(config.layout) as mesh:
         engine, _ = build_engine(config, mesh)
-        batch = made_up_batch(config.model.vocab, sequences)
+        batch = synthetic_batch(config.model.vocab, sequences)
         step = our_step(engine, batch, config, batch.target_count * mesh.ranks)
         for _ in range(3):
             step()
@@ -216,21 +206,29 @@ def _serve(pipe: Connection, place: dict[str, str], threads: int, sequences: int
             pipe.send("done")
 
 
-def _go(sides: list[_Side], steps: int = 30) -> float:
-    for side in sides:
-        while side.pipe.poll(0):
-            side.pipe.recv()  # "ready" of the first time
+def _seconds_per_step(workers: list[_Worker], steps: int = 30) -> float:
+    for worker in workers:
+        while worker.pipe.poll(0):
+            worker.pipe.recv()  # "ready" of the first time
     began = time.perf_counter()
-    for side in sides:
-        side.pipe.send(steps)
-    for side in sides:
-        while side.pipe.recv() != "done":
+    for worker in workers:
+        worker.pipe.send(steps)
+    for worker in workers:
+        while worker.pipe.recv() != "done":
             continue
     return (time.perf_counter() - began) / steps
 
 
+def loader_samples_per_second() -> float:
+    """Return the samples that one core packs into batches in a second."""
+    return samples_per_second(synthetic_stream(1_000), rows=16)
+
+
 def start_seconds() -> float:
-    """From `minka train demo` to the end of its first step, data prepared on the way, less the import of torch."""
+    """Return the seconds from `minka train demo` to the end of its first step, less the import of torch.
+
+    This includes the preparation of the data.
+    """
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import torch"], check=True)
     import_seconds = time.perf_counter() - began
@@ -244,7 +242,7 @@ def start_seconds() -> float:
 
 
 def help_seconds() -> float:
-    """CPU seconds of the slowest command's --help; the median of three runs of each."""
+    """Return the CPU seconds of the slowest command's --help, as the median of three runs of each."""
     worst = 0.0
     for command in ("train", "data", "eval", "export", "doctor"):
         runs = []
@@ -263,28 +261,17 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(source)} if source.exists() else dict(os.environ)
 
 
-ROWS: dict[str, Callable[[], float]] = {
-    "eager 1M against transformers": lambda: one_process("1M", compiled=False),
-    "eager 20M against transformers": lambda: one_process("20M", compiled=False),
-    "compiled 1M against transformers": lambda: one_process("1M", compiled=True),
-    "compiled 20M against transformers": lambda: one_process("20M", compiled=True),
-    "two sharded ranks against two threads": sharded_against_threads,
-    "loader, samples of 2,048 a core": lambda: samples_per_second(synthetic_stream(1_000), rows=16),
-    "start of the demo to its first step": start_seconds,
-    "--help of the slowest command": help_seconds,
-    **saves.ROWS,
-}
-BOUNDS: dict[str, tuple[float, bool, str]] = {
-    "eager 1M against transformers": (1.15, True, "x"),
-    "eager 20M against transformers": (1.05, True, "x"),
-    "compiled 1M against transformers": (1.15, True, "x"),
-    "compiled 20M against transformers": (1.05, True, "x"),
-    "two sharded ranks against two threads": (0.97, True, "x"),
-    "loader, samples of 2,048 a core": (20_000, True, "/s"),
-    "start of the demo to its first step": (15.0, False, "s beyond the import of torch"),
-    "--help of the slowest command": (0.5, False, "s of CPU time"),
-    **saves.BOUNDS,
-}
+CLAIMS = (
+    Claim("eager 1M against transformers", lambda: one_process("1M", compiled=False), 1.15, "x", True),
+    Claim("eager 20M against transformers", lambda: one_process("20M", compiled=False), 1.05, "x", True),
+    Claim("compiled 1M against transformers", lambda: one_process("1M", compiled=True), 1.15, "x", True),
+    Claim("compiled 20M against transformers", lambda: one_process("20M", compiled=True), 1.05, "x", True),
+    Claim("two sharded ranks against two threads", sharded_against_threads, 0.97, "x", True),
+    Claim("loader, samples of 2,048 tokens on a core", loader_samples_per_second, 20_000, "/s", True),
+    Claim("start of the demo to its first step", start_seconds, 15.0, "s beyond the import of torch"),
+    Claim("--help of the slowest command", help_seconds, 0.5, "s of CPU time"),
+    *checkpoints.CLAIMS,
+)
 
 if __name__ == "__main__":
     sys.exit(main())

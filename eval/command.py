@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from minka.plan.cli import new_app, print_json, progress, run_app
+from minka.plan.cli import new_app, print_json, print_table, progress, run_app
 
 
 def main(argv: Sequence[str]) -> int:
@@ -15,7 +15,7 @@ def main(argv: Sequence[str]) -> int:
     @app.command()
     def score(
         run: Annotated[
-            str, typer.Argument(help="run folder, or name under runs/; RUN@STEP takes that step's checkpoint")
+            str, typer.Argument(help="run folder, or name under runs/; RUN@STEP scores the checkpoint of that step")
         ],
         overrides: Annotated[list[str] | None, typer.Argument(help="eval.key=value")] = None,
         as_json: Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")] = False,
@@ -27,8 +27,8 @@ def main(argv: Sequence[str]) -> int:
         if as_json:
             print_json(result)
         else:
-            for name, value in result["scores"].items():
-                print(f"{name}  {value:.4f} +- {result['stderr'][name]:.4f}")
+            errors = result["stderr"]
+            print_table([(name, f"{value:.4f} +- {errors[name]:.4f}") for name, value in result["scores"].items()])
             print(result["path"])
         return 0
 

@@ -1,7 +1,9 @@
-"""Documents cut into rows a model can score: every token but a document's first is a target exactly once."""
+"""Documents cut into windows and packed into rows that a model can score.
+
+Every token of a document but its first is a target exactly once.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -11,19 +13,18 @@ from torch import Tensor
 from minka.model.transformer import IGNORED
 
 
-class Window(NamedTuple):
-    """Inputs tokens[first : first + len] of one document; targets before `scored` only give context."""
+class ScoringWindow(NamedTuple):
+    """A part of one document. Targets before index `scored` are context only."""
 
     document: int
     tokens: np.ndarray  # one longer than the inputs: input i predicts token i + 1
     scored: int
 
 
-@dataclass(frozen=True)
-class ScoringBatch:
-    """A batch of rows, each filled with windows of one or more documents; all [B, T] int64.
+class ScoringBatch(NamedTuple):
+    """Rows filled with windows of one or more documents; all tensors [B, T] int64.
 
-    `owners` says whose target each place is: an index into the documents, or -1.
+    `owners` is the index of the document that each target belongs to, or -1.
     """
 
     tokens: Tensor
@@ -33,57 +34,56 @@ class ScoringBatch:
     owners: Tensor
 
     def to(self, device: torch.device) -> "ScoringBatch":
-        """The same on `device`."""
-        return ScoringBatch(
-            *(t.to(device) for t in (self.tokens, self.targets, self.documents, self.positions, self.owners))
-        )
+        """Return the same batch on `device`."""
+        return ScoringBatch(*(tensor.to(device) for tensor in self))
 
 
-def windows(document: int, tokens: np.ndarray, length: int, stride: int) -> Iterator[Window]:
-    """Windows of at most `length` inputs, `stride` apart: each target is scored in the first window that has it.
+def scoring_windows(document: int, tokens: np.ndarray, length: int, stride: int) -> Iterator[ScoringWindow]:
+    """Yield windows of at most `length` inputs, `stride` apart. Each target is scored in the first window that has it.
 
-    With stride < length every target but the first ones has at least length - stride tokens of context.
+    With stride < length every target, except those of the first window, has at least length - stride tokens of context.
     """
-    first, done = 0, 1  # tokens[:done] are scored; the first has no context and is charged for elsewhere
+    first, done = 0, 1  # tokens[:done] are scored; the first token has no context and is charged elsewhere
     while done < len(tokens):
         last = min(first + length, len(tokens) - 1)
-        yield Window(document, tokens[first : last + 1], done - first - 1)
+        yield ScoringWindow(document, tokens[first : last + 1], done - first - 1)
         done = last + 1
         first += stride
 
 
-def rows(cut: Iterable[Window], length: int, batch: int, fill: int) -> Iterator[ScoringBatch]:
-    """Pack windows into rows of `length` (next fit) and rows into batches of exactly `batch` rows."""
-    waiting: list[list[Window]] = []
-    row: list[Window] = []
+def pack_windows(windows: Iterable[ScoringWindow], length: int, batch: int, padding: int) -> Iterator[ScoringBatch]:
+    """Pack windows into rows of `length` (next fit), and rows into batches of exactly `batch` rows.
+
+    The rest of a row is filled with the token `padding`.
+    """
+    rows: list[list[ScoringWindow]] = [[]]
     room = length
-    for window in cut:
+    for window in windows:
         inputs = len(window.tokens) - 1
         if inputs > room:
-            waiting.append(row)
-            row, room = [], length
-            if len(waiting) == batch:
-                yield _batch(waiting, length, batch, fill)
-                waiting = []
-        row.append(window)
+            if len(rows) == batch:
+                yield _build_batch(rows, length, batch, padding)
+                rows = []
+            rows.append([])
+            room = length
+        rows[-1].append(window)
         room -= inputs
-    waiting += [row] if row else []
-    if waiting:
-        yield _batch(waiting, length, batch, fill)
+    if rows[-1]:
+        yield _build_batch(rows, length, batch, padding)
 
 
-def filler(length: int, batch: int, fill: int) -> ScoringBatch:
-    """A batch without targets, for ranks that have run out: a forward pass is collective."""
-    return _batch([], length, batch, fill)
+def padding_batch(length: int, batch: int, padding: int) -> ScoringBatch:
+    """Return a batch without targets, for ranks that have no windows left: a forward pass is collective."""
+    return _build_batch([], length, batch, padding)
 
 
-def _batch(filled: Sequence[Sequence[Window]], length: int, batch: int, fill: int) -> ScoringBatch:
-    tokens = np.full((batch, length), fill, dtype=np.int64)
+def _build_batch(rows: Sequence[Sequence[ScoringWindow]], length: int, batch: int, padding: int) -> ScoringBatch:
+    tokens = np.full((batch, length), padding, dtype=np.int64)
     targets = np.full((batch, length), IGNORED, dtype=np.int64)
     owners = np.full((batch, length), -1, dtype=np.int64)
     documents = np.zeros((batch, length), dtype=np.int64)
     positions = np.tile(np.arange(length), (batch, 1))
-    for r, row in enumerate(filled):
+    for r, row in enumerate(rows):
         at = 0
         for number, window in enumerate(row, start=1):
             n = len(window.tokens) - 1
@@ -93,5 +93,5 @@ def _batch(filled: Sequence[Sequence[Window]], length: int, batch: int, fill: in
             documents[r, at : at + n] = number
             positions[r, at : at + n] = np.arange(n)
             at += n
-        positions[r, at:] = np.arange(length - at)  # what is left of the row is a document of filler, number 0
+        positions[r, at:] = np.arange(length - at)  # the rest of the row is a document of padding, number 0
     return ScoringBatch(*(torch.from_numpy(a) for a in (tokens, targets, documents, positions, owners)))

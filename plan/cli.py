@@ -1,10 +1,11 @@
-"""What every command does alike: parse, run, turn errors into one paragraph and an exit status, show progress."""
+"""What all commands share: parsing, errors as one paragraph with an exit status, tables, JSON, progress."""
 
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TextIO
 
 import typer
 from typer.main import get_command
@@ -15,48 +16,95 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 def new_app(help: str) -> typer.Typer:
-    """A typer application in the house style."""
-    return typer.Typer(help=help, add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+    """Return a typer application with plain help: rich takes a quarter of a second to import."""
+    return typer.Typer(
+        help=help,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+    )
 
 
 def run_app(app: typer.Typer, argv: Sequence[str], prog: str) -> int:
-    """Run one command's application; its callbacks return an exit status or None for done."""
+    """Run one command's application. Its callbacks return an exit status, or None for done."""
+    as_json = "--json" in argv
     try:
         command = get_command(app)
         command.help = command.help or str(app.info.help)  # a lone command would show none
+        for inner in getattr(command, "commands", {}).values():
+            inner.short_help = inner.help  # whole: typer would cut it to one line
         result = command.main(args=list(argv), prog_name=prog, standalone_mode=False)
         return int(result or 0)
     except UserError as error:
-        print_error(error, as_json="--json" in argv)
+        print_error(error, as_json=as_json)
         return int(error.status)
     except (typer.Abort, KeyboardInterrupt):
         print("interrupted; nothing half-made was kept", file=sys.stderr)
         return int(ExitStatus.FAILED)
     except Exception as error:
-        if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error, or help asked for by giving nothing
-            error.show()
-            return int(ExitStatus.REFUSED)
-        raise
+        if not hasattr(error, "format_message"):  # typer's usage errors have it; their classes are private
+            raise
+        if argv:
+            print_error(_usage_error(error, prog), as_json=as_json)
+        else:
+            error.show()  # type: ignore[attr-defined]  # the help
+        return int(ExitStatus.REFUSED)
+
+
+def _usage_error(error: Any, prog: str) -> UserError:
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context else prog
+    return UserError(error.format_message(), where="command line", remedy=f"`{path} --help` lists what it takes")
 
 
 def print_error(error: UserError, *, as_json: bool) -> None:
-    """The paragraph on stderr, and for machines one JSON document on stdout."""
+    """Print the paragraph on stderr and, with `as_json`, one JSON document on stdout."""
     if as_json:
         print_json(error.as_dict())
     print(f"minka: {error}", file=sys.stderr)
 
 
 def print_json(value: object) -> None:
-    """One JSON document on stdout; non-finite numbers are the strings NaN, Infinity, -Infinity, as in the ledger."""
+    """Print one JSON document. Non-finite numbers are the strings NaN, Infinity, -Infinity, as in the ledger."""
     plain = json.loads(json.dumps(value, default=str), parse_constant=str)
     print(json.dumps(plain, indent=2, allow_nan=False))
 
 
+def print_table(
+    rows: Sequence[Sequence[object]], head: Sequence[str] = (), *, title: str = "", file: TextIO | None = None
+) -> None:
+    """Print `rows` under `head`: a rich table on a terminal, columns aligned by spaces elsewhere."""
+    file = file or sys.stdout
+    cells = [[str(cell) for cell in row] for row in rows]
+    if file.isatty():
+        _print_rich(cells, head, title, file)
+        return
+    if title:
+        print(title, file=file)
+    lines = [list(head), *cells] if head else cells
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        padded = (f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True))
+        print("  ".join(padded).rstrip(), file=file)
+
+
+def _print_rich(cells: Sequence[Sequence[str]], head: Sequence[str], title: str, file: TextIO) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*head, title=title or None, show_header=bool(head))
+    for row in cells:
+        table.add_row(*map(Text, row))  # Text: brackets in a cell are not markup
+    Console(file=file).print(table)
+
+
 @contextmanager
 def progress(total: int | None, what: str, unit: str) -> Iterator[Callable[[int], None]]:
-    """Show how far a long piece of work is, on stderr: a bar on a terminal, else a line every few seconds.
+    """Show the progress of long work on stderr: a bar on a terminal, a line every few seconds elsewhere.
 
-    Yields advance(n). A total of None shows a count only.
+    Yields advance(n). With a total of None only the count is shown.
     """
     if sys.stderr.isatty():
         with _bar(total, what, unit) as move:

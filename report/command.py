@@ -21,34 +21,36 @@ def main(argv: Sequence[str]) -> int:
         runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="run folders, or names under runs/")],
         out: Annotated[
             Path | None,
-            typer.Option(help="file to write (default: report.html in the run's folder; of several runs, here)"),
+            typer.Option(help="file to write (default: report.html in the run's folder; for several runs, here)"),
         ] = None,
-        watch: Annotated[
+        seconds: Annotated[
             float | None,
             typer.Option(
+                "--watch",
                 min=1,
                 metavar="[SECONDS]",
-                help=f"write it again every so many seconds ({WATCH_SECONDS} where none are given) until the runs "
-                "have ended; an open page follows",
+                help=f"write the page again every SECONDS (default {WATCH_SECONDS}) until the runs have ended; "
+                "an open page reloads itself",
             ),
         ] = None,
         as_json: Annotated[bool, typer.Option("--json", help="print the page's numbers as one JSON document")] = False,
     ) -> int:
-        from minka.report.report_writer import Report, Spoken, numbers
+        from minka.report.console_lines import ConsoleLines
+        from minka.report.watch import watch
+        from minka.report.write_report import write_report
 
-        spoken = Spoken(sys.stderr, sys.stderr if as_json else sys.stdout)
-        report = Report(runs, out)
-        file, shown = report.write() if watch is None else report.watch(watch, spoken.say)
-        spoken.say(file, shown)
+        lines = ConsoleLines(sys.stderr, sys.stderr if as_json else sys.stdout)
+        file, data = write_report(runs, out) if seconds is None else watch(runs, out, seconds, lines.print)
+        lines.print(file, data)
         if as_json:
-            print_json(numbers(file, shown))
+            print_json({"format": data["format"], "runs": [run["headline"] for run in data["runs"]], "page": str(file)})
         return 0
 
-    return run_app(app, with_seconds(argv), "minka report")
+    return run_app(app, with_watch_seconds(argv), "minka report")
 
 
-def with_seconds(argv: Sequence[str]) -> list[str]:
-    """`--watch` without a number gets the default: an option with an optional value is nothing that typer has."""
+def with_watch_seconds(argv: Sequence[str]) -> list[str]:
+    """Add the default after `--watch` without a number: typer has no option with an optional value."""
     out: list[str] = []
     for i, word in enumerate(argv):
         out.append(word)

@@ -1,4 +1,4 @@
-"""Long series cut down to what a screen can show, without losing a spike or a gap."""
+"""Long curves thinned to what a screen can show. No spike and no gap is lost."""
 
 import math
 from collections.abc import Sequence
@@ -7,15 +7,15 @@ import numpy as np
 import numpy.typing as npt
 
 Numbers = npt.NDArray[np.float64]
-FEWEST_TO_SMOOTH = 100
-TINY = 1e-9  # a weight that is rounding
+MIN_TO_SMOOTH = 100
+TINY = 1e-9  # a weight that is only rounding
 
 
-def thin(values: Numbers, points: int) -> npt.NDArray[np.int64]:
-    """Which of `values` to keep: all, if there are no more than `points`; else about so many, in order.
+def downsample(values: Numbers, points: int) -> npt.NDArray[np.int64]:
+    """Return the indices of `values` to keep, in order: all of at most `points`, else about `points`.
 
-    Of each bucket of neighbours the least and the greatest stay, and one that is not finite where there is one; of the
-    whole the first and the last.
+    Kept are the minimum, the maximum and one non-finite value of each bucket of neighbours, and the first and the last
+    of all.
     """
     count = len(values)
     if count <= points:
@@ -33,41 +33,39 @@ def thin(values: Numbers, points: int) -> npt.NDArray[np.int64]:
     return np.array(sorted(keep), dtype=np.int64)
 
 
-def spread(count: int, most: int) -> npt.NDArray[np.int64]:
-    """At most `most` of `count` places, evenly spread, the first and the last among them."""
-    if count <= most:
+def evenly(count: int, points: int) -> npt.NDArray[np.int64]:
+    """Return at most `points` of `count` indices, evenly spaced, with the first and the last."""
+    if count <= points:
         return np.arange(count)
-    return np.unique(np.linspace(0, count - 1, most).round().astype(np.int64))
+    return np.unique(np.linspace(0, count - 1, points).round().astype(np.int64))
 
 
 def smooth(values: Numbers) -> Numbers:
-    """A mean over the neighbours on both sides, of weights that halve every two hundredth of the series.
+    """Return the mean over neighbours on both sides, with weights that halve every two hundredth of the series.
 
-    Both sides, so that it does not lag behind; at the end there is the past only. What is not finite does not count.
-    Empty for a series too short to need it.
+    Both sides, so that it does not lag. Non-finite values do not count. Empty for a series too short to need it.
     """
-    if len(values) < FEWEST_TO_SMOOTH:
+    if len(values) < MIN_TO_SMOOTH:
         return np.empty(0)
-    there = np.isfinite(values)
-    known, weights = np.where(there, values, 0.0), there.astype(np.float64)
-    fade = 0.5 ** (200 / len(values))
-    total = _faded(known, fade) + _faded(known[::-1], fade)[::-1] - known
-    weight = _faded(weights, fade) + _faded(weights[::-1], fade)[::-1] - weights
+    finite = np.isfinite(values)
+    known, weights = np.where(finite, values, 0.0), finite.astype(np.float64)
+    decay = 0.5 ** (200 / len(values))
+    total = _decayed_sums(known, decay) + _decayed_sums(known[::-1], decay)[::-1] - known
+    weight = _decayed_sums(weights, decay) + _decayed_sums(weights[::-1], decay)[::-1] - weights
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(weight > TINY, total / weight, np.nan)
 
 
-def _faded(values: Numbers, fade: float) -> Numbers:
-    """Running sums in which each step back counts `fade` times as much."""
-    out, total = [], 0.0
+def _decayed_sums(values: Numbers, decay: float) -> Numbers:
+    sums, total = [], 0.0
     for value in values.tolist():
-        total = fade * total + value
-        out.append(total)
-    return np.array(out)
+        total = decay * total + value
+        sums.append(total)
+    return np.array(sums)
 
 
-def plain(values: Sequence[float] | Numbers, digits: int = 6) -> list[float | int | None]:
-    """Numbers for JSON, to `digits` significant digits; None for what is not finite."""
+def rounded(values: Sequence[float] | Numbers, digits: int = 6) -> list[float | int | None]:
+    """Return numbers for JSON with `digits` significant digits; None for non-finite ones."""
     out: list[float | int | None] = []
     for value in np.asarray(values, dtype=np.float64).tolist():
         short = float(f"{value:.{digits}g}")

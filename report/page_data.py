@@ -1,104 +1,93 @@
-"""Everything the page shows, as one JSON value: runs, their curves, tables and lineage."""
+"""Everything that the page shows, as one JSON value: runs, their curves, tables and lineage."""
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from minka.plan.ledger import number
 from minka.plan.load_config import flatten
-from minka.report.downsample import plain
-from minka.report.events import marks
-from minka.report.figures import checkpoints, figures, scores, time_split, unlike
-from minka.report.lineage import Graph
-from minka.report.load_run import Event, Run
-from minka.report.run_status import RunStatus, state_of
-from minka.report.running_time import Clock
-from minka.report.series import columns, curves
+from minka.plan.run_folder import RunFolder
+from minka.report.curves import curves, step_columns
+from minka.report.eval_scores import eval_scores, newest_samples, score_curves
+from minka.report.events import changed_settings, events, format_bytes
+from minka.report.headline import headline
+from minka.report.lineage_graph import lineage_graph
+from minka.report.run_files import RunFiles
+from minka.report.run_status import RunStatus, run_status
+from minka.report.running_time import RunningTime
+from minka.report.time_split import time_split
 
-POINTS, ALL_POINTS, FEWEST_POINTS = 2000, 6000, 250  # of a curve; of all runs' curves of one kind; whatever happens
-MOST_CHECKPOINTS = 300
+POINTS, ALL_POINTS, MIN_POINTS = 2000, 6000, 250  # of a curve; of all runs' curves of one kind; in any case
+MAX_CHECKPOINTS = 300
+SHOWN_ELSEWHERE = frozenset({"event", "config", "changed", "lineage"})  # fields of a start
 FORMAT = 1
+PageData = dict[str, Any]
 
 
-class Document(NamedTuple):
-    """`page` goes into the page, `numbers` is what `--json` prints."""
-
-    page: dict[str, Any]
-    numbers: dict[str, Any]
-    states: list[RunStatus]
-
-
-def document(runs: Sequence[Run], now: float) -> Document:
-    """What is to be shown of `runs` at `now`, in Unix seconds."""
-    names = unlike([run.folder for run in runs])
-    points = min(POINTS, max(FEWEST_POINTS, ALL_POINTS // len(runs)))
-    states = [state_of(run, now) for run in runs]
-    shown = [_run(run, name, state, points) for run, name, state in zip(runs, names, states, strict=True)]
-    graph = Graph()
-    graph.add(runs, names)
-    page = {"format": FORMAT, "written": now, "points": points, "runs": shown, "lineage": graph.as_json()}
-    return Document(page, {"format": FORMAT, "runs": [run["figures"] for run in shown]}, states)
+def page_data(runs: Sequence[RunFiles], now: float) -> PageData:
+    """Return what to show of `runs` at `now`, in Unix seconds."""
+    names = distinct_names([run.folder for run in runs])
+    points = min(POINTS, max(MIN_POINTS, ALL_POINTS // len(runs)))
+    return {
+        "format": FORMAT,
+        "written": now,
+        "points": points,
+        "runs": [_run(run, name, run_status(run, now), points) for run, name in zip(runs, names, strict=True)],
+        "lineage": lineage_graph(runs, names),
+    }
 
 
-def _run(run: Run, name: str, state: RunStatus, points: int) -> dict[str, Any]:
-    clock = Clock(run.events)
-    table = columns(run, clock)
-    scored = scores(run, table, clock)
+def ended(page: PageData) -> bool:
+    """Return whether every run of the page has ended."""
+    return all(run["status"]["ended"] for run in page["runs"])
+
+
+def distinct_names(folders: Sequence[RunFolder]) -> list[str]:
+    """Return a name for each run: its folder's, with as much of the path as makes it differ from the others."""
+    parts = [folder.path.resolve().parts for folder in folders]
+    names = [p[-1] for p in parts]
+    for depth in range(2, max((len(p) for p in parts), default=0) + 1):
+        twice = {name for name, count in Counter(names).items() if count > 1}
+        names = ["/".join(p[-depth:]) if name in twice else name for p, name in zip(parts, names, strict=True)]
+    return names
+
+
+def checkpoints(run: RunFiles) -> list[dict[str, Any]]:
+    """Return checkpoints, newest first: those in the ledger, and those that are only on disk."""
+    found: dict[str, dict[str, Any]] = {}
+    for event in run.events:
+        if event["event"] == "save":
+            name = str(event.get("path", "")).replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+            fields = ("step", "tokens", "stall_seconds", "total_seconds", "permanent")
+            found.pop(name, None)  # written again: the last one counts
+            found[name] = {key: event.get(key) for key in fields} | {"size": format_bytes(event.get("bytes"))}
+    for name, step in run.checkpoints.items():
+        found.setdefault(name, {"step": step, "only_on_disk": True})
+    rows = [row | {"name": name, "on_disk": name in run.checkpoints} for name, row in found.items()]
+    return sorted(rows, key=lambda row: int(row["step"]), reverse=True)
+
+
+def _run(run: RunFiles, name: str, status: RunStatus, points: int) -> dict[str, Any]:
+    time = RunningTime(run.events)
+    steps = step_columns(run, time)
+    scores = eval_scores(run, steps, time)
     saved = checkpoints(run)
     starts = [event for event in run.events if event["event"] == "start"]
     return {
         "name": name,
-        "state": {"kind": state.kind, "label": state.label, "why": state.why},
-        "figures": figures(run, table, clock, state, [p for p in scored if p["suite"] == "heldout"]),
-        "steps": len(table.step),
-        "curves": curves(table, points),
-        "marks": marks(run.kept, clock),
-        "scores": _scores(scored),
-        "time": time_split(run, table, clock),
+        "status": status._asdict() | {"ended": status.ended},
+        "headline": headline(run, steps, time, status, scores),
+        "warnings": run.warnings(),
+        "steps": len(steps.step),
+        "curves": curves(steps, points),
+        "events": events(run.kept, time),
+        "scores": score_curves(scores),
+        "time": time_split(run, steps, time),
         "config": run.config,
-        "changed": _changed(starts),
-        "started": {k: v for k, v in starts[-1].items() if k not in UNTOLD} if starts else {},
+        "changed": [[*change, start["step"]] for start in starts for change in changed_settings(start)],
+        "started": {key: value for key, value in starts[-1].items() if key not in SHOWN_ELSEWHERE} if starts else {},
         "provenance": flatten(run.provenance),
-        "checkpoints": saved[:MOST_CHECKPOINTS],
-        "checkpoints_left_out": max(0, len(saved) - MOST_CHECKPOINTS),
-        "samples": _samples(run),
-        "plan_file": run.plan,
+        "checkpoints": saved[:MAX_CHECKPOINTS],
+        "checkpoints_left_out": max(0, len(saved) - MAX_CHECKPOINTS),
+        "samples": newest_samples(run),
+        "plan_file": run.plan_file,
     }
-
-
-UNTOLD = frozenset({"event", "config", "changed", "lineage"})  # of a start: shown elsewhere
-
-
-def _scores(points: Sequence[Event]) -> dict[str, dict[str, list[Any]]]:
-    """Per score, by its name (and suite, if there are more): {"step", "tokens", "seconds", "value", "stderr"}."""
-    suites = {point["suite"] for point in points}
-    found: dict[str, dict[str, list[Any]]] = {}
-    for point in points:
-        for name, value in point["scores"].items():
-            label = name if len(suites) == 1 else f"{point['suite']}: {name}"
-            curve = found.setdefault(label, {key: [] for key in ("step", "tokens", "seconds", "value", "stderr")})
-            for key in ("step", "tokens", "seconds"):
-                curve[key].append(point[key])
-            curve["value"] += plain([number(value)])
-            curve["stderr"] += plain([number(point["stderr"].get(name))])
-    return found
-
-
-def _changed(starts: Sequence[Event]) -> list[dict[str, Any]]:
-    """Each value that a start changed, in order: key, old, new, at which step."""
-    rows = []
-    for start in starts:
-        changed = start.get("changed")
-        for key, pair in (changed if isinstance(changed, dict) else {}).items():
-            if isinstance(pair, list) and len(pair) == 2:
-                rows.append({"key": key, "old": pair[0], "new": pair[1], "step": start["step"]})
-    return rows
-
-
-def _samples(run: Run) -> dict[str, Any] | None:
-    """What the newest evaluation with samples wrote."""
-    for result in reversed(run.evals):
-        texts = result.get("samples")
-        if isinstance(texts, list) and texts:
-            pairs = [(str(t.get("prompt", "")), str(t.get("text", ""))) for t in texts if isinstance(t, dict)]
-            return {"step": result["step"], "texts": pairs}
-    return None

@@ -1,6 +1,6 @@
-// The plots: which there are, what each draws, one x axis for all of them.
+// The plots: which there are and what each draws. All share one x axis.
 
-const EVENTS = { // kind: [sign, symbol, colour, whether a line goes through the whole plot, how high the sign stands]
+const EVENTS = { // kind: [sign, symbol, colour, whether a line crosses every plot, height of the symbol]
   start: ["▷", "triangle-right-open", "--faint", false, 0.03],
   changed: ["▶", "triangle-right", "--warn", true],
   save: ["■", "square", "--faint", false, 0.08],
@@ -15,34 +15,33 @@ const EVENTS = { // kind: [sign, symbol, colour, whether a line goes through the
   refuse: ["⊘", "circle-x-open", "--bad", true],
   stop: ["●", "circle", "--soft", false, 0.03],
 };
-const PARTS = { compute: ["compute", "solid"], data: ["data", "dot"], save: ["save", "square"], eval: ["eval", "diamond"] };
-const SPLIT = { compute: "--part-0", data: "--part-1", save: "--part-2", eval: "--part-3", again: "--bad", other: "--part-4" };
-const SPLIT_NAMES = { again: "done again", other: "starting, waiting" };
+const PARTS = { compute: "solid", data: "dot", save: "square", eval: "diamond" }; // dash of a line, or symbol
+const SPLIT = { compute: "--part-0", data: "--part-1", save: "--part-2", eval: "--part-3", repeated: "--bad", "starting, waiting": "--part-4" };
 
 const has = (name) => RUNS.some((run) => run.curves[name]);
 const scoreNames = [...new Set(RUNS.flatMap((run) => Object.keys(run.scores)))];
 const sourceNames = scoreNames.filter((name) => name.includes("bits_per_byte/"));
 const PLOTS = [
-  { id: "loss", title: "Loss", told: "nats a token", wide: true, log: true, traces: () => line("loss") },
-  { id: "score", title: "Evaluation", told: "± standard error", if: scoreNames.length, traces: scoreTraces, select: scoreNames },
-  { id: "sources", title: "By source, newest", told: "bits per byte ± standard error", if: sourceNames.length > 1, traces: sourceTraces, own: true },
-  { id: "grad_norm", title: "Gradient norm", told: "before clipping", log: true, traces: () => line("grad_norm") },
-  { id: "learning_rate", title: "Learning rate", told: "", traces: () => line("learning_rate"), format: ".3~g" },
-  { id: "batch_tokens", title: "Batch size", told: "tokens a step", traces: () => line("batch_tokens"), zero: true },
-  { id: "tokens_per_second", title: "Throughput", told: "tokens a second; saves and evaluations left out", traces: () => line("tokens_per_second"), zero: true },
-  { id: "mfu", title: "MFU", told: mfuTold(), traces: () => line("mfu"), zero: true, percent: true },
-  { id: "parts", title: "Seconds a step", told: "— compute  ··· data  ■ save  ◆ eval", if: has("compute") || has("data"), traces: partTraces, always: "log" },
-  { id: "split", title: "Where the time went", told: "of all running time", wide: true, if: RUNS.some((run) => Object.values(run.time).some((s) => s > 0)), traces: splitTraces, own: true },
+  { id: "loss", title: "Loss", subtitle: "nats per token", wide: true, log: true, traces: () => line("loss") },
+  { id: "score", title: "Evaluation", subtitle: "± standard error", if: scoreNames.length, traces: scoreTraces, select: scoreNames },
+  { id: "sources", title: "By source, newest", subtitle: "bits per byte ± standard error", if: sourceNames.length > 1, traces: sourceTraces, own: true },
+  { id: "grad_norm", title: "Gradient norm", subtitle: "before clipping", log: true, traces: () => line("grad_norm") },
+  { id: "learning_rate", title: "Learning rate", subtitle: "", traces: () => line("learning_rate"), format: ".3~g" },
+  { id: "batch_tokens", title: "Batch size", subtitle: "tokens per step", traces: () => line("batch_tokens"), zero: true },
+  { id: "tokens_per_second", title: "Throughput", subtitle: "tokens per second, without saves and evaluations", traces: () => line("tokens_per_second"), zero: true },
+  { id: "mfu", title: "MFU", subtitle: mfuSubtitle(), traces: () => line("mfu"), zero: true, percent: true },
+  { id: "parts", title: "Seconds per step", subtitle: "— compute  ··· data  ■ save  ◆ eval", if: has("compute") || has("data"), traces: partTraces, always: "log" },
+  { id: "split", title: "Where the time went", subtitle: "of all running time", wide: true, if: RUNS.some((run) => Object.values(run.time).some((s) => s > 0)), traces: splitTraces, own: true },
 ].filter((plot) => (plot.if === undefined ? has(plot.id) : plot.if));
 
-function mfuTold() {
+function mfuSubtitle() {
   const start = RUNS.map((run) => run.started).find((started) => started.mfu_peak_flops);
-  return start ? `of ${short(start.mfu_peak_flops)}FLOP/s a device` : "";
+  return start ? `of ${short(start.mfu_peak_flops)}FLOP/s per device` : "";
 }
 
 const isOn = (index) => !view.off.includes(RUNS[index].name);
 const on = () => RUNS.map((_, index) => index).filter(isOn);
-const colour = (index) => css(`--run-${index % 8}`);
+const colour = (index) => css(`--run-${index % 8}`); // plotly takes no var(...)
 
 function timeUnit() {
   const most = Math.max(0, ...RUNS.flatMap((run) => Object.values(run.curves).map((curve) => curve.seconds.at(-1) || 0)));
@@ -96,11 +95,11 @@ function sourceTraces() {
 
 function partTraces() {
   const traces = [];
-  for (const index of on()) for (const [part, [name, style]] of Object.entries(PARTS)) {
+  for (const index of on()) for (const [part, style] of Object.entries(PARTS)) {
     const curve = RUNS[index].curves[part];
     if (!curve) continue;
     const spikes = part === "save" || part === "eval";
-    traces.push({ type: "scatter", mode: spikes ? "markers" : "lines", x: xs(curve), y: curve.value.map((v) => (v > 0 ? v : null)), name: several ? `${nameOf(index)}: ${name}` : name, line: { color: colour(index), width: 1.5, dash: spikes ? undefined : style }, marker: { symbol: spikes ? style : "circle", color: colour(index), size: 6 }, hovertemplate: "%{y:.3g} s", meta: { run: index, role: part } });
+    traces.push({ type: "scatter", mode: spikes ? "markers" : "lines", x: xs(curve), y: curve.value.map((v) => (v > 0 ? v : null)), name: several ? `${nameOf(index)}: ${part}` : part, line: { color: colour(index), width: 1.5, dash: spikes ? undefined : style }, marker: { symbol: spikes ? style : "circle", color: colour(index), size: 6 }, hovertemplate: "%{y:.3g} s", meta: { run: index, role: part } });
   }
   return traces;
 }
@@ -113,14 +112,14 @@ function decades() {
 function splitTraces() {
   return Object.entries(SPLIT).filter(([part]) => RUNS.some((run) => run.time[part] > 0)).map(([part, name]) => {
     const total = (run) => Object.values(run.time).reduce((a, b) => a + b, 0) || 1;
-    return { type: "bar", orientation: "h", name: SPLIT_NAMES[part] || part, y: on().map((i) => cut(RUNS[i].name)), x: on().map((i) => RUNS[i].time[part] / total(RUNS[i])), customdata: on().map((i) => duration(RUNS[i].time[part])), hovertemplate: "%{x:.1%}, %{customdata}", marker: { color: css(name) }, showlegend: true, meta: { role: part } };
+    return { type: "bar", orientation: "h", name: part, y: on().map((i) => cut(RUNS[i].name)), x: on().map((i) => RUNS[i].time[part] / total(RUNS[i])), customdata: on().map((i) => duration(RUNS[i].time[part])), hovertemplate: "%{x:.1%}, %{customdata}", marker: { color: css(name) }, showlegend: true, meta: { role: part } };
   });
 }
 
-// What changed the course of a run stands in every plot; what happens all the time, under the loss alone.
+// Events that changed the course of a run are drawn in every plot, frequent ones under the loss only.
 function eventTraces(plot) {
   const traces = [];
-  for (const index of on()) for (const [kind, marks] of Object.entries(RUNS[index].marks)) {
+  for (const index of on()) for (const [kind, marks] of Object.entries(RUNS[index].events)) {
     const [, symbol, name, through, high = 0.97] = EVENTS[kind];
     if (view.hidden.includes(kind) || (!through && plot.id !== "loss")) continue;
     const x = xs(marks), base = { type: "scatter", yaxis: "y2", showlegend: false };
@@ -130,7 +129,7 @@ function eventTraces(plot) {
   return traces;
 }
 
-// plotly takes a few tags in its texts (<b>, <a href>): what comes from a run must be none.
+// plotly renders a few tags in texts (<b>, <a href>): text from a run must not contain any.
 const clean = (text) => (text.length > 120 ? text.slice(0, 119) + "…" : text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;").replaceAll("%{", "% {");
 const nameOf = (index) => clean(RUNS[index].name);
 const cut = (text) => clean(text.length > 22 ? text.slice(0, 10) + "…" + text.slice(-11) : text);
@@ -160,7 +159,7 @@ function plotCards() {
   return PLOTS.map((plot) => {
     const select = plot.select && plot.select.length > 1 && el("select", { "aria-label": "which score", onchange: (event) => { view.score = event.target.value; draw([plot]); } },
       plot.select.map((name) => el("option", { value: name, selected: name === view.score }, name)));
-    const head = el("div", { class: "head" }, el("h2", {}, plot.title), plot.told ? el("span", {}, plot.told) : null, select || null);
+    const head = cardHead(plot.title, plot.subtitle, select || null);
     const rows = plot.id === "split" ? RUNS.length : 0;
     const node = el("section", { class: `card${plot.wide ? " wide" : ""}${rows ? " short" : ""}` }, head, el("div", { class: "plot", id: `plot-${plot.id}` }));
     if (rows) node.style.setProperty("--rows", rows + 1);
@@ -180,7 +179,7 @@ async function draw(plots = PLOTS) {
   }
 }
 
-// One range for all: a zoom in one plot is a zoom in all of them; a double click gives everything back.
+// A zoom in one plot zooms all of them; a double click resets all.
 function zoomed(from, change) {
   let range = view.range;
   if (Array.isArray(change["xaxis.range"])) range = change["xaxis.range"];

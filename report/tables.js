@@ -1,13 +1,8 @@
-// Everything that is no curve: plan, checkpoints, settings, provenance, samples.
+// The cards below the plots: plan, checkpoints, events, configuration, provenance, samples.
 
 const AXES = ["pipeline", "replicate", "shard", "context", "tensor"];
 
-function table(head, rows, kinds = []) {
-  const cells = (row, tag) => row.map((cell, i) => el(tag, { class: kinds[i] }, cell));
-  return el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, cells(head, "th"))), el("tbody", {}, rows.map((row) => el("tr", { class: row.class }, cells(row.cells || row, "td"))))));
-}
-
-function eachRun(part) {
+function eachRun(part) { // a heading for each run that has the part
   return RUNS.map((run, index) => {
     const inside = part(run, index);
     return inside && [several ? el("h3", {}, label(index)) : null, inside];
@@ -17,15 +12,15 @@ function eachRun(part) {
 function planCard() {
   const head = ["steps", "planned", "tokens", "planned", "done", "ends by", "left"], kinds = ["n", "n", "n", "n", "n", "who", "n"];
   const rows = RUNS.map((run, index) => {
-    const f = run.figures, plan = f.plan, left = plan && plan.seconds_left !== null ? duration(plan.seconds_left) : "–";
-    const row = plan ? [count(f.step), count(plan.steps), short(f.tokens), short(plan.tokens), `${(100 * plan.done).toFixed(1)} %`, plan.end, left] : [count(f.step), "?", short(f.tokens), "?", "–", "–", "–"];
+    const h = run.headline, plan = h.plan, left = plan && plan.seconds_left !== null ? duration(plan.seconds_left) : "–";
+    const row = plan ? [count(h.step), count(plan.steps), short(h.tokens), short(plan.tokens), `${(100 * plan.done).toFixed(1)} %`, plan.end, left] : [count(h.step), "?", short(h.tokens), "?", "–", "–", "–"];
     return several ? [label(index), ...row] : row;
   });
-  const from = RUNS.map((run) => run.figures.plan && run.figures.plan.seconds_left_from).find(Boolean);
+  const from = RUNS.map((run) => run.headline.plan?.seconds_left_from).find(Boolean);
   const files = RUNS.map((run, index) => (run.plan_file === null ? null : [el("h3", {}, label(index), several ? " · " : "", "plan.json"), el("pre", {}, JSON.stringify(run.plan_file, null, 2))]));
-  return card("Plan against actual", "as configured", el("div", { class: "body" },
+  return card("Plan and progress", "as configured", el("div", { class: "body" },
     several ? table(["", ...head], rows, ["who", ...kinds]) : table(head, rows, kinds),
-    from ? el("p", { class: "why" }, `Time left by the ${from}.`) : null, files));
+    from ? el("p", { class: "why" }, `Time left: estimated from the ${from}.`) : null, files));
 }
 
 function checkpointCard() {
@@ -33,8 +28,8 @@ function checkpointCard() {
   const body = eachRun((run) => {
     if (!run.checkpoints.length) return null;
     const rows = run.checkpoints.map((c) => ({
-      class: c.there ? "" : "dim",
-      cells: [count(c.step), count(c.tokens), size(c.bytes), duration(c.stall_seconds), duration(c.total_seconds), `${c.there ? "yes" : "gone"}${c.permanent ? ", for ever" : ""}${c.untold ? ", not in the ledger" : ""}`],
+      class: c.on_disk ? "" : "dim",
+      cells: [count(c.step), count(c.tokens), c.size || "–", duration(c.stall_seconds), duration(c.total_seconds), `${c.on_disk ? "yes" : "deleted"}${c.permanent ? ", kept forever" : ""}${c.only_on_disk ? ", not in the ledger" : ""}`],
     }));
     return [table(["step", "tokens", "size", "stall", "total", "on disk"], rows, ["n", "n", "n", "n", "n", ""]),
       run.checkpoints_left_out ? el("p", { class: "why" }, `${count(run.checkpoints_left_out)} older ones are not shown.`) : null];
@@ -42,8 +37,8 @@ function checkpointCard() {
   return card("Checkpoints", "newest first", el("div", { class: "body" }, body));
 }
 
-// Values by "section.key", a column a run; `differs` marks a row, and several runs show what differs first.
-function values(id, columns, ignore) {
+// Values by "section.key", one column for each run. Of several runs, the values that differ come first.
+function settingsTable(id, columns, ignore) {
   const keys = [...new Set(columns.flatMap((column) => Object.keys(column)))];
   const differs = (key) => new Set(columns.map((column) => JSON.stringify(column[key]))).size > 1;
   const unlike = keys.filter((key) => differs(key) && !ignore.includes(key));
@@ -54,38 +49,37 @@ function values(id, columns, ignore) {
       const [first, ...rest] = key.split(".");
       if (first !== section && rest.length) out.push({ class: "section", cells: [first, ...columns.map(() => "")] });
       section = first;
-      out.push({ class: several && differs(key) ? "differs" : "", cells: [rest.join(".") || key, ...columns.map((column) => shown(column[key]))] });
+      out.push({ class: several && differs(key) ? "differs" : "", cells: [rest.join(".") || key, ...columns.map((column) => setting(column[key]))] });
     }
     return table(["", ...columns.map((_, index) => (several ? label(index) : ""))], out, ["key", ...columns.map(() => "value")]);
   };
   if (!several) return [rows(keys)];
-  const told = unlike.length ? `${plural(unlike.length, "value")} differ${unlike.length === 1 ? "s" : ""}` : "no value differs";
-  return [el("p", { class: "why" }, told), unlike.length ? rows(unlike) : null, folded(id, "all values", rows(keys))];
+  const summary = unlike.length ? `${plural(unlike.length, "value")} differ${unlike.length === 1 ? "s" : ""}` : "no value differs";
+  return [el("p", { class: "why" }, summary), unlike.length ? rows(unlike) : null, folded(id, "all values", rows(keys))];
 }
 
 function configCard() {
-  const changed = eachRun((run) => run.changed.length ? table(["changed", "from", "to", "at step"], run.changed.map((c) => [c.key, shown(c.old), shown(c.new), count(c.step)]), ["", "", "", "n"]) : null).filter(Boolean);
-  return card("Configuration", "as last started", el("div", { class: "body" }, changed, values("config", RUNS.map((run) => run.config), ["run.name"])));
+  const changed = eachRun((run) => run.changed.length ? table(["changed", "from", "to", "at step"], run.changed.map(([key, old, now, step]) => [key, setting(old), setting(now), count(step)]), ["", "", "", "n"]) : null).filter(Boolean);
+  return card("Configuration", "as last started", el("div", { class: "body" }, changed, settingsTable("config", RUNS.map((run) => run.config), ["run.name"])));
 }
 
-// A <details> whose state outlives a reload.
+// A <details> that stays open over a reload.
 function folded(key, title, ...inside) {
-  const node = el("details", { open: Boolean(view.open[key]), ontoggle: () => { view.open[key] = node.open; } }, el("summary", {}, title), inside);
-  return node;
+  return el("details", { open: Boolean(view.open[key]), ontoggle: (event) => { view.open[key] = event.target.open; } }, el("summary", {}, title), inside);
 }
 
 function provenanceCard() {
   const columns = RUNS.map((run) => {
     const { layout = {}, time, step, tokens, ...started } = run.started;
-    const told = { folder: run.figures.path, ...run.provenance };
-    for (const key of Object.keys(told)) if (Array.isArray(told[key])) told[key] = told[key].join(" ");
-    if (told.time) told.time = when(told.time);
-    for (const [key, value] of Object.entries(started)) told[`last start.${key}`] = value >= 1e4 ? count(value) : value;
+    const values = { folder: run.headline.path, ...run.provenance };
+    for (const key of Object.keys(values)) if (Array.isArray(values[key])) values[key] = values[key].join(" ");
+    if (values.time) values.time = when(values.time);
+    for (const [key, value] of Object.entries(started)) values[`last start.${key}`] = value >= 1e4 ? count(value) : value;
     const axes = Object.entries(layout).filter(([key, value]) => AXES.includes(key) && value > 1).map(([key, value]) => `${key} ${value}`);
-    if (Object.keys(layout).length) told["last start.layout"] = axes.join(", ") || "one device";
-    return told;
+    if (Object.keys(layout).length) values["last start.layout"] = axes.join(", ") || "one device";
+    return values;
   });
-  return card("Provenance", "", el("div", { class: "body" }, values("provenance", columns, ["folder", "time", "command"])));
+  return card("Provenance", "", el("div", { class: "body" }, settingsTable("provenance", columns, ["folder", "time", "command"])));
 }
 
 function sampleCard() {
@@ -97,11 +91,11 @@ function sampleCard() {
 }
 
 function eventCard() {
-  const kinds = Object.keys(EVENTS).filter((kind) => RUNS.some((run) => run.marks[kind] && EVENTS[kind][3]));
+  const kinds = Object.keys(EVENTS).filter((kind) => RUNS.some((run) => run.events[kind] && EVENTS[kind][3]));
   if (!kinds.length) return null;
   const body = eachRun((run) => {
-    const rows = kinds.flatMap((kind) => { const m = run.marks[kind]; return m ? m.step.map((step, i) => [step, kind, m.text[i]]) : []; }).sort((a, b) => a[0] - b[0]);
-    return rows.length ? table(["step", "event", "what"], rows.map(([step, kind, text]) => [count(step), kind.replace("_", " "), text]), ["n", "who", ""]) : null;
+    const rows = kinds.flatMap((kind) => { const m = run.events[kind]; return m ? m.step.map((step, i) => [step, kind, m.text[i]]) : []; }).sort((a, b) => a[0] - b[0]);
+    return rows.length ? table(["step", "event", "description"], rows.map(([step, kind, text]) => [count(step), kind.replace("_", " "), text]), ["n", "who", ""]) : null;
   });
-  return card("What happened", "", el("div", { class: "body" }, body));
+  return card("Events", "", el("div", { class: "body" }, body));
 }

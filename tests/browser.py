@@ -1,4 +1,4 @@
-"""A real browser without a network: Debian's chromium, headless, and what it asked for and complained of."""
+"""A real browser without a network: Debian's chromium, headless, with its requests and console lines."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ WIDE, NARROW = (1280, 900), (390, 844)
 
 @dataclass
 class Opened:
-    """A page that has drawn itself. `requests` are the addresses it asked for, `complaints` all console lines."""
+    """A page that has drawn itself. `requests` are the requested addresses, `complaints` all console lines."""
 
     page: Page
     requests: list[str] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Opened:
         raise AssertionError(f"not within {WAIT_SECONDS} s: {truth}; {self.complaints}")
 
     def overflow(self) -> float:
-        """Pixels by which the page is wider than its window (innerWidth is no measure: a phone zooms out)."""
+        """Pixels by which the page is wider than its window (innerWidth would not do: a phone zooms out)."""
         assert self.page.viewport_size
         return float(self.page.evaluate("document.documentElement.scrollWidth")) - self.page.viewport_size["width"]
 
@@ -67,7 +67,7 @@ def browser() -> Iterator[Browser]:
     """Chromium. Without one the test is skipped, or fails where MINKA_BROWSER=required."""
     program = shutil.which("chromium")
     if program is None:
-        reason = "there is no chromium here: apt-get install --no-install-recommends chromium"
+        reason = "chromium is not installed: apt-get install --no-install-recommends chromium"
         if os.environ.get("MINKA_BROWSER") == "required":
             pytest.fail(reason)
         pytest.skip(reason)

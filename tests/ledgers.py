@@ -1,4 +1,4 @@
-"""Runs written by hand, line by line: what a report must be able to read, whoever wrote it."""
+"""Run folders written line by line: what a report must be able to read, whoever wrote it."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,6 +9,8 @@ from configs import SEQ, values
 from minka.plan.ledger import finite
 from minka.plan.load_config import dump_toml, validate
 from minka.plan.run_folder import RunFolder
+from minka.report.page_data import page_data
+from minka.report.run_files import read_run_files
 
 BEGAN = 1_700_000_000.0  # Unix seconds
 BATCH = 4 * SEQ  # tokens a step, as in configs.values
@@ -60,3 +62,27 @@ def score(step: int, bits: float, error: float = 0.25, **more: float) -> Event:
 def ended(folder: RunFolder, code: int, step: int, reason: str = "done") -> None:
     """exit_reason.json, as a run leaves it."""
     folder.exit_file.write_text(json.dumps({"code": code, "reason": reason, "step": step, "requeue": False}))
+
+
+def page_run(folder: RunFolder, now: float = BEGAN + 30) -> dict[str, Any]:
+    """The run as the page has it at `now`."""
+    shown: dict[str, Any] = page_data([read_run_files(str(folder.path))], now)["runs"][0]
+    return shown
+
+
+PAUSE = 1000.0
+INTERRUPTED: list[Event] = [  # killed after step 8, resumed from step 5 with a different learning rate 1,000 s later
+    start(),
+    *steps(1, 5),
+    event(
+        "save", 5, path="x/checkpoints/step-00000005", bytes=10, stall_seconds=0.5, total_seconds=2.0, permanent=True
+    ),
+    *steps(6, 8, loss=99.0),
+    score(8, 9.0),
+    event("fallback", 5, 8 + PAUSE, path="x/checkpoints/step-00000007", reason="a hash is wrong"),
+    event("restore", 5, 8 + PAUSE, reason="the run is going on"),
+    start(5, 9 + PAUSE, changed={"optimizer.learning_rate": [1e-3, 2e-3]}),
+    *steps(6, 10, late=PAUSE + 4),
+    score(10, 1.5),
+    event("stop", 10, 10 + PAUSE + 4, reason="done"),
+]

@@ -19,7 +19,7 @@ HELP_CPU_SECONDS = 0.5  # the promise made to people in docs/architecture.md
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_help_takes_less_than_half_a_second_of_cpu(command: str, source_environment: dict[str, str]) -> None:
-    """CPU time, not wall time, and the least of three: a busy machine is no failure."""
+    """CPU time, not wall time, and the least of three: a busy machine is not a failure."""
     assert min(_cpu_seconds([command, "--help"], source_environment) for _ in range(3)) < HELP_CPU_SECONDS
 
 
@@ -85,8 +85,15 @@ def test_an_unknown_command_is_refused_and_names_the_nearest(capsys: pytest.Capt
 def test_a_word_like_no_command_gets_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["xyzzy"]) == 2
     error = capsys.readouterr().err
-    assert "Did you mean" not in error
+    assert "did you mean" not in error
     assert all(command in error for command in COMMANDS)
+
+
+def test_an_unknown_command_is_json_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian", "demo", "--json"]) == 2
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["where"], printed["status"]) == ("command line", 2)
+    assert "trian" in printed["error"]
 
 
 def test_version_is_the_projects(root: Path, source_environment: dict[str, str]) -> None:

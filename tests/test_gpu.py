@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from minka.benchmarks.training import made_up_batch, our_step, peer_step
+from minka.benchmarks.training import our_step, peer_step, synthetic_batch
 from minka.checkpoint.async_saver import Outcome, Saver
 from minka.checkpoint.restore import restore_from
 from minka.checkpoint.write import Contents
@@ -111,7 +111,7 @@ def test_offloaded_weights_leave_room_on_the_device() -> None:
     peaks, batch = {}, None
     for offload in ("none", "all"):
         config = load_run("dense-125m", [*small, f"layout.offload={offload}", "kernels.compile=false"]).config
-        batch = batch or made_up_batch(config.model.vocab, 4, 1024).to("cuda")
+        batch = batch or synthetic_batch(config.model.vocab, 4, 1024).to("cuda")
         with start_mesh(config.layout) as mesh:
             engine, _ = build_engine(config, mesh)
             kept = {piece.local.device.type for piece in engine.tensors().values()}
@@ -128,7 +128,7 @@ def test_a_dry_run_holds_what_the_devices_allocator_counts() -> None:
     small = ["data.seq_len=2048", "layout.micro_batch=4", "data.batch_tokens=8192", "data.batch_warmup=[]"]
     config = load_run("dense-125m", [*small, "kernels.compile=false"]).config
     told = dry_run(config, 1, 0)
-    batch = made_up_batch(config.model.vocab, 4, 2048).to("cuda")
+    batch = synthetic_batch(config.model.vocab, 4, 2048).to("cuda")
     with start_mesh(config.layout) as mesh:
         engine, _ = build_engine(config, mesh)
         real = peak_of(our_step(engine, batch, config, batch.target_count))
@@ -138,7 +138,7 @@ def test_a_dry_run_holds_what_the_devices_allocator_counts() -> None:
 
 def test_a_step_of_dense_125m_beside_transformers() -> None:
     config = load_run("dense-125m", ["data.seq_len=2048", "layout.micro_batch=8", "kernels.compile=true"]).config
-    batch = made_up_batch(config.model.vocab, 8, 2048).to("cuda")
+    batch = synthetic_batch(config.model.vocab, 8, 2048).to("cuda")
     with start_mesh(config.layout) as mesh:
         engine, _ = build_engine(config, mesh)
         ours = our_step(engine, batch, config, batch.target_count)

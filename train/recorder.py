@@ -13,8 +13,9 @@ from minka.checkpoint.async_saver import Outcome, Saver
 from minka.checkpoint.write import Contents
 from minka.data.batch import PADDING
 from minka.data.token_store import TokenStore
-from minka.eval.bits_per_byte import SUITE, Scores, heldout, write_scores
-from minka.eval.samples import samples
+from minka.eval.bits_per_byte import Scores, bits_per_byte
+from minka.eval.continue_prompts import continue_prompts
+from minka.eval.result_file import SUITE, write_result
 from minka.launch.signals import SupervisorLink
 from minka.parallel.engine import Scorer
 from minka.parallel.mesh import Mesh
@@ -186,15 +187,15 @@ class Recorder:
         self.evaluated_at = state.step
         split, eod = self.store.split("validation"), self.store.eod
         with watch.time("eval"):
-            self.scores = heldout(
+            self.scores = bits_per_byte(
                 scorer, split, self.config, self.mesh, eod, lambda: self.supervisor.heartbeat(state.step)
             )
             tokenizer = self.store.tokenizer_folder / "tokenizer.json"
-            written = samples(scorer, tokenizer, self.config, self.mesh, eod)
+            written = continue_prompts(scorer, tokenizer, self.config, self.mesh, eod)
         if not self.mesh.is_first:
             return
         try:
-            write_scores(self.folder.evals, state.step, state.tokens, self.scores, written)
+            write_result(self.folder.evals, state.step, state.tokens, self.scores, written)
         except OSError as error:
             self._failed(state, "evaluation", str(error))
         scores = {"scores": self.scores.scores, "stderr": self.scores.stderr}

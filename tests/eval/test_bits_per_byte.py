@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minka.data.prepare import open_or_prepare
-from minka.eval.bits_per_byte import Scores, heldout, ratio_of_sums
+from minka.eval.bits_per_byte import Scores, bits_per_byte, ratio_of_sums
 from minka.eval.compressors import compressed_bits_per_byte
 from minka.parallel.fsdp_engine import build_scorer
 from minka.parallel.mesh import start_mesh
@@ -33,7 +33,7 @@ def test_is_the_sum_of_the_models_losses_over_the_bytes(tmp_path: Path) -> None:
                 seen = tokens[None, first:at]
                 logits = scorer.model(seen, None, torch.arange(seen.shape[1])[None])
                 nats += float(torch.nn.functional.cross_entropy(logits[0, -1], tokens[at]).detach())
-        scores = heldout(scorer, split, config, mesh, store.eod, lambda: None)
+        scores = bits_per_byte(scorer, split, config, mesh, store.eod, lambda: None)
     assert scores.scores["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
     assert scores.scores["bits_per_byte/text"] == scores.scores["bits_per_byte"]
     assert scores.bytes == size
@@ -69,4 +69,4 @@ def score(config: RunConfig, root: str) -> Scores:
     with start_mesh(config.layout) as mesh:
         store = open_or_prepare(config, Path(root))
         scorer = build_scorer(config, mesh)
-        return heldout(scorer, store.split("validation"), config, mesh, store.eod, lambda: None)
+        return bits_per_byte(scorer, store.split("validation"), config, mesh, store.eod, lambda: None)

@@ -1,4 +1,4 @@
-"""`minka eval` as a user types it: what it writes beside the run's own results, and what it refuses."""
+"""`minka eval` as a user types it: what it writes next to the run's own results, and what it refuses."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from minka.eval.bits_per_byte import Scores, write_scores
+from minka.eval.bits_per_byte import Scores
 from minka.eval.command import main
+from minka.eval.result_file import write_result
 from minka.plan.errors import ExitStatus
 from minka.plan.run_folder import RunFolder
 from saved import saved_run
@@ -20,7 +21,7 @@ SETTINGS = {"max_documents": 0, "window": 32, "stride": 16}
 def run(tmp_path: Path) -> RunFolder:
     """A run with a checkpoint of step 3 and the result that it wrote itself."""
     found = saved_run(tmp_path, 3)
-    write_scores(found.evals, 3, 96, scores(SETTINGS), [("one", "two")])
+    write_result(found.evals, 3, 96, scores(SETTINGS), [("one", "two")])
     return found
 
 
@@ -33,7 +34,7 @@ def results(run: RunFolder) -> dict[str, Any]:
     return {path.name: json.loads(path.read_text()) for path in sorted(folder.iterdir())}
 
 
-def test_other_settings_go_beside_the_runs_own_result(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_different_settings_write_a_file_of_their_own(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     before = results(run)
     for _ in range(2):
         assert main([str(run.path), "eval.max_documents=1", "--json"]) == 0
@@ -56,21 +57,21 @@ def test_equal_settings_replace_the_result_and_keep_its_samples(run: RunFolder) 
 
 
 @pytest.mark.parametrize("old", ["{}", "[]", "cut o"])
-def test_a_result_that_does_not_say_its_settings_is_not_replaced(old: str, run: RunFolder) -> None:
+def test_a_result_without_settings_is_not_replaced(old: str, run: RunFolder) -> None:
     own = run.evals / "step-00000003" / OWN
     own.write_text(old)
-    write_scores(run.evals, 3, 96, scores(SETTINGS), [])
+    write_result(run.evals, 3, 96, scores(SETTINGS), [])
     assert own.read_text() == old
     assert len(list(own.parent.iterdir())) == 2
 
 
 def test_a_run_that_evaluates_a_step_again_has_only_its_new_samples(run: RunFolder) -> None:
-    write_scores(run.evals, 3, 96, scores(SETTINGS), [])
+    write_result(run.evals, 3, 96, scores(SETTINGS), [])
     assert results(run)[OWN]["samples"] == []
 
 
 @pytest.mark.parametrize("override", ["data.seq_len=64", "model.layers=1", "run.seed=3", "nonsense"])
-def test_only_settings_of_the_evaluation_are_taken(
+def test_only_settings_of_the_evaluation_may_be_overridden(
     override: str, run: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = results(run)
@@ -85,8 +86,8 @@ def test_a_folder_that_cannot_be_written_is_one_paragraph_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = saved_run(tmp_path, 3)
-    run.evals.touch()  # a file in its place stands for what root cannot be forbidden
-    monkeypatch.setattr("minka.eval.score_checkpoint.heldout", pytest.fail)
+    run.evals.touch()  # stands for a folder without write permission, which root does not have
+    monkeypatch.setattr("minka.eval.score_checkpoint.bits_per_byte", pytest.fail)
     assert main([str(run.path)]) == ExitStatus.REFUSED
     errors = capsys.readouterr().err
     assert "cannot be written" in errors
@@ -99,12 +100,12 @@ def test_a_disk_that_fills_during_the_work_is_one_paragraph(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minka.eval.bits_per_byte.write_json", full)
+    monkeypatch.setattr("minka.eval.result_file.write_json", full)
     assert main([str(run.path)]) == ExitStatus.REFUSED
     assert "No space left" in capsys.readouterr().err
 
 
-def test_other_settings_do_not_take_the_runs_own_name_even_when_they_come_first(run: RunFolder) -> None:
+def test_different_settings_do_not_take_the_runs_own_name_even_when_they_come_first(run: RunFolder) -> None:
     for file in (run.evals / "step-00000003").iterdir():
         file.unlink()
     assert main([str(run.path), "eval.max_documents=1"]) == 0

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minka.eval.scoring_windows import filler, rows, windows
+from minka.eval.scoring_windows import pack_windows, padding_batch, scoring_windows
 
 lengths = st.lists(st.integers(1, 70), min_size=1, max_size=12)
 
@@ -16,8 +16,8 @@ def test_each_target_is_scored_once(lengths: list[int], seq_len: int, stride: in
     stride = min(stride, seq_len)
     documents = [np.arange(n) + 1000 * i for i, n in enumerate(lengths)]
     scored: dict[int, list[int]] = {i: [] for i in range(len(documents))}
-    cut = (w for i, d in enumerate(documents) for w in windows(i, d, seq_len, stride))
-    for batch_of_rows in rows(cut, seq_len, batch, fill=9):
+    cut = (w for i, d in enumerate(documents) for w in scoring_windows(i, d, seq_len, stride))
+    for batch_of_rows in pack_windows(cut, seq_len, batch, padding=9):
         assert batch_of_rows.tokens.shape == (batch, seq_len)
         owned = batch_of_rows.owners >= 0
         assert torch.equal(owned, batch_of_rows.targets >= 0)
@@ -31,20 +31,20 @@ def test_each_target_is_scored_once(lengths: list[int], seq_len: int, stride: in
 
 
 def test_overlap_gives_context_and_positions_restart() -> None:
-    cut = list(windows(0, np.arange(30), length=8, stride=4))
+    cut = list(scoring_windows(0, np.arange(30), length=8, stride=4))
     assert [w.scored for w in cut] == [0, 4, 4, 4, 4, 4, 4]
-    (batch,) = rows(cut[:1], 16, 1, fill=0)
-    assert batch.positions[0].tolist() == [*range(8), *range(8)]  # what is left is a document of its own
+    (batch,) = pack_windows(cut[:1], 16, 1, padding=0)
+    assert batch.positions[0].tolist() == [*range(8), *range(8)]  # the rest is a document of its own
     assert batch.documents[0].tolist() == [1] * 8 + [0] * 8
 
 
-def test_a_filler_scores_nothing() -> None:
-    assert (filler(8, 2, 5).targets == -100).all()
-    assert (filler(8, 2, 5).owners == -1).all()
+def test_a_padding_batch_scores_nothing() -> None:
+    assert (padding_batch(8, 2, 5).targets == -100).all()
+    assert (padding_batch(8, 2, 5).owners == -1).all()
 
 
 @pytest.mark.parametrize("stride", [8, 4])
 def test_short_documents_share_a_row(stride: int) -> None:
-    cut = [w for i in range(3) for w in windows(i, np.arange(3), 8, stride)]
-    (batch,) = rows(cut, 8, 1, fill=0)
+    cut = [w for i in range(3) for w in scoring_windows(i, np.arange(3), 8, stride)]
+    (batch,) = pack_windows(cut, 8, 1, padding=0)
     assert batch.owners[0].tolist() == [0, 0, 1, 1, 2, 2, -1, -1]

@@ -1,11 +1,14 @@
-"""What commands print for machines is JSON, whatever numbers are in it."""
+"""What commands print: JSON whatever the numbers, tables on a terminal and elsewhere, usage errors as JSON, too."""
 
+import io
 import json
 from typing import NamedTuple
 
 import pytest
+import typer
 
-from minka.plan.cli import print_json
+from minka.plan.cli import new_app, print_json, print_table, run_app
+from minka.plan.errors import ExitStatus
 from minka.plan.ledger import finite
 
 
@@ -17,7 +20,7 @@ class Row(NamedTuple):
 
 
 def refuse(word: str) -> None:
-    raise AssertionError(f"{word} is no JSON")
+    raise AssertionError(f"{word} is not JSON")
 
 
 def test_non_finite_numbers_are_printed_as_the_ledger_writes_them(capsys: pytest.CaptureFixture[str]) -> None:
@@ -26,3 +29,51 @@ def test_non_finite_numbers_are_printed_as_the_ledger_writes_them(capsys: pytest
     printed = json.loads(capsys.readouterr().out, parse_constant=refuse)
     assert printed == finite(value)
     assert printed["a"] == ["NaN", ["Infinity", "-Infinity"]]
+
+
+class Terminal(io.StringIO):
+    """A file that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_table_is_aligned_by_spaces_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table([("loss", 3.5), ("bits", "[b]1")], ["name", "value"])
+    assert capsys.readouterr().out.splitlines() == ["name  value", "loss  3.5", "bits  [b]1"]
+    print_table([], ["name"])
+    print_table([])
+    assert capsys.readouterr().out == "name\n"
+
+
+def test_a_table_on_a_terminal_is_drawn_and_its_cells_are_not_markup() -> None:
+    terminal = Terminal()
+    print_table([("loss", "[b]1")], ["name", "value"], title="all", file=terminal)
+    shown = terminal.getvalue()
+    assert all(word in shown for word in ("all", "name", "value", "loss", "[b]1"))
+    assert len(shown.splitlines()) > 3
+
+
+@pytest.mark.parametrize("argv", [["a", "--bad"], ["a", "b"], ["a", "--times", "0"], ["a", "--times"], ["--quick"]])
+def test_a_usage_error_is_one_paragraph_and_one_json_document(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    app = new_app("Do it.")
+
+    @app.command()
+    def do(
+        name: str,
+        times: int = typer.Option(1, min=1),
+        quick: bool = typer.Option(False),
+        as_json: bool = typer.Option(False, "--json"),
+    ) -> None:
+        pytest.fail("it was called")
+
+    assert run_app(app, argv, "minka do") == ExitStatus.REFUSED
+    plain = capsys.readouterr()
+    assert (plain.out, plain.err.count("\n")) == ("", 1)
+    assert run_app(app, ["--json", *argv], "minka do") == ExitStatus.REFUSED
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["where"], printed["status"]) == ("command line", ExitStatus.REFUSED)
+    assert printed["error"] in plain.err
+    assert "minka do --help" in printed["remedy"]

@@ -1,4 +1,4 @@
-"""The page in a real browser, offline: it asks for nothing, complains of nothing, and draws exactly what is there."""
+"""The page in a real browser, offline: no requests, no console lines, and exactly the recorded points."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from browser import NARROW, WIDE, opened
 from ledgers import BATCH, Event, event, run_of, score, start, steps
 from minka.plan.ledger import read_ledger
 from minka.plan.run_folder import RunFolder
-from minka.report.report_writer import Report
+from minka.report.write_report import write_report
 
 BYTES, MILLISECONDS, SLOWER = 5_000_000, 3_000, 1.6
 PLOTS = {"loss", "score", "grad_norm", "learning_rate", "batch_tokens", "tokens_per_second", "parts", "split"}
@@ -22,7 +22,7 @@ EVIL = "<img src=x onerror=pwned=1><script>pwned=1</script></script><b>bold</b>%
 
 def report(tmp_path: Path, *folders: RunFolder, refresh_seconds: float = 0.0, now: float | None = None) -> Path:
     file = tmp_path / "report.html"
-    Report([str(folder.path) for folder in folders], file).write(refresh_seconds, now)
+    write_report([str(folder.path) for folder in folders], file, refresh_seconds, now)
     return file
 
 
@@ -103,7 +103,7 @@ def eventful(tmp_path: Path) -> RunFolder:
     return folder
 
 
-def test_gaps_marks_and_each_axis_are_drawn_as_told(eventful: RunFolder, tmp_path: Path, chromium: Browser) -> None:
+def test_gaps_events_and_axes_are_drawn_as_recorded(eventful: RunFolder, tmp_path: Path, chromium: Browser) -> None:
     kept = list(range(1, 13))
     with opened(chromium, report(tmp_path, eventful)) as seen:
         plots = seen.plots()
@@ -114,9 +114,9 @@ def test_gaps_marks_and_each_axis_are_drawn_as_told(eventful: RunFolder, tmp_pat
         assert trace(plots["loss"], "not_finite")["x"] == [4 * BATCH]
         assert trace(plots["mfu"], "mfu")["y"] == [0.4] * 3 + [None] * 9
         assert trace(plots["sources"], "sources")["x"] == [2.0, 1.0]
-        assert trace(plots["score"], "score")["x"] == [12 * BATCH]  # the score of step 8 is of steps done again
+        assert trace(plots["score"], "score")["x"] == [12 * BATCH]  # the score of step 8 is of repeated steps
         for kind, step in (("skip", 4), ("fallback", 6), ("restore", 6), ("changed", 6), ("save_failed", 12)):
-            for plot in set(plots) - {"split", "sources"}:  # no axis in common
+            for plot in set(plots) - {"split", "sources"}:  # they have axes of their own
                 assert trace(plots[plot], "event", kind=kind)["x"] == [step * BATCH]
                 assert trace(plots[plot], "line", kind=kind)["x"] == [step * BATCH] * 2 + [None]
         seen.page.get_by_role("button", name="steps", exact=True).click()
@@ -151,7 +151,7 @@ def test_a_run_can_be_hidden_and_a_zoom_holds_for_all_plots(
         assert seen.complaints == []
 
 
-def test_what_a_run_says_does_nothing_even_without_the_pages_policy(tmp_path: Path, chromium: Browser) -> None:
+def test_text_of_a_run_does_nothing_even_without_the_content_policy(tmp_path: Path, chromium: Browser) -> None:
     name = EVIL.replace("/", "")
     folder = run_of(
         tmp_path,
@@ -174,8 +174,8 @@ def test_what_a_run_says_does_nothing_even_without_the_pages_policy(tmp_path: Pa
     (folder.path / "lineage.json").write_text(json.dumps({"parents": [parent]}))
     evals = folder.evals / "step-00000004"
     evals.mkdir(parents=True)
-    told = {"suite": EVIL, "step": 4, "tokens": 4, "scores": {"x": 1}, "samples": [{"prompt": EVIL, "text": EVIL}]}
-    (evals / "x@1.json").write_text(json.dumps(told))
+    result = {"suite": EVIL, "step": 4, "tokens": 4, "scores": {"x": 1}, "samples": [{"prompt": EVIL, "text": EVIL}]}
+    (evals / "x@1.json").write_text(json.dumps(result))
     with opened(chromium, report(tmp_path, folder, other), bypass_csp=True) as seen:
         seen.page.evaluate(f"Plotly.Fx.hover('plot-loss', {{xval: {4 * BATCH}}})")  # plotly makes bold of <b>
         seen.wait("document.querySelector('#plot-loss .hoverlayer')?.textContent.includes('<b>bold<')")
@@ -189,7 +189,7 @@ def test_what_a_run_says_does_nothing_even_without_the_pages_policy(tmp_path: Pa
 
 
 @pytest.mark.parametrize("size", [WIDE, NARROW])
-def test_it_fits_its_window_and_wears_its_readers_colours(
+def test_it_fits_its_window_and_follows_the_colour_scheme(
     size: tuple[int, int], eventful: RunFolder, trained: tuple[RunFolder, RunFolder], tmp_path: Path, chromium: Browser
 ) -> None:
     dark = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)[0] < 128"
@@ -209,7 +209,7 @@ def test_it_fits_its_window_and_wears_its_readers_colours(
         assert seen.complaints == []
 
 
-def test_a_page_that_is_watched_follows_and_stays_where_its_reader_is(tmp_path: Path, chromium: Browser) -> None:
+def test_a_watched_page_reloads_and_keeps_its_place(tmp_path: Path, chromium: Browser) -> None:
     folder = run_of(tmp_path, "a", [start(), *steps(1, 5)])
     now = 1_700_000_020.0
     with opened(chromium, report(tmp_path, folder, refresh_seconds=1, now=now)) as seen:
@@ -229,7 +229,7 @@ def test_a_page_that_is_watched_follows_and_stays_where_its_reader_is(tmp_path: 
 
 
 @pytest.mark.parametrize("lines", [[], [start(), *steps(1, 1)]])
-def test_a_run_that_has_hardly_begun_has_a_page_without_complaint(
+def test_a_run_that_has_just_started_has_a_page_without_errors(
     lines: list[Event], tmp_path: Path, chromium: Browser
 ) -> None:
     with opened(chromium, report(tmp_path, run_of(tmp_path, "a", lines))) as seen:
@@ -271,15 +271,15 @@ def test_a_run_of_a_hundred_thousand_steps_opens_in_time_and_keeps_its_spikes(
     for _ in range(3):  # the first that is in time will do: the machine may be busy with something else
         with opened(chromium, file) as seen:
             took.append(seen.painted_ms())
-            loss, told = trace(seen.plots()["loss"], "loss"), seen.page.locator("main").inner_text()
+            loss, text = trace(seen.plots()["loss"], "loss"), seen.page.locator("main").inner_text()
             assert seen.complaints == []
         with opened(chromium, short) as seen:
-            beside = seen.painted_ms()
-        if took[-1] < max(MILLISECONDS, SLOWER * beside):  # on a machine where even a short run's page takes longer
+            short_ms = seen.painted_ms()
+        if took[-1] < max(MILLISECONDS, SLOWER * short_ms):  # on a machine where even a short run's page takes longer
             break
     else:
-        pytest.fail(f"{took} ms, and {beside:.0f} ms for a short run's page")
+        pytest.fail(f"{took} ms, and {short_ms:.0f} ms for a short run's page")
     high = {round(x / BATCH): y for x, y in zip(loss["x"], loss["y"], strict=True) if y > 10}
     assert high == {n: pytest.approx(50.0 + n / count, rel=1e-5) for n in spikes}
     assert 1_000 < len(loss["x"]) <= 2_002
-    assert "are thinned" in told
+    assert "are thinned" in text

@@ -1,4 +1,4 @@
-"""`minka report` as a user types it: real runs, runs that go on, runs that are not there."""
+"""`minka report` as a user types it: real runs, running runs, runs that do not exist."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,9 @@ from ledgers import ended, event, run_of, start, steps
 from minka.plan.errors import ExitStatus
 from minka.plan.ledger import read_ledger
 from minka.plan.run_folder import RunFolder
-from minka.report.command import WATCH_SECONDS, main, with_seconds
-from minka.report.page_data import Document
-from minka.report.report_writer import Report
+from minka.report.command import WATCH_SECONDS, main, with_watch_seconds
+from minka.report.page_data import PageData
+from minka.report.watch import watch
 
 Trained = tuple[RunFolder, RunFolder]
 
@@ -20,11 +20,11 @@ def test_a_real_run_has_a_page_in_its_folder_and_its_numbers_in_json(
     trained: Trained, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(trained[0].path), "--json"]) == ExitStatus.DONE
-    told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
-    assert told["page"] == str(trained[0].path / "report.html")
-    assert Path(told["page"]).stat().st_size < 5e6
+    printed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert printed["page"] == str(trained[0].path / "report.html")
+    assert Path(printed["page"]).stat().st_size < 5e6
     events = list(read_ledger(trained[0].ledger_file))
-    (run,) = told["runs"]
+    (run,) = printed["runs"]
     last = [e for e in events if e["event"] == "step"][-1]
     scores = [e["scores"]["bits_per_byte"] for e in events if e["event"] == "eval"]
     assert (run["status"], run["step"], run["tokens"], run["loss"]) == ("finished", 20, last["tokens"], last["loss"])
@@ -41,12 +41,12 @@ def test_several_runs_share_a_page_in_the_folder_one_stands_in(
     one, two = (str(folder.path) for folder in trained)
     assert main([one, two, f"{one}/run.toml", one]) == ExitStatus.DONE
     said = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in said] == ["one", "two", "report.html"]  # one is not there twice
+    assert [line.split(":")[0] for line in said] == ["one", "two", "report.html"]  # a run given twice is shown once
     assert "finished, step 20 of 20" in said[0]
     assert (tmp_path / "report.html").is_file()
 
 
-def test_a_name_under_runs_and_a_place_for_the_page_will_do(
+def test_a_run_is_found_by_name_and_out_sets_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_of(tmp_path / "runs", "a", [start(), *steps(1, 2)])
@@ -56,7 +56,7 @@ def test_a_name_under_runs_and_a_place_for_the_page_will_do(
     assert (tmp_path / "pages" / "a.html").is_file()
 
 
-def test_a_run_that_is_not_there_is_one_paragraph_that_names_those_that_are(
+def test_a_run_that_does_not_exist_is_one_paragraph_that_names_the_existing_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_of(tmp_path / "runs", "a", [])
@@ -69,21 +69,21 @@ def test_a_run_that_is_not_there_is_one_paragraph_that_names_those_that_are(
     assert list(tmp_path.rglob("*.html")) == []
 
 
-def test_a_file_that_is_no_report_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_not_a_report_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run_of(tmp_path, "a", [])
     before = folder.config_file.read_text()
     assert main([str(folder.path), "--out", str(folder.config_file)]) == ExitStatus.REFUSED
-    assert "no report" in capsys.readouterr().err
+    assert str(folder.config_file) in capsys.readouterr().err
     assert folder.config_file.read_text() == before
 
 
-def test_torn_lines_are_said_on_the_console(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_torn_lines_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run_of(tmp_path, "a", [start(), *steps(1, 2)])
     with folder.ledger_file.open("a") as ledger:
         ledger.write('{"event": "st')
     assert main([str(folder.path), "--json"]) == ExitStatus.DONE
     said = capsys.readouterr()
-    assert "line 4 is cut off or mangled" in said.err
+    assert "line 4, cut off" in said.err
     assert json.loads(said.out)["runs"][0]["torn_lines"] == [4]
 
 
@@ -104,10 +104,10 @@ def test_watching_writes_again_until_the_run_has_ended(tmp_path: Path) -> None:
     folder = run_of(tmp_path, "a", [start(), *steps(1, 2)])
     seen: list[tuple[int, float]] = []
 
-    def said(file: Path, shown: Document) -> None:
+    def said(file: Path, data: PageData) -> None:
         text = file.read_text()
         again = float(text.split('"refresh_seconds":')[1].split("}")[0])
-        seen.append((shown.numbers["runs"][0]["step"], again))
+        seen.append((data["runs"][0]["headline"]["step"], again))
 
     def go_on(seconds: float) -> None:
         assert seconds == 7
@@ -117,9 +117,9 @@ def test_watching_writes_again_until_the_run_has_ended(tmp_path: Path) -> None:
         if step == 4:
             ended(folder, ExitStatus.STOPPED, 4, "stopped and saved")
 
-    file, shown = Report([str(folder.path)], None).watch(7, said, go_on)
-    assert seen == [(2, 7.0), (3, 7.0), (4, 0.0)]  # the last page does not wait for another
-    assert (file, shown.states[0].kind) == (folder.path / "report.html", "stopped")
+    file, data = watch([str(folder.path)], None, 7, said, go_on)
+    assert seen == [(2, 7.0), (3, 7.0), (4, 0.0)]  # the last page does not reload itself
+    assert (file, data["runs"][0]["status"]["kind"]) == (folder.path / "report.html", "stopped")
 
 
 def test_interrupted_watching_leaves_a_page_that_stays_still(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_interrupted_watching_leaves_a_page_that_stays_still(tmp_path: Path) -> 
     def interrupt(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    file, _ = Report([str(folder.path)], None).watch(5, lambda *_: None, interrupt)
+    file, _ = watch([str(folder.path)], None, 5, lambda *_: None, interrupt)
     assert '"refresh_seconds":0.0' in file.read_text()
 
 
@@ -149,4 +149,4 @@ def test_watching_a_run_that_has_ended_writes_once(tmp_path: Path, capsys: pytes
     ],
 )
 def test_seconds_of_watch_may_be_left_out(given: list[str], meant: list[str]) -> None:
-    assert with_seconds(given) == meant
+    assert with_watch_seconds(given) == meant

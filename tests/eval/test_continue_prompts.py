@@ -1,4 +1,4 @@
-"""Samples are collective: ranks whose logits differ in the end take the same tokens and make the same calls."""
+"""Continuing prompts is collective: ranks whose logits differ use the same tokens and make the same calls."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from minka.eval.samples import samples
+from minka.eval.continue_prompts import continue_prompts
 from minka.parallel.engine import Scorer
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.plan.config import RunConfig
@@ -19,7 +19,7 @@ WORDS = {f"w{number}": number for number in range(8)}
 EOD = 7
 
 
-def test_ranks_that_would_choose_differently_go_on_with_the_first_ones_tokens(tmp_path: Path) -> None:
+def test_ranks_that_would_choose_differently_use_the_tokens_of_rank_0(tmp_path: Path) -> None:
     config = tiny(tmp_path, eval={"prompts": ["w1", "w2 w3"], "sample_tokens": 6})
     found = on_ranks(sampled, 3, config, str(tmp_path / "tokenizer.json"), seconds=20.0)
     assert found[0] == found[1] == found[2]
@@ -27,7 +27,7 @@ def test_ranks_that_would_choose_differently_go_on_with_the_first_ones_tokens(tm
 
 
 class Disagreeing:
-    """Rank 0 says one more than the token it reads; the others would end at once. Every call is collective."""
+    """Rank 0 predicts one more than the token it reads; the other ranks would end at once. Every call is collective."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
@@ -45,4 +45,4 @@ def sampled(config: RunConfig, file: str) -> Any:
             tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
             tokenizer.save(file)
         mesh.barrier()
-        return samples(cast(Scorer, Disagreeing(mesh)), Path(file), config, mesh, EOD)
+        return continue_prompts(cast(Scorer, Disagreeing(mesh)), Path(file), config, mesh, EOD)

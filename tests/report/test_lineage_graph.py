@@ -1,4 +1,4 @@
-"""Where runs come from, drawn: one lane a run, parents first, a link a fork, a row for each time a run went on."""
+"""The lineage graph has a lane for each run, parents first, a link for each fork, a row for each resume."""
 
 import json
 from pathlib import Path
@@ -8,24 +8,21 @@ import pytest
 
 from ledgers import event, run_of, start, steps
 from minka.plan.run_folder import RunFolder
-from minka.report.lineage import MOST_ROWS, Graph, rows_of
-from minka.report.load_run import read_run
+from minka.report.lineage_graph import MAX_ROWS, history_rows, lineage_graph
+from minka.report.run_files import read_run_files
 
 
 def drawn(*folders: RunFolder) -> dict[str, Any]:
-    graph = Graph()
-    runs = [read_run(str(folder.path)) for folder in folders]
-    graph.add(runs, [folder.path.name for folder in folders])
-    return graph.as_json()
+    return lineage_graph([read_run_files(str(folder.path)) for folder in folders], [f.path.name for f in folders])
 
 
 def comes_from(folder: RunFolder, *parents: tuple[Path, int]) -> None:
-    told = [
+    lineage = [
         {"run": path.name, "folder": str(path), "step": step, "tokens": 1, "sha256": "ab" * 32, "with": "weights",
          "changed": {"schedule.kind": ["cosine", "wsd"]}}
         for path, step in parents
     ]  # fmt: skip
-    (folder.path / "lineage.json").write_text(json.dumps({"format": 1, "parents": told}))
+    (folder.path / "lineage.json").write_text(json.dumps({"format": 1, "parents": lineage}))
 
 
 def links(graph: dict[str, Any]) -> set[tuple[str, int, str]]:
@@ -57,7 +54,7 @@ def test_two_children_of_one_parent_fork_from_its_own_lane(tmp_path: Path) -> No
     assert own == [("start", 0), ("fork", 5), ("stop", 9), ("fork", 9)]
 
 
-def test_coming_back_is_one_row_that_says_what_it_cost_and_what_it_changed(tmp_path: Path) -> None:
+def test_a_resume_is_one_row_with_the_steps_to_repeat_and_the_changed_settings(tmp_path: Path) -> None:
     run = run_of(
         tmp_path,
         "a",
@@ -70,28 +67,28 @@ def test_coming_back_is_one_row_that_says_what_it_cost_and_what_it_changed(tmp_p
             *steps(6, 10),
         ],
     )
-    rows = rows_of(read_run(str(run.path)))
+    rows = history_rows(read_run_files(str(run.path)))
     assert [(row["kind"], row["step"], row["title"]) for row in rows] == [
-        ("start", 0, "begun"),
-        ("fallback", 5, "checkpoint passed over"),
+        ("start", 0, "started"),
+        ("fallback", 5, "checkpoint skipped"),
         ("restore", 5, "resumed"),
     ]
     assert rows[1]["text"] == "step-00000007: a hash is wrong"
-    assert rows[2]["text"] == "3 steps to be done again; 2 ranks on a processor; run.max_steps: 8 → 20"
+    assert rows[2]["text"] == "3 steps to repeat; 2 ranks on a processor; run.max_steps: 8 → 20"
 
 
-def test_a_run_taken_up_a_hundred_times_is_folded_in_the_middle(tmp_path: Path) -> None:
+def test_a_run_resumed_a_hundred_times_is_folded_in_the_middle(tmp_path: Path) -> None:
     lines = [line for n in range(100) for line in (event("restore", n, reason=""), start(n))]
-    rows = rows_of(read_run(str(run_of(tmp_path, "a", [start(), *lines]).path)))
-    assert len(rows) == MOST_ROWS + 1
-    assert [row["title"] for row in rows if row["kind"] == "fold"] == [f"{101 - MOST_ROWS} more"]
-    assert (rows[0]["title"], rows[-1]["step"]) == ("begun", 99)
+    rows = history_rows(read_run_files(str(run_of(tmp_path, "a", [start(), *lines]).path)))
+    assert len(rows) == MAX_ROWS + 1
+    assert [row["title"] for row in rows if row["kind"] == "fold"] == [f"{101 - MAX_ROWS} more"]
+    assert (rows[0]["title"], rows[-1]["step"]) == ("started", 99)
 
 
 def test_a_hugging_face_folder_is_a_parent_too(tmp_path: Path) -> None:
     child = run_of(tmp_path, "child", [start()])
-    told = {"run": "", "folder": "/models/llama", "step": 0, "tokens": 0, "sha256": "cd" * 32, "with": "weights"}
-    (child.path / "lineage.json").write_text(json.dumps({"format": 1, "parents": [told]}))
+    parent = {"run": "", "folder": "/models/llama", "step": 0, "tokens": 0, "sha256": "cd" * 32, "with": "weights"}
+    (child.path / "lineage.json").write_text(json.dumps({"format": 1, "parents": [parent]}))
     graph = drawn(child)
     assert links(graph) == {("llama", 0, "child")}
     assert "from /models/llama at step 0" in graph["rows"][-1]["text"]
@@ -100,13 +97,13 @@ def test_a_hugging_face_folder_is_a_parent_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "folder", ["/a\0b", "/a\ud800b", "/" + 5000 * "a", "circle"], ids=["nul", "surrogate", "long", "circle"]
 )
-def test_a_parent_whose_folder_is_no_path_is_drawn_by_its_name(folder: str, tmp_path: Path) -> None:
+def test_a_parent_whose_folder_is_not_a_path_is_drawn_by_its_name(folder: str, tmp_path: Path) -> None:
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     child = run_of(tmp_path, "child", [start(), *steps(1, 2)])
     comes_from(child, (tmp_path / folder, 3))
-    told = json.loads((child.path / "lineage.json").read_text())
-    told["parents"][0] |= {"folder": str(tmp_path / folder), "run": "parent", "step": 10**400}
-    (child.path / "lineage.json").write_text(json.dumps(told))
+    lineage = json.loads((child.path / "lineage.json").read_text())
+    lineage["parents"][0] |= {"folder": str(tmp_path / folder), "run": "parent", "step": 10**400}
+    (child.path / "lineage.json").write_text(json.dumps(lineage))
     assert [lane["name"] for lane in drawn(child)["lanes"]] == ["parent", "child"]
 
 

@@ -1,6 +1,5 @@
-"""Text that a model writes after given prompts: what numbers do not show."""
+"""Text that a model writes after given prompts. It shows what scores do not."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -11,15 +10,16 @@ from minka.parallel.mesh import Mesh
 from minka.plan.config import RunConfig
 
 
-def samples(scorer: Scorer, tokenizer_file: Path, config: RunConfig, mesh: Mesh, eod: int) -> list[tuple[str, str]]:
-    """(prompt, continuation) for each of eval.prompts. Collective: every rank walks the tokens that rank 0 chose."""
+def continue_prompts(
+    scorer: Scorer, tokenizer_file: Path, config: RunConfig, mesh: Mesh, eod: int
+) -> list[tuple[str, str]]:
+    """Return (prompt, continuation) for each of eval.prompts. Collective: every rank uses the tokens of rank 0."""
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     found = []
     for prompt in config.eval.prompts:
-        ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [eod]
         new = generate(
             lambda tokens, place: scorer.next_logits(tokens.to(mesh.device), place),
-            ids,
+            tokenizer.encode(prompt, add_special_tokens=False).ids or [eod],
             config.eval.sample_tokens,
             context=config.data.seq_len,
             temperature=config.eval.temperature,
@@ -27,10 +27,5 @@ def samples(scorer: Scorer, tokenizer_file: Path, config: RunConfig, mesh: Mesh,
             seed=config.run.seed,
             agree=lambda token: mesh.sum_on_host([token if mesh.is_first else 0])[0],
         )
-        found.append((prompt, decode(tokenizer, new)))
+        found.append((prompt, str(tokenizer.decode(list(new), skip_special_tokens=True))))
     return found
-
-
-def decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
-    """Text of `tokens`, special ones left out."""
-    return str(tokenizer.decode(list(tokens), skip_special_tokens=True))

@@ -1,0 +1,59 @@
+"""The file of an evaluation: evals/step-XXXXXXXX/SUITE@VERSION.json."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from minka.eval.bits_per_byte import Scores
+from minka.plan.atomic import write_json
+
+SUITE = "heldout"
+VERSION = 1
+
+
+def write_result(
+    evals: Path,
+    step: int,
+    tokens: int,
+    scores: Scores,
+    samples: Sequence[tuple[str, str]] | None = None,
+    checkpoint: Path | None = None,
+    *,
+    own_settings: bool = True,
+) -> dict[str, Any]:
+    """Write the result of `scores` and return its content plus its `path`. Raises OSError.
+
+    A result made with settings that are not the run's (`own_settings` is false), or that differ from those of the
+    existing file, goes to heldout@1-HASH.json, named by a hash of the settings. `samples`: None keeps those of the
+    replaced file. `checkpoint`: None if weights in memory were scored.
+    """
+    folder = evals / f"step-{step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{SUITE}@{VERSION}.json"
+    if not own_settings or (file.exists() and _read(file).get("settings") != scores.settings):
+        settings = json.dumps(scores.settings, sort_keys=True)
+        file = folder / f"{SUITE}@{VERSION}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.json"
+    texts = [{"prompt": prompt, "text": text} for prompt, text in samples or ()]
+    result = {
+        "format": 1,
+        "suite": SUITE,
+        "version": VERSION,
+        "step": step,
+        "tokens": tokens,
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+        **scores._asdict(),
+        "samples": _read(file).get("samples", []) if samples is None else texts,
+    }
+    write_json(file, result)
+    return result | {"path": str(file)}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Return an existing result; empty if there is none, or if it cannot be read."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

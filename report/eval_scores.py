@@ -1,0 +1,62 @@
+"""The scores and samples of a run's evaluations, from its ledger and from evals/."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from minka.plan.ledger import is_count, number
+from minka.report.curves import StepColumns
+from minka.report.downsample import rounded
+from minka.report.run_files import Event, RunFiles
+from minka.report.running_time import RunningTime
+
+
+def eval_scores(run: RunFiles, steps: StepColumns, time: RunningTime) -> dict[tuple[str, str], list[Event]]:
+    """Return the points of each (suite, score) by step: {"step", "tokens", "seconds", "value", "stderr"}.
+
+    They come from the ledger, and from later evaluations of checkpoints (evals/).
+    """
+    results: dict[tuple[str, int], Event] = {}
+    for event in run.kept:
+        if event["event"] == "eval" and isinstance(event.get("scores"), dict):
+            results[str(event.get("suite", "")), event["step"]] = event | {"seconds": time.seconds(event["time"])}
+    end = max([*steps.step.tolist(), *(step for _, step in results)], default=math.inf)
+    for result in run.evals:
+        if result["step"] <= end:  # later ones are of steps that count no more
+            seconds = float(np.interp(result["step"], steps.step, steps.seconds)) if len(steps.step) else 0.0
+            results.setdefault((result["suite"], result["step"]), result | {"seconds": seconds})
+    points: dict[tuple[str, str], list[Event]] = {}
+    for suite, step in sorted(results):
+        result = results[suite, step]
+        errors = result.get("stderr")
+        at = {
+            "step": step,
+            "tokens": result["tokens"] if is_count(result.get("tokens")) else None,
+            "seconds": round(result["seconds"], 2),
+        }
+        for name, value in result["scores"].items():
+            error = errors.get(name) if isinstance(errors, dict) else None
+            points.setdefault((suite, name), []).append({**at, "value": number(value), "stderr": error})
+    return points
+
+
+def score_curves(scores: dict[tuple[str, str], list[Event]]) -> dict[str, dict[str, list[Any]]]:
+    """Return the points as columns, by score name (with its suite, if there are several)."""
+    several = len({suite for suite, _ in scores}) > 1
+    found = {}
+    for (suite, name), points in scores.items():
+        at = {key: [point[key] for point in points] for key in ("step", "tokens", "seconds")}
+        rest = {key: rounded([number(point[key]) for point in points]) for key in ("value", "stderr")}
+        found[f"{suite}: {name}" if several else name] = at | rest
+    return found
+
+
+def newest_samples(run: RunFiles) -> dict[str, Any] | None:
+    """Return the step and the (prompt, text) pairs of the newest evaluation that has samples."""
+    for result in reversed(run.evals):
+        texts = result.get("samples")
+        if isinstance(texts, list) and texts:
+            pairs = [(str(t.get("prompt", "")), str(t.get("text", ""))) for t in texts if isinstance(t, dict)]
+            return {"step": result["step"], "texts": pairs}
+    return None
