@@ -24,11 +24,11 @@ def test_a_sound_recipe_passes_every_check(tmp_path: Path) -> None:
     assert len(checks) == 6
 
 
-def test_a_learning_rate_that_diverges_is_named(tmp_path: Path) -> None:
-    done = minka("doctor", str(written(tiny(tmp_path, optimizer={"learning_rate": 3.0}))), "--json")
+def test_a_learning_rate_that_diverges_fails_its_check(tmp_path: Path) -> None:
+    done = minka("doctor", str(written(tiny(tmp_path, optimizer={"learning_rate": 3.0}))))
     assert done.returncode == ExitStatus.FAILED
-    failed = [check["name"] for check in json.loads(done.stdout)["checks"] if not check["passed"]]
-    assert any("learning rate" in name for name in failed)
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    assert any("learning rate" in line for line in failed), done.stdout
 
 
 def test_a_model_too_large_for_this_machine_is_refused() -> None:
@@ -37,11 +37,3 @@ def test_a_model_too_large_for_this_machine_is_refused() -> None:
     error = json.loads(done.stdout)
     assert (error["where"], "GiB" in error["error"]) == ("model", True)
     assert "Traceback" not in done.stderr
-
-
-def test_people_get_tables(tmp_path: Path) -> None:
-    """Lines as wide as they need to be where stdout is not a terminal: nothing is wrapped or cut."""
-    done = minka("doctor", str(written(tiny(tmp_path, optimizer={"learning_rate": 1e-2}))))
-    lines = done.stdout.splitlines()
-    assert sum(line.startswith("ok ") for line in lines) == 6, done.stdout
-    assert next(line for line in lines if line.startswith("packages")).count(",") > 3
