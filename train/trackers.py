@@ -50,7 +50,7 @@ class Wandb:
             name=config.run.name,
             id=config.run.name,
             resume="allow",
-            mode=config.tracking.wandb,
+            mode="online" if config.tracking.wandb == "online" else "offline",
             dir=str(folder.path),
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(console="off", silent=True),
