@@ -46,7 +46,7 @@ WORDING = {
 }
 PLAIN_FILES = (
     "train/console.py train/trackers.py train/profiler.py train/provenance.py train/doctor.py train/replay.py "
-    "train/replay_compare.py docs/architecture.md CHANGELOG.md SECURITY.md Makefile"
+    "train/replay_compare.py docs/architecture.md CHANGELOG.md SECURITY.md Makefile .ci/run"
 ).split()
 
 

@@ -56,18 +56,18 @@ class Console:
             self._bar = None
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of text on stdout under a header: a rich table on a terminal, aligned columns elsewhere."""
+def print_table(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> None:
+    """Print rows on stdout under a head: a rich table on a terminal, aligned columns elsewhere."""
     if sys.stdout.isatty():
         from rich.console import Console as RichConsole
         from rich.table import Table
 
-        table = Table(*header, show_header=any(header))
+        table = Table(*head, show_header=bool(head))
         for row in rows:
             table.add_row(*row)
         RichConsole(markup=False).print(table)
         return
-    shown = [header, *rows] if any(header) else rows
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    for row in shown:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    lines = [head, *rows] if head else rows
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -58,10 +58,10 @@ def examine(config: RunConfig | None, *, as_json: bool) -> int:
     if as_json:
         print_json({"machine": machine, "checks": [check._asdict() for check in checks], "passed": passed})
     else:
-        print_table(("", ""), list(machine.items()))
+        print_table(list(machine.items()))
         if checks:
             rows = [("ok" if check.passed else "FAILED", check.name, check.found) for check in checks]
-            print_table(("", "check", "found"), rows)
+            print_table(rows, ("", "check", "found"))
     return int(ExitStatus.DONE if passed else ExitStatus.FAILED)
 
 

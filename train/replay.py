@@ -236,7 +236,7 @@ def print_result(result: Mapping[str, Any]) -> None:
         for name, numbers in last.items()
         if name != "step"
     ]
-    print_table(("", "recorded", "replayed", "difference"), rows)
+    print_table(rows, ("", "recorded", "replayed", "difference"))
     if earlier:
         loss, norm = (
             max((one[name]["difference"] for one in earlier if name in one), default=0.0)
