@@ -1,4 +1,4 @@
-"""Speed of the data path on one core: `python -m minka.benchmarks.data_path` prints a table and writes no file."""
+"""Speed of the data path on one core. `python -m minka.benchmarks.data_path` prints a table and writes no file."""
 
 import time
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from minka.data.batch import build_batch
-from minka.data.sample_order import Order, Permutation, window_count
+from minka.data.sample_order import EpochPermutation, SampleOrder, window_count
 
 TOKENS = 20_000_000
 SEQ_LEN = 2048
@@ -16,7 +16,7 @@ EOD = 0
 
 
 def synthetic_stream(mean_length: int, tokens: int = TOKENS) -> NDArray[np.uint16]:
-    """A token stream whose documents have log-normal lengths around `mean_length`, each closed by EOD."""
+    """A token stream whose documents have log-normal lengths around `mean_length` and end with EOD."""
     random = np.random.default_rng(0)
     stream = random.integers(1, 32_000, tokens).astype(np.uint16)
     lengths = random.lognormal(np.log(mean_length), 0.7, 2 * tokens // mean_length).astype(np.int64) + 2
@@ -27,8 +27,8 @@ def synthetic_stream(mean_length: int, tokens: int = TOKENS) -> NDArray[np.uint1
 
 
 def samples_per_second(stream: NDArray[np.uint16], rows: int, seconds: float = 2.0) -> float:
-    """Batches of `rows` permuted windows built by this thread: order, gather, targets, documents, positions."""
-    order = Order(window_count(len(stream), SEQ_LEN), seed=0)
+    """Speed of building batches of `rows` permuted windows: order, gather, targets, documents, positions."""
+    order = SampleOrder(window_count(len(stream), SEQ_LEN), seed=0)
 
     def batch(step: int) -> int:
         positions = order.positions(step * rows, (step + 1) * rows)
@@ -39,8 +39,8 @@ def samples_per_second(stream: NDArray[np.uint16], rows: int, seconds: float = 2
 
 
 def indices_per_second(count: int = 3_000_000, seconds: float = 2.0) -> float:
-    """Indices of one epoch permuted by this thread."""
-    permutation = Permutation(count, seed=0, epoch=0)
+    """Speed of permuting the indices of one epoch."""
+    permutation = EpochPermutation(count, seed=0, epoch=0)
     block = np.arange(1 << 17)
 
     def permute(step: int) -> int:

@@ -1,4 +1,4 @@
-"""`minka data`: prepare a token store, look into one, check one."""
+"""`minka data`: prepare, inspect and verify token stores."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 RUN_HELP = "a recipe, a run.toml, a run folder or the name of a run"
 Run = Annotated[str, typer.Argument(help=RUN_HELP)]
-Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as you like")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, any number")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
 SHOWN_CHARACTERS = 2_000
 
@@ -30,18 +30,18 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _prepare(run: Run, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Read the corpus a run names, split it, make its tokenizer, and write its token store."""
+    """Read a run's corpus, split it, make its tokenizer, and write its token store."""
     from minka.data.prepare import open_or_prepare, store_folder
     from minka.data.store_manifest import MANIFEST
     from minka.plan.load_config import load_run
 
     config = load_run(run, overrides or ()).config
-    there = (store_folder(config, Path()) / MANIFEST).is_file()
+    existed = (store_folder(config, Path()) / MANIFEST).is_file()
     store = open_or_prepare(config, Path(), progress)
-    facts = _facts(store) | {"prepared": not there}
+    facts = _describe_store(store) | {"prepared": not existed}
     if as_json:
         return print_json(facts)
-    print(f"{store.folder} {'was there already' if there else 'is prepared'}")
+    print(f"{store.folder} {'exists already' if existed else 'is prepared'}")
     _show(facts)
     return None
 
@@ -51,28 +51,36 @@ def _inspect(
     overrides: Overrides = None,
     document: Annotated[int | None, typer.Option(help="show this document, counted from 0")] = None,
     sample: Annotated[
-        int | None, typer.Option(help="show the documents of this sample, a place in the run's order (needs a run)")
+        int | None, typer.Option(help="show the documents of this sample, a position in the run's order (needs a run)")
     ] = None,
     split: Annotated[str, typer.Option(help="train or validation; a run's samples are of train")] = "train",
     as_json: AsJson = False,
 ) -> None:
-    """Show what a store holds, one document of it, or which documents a sample of a run was cut from."""
-    store, config = _find(where, overrides or ())
+    """Show the contents of a store, one of its documents, or the documents that a sample of a run was cut from."""
+    from minka.data.prepare import check_store
+    from minka.data.token_store import TokenStore
+
+    folder, config = _find(where, overrides or ())
+    store = TokenStore.open(folder)
+    if config is not None:
+        check_store(store, config)
     if document is not None and sample is not None:
         raise UserError("give --document or --sample, not both")
     if document is not None:
-        found = _document(store.split(split), document)
+        chosen = store.split(split)
+        text = chosen.text_of(document)
+        found = {"document": document, "split": split, **chosen.provenance(document), "text": text}
     elif sample is not None:
-        found = _sample(store.split("train"), config, sample, where)
+        found = _trace_sample(store.split("train"), config, sample, where)
     else:
-        found = _facts(store)
+        found = _describe_store(store)
     if as_json:
         return print_json(found)
     _show({key: value for key, value in found.items() if key not in ("pieces", "text")})
     for piece in found.get("pieces", ()):
         _show(piece)
-    if "text" in found:
-        print(found["text"][:SHOWN_CHARACTERS] + ("..." if len(found["text"]) > SHOWN_CHARACTERS else ""))
+    if document is not None:
+        print(text[:SHOWN_CHARACTERS] + ("..." if len(text) > SHOWN_CHARACTERS else ""))
     return None
 
 
@@ -81,33 +89,23 @@ def _verify(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Hash every file of a store again, and hold tokens, index, sidecar and manifest against each other."""
+    """Hash every file of a store again, and compare tokens, index, sidecar and manifest with each other."""
     from minka.data.store_manifest import read_manifest
     from minka.data.verify import verify
 
-    folder, _ = _folder(store, overrides or ())
+    folder, _ = _find(store, overrides or ())
     size = sum(file.bytes for file in read_manifest(folder).files.values())
     with progress(size, "verifying", "bytes") as advance:
         checked = verify(folder, advance)
     if as_json:
         return print_json(checked)
-    print(f"{folder} is whole: every file has its hash, and tokens, index and sidecar agree")
+    print(f"{folder} is intact: every file has its hash, and tokens, index and sidecar agree")
     _show(checked)
     return None
 
 
-def _find(where: str, overrides: Sequence[str]) -> "tuple[TokenStore, RunConfig | None]":
-    from minka.data.prepare import check_store
-    from minka.data.token_store import TokenStore
-
-    folder, config = _folder(where, overrides)
-    store = TokenStore.open(folder)
-    if config is not None:
-        check_store(store, config)
-    return store, config
-
-
-def _folder(where: str, overrides: Sequence[str]) -> "tuple[Path, RunConfig | None]":
+def _find(where: str, overrides: Sequence[str]) -> "tuple[Path, RunConfig | None]":
+    """The folder of a store, and the run that it was asked for by."""
     from minka.data.prepare import store_folder
     from minka.data.store_manifest import MANIFEST
     from minka.plan.load_config import load_run
@@ -115,13 +113,13 @@ def _folder(where: str, overrides: Sequence[str]) -> "tuple[Path, RunConfig | No
     path = Path(where)
     if path.is_dir() and ((path / MANIFEST).exists() or not (path / "run.toml").exists()):
         if overrides:
-            raise UserError("overrides belong to a run", where=where, why="this is a folder of tokens, not a run")
+            raise UserError("overrides apply to a run", where=where, why="this is a folder of tokens, not a run")
         return path, None
     config = load_run(where, overrides).config
     return store_folder(config, Path()), config
 
 
-def _facts(store: "TokenStore") -> dict[str, Any]:
+def _describe_store(store: "TokenStore") -> dict[str, Any]:
     manifest = store.manifest
     facts: dict[str, Any] = {
         "store": str(store.folder),
@@ -137,30 +135,25 @@ def _facts(store: "TokenStore") -> dict[str, Any]:
     return facts | ({"note": manifest.moved} if manifest.moved else {})
 
 
-def _document(split: "Split", i: int) -> dict[str, Any]:
-    return {"document": i, "split": split.name, **split.provenance(i), "text": split.text_of(i)}
-
-
-def _sample(split: "Split", config: "RunConfig | None", position: int, where: str) -> dict[str, Any]:
-    from minka.data.sample_order import Order, window_count
-    from minka.data.trace import trace_window
+def _trace_sample(split: "Split", config: "RunConfig | None", position: int, where: str) -> dict[str, Any]:
+    from minka.data.sample_order import SampleOrder, window_count
 
     if config is None:
         raise UserError(
-            "a sample is a place in a run's order, and this is a store",
+            "a sample is a position in a run's order, and this is a store",
             where=where,
             remedy=f"give the run: minka data inspect RUN --sample {position}",
         )
     if position < 0:
-        raise UserError(f"there is no sample {position}", remedy="samples are counted from 0, on through every epoch")
+        raise UserError(f"there is no sample {position}", remedy="samples are counted from 0, through all epochs")
     windows = window_count(split.n_tokens, config.data.seq_len)
-    window = int(Order(windows, config.run.seed).windows_at([position])[0])
+    window = int(SampleOrder(windows, config.run.seed).windows_at([position])[0])
     return {
         "sample": position,
         "epoch": position // windows,
         "window": window,
         "dropped": any(first <= position < last for first, last in config.data.dropped_samples),
-        "pieces": [piece.as_dict() for piece in trace_window(split, window, config.data.seq_len)],
+        "pieces": [span._asdict() for span in split.trace_window(window, config.data.seq_len)],
     }
 
 

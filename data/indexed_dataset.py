@@ -1,14 +1,15 @@
-"""Megatron's indexed dataset: NAME.bin holds raw little-endian tokens, NAME.idx where each document begins.
+"""Megatron's indexed dataset: NAME.bin contains raw little-endian tokens, NAME.idx the offset of each document.
 
 .idx: "MMIDIDX\\0\\0", u64 version = 1, u8 dtype code, u64 sequences S, u64 D = documents + 1, then i32 lengths[S],
 i64 byte offsets[S], i64 document index[D]. Here a sequence is a document, its end-of-document token included.
 Layout: Megatron-LM, megatron/core/datasets/indexed_dataset.py.
 """
 
+import shutil
 import struct
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +21,11 @@ HEADER = struct.Struct("<9sQBQQ")  # 34 bytes, no padding
 DTYPE_CODES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
 SMALL_VOCAB = 65_500  # below it Megatron stores u16, else i32
 LONGEST = 2**31 - 1  # lengths are i32
-ROWS = 1 << 20  # index entries written at once
+CHUNK = 1 << 20  # index entries written at once
 
 
 class Index(NamedTuple):
-    """What an .idx says. lengths (tokens) and pointers (bytes) are [S], mapped from disk; document_index is [S + 1]."""
+    """An .idx. lengths (tokens) and pointers (bytes) are [S], mapped from disk; document_index is [S + 1]."""
 
     dtype: np.dtype[Any]
     lengths: NDArray[np.int32]
@@ -33,53 +34,47 @@ class Index(NamedTuple):
 
 
 def token_dtype(vocab: int) -> np.dtype[Any]:
-    """The type Megatron stores ids below `vocab` in."""
+    """The type in which Megatron stores ids below `vocab`."""
     return np.dtype("<u2" if vocab < SMALL_VOCAB else "<i4")
 
 
-def write_index(path: Path, lengths: Path, dtype: np.dtype[Any]) -> None:
+def write_index(path: Path, lengths_file: Path, dtype: np.dtype[Any]) -> None:
     """Write an .idx from a file of raw i32 lengths, in bounded memory."""
-    size = lengths.stat().st_size // 4
+    lengths = np.memmap(lengths_file, dtype="<i4", mode="r")
+    size = len(lengths)
     code = next(code for code, name in DTYPE_CODES.items() if np.dtype(name) == dtype)
-    with path.open("wb") as out:
+    with path.open("wb") as out, lengths_file.open("rb") as source:
         out.write(HEADER.pack(MAGIC, 1, code, size, size + 1))
-        with lengths.open("rb") as source:
-            while part := source.read(4 * ROWS):
-                out.write(part)
-        with lengths.open("rb") as source:
-            _write_pointers(out, source, dtype.itemsize)
-        for start in range(0, size + 1, ROWS):
-            out.write(np.arange(start, min(size + 1, start + ROWS), dtype="<i8").tobytes())
+        shutil.copyfileobj(source, out)
+        offset = 0
+        for start in range(0, size, CHUNK):
+            sizes = lengths[start : start + CHUNK].astype("<i8") * dtype.itemsize
+            ends = offset + np.cumsum(sizes)
+            out.write((ends - sizes).tobytes())
+            offset = int(ends[-1])
+        for start in range(0, size + 1, CHUNK):
+            out.write(np.arange(start, min(size + 1, start + CHUNK), dtype="<i8").tobytes())
 
 
 def read_index(path: Path) -> Index:
-    """Map an .idx. Raises UserError when it is no .idx or is cut short."""
+    """Map an .idx. Raises UserError when it is not an .idx or is cut short."""
     try:
         raw = np.memmap(path, dtype=np.uint8, mode="r")
         magic, version, code, size, documents = HEADER.unpack(raw[: HEADER.size].tobytes())
     except (OSError, ValueError, struct.error) as error:
-        raise UserError(f"this index cannot be read: {error}", where=str(path)) from None
+        raise UserError(f"cannot be read as an index: {error}", where=str(path)) from None
     if magic != MAGIC or version != 1 or code not in DTYPE_CODES:
-        raise UserError("this is no Megatron index of version 1", where=str(path))
+        raise UserError("not a Megatron index of version 1", where=str(path))
     ends = np.cumsum([HEADER.size, 4 * size, 8 * size, 8 * documents])
     if len(raw) < ends[-1]:
-        raise UserError(f"this index has {len(raw)} bytes and needs {ends[-1]}: it was cut short", where=str(path))
+        raise UserError(f"the index is cut short: it has {len(raw)} bytes and needs {ends[-1]}", where=str(path))
     parts = [np.asarray(raw[a:b]) for a, b in pairwise(ends)]
     return Index(np.dtype(DTYPE_CODES[code]), parts[0].view("<i4"), parts[1].view("<i8"), parts[2].view("<i8"))
 
 
 def read_tokens(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Map a .bin: all tokens of the split, [N]. Raises UserError when it is not whole tokens."""
+    """Map a .bin: all tokens of the split, [N]. Raises UserError when its size is not a multiple of a token's."""
     try:
         return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
     except (OSError, ValueError) as error:
-        raise UserError(f"these tokens cannot be read: {error}", where=str(path)) from None
-
-
-def _write_pointers(out: BinaryIO, lengths: BinaryIO, itemsize: int) -> None:
-    offset = 0
-    while part := lengths.read(4 * ROWS):
-        sizes = np.frombuffer(part, dtype="<i4").astype(np.int64) * itemsize
-        ends = offset + np.cumsum(sizes)
-        out.write((ends - sizes).astype("<i8").tobytes())
-        offset = int(ends[-1])
+        raise UserError(f"cannot be read as tokens: {error}", where=str(path)) from None

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from minka.data.batch import PADDING, Batch, build_batch
-from minka.data.sample_order import Order, window_count
+from minka.data.sample_order import SampleOrder, window_count
 from minka.data.token_store import Split
 from minka.plan.config import RunConfig
 
@@ -36,10 +36,10 @@ class LoaderState:
         return LoaderState(self.samples + samples, self.tokens + samples * seq_len)
 
 
-def order_of(config: RunConfig, split: Split) -> Order:
+def order_of(config: RunConfig, split: Split) -> SampleOrder:
     """The order in which a run reads a split."""
     windows = window_count(split.n_tokens, config.data.seq_len)
-    return Order(windows, config.run.seed, config.data.dropped_samples)
+    return SampleOrder(windows, config.run.seed, config.data.dropped_samples)
 
 
 def global_batch(config: RunConfig, state: LoaderState) -> int:
@@ -47,7 +47,7 @@ def global_batch(config: RunConfig, state: LoaderState) -> int:
     return config.batch_tokens_at(state.tokens) // config.data.seq_len
 
 
-def share(config: RunConfig, order: Order, state: LoaderState, rank: int, ways: int) -> NDArray[np.int64]:
+def share(config: RunConfig, order: SampleOrder, state: LoaderState, rank: int, ways: int) -> NDArray[np.int64]:
     """Positions in the order of rank's sequences of the batch that begins at `state`; PADDING where there is none."""
     size = global_batch(config, state)
     whole = -(-size // (ways * config.layout.micro_batch)) * ways * config.layout.micro_batch
@@ -56,7 +56,7 @@ def share(config: RunConfig, order: Order, state: LoaderState, rank: int, ways: 
     return positions[rank::ways]
 
 
-def read_batch(config: RunConfig, split: Split, order: Order, positions: NDArray[np.int64]) -> Batch:
+def read_batch(config: RunConfig, split: Split, order: SampleOrder, positions: NDArray[np.int64]) -> Batch:
     """The batch of the samples at `positions` ([B], PADDING allowed)."""
     windows = np.full(len(positions), PADDING, dtype=np.int64)
     real = positions != PADDING

@@ -1,10 +1,11 @@
-"""Documents from tables of rows: JSONL (plain, gzip, zstd), Parquet, and what `datasets.load_dataset` opens."""
+"""Sources whose documents are rows: JSONL (plain, gzip, zstd), Parquet, and what `datasets.load_dataset` opens."""
 
 import gzip
 import io
 import json
 import zlib
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,41 +13,34 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from minka.data.documents import Document, expand, not_utf8
+from minka.data.document import Document
+from minka.data.text_sources import expand_paths, not_utf8
 from minka.plan.config_sections import DataSection
 from minka.plan.errors import UserError
 
 JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson")
-# Names under which public corpora keep a row's provenance -> Document's field.
-KNOWN_FIELDS = (
-    ("id", "id"),
-    ("source", "source"),
-    ("url", "url"),
-    ("licence", "licence"),
-    ("license", "licence"),
-    ("package", "package"),
-    ("version", "version"),
-)
-ROWS_AT_ONCE = 256  # of a Parquet file; its documents may be megabytes each
+# Columns in which public corpora keep provenance: the fields of Document, and one in American spelling.
+PROVENANCE_COLUMNS = ("id", "source", "url", "licence", "license", "package", "version")
+PARQUET_BATCH_ROWS = 256  # documents may be megabytes each
 
 
 def jsonl_documents(data: DataSection) -> Iterator[Document]:
-    """A document for each line of the files that data.paths means. Raises UserError with file:line."""
-    for path in expand(data.paths, JSONL):
+    """A document for each line of the files of data.paths. Raises UserError with file:line."""
+    for path in expand_paths(data.paths, JSONL):
         for number, line in _lines(path):
             row = _parse(line, f"{path}:{number}")
             yield document_of_row(row, data.text_field, "jsonl", path.as_posix(), number)
 
 
 def parquet_documents(data: DataSection) -> Iterator[Document]:
-    """A document for each row of the files that data.paths means. Raises UserError with the file's columns."""
-    for path in expand(data.paths, (".parquet",)):
+    """A document for each row of the files of data.paths. Raises UserError that lists the file's columns."""
+    for path in expand_paths(data.paths, (".parquet",)):
         try:
             yield from _parquet_file(path, data.text_field)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"cannot be read as Parquet: {_first_line(error)}", where=str(path)) from None
         except UnicodeDecodeError as error:
-            raise not_utf8(str(path), error.start, error.object[error.start]) from None
+            raise not_utf8(str(path), error) from None
 
 
 def hub_documents(data: DataSection) -> Iterator[Document]:
@@ -58,7 +52,7 @@ def hub_documents(data: DataSection) -> Iterator[Document]:
             yield document_of_row(row, data.text_field, data.dataset, data.dataset, number)
     except UserError:
         raise
-    except Exception as error:  # `datasets` raises what its readers, the network and the hub raise; no common base
+    except Exception as error:  # its readers, the network and the hub raise errors without a common base
         raise UserError(
             f"datasets could not read it{f' at row {number + 1}' if number else ''}: {_first_line(error)}",
             where=f"data.dataset: {name}",
@@ -67,22 +61,23 @@ def hub_documents(data: DataSection) -> Iterator[Document]:
 
 
 def document_of_row(row: object, field: str, source: str, path: str, number: int) -> Document:
-    """The row's text and what provenance it names itself. Raises UserError when the text is missing or no string."""
+    """The row's text and provenance. Raises UserError when the text is missing or not a string."""
     where = f"{path}:{number}"
     if not isinstance(row, Mapping):
         raise UserError(
-            f"the row is no object but {type(row).__name__}", where=where, remedy=f'write {{"{field}": "..."}}'
+            f"the row is not an object but {type(row).__name__}", where=where, remedy=f'write {{"{field}": "..."}}'
         )
     text = row.get(field)
     if not isinstance(text, str):
-        what = f"{field!r} is {_kind(text)}, no text" if field in row else f"the row has no {field!r}"
+        kind = "null" if text is None else type(text).__name__
+        what = f"{field!r} is {kind}, not text" if field in row else f"the row has no {field!r}"
         raise UserError(what, where=where, remedy=f"set data.text_field to one of the row's fields: {', '.join(row)}")
-    known: dict[str, str] = {}
-    for name, ours in KNOWN_FIELDS:
+    provenance: dict[str, str] = {}
+    for name in PROVENANCE_COLUMNS:
         value = row.get(name)
         if name != field and isinstance(value, str | int) and str(value):
-            known.setdefault(ours, str(value))
-    return Document(**{"id": where, "source": source, **known}, text=text, path=path, line=number)
+            provenance.setdefault("licence" if name == "license" else name, str(value))
+    return Document(**{"id": where, "source": source, **provenance}, text=text, path=path, line=number)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -108,12 +103,12 @@ def _parse(line: bytes, where: str) -> object:
     try:
         return json.loads(line.decode("utf-8-sig"))  # some editors put a byte-order mark first
     except UnicodeDecodeError as error:
-        raise not_utf8(where, error.start, line[error.start]) from None
+        raise not_utf8(where, error) from None
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(
-            f"this line is no JSON: {error}",
+            f"not a JSON line: {error}",
             where=where,
-            why="a JSONL file holds one whole JSON object a line",
+            why="each line of a JSONL file is one complete JSON object",
             remedy='write each document as {"text": "..."} on its own line',
         ) from None
 
@@ -127,16 +122,14 @@ def _parquet_file(path: Path, field: str) -> Iterator[Document]:
                 where=str(path),
                 remedy=f"set data.text_field to one of its columns: {', '.join(schema.names)}",
             )
-        columns = [field] + [name for name, _ in KNOWN_FIELDS if name in schema.names and name != field]
-        number = 0
-        for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns):
-            for row in batch.to_pylist():
-                number += 1
-                yield document_of_row(row, field, "parquet", path.as_posix(), number)
+        columns = [field] + [name for name in PROVENANCE_COLUMNS if name in schema.names and name != field]
+        batches = table.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=columns)
+        for number, row in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1):
+            yield document_of_row(row, field, "parquet", path.as_posix(), number)
 
 
 def _open_dataset(data: DataSection) -> Iterator[Any]:
-    import datasets  # a second to import, and only this source needs it
+    import datasets  # takes a second to import, and only this source needs it
 
     if (Path(data.dataset) / "state.json").is_file() or (Path(data.dataset) / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(data.dataset)
@@ -149,10 +142,6 @@ def _open_dataset(data: DataSection) -> Iterator[Any]:
         streaming=True,
     )
     return iter(opened)
-
-
-def _kind(value: object) -> str:
-    return "null" if value is None else type(value).__name__
 
 
 def _first_line(error: BaseException) -> str:

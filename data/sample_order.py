@@ -1,8 +1,8 @@
-"""The order of a run's samples: sample i follows from (samples in the split, seed, dropped ranges, i) alone.
+"""The order of a run's samples: sample i follows from (windows of the split, seed, dropped ranges, i) alone.
 
-An epoch is a keyed permutation of the split's windows: a Feistel network on the smallest power of two that holds them,
-walked along its cycles until it lands inside (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
-Any index can be asked for at any time, so a run resumes from one number and no index file exists.
+An epoch is a keyed permutation of the split's windows: a Feistel network on the smallest power of two that is not
+less than their number, applied again while its result is outside (Black & Rogaway 2002, "Ciphers with arbitrary finite
+domains"). Any index can be computed at any time, so a run resumes from one number and needs no index file.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Permutation:
+class EpochPermutation:
     """A bijection of 0 .. count-1, keyed by (seed, epoch); the same on every machine."""
 
     count: int
@@ -32,13 +32,13 @@ class Permutation:
 
     def __post_init__(self) -> None:
         if self.count < 1:
-            raise ValueError(f"a permutation of {self.count} things")
+            raise ValueError(f"a permutation of {self.count} indices")
         key = b"minka order" + self.seed.to_bytes(8, "little") + self.epoch.to_bytes(8, "little")
         digest = hashlib.blake2b(key, digest_size=8 * ROUNDS).digest()
         object.__setattr__(self, "keys", np.frombuffer(digest, dtype="<u8").astype(np.uint64))
 
     def at(self, indices: Indices) -> Indices:
-        """Where each of `indices` (any shape [N], each 0 <= i < count) is sent. int64 [N]."""
+        """The image of each of `indices` ([N], each 0 <= i < count). int64 [N]."""
         out = np.empty(len(indices), dtype=np.int64)
         for start in range(0, len(indices), CHUNK):
             out[start : start + CHUNK] = self._walk(indices[start : start + CHUNK].astype(np.uint64))
@@ -69,11 +69,11 @@ class Permutation:
 
 
 @dataclass(frozen=True)
-class Order:
+class SampleOrder:
     """Which window of the split each sample of a run is.
 
-    windows: samples in one epoch. dropped: rising, disjoint [first, last) ranges of *positions*. A position is a
-    sample's place in the order before anything is dropped: it names a sample for good, whatever is dropped later.
+    windows: samples in one epoch. dropped: rising, disjoint [first, last) ranges of *positions*. A position is the
+    index of a sample before anything is dropped, so it identifies the sample whatever is dropped later.
     """
 
     windows: int
@@ -81,34 +81,28 @@ class Order:
     dropped: tuple[tuple[int, int], ...] = ()
 
     def positions(self, first: int, last: int) -> Indices:
-        """Positions of the run's samples first .. last-1: dropped ranges are stepped over."""
+        """Positions of the run's samples first .. last-1. Dropped ranges are skipped."""
         samples = np.arange(first, last, dtype=np.int64)
         if not self.dropped:
             return samples
         starts = np.array([a for a, _ in self.dropped], dtype=np.int64)
-        gone = np.cumsum([b - a for a, b in self.dropped], dtype=np.int64)
-        # Range j begins to shift samples once starts[j] minus what was dropped before it have been taken.
-        turn = starts - np.concatenate(([0], gone[:-1]))
-        return samples + np.concatenate(([0], gone))[np.searchsorted(turn, samples, side="right")]
+        cumulative = np.cumsum([b - a for a, b in self.dropped], dtype=np.int64)
+        # Range j shifts the samples from number starts[j] - (positions dropped before it) on.
+        turn = starts - np.concatenate(([0], cumulative[:-1]))
+        return samples + np.concatenate(([0], cumulative))[np.searchsorted(turn, samples, side="right")]
 
     def windows_at(self, positions: Sequence[int] | Indices) -> Indices:
-        """The window (0 <= k < windows) at each position: permuted anew in every epoch."""
-        asked = np.asarray(positions, dtype=np.int64)
-        epochs, within = np.divmod(asked, self.windows)
-        out = np.empty_like(asked)
+        """The window (0 <= k < windows) at each position. Every epoch has a new permutation."""
+        epochs, within = np.divmod(np.asarray(positions, dtype=np.int64), self.windows)
+        out = np.empty_like(within)
         for epoch in np.unique(epochs):
-            here = epochs == epoch
-            out[here] = Permutation(self.windows, self.seed, int(epoch)).at(within[here])
+            chosen = epochs == epoch
+            out[chosen] = EpochPermutation(self.windows, self.seed, int(epoch)).at(within[chosen])
         return out
-
-    def sample_at(self, sample: int) -> tuple[int, int]:
-        """(position, window) of one sample of the run."""
-        position = self.positions(sample, sample + 1)
-        return int(position[0]), int(self.windows_at(position)[0])
 
 
 def window_count(tokens: int, seq_len: int) -> int:
-    """Windows of seq_len tokens in a stream of `tokens` tokens. Each has at least one target; the last may be short.
+    """Number of windows of seq_len tokens in a stream of `tokens` tokens. Each has a target; the last may be short.
 
     Window k has tokens s[kT : kT+T] and targets s[kT+1 : kT+T+1], so the stream's last token is only ever a target.
     """

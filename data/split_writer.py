@@ -1,6 +1,6 @@
-"""Writing one side of a store, document by document, in bounded memory."""
+"""SplitWriter: write the .bin, .idx and .parquet files of one split, document by document, in bounded memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from minka.data.corpus_split import Item
+from minka.data.document import HashedDocument
 from minka.data.indexed_dataset import LONGEST, write_index
-from minka.data.store_manifest import SplitPart
+from minka.data.store_manifest import SplitTotals
 from minka.data.token_store import SIDECAR_GROUP
 from minka.plan.errors import UserError
 
@@ -25,7 +25,7 @@ SIDECAR = pa.schema(
 
 
 class SplitWriter:
-    """NAME.bin, NAME.idx and NAME.parquet in `folder`. Use it in a `with`, and `finish` at the end. Raises OSError."""
+    """Writes NAME.bin, NAME.idx and NAME.parquet in `folder`. Use it in a `with` and call `finish`. Raises OSError."""
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype[Any], eod: int) -> None:
         self.folder, self.name, self.dtype, self.eod = folder, name, dtype, eod
@@ -46,58 +46,52 @@ class SplitWriter:
             self._open.close()
             return
         with suppress(pa.ArrowException, OSError):
-            self._table.close()  # left open, it would try when it is collected, and complain on stderr
+            self._table.close()  # else it tries when it is collected, and complains on stderr
         with suppress(OSError):  # a full disk fails again as the buffers are flushed
             self._open.close()
 
-    def add(
-        self, items: Sequence[Item], encoded: Sequence[NDArray[Any]], wrote: Callable[[int], None] = lambda n: None
-    ) -> None:
-        """Append documents, each with its tokens (eod not among them; it is added here).
-
-        wrote: called with the text's bytes after each document.
-        """
+    def add(self, documents: Sequence[tuple[HashedDocument, NDArray[Any]]]) -> None:
+        """Append documents, each with its tokens (without eod, which is added here)."""
         lengths = []
-        for item, tokens in zip(items, encoded, strict=True):
-            self._check(item, tokens)
+        for hashed, tokens in documents:
+            self._check(hashed, tokens)
             self._bin.write(tokens.astype(self.dtype).tobytes())
             self._bin.write(self.dtype.type(self.eod).tobytes())
             lengths.append(len(tokens) + 1)
-            self._note(item, len(tokens) + 1)
-            wrote(len(item.raw))
+            self._count(hashed, len(tokens) + 1)
         self._lengths.write(np.array(lengths, dtype="<i4").tobytes())
 
-    def finish(self) -> SplitPart:
-        """Write what is left and the index; the files are closed after it."""
+    def finish(self) -> SplitTotals:
+        """Write the remaining rows and the index, and close the files."""
         if self._rows:
             self._flush()
         self._table.close()
         self._open.close()
         write_index(self.folder / f"{self.name}.idx", self._lengths_file, self.dtype)
         self._lengths_file.unlink()
-        return SplitPart(documents=self.documents, tokens=self.tokens, bytes=self.bytes)
+        return SplitTotals(documents=self.documents, tokens=self.tokens, bytes=self.bytes)
 
     @property
     def _lengths_file(self) -> Path:
         return self.folder / f"{self.name}.lengths"
 
-    def _check(self, item: Item, tokens: NDArray[Any]) -> None:
+    def _check(self, hashed: HashedDocument, tokens: NDArray[Any]) -> None:
         if bool((tokens == self.eod).any()):
             raise UserError(
-                f"the tokenizer made its end-of-document token (id {self.eod}) out of text",
-                where=item.document.id,
+                f"the tokenizer made its end-of-document token (id {self.eod}) from text",
+                where=hashed.document.id,
                 why="it would cut the document in two",
                 remedy="use a tokenizer whose end-of-text token is a special token, bpe or bytes",
             )
         if len(tokens) >= LONGEST:
             raise UserError(
-                f"the document has {len(tokens)} tokens; a document has at most {LONGEST - 1}", where=item.document.id
+                f"the document has {len(tokens)} tokens; at most {LONGEST - 1} are allowed", where=hashed.document.id
             )
 
-    def _note(self, item: Item, tokens: int) -> None:
-        row: dict[str, object] = {name: getattr(item.document, name) for name in PROVENANCE}
-        self._rows.append({**row, "bytes": len(item.raw), "tokens": tokens, "hash": item.hash.hex()})
-        self.documents, self.tokens, self.bytes = self.documents + 1, self.tokens + tokens, self.bytes + len(item.raw)
+    def _count(self, hashed: HashedDocument, tokens: int) -> None:
+        row: dict[str, object] = {name: getattr(hashed.document, name) for name in PROVENANCE}
+        self._rows.append({**row, "bytes": len(hashed.raw), "tokens": tokens, "hash": hashed.hash.hex()})
+        self.documents, self.tokens, self.bytes = self.documents + 1, self.tokens + tokens, self.bytes + len(hashed.raw)
         if len(self._rows) == SIDECAR_GROUP:
             self._flush()
 

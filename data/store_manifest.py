@@ -1,19 +1,20 @@
-"""manifest.json: what a token store holds, with a hash of every file; written last: with it, the store exists."""
+"""manifest.json of a token store: what the store contains, with a hash of every file. Written last, it completes it."""
 
 import hashlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from minka.data.tokenizer import Kind
+from minka.data.tokenizer import TokenizerKind
 from minka.plan.config_sections import DataSection
 from minka.plan.errors import UserError
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
-# Fields of DataSection that decide which tokens a store holds; the rest decides how they are read.
-DEFINING = (
+SHOWN_PROBLEMS = 5
+# Fields of DataSection that decide which tokens a store contains; the others decide how they are read.
+DEFINING_FIELDS = {
     "source",
     "paths",
     "dataset",
@@ -23,33 +24,32 @@ DEFINING = (
     "tokenizer",
     "validation_fraction",
     "max_bytes",
-)
-BLOCK = 1 << 20
+}
 
 
 class StrictModel(BaseModel, frozen=True, extra="forbid"):
-    """Base of the manifest's parts."""
+    """Base of the manifest's parts: frozen, and an unknown key is an error."""
 
 
-class TokenizerPart(StrictModel):
-    """kind, the name it was asked for by, entries (largest id + 1), and sha256 of its tokenizer.json."""
+class TokenizerInfo(StrictModel):
+    """kind, the name in data.tokenizer, entries (largest id + 1), and sha256 of its tokenizer.json."""
 
-    kind: Kind
+    kind: TokenizerKind
     name: str
     entries: int = Field(ge=1)
     eod_token: str
     sha256: str
 
 
-class SplitPart(StrictModel):
-    """Totals of one split; tokens count the end-of-document tokens, bytes are of UTF-8 text."""
+class SplitTotals(StrictModel):
+    """Totals of one split; tokens include the end-of-document tokens, bytes are of UTF-8 text."""
 
     documents: int = Field(ge=1)
     tokens: int = Field(ge=2)
     bytes: int = Field(ge=1)
 
 
-class FilePart(StrictModel):
+class FileInfo(StrictModel):
     """Size and hash of one file."""
 
     bytes: int = Field(ge=0)
@@ -57,38 +57,38 @@ class FilePart(StrictModel):
 
 
 class Manifest(StrictModel):
-    """The store in one value. source: the DEFINING fields it was made from. cutoff: see corpus.Item.key."""
+    """The whole manifest. source: the DEFINING_FIELDS it was made from. cutoff: see HashedDocument.split_key."""
 
     format: Literal[1] = 1
     source: dict[str, Any]
-    tokenizer: TokenizerPart
+    tokenizer: TokenizerInfo
     vocab: int = Field(ge=1, description="ids in the store are below it")
     eod: int = Field(ge=0)
     dtype: str
     cutoff: int
     moved: str = Field(description="why the cutoff is not validation_fraction's, or empty")
     empty: int = Field(ge=0, description="documents without text (or without tokens), left out")
-    exact: bool = Field(description="decoding gives back the text, byte for byte, as far as it was tried")
-    splits: dict[str, SplitPart]
-    files: dict[str, FilePart]
+    exact: bool = Field(description="decoding gives the text back, byte for byte, in every document that was tried")
+    splits: dict[Annotated[str, Field(pattern="^(train|validation)$")], SplitTotals] = Field(min_length=2)
+    files: dict[str, FileInfo]
 
 
-def describe(data: DataSection) -> dict[str, Any]:
-    """The fields of a DataSection that decide which tokens a store holds."""
-    return data.model_dump(mode="json", include=set(DEFINING))
+def defining_fields(data: DataSection) -> dict[str, Any]:
+    """The values of DEFINING_FIELDS."""
+    return data.model_dump(mode="json", include=DEFINING_FIELDS)
 
 
-def hash_files(folder: Path) -> dict[str, FilePart]:
-    """Size and sha256 of every file below `folder` but the manifest, by posix path, sorted."""
+def hash_files(folder: Path) -> dict[str, FileInfo]:
+    """Size and sha256 of every file below `folder` except the manifest, by posix path, sorted."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return {name: hash_file(folder / name) for name in names if name != MANIFEST}
 
 
-def hash_file(path: Path) -> FilePart:
+def hash_file(path: Path) -> FileInfo:
     """Size and sha256 of one file, read in blocks."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FilePart(bytes=path.stat().st_size, sha256=digest)
+    return FileInfo(bytes=path.stat().st_size, sha256=digest)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -97,26 +97,26 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a store. Raises UserError when the folder is no store or its manifest is damaged."""
+    """The manifest of a store. Raises UserError when the folder is not a store or its manifest is damaged."""
     file = folder / MANIFEST
     try:
-        text = file.read_text(encoding="utf-8")
+        return Manifest.model_validate_json(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        what = "this folder is no token store: it has no manifest.json" if folder.is_dir() else "there is no such store"
+        what = "not a token store: manifest.json is missing" if folder.is_dir() else "there is no such store"
         raise UserError(what, where=str(folder), remedy="`minka data prepare RUN` makes one") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the manifest cannot be read: {error}", where=str(file), remedy=_again(folder)) from None
-    try:
-        return Manifest.model_validate_json(text)
     except ValidationError as error:
         problem = error.errors()[0]
-        place = ".".join(str(part) for part in problem["loc"])
-        raise UserError(
-            f"the manifest is damaged: {f'{place}: ' if place else ''}{problem['msg']}",
-            where=str(file),
-            remedy=_again(folder),
-        ) from None
+        field = ".".join(str(part) for part in problem["loc"])
+        raise damaged_store(folder, f"{MANIFEST}: {field + ': ' if field else ''}{problem['msg']}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise damaged_store(folder, f"{MANIFEST} cannot be read: {error}") from None
 
 
-def _again(folder: Path) -> str:
-    return f"remove {folder} and prepare it again with `minka data prepare RUN`"
+def damaged_store(folder: Path, *problems: str) -> UserError:
+    """The error for a store that is not what its manifest says."""
+    more = f"; and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
+    return UserError(
+        f"the store is damaged: {'; '.join(problems[:SHOWN_PROBLEMS])}{more}",
+        where=str(folder),
+        remedy="copy it again from an intact copy, or remove the folder and run `minka data prepare` again",
+    )

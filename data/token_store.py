@@ -1,6 +1,7 @@
-"""TokenStore: a prepared corpus on disk, memory-mapped, and what each document in it is."""
+"""TokenStore: a prepared corpus on disk, memory-mapped. Split: its tokens, documents, provenance and windows."""
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -13,20 +14,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from minka.data.indexed_dataset import Index, read_index, read_tokens
-from minka.data.store_manifest import MANIFEST, SPLITS, Manifest, hash_file, read_manifest
+from minka.data.store_manifest import MANIFEST, SPLITS, Manifest, damaged_store, hash_file, read_manifest
 from minka.data.tokenizer import TextTokenizer, read_tokenizer
 from minka.plan.errors import UserError
 
-SIDECAR_GROUP = 8_192  # rows in a row group of the sidecar: one group is read to look one document up
-
-
-class Tokenized(NamedTuple):
-    """One document of a split: its number, its tokens with the closing eod, bytes of its UTF-8 text, its source."""
-
-    document: int
-    tokens: NDArray[Any]
-    bytes: int
-    source: str
+SIDECAR_GROUP = 8_192  # rows in a row group of the sidecar: a look-up of one document reads one group
 
 
 class TokenSpan(NamedTuple):
@@ -37,9 +29,18 @@ class TokenSpan(NamedTuple):
     last: int
 
 
+class DocumentSpan(NamedTuple):
+    """A TokenSpan with the provenance of its document."""
+
+    document: int
+    first: int
+    last: int
+    provenance: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Split:
-    """One side of a store. tokens: [N], every document closed by `eod`, which occurs nowhere else."""
+    """One split of a store. tokens: [N], every document ends with `eod`, which occurs nowhere else."""
 
     folder: Path
     name: str
@@ -50,22 +51,22 @@ class Split:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens, end-of-document tokens included."""
+        """Number of tokens, end-of-document tokens included."""
         return len(self.tokens)
 
     @property
     def n_documents(self) -> int:
-        """Documents."""
+        """Number of documents."""
         return len(self.index.lengths)
 
     @cached_property
     def document_starts(self) -> NDArray[np.int64]:
-        """[documents] where each document begins, in tokens. 8 bytes a document of memory."""
+        """[documents] first token of each document. Takes 8 bytes of memory a document."""
         return np.asarray(self.index.pointers // self.tokens.itemsize)
 
     @cached_property
     def document_ends(self) -> NDArray[np.int64]:
-        """[documents] where each document ends (behind its eod), in tokens. 8 bytes a document of memory."""
+        """[documents] end of each document (after its eod), in tokens. Takes 8 bytes of memory a document."""
         return self.document_starts + self.index.lengths
 
     @cached_property
@@ -78,16 +79,12 @@ class Split:
         start = int(self.index.pointers[self._known(i)]) // self.tokens.itemsize
         return self.tokens[start : start + int(self.index.lengths[i])]
 
-    def bytes_of(self, i: int) -> int:
-        """UTF-8 bytes of document i's text (its eod has none)."""
-        return int(self.document_bytes[self._known(i)])
-
     def source_of(self, i: int) -> str:
-        """The source document i came from: what bits per byte are broken down by."""
+        """The source of document i. Evaluation reports bits per byte for each source."""
         return str(self._sources[self._known(i)].as_py())
 
     def text_of(self, i: int) -> str:
-        """Text of document i, decoded from its tokens: the original exactly where manifest.exact holds."""
+        """Text of document i, decoded from its tokens. It is exactly the original when manifest.exact is true."""
         return self.tokenizer.decode(self.document(i))
 
     def provenance(self, i: int) -> dict[str, Any]:
@@ -104,22 +101,23 @@ class Split:
                 found |= zip(numbers, rows, strict=True)
         return [found[i] for i in documents]
 
-    def documents(self, limit: int = 0) -> Iterator[Tokenized]:
-        """Documents in order, at most `limit` of them (0 = all)."""
-        for i in range(min(limit, self.n_documents) if limit else self.n_documents):
-            yield Tokenized(i, self.document(i), self.bytes_of(i), self.source_of(i))
-
     def spans(self, first: int, last: int) -> list[TokenSpan]:
-        """Which documents tokens first .. last-1 of the split belong to, in order."""
+        """The documents of tokens first .. last-1 of the split, in order."""
         spans, at = [], first
         while at < min(last, self.n_tokens):
-            # searchsorted would copy the whole mapped index, which is not aligned; 30 look-ups will do.
-            i = _rightmost(self.index.pointers, at * self.tokens.itemsize)
+            # Not np.searchsorted: the mapped index is not aligned, so it would copy all of it.
+            i = bisect_right(self.index.pointers, at * self.tokens.itemsize) - 1
             start = int(self.index.pointers[i]) // self.tokens.itemsize
             end = min(last, start + int(self.index.lengths[i]))
             spans.append(TokenSpan(i, at - start, end - start))
             at = end
         return spans
+
+    def trace_window(self, window: int, seq_len: int) -> list[DocumentSpan]:
+        """The documents of window `window` (of seq_len tokens), in order, with their provenance."""
+        spans = self.spans(window * seq_len, (window + 1) * seq_len)
+        rows = self.provenances([span.document for span in spans])
+        return [DocumentSpan(*span, provenance=row) for span, row in zip(spans, rows, strict=True)]
 
     @property
     def _sidecar(self) -> Path:
@@ -152,33 +150,28 @@ class Split:
 
 @dataclass(frozen=True)
 class TokenStore:
-    """A prepared corpus: a folder of .bin, .idx and .parquet a split, tokenizer/ and manifest.json."""
+    """A prepared corpus: a folder with .bin, .idx and .parquet of each split, tokenizer/ and manifest.json."""
 
     folder: Path
     manifest: Manifest
 
     @classmethod
     def open(cls, folder: Path) -> "TokenStore":
-        """Open a store. Sizes of files are checked (hashes by `minka data verify`). Raises UserError."""
-        manifest = read_manifest(folder)
+        """Open a store and check the sizes of its files (`minka data verify` checks hashes). Raises UserError."""
+        manifest, problems = read_manifest(folder), []
         for name, file in manifest.files.items():
             path = folder / name
-            found = path.stat().st_size if path.is_file() else None
-            if found != file.bytes:
-                what = "is missing" if found is None else f"has {found} bytes where the manifest says {file.bytes}"
-                raise UserError(
-                    f"the store is damaged: {name} {what}",
-                    where=str(folder),
-                    remedy="copy it again from where it is whole, or remove it and run `minka data prepare` again",
-                )
-        missing = [name for name in SPLITS if name not in manifest.splits]
-        if missing:
-            raise UserError(f"the manifest has no split {missing[0]!r}", where=str(folder / MANIFEST))
+            if not path.is_file():
+                problems.append(f"{name} is missing")
+            elif path.stat().st_size != file.bytes:
+                problems.append(f"{name} has {path.stat().st_size} bytes where the manifest says {file.bytes}")
+        if problems:
+            raise damaged_store(folder, *problems)
         return cls(folder, manifest)
 
     @property
     def hash(self) -> str:
-        """sha256 of manifest.json, which has the hash of everything else: the name of exactly this corpus."""
+        """sha256 of manifest.json, which contains the hash of every other file: it identifies the exact corpus."""
         return hash_file(self.folder / MANIFEST).sha256
 
     @property
@@ -198,26 +191,16 @@ class TokenStore:
         return self.folder / "tokenizer"
 
     def split(self, name: str) -> Split:
-        """One side, "train" or "validation". Raises UserError when its files do not agree."""
-        part = self.manifest.splits.get(name)
-        if part is None:
+        """The split "train" or "validation". Raises UserError when its files do not agree."""
+        if name not in SPLITS:
             raise UserError(f"there is no split {name!r}", where=str(self.folder), remedy=f"it has {', '.join(SPLITS)}")
+        totals = self.manifest.splits[name]
         index = read_index(self.folder / f"{name}.idx")
         tokens = read_tokens(self.folder / f"{name}.bin", index.dtype)
-        if len(tokens) != part.tokens or len(index.lengths) != part.documents:
-            raise UserError(
+        if len(tokens) != totals.tokens or len(index.lengths) != totals.documents:
+            raise damaged_store(
+                self.folder,
                 f"{name} has {len(tokens)} tokens in {len(index.lengths)} documents where the manifest says "
-                f"{part.tokens} in {part.documents}",
-                where=str(self.folder),
-                remedy="remove the folder and `minka data prepare` it again",
+                f"{totals.tokens} in {totals.documents}",
             )
         return Split(self.folder, name, tokens, index, self.manifest.eod, self.tokenizer)
-
-
-def _rightmost(starts: NDArray[np.int64], at: int) -> int:
-    """The last i with starts[i] <= at."""
-    low, high = 0, len(starts)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if starts[middle] <= at else (low, middle)
-    return low

@@ -1,8 +1,7 @@
-"""Tokenizers: plain bytes, a byte-level BPE trained on the training split, or one from Hugging Face, as a folder."""
+"""Tokenizers: plain bytes, a byte-level BPE trained on the training split, or one loaded from Hugging Face."""
 
-import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,32 +14,33 @@ from minka.plan.errors import UserError
 
 EOD_TOKEN = "<|endoftext|>"
 BYTES_EOD = 0xFF  # a byte that no UTF-8 text contains
-# Settings of a loaded tokenizer that are kept; the rest is its own class's, and paths of the machine it was loaded on.
+# Settings of a loaded tokenizer that are kept. The others belong to its class, or are paths on this machine.
 HF_SETTINGS = ("clean_up_tokenization_spaces", "model_max_length", "padding_side", "chat_template")
-BPE_LEAST = 257  # one entry a byte, and the end of a document
-Kind = Literal["bytes", "bpe", "hf"]
+OWN_SETTINGS = {"eos_token": EOD_TOKEN, "clean_up_tokenization_spaces": False, "model_max_length": 10**30}
+BPE_MIN_ENTRIES = 257  # one entry for each byte, and the end of a document
+TokenizerKind = Literal["bytes", "bpe", "hf"]
 
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """Text to token ids and back. `eod` ends every document in a store and is never made from text; ids < entries."""
+    """Text to token ids (< entries) and back. `eod` ends every document in a store and is never made from text."""
 
-    kind: Kind
+    kind: TokenizerKind
     backend: Tokenizer
     eod: int
     entries: int
-    files: dict[str, str]  # further files of the folder, by name
+    files: dict[str, str]  # other files of the folder: name -> text
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[Any]]:
-        """Token ids of each text, without eod: one array each, of some unsigned or signed integer type."""
+        """Token ids of each text, without eod: one array each, of any integer dtype."""
         if self.kind == "bytes":
             return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
     def decode(self, tokens: Sequence[int] | NDArray[Any]) -> str:
-        """The text of token ids (a closing eod is left out). Exact for bytes and byte-level BPE on whole documents;
-        elsewhere what is no UTF-8 becomes U+FFFD."""
+        """The text of token ids, without a final eod. Exact for bytes and byte-level BPE on whole documents;
+        otherwise bytes that are not UTF-8 become U+FFFD."""
         ids = np.asarray(tokens)
         if ids.size and ids[-1] == self.eod:
             ids = ids[:-1]
@@ -55,36 +55,31 @@ class TextTokenizer:
             (folder / name).write_text(text, encoding="utf-8")
 
 
-def read_tokenizer(folder: Path, kind: Kind, eod: int, entries: int) -> TextTokenizer:
-    """The tokenizer in a store's folder. Raises UserError when it is damaged."""
+def read_tokenizer(folder: Path, kind: TokenizerKind, eod: int, entries: int) -> TextTokenizer:
+    """Read the tokenizer of a store. Raises UserError when it is damaged."""
     file = folder / "tokenizer.json"
     try:
         backend = Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except Exception as error:  # the Rust side raises plain Exception
-        raise UserError(f"this tokenizer cannot be read: {error}", where=str(file)) from None
+    except Exception as error:  # the Rust code raises plain Exception
+        raise UserError(f"cannot be read as a tokenizer: {error}", where=str(file)) from None
     return TextTokenizer(kind, _plain(backend), eod, entries, {})
 
 
-def tokenizer_hash(folder: Path) -> str:
-    """sha256 of the folder's tokenizer.json."""
-    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
-
-
 def bytes_tokenizer() -> TextTokenizer:
-    """Id = byte. As a Hugging Face folder: a byte-level BPE without merges, with entry 255 as the end of a document."""
+    """Id = byte. In a Hugging Face folder: a byte-level BPE without merges, in which entry 255 ends a document."""
     vocab = {letter: byte for byte, letter in enumerate(_letters())}
     del vocab[_letters()[BYTES_EOD]]
     vocab[EOD_TOKEN] = BYTES_EOD
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     _byte_level(backend)
     backend.add_special_tokens([EOD_TOKEN])
-    return TextTokenizer("bytes", _plain(backend), BYTES_EOD, 256, _config())
+    return TextTokenizer("bytes", _plain(backend), BYTES_EOD, 256, _config_file(OWN_SETTINGS))
 
 
 def train_bpe(texts: Sequence[bytes], vocab: int, train_bytes: int) -> TextTokenizer:
-    """A byte-level BPE with exactly `vocab` entries from UTF-8 texts (GPT-2's way to cut words; Radford et al. 2019).
+    """A byte-level BPE with exactly `vocab` entries from UTF-8 texts; splits words as GPT-2 does (Radford et al. 2019).
 
-    train_bytes: size of the whole training split, for the message. Raises UserError when the texts cannot fill `vocab`.
+    train_bytes: size of the training text, for the message. Raises UserError when the texts cannot fill `vocab`.
     """
     check_bpe_vocab(vocab)
     backend = Tokenizer(models.BPE())
@@ -92,42 +87,42 @@ def train_bpe(texts: Sequence[bytes], vocab: int, train_bytes: int) -> TextToken
     trainer = trainers.BpeTrainer(
         vocab_size=vocab, initial_alphabet=sorted(_letters()), special_tokens=[EOD_TOKEN], show_progress=False
     )
-    backend.train_from_iterator(_decoded(texts), trainer)
+    backend.train_from_iterator((raw.decode("utf-8") for raw in texts), trainer)
     entries = backend.get_vocab_size()
     if entries < vocab:
         raise UserError(
             f"the text fills {entries} entries of a vocabulary of {vocab}",
             where=f"model.vocab={vocab}",
             why=f"in {train_bytes:,} bytes of training text no further pair of tokens occurs twice",
-            remedy=f'set model.vocab={entries} or less (at least {BPE_LEAST}), use data.tokenizer="bytes" with '
+            remedy=f'set model.vocab={entries} or less (at least {BPE_MIN_ENTRIES}), use data.tokenizer="bytes" with '
             "model.vocab=256, or give more text",
         )
     eod = backend.token_to_id(EOD_TOKEN)
     assert eod is not None  # the trainer puts its special tokens first
-    return TextTokenizer("bpe", _plain(backend), eod, entries, _config())
+    return TextTokenizer("bpe", _plain(backend), eod, entries, _config_file(OWN_SETTINGS))
 
 
 def check_bpe_vocab(vocab: int) -> None:
-    """Refuse a vocabulary without room for the bytes and the end of a document. Raises UserError."""
-    if vocab < BPE_LEAST:
+    """Raise UserError for a vocabulary too small for the bytes and the end of a document."""
+    if vocab < BPE_MIN_ENTRIES:
         raise UserError(
-            f"a trained vocabulary has at least {BPE_LEAST} entries: one a byte, and the end of a document",
+            f"a trained vocabulary has at least {BPE_MIN_ENTRIES} entries: all bytes, and the end of a document",
             where=f"model.vocab={vocab}",
-            remedy=f'set model.vocab to {BPE_LEAST} or more, or data.tokenizer="bytes"',
+            remedy=f'set model.vocab to {BPE_MIN_ENTRIES} or more, or data.tokenizer="bytes"',
         )
 
 
 def load_hf(name: str, vocab: int) -> TextTokenizer:
-    """A tokenizer from a Hugging Face folder or name.
+    """Load a tokenizer from a Hugging Face folder or name.
 
     Raises UserError when it has no end-of-text token, no fast version, or more entries than `vocab`.
     """
-    from transformers import AutoTokenizer  # seconds to import, and only this kind needs it
+    from transformers import AutoTokenizer  # takes seconds to import, and only this kind needs it
 
     where = f"data.tokenizer={name}"
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # OSError, ValueError, and what the hub and the parsers raise
+    except Exception as error:  # the hub and the parsers raise errors without a common base
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"this tokenizer cannot be loaded: {reason}",
@@ -152,14 +147,12 @@ def load_hf(name: str, vocab: int) -> TextTokenizer:
         )
     kept = {key: tokenizer.init_kwargs[key] for key in HF_SETTINGS if key in tokenizer.init_kwargs}
     special = {key: str(token) for key, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **kept, **special}
-    files = {"tokenizer_config.json": json.dumps(config, indent=2)}
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    return TextTokenizer("hf", _plain(backend), int(tokenizer.eos_token_id), entries, files)
+    return TextTokenizer("hf", _plain(backend), int(tokenizer.eos_token_id), entries, _config_file(kept | special))
 
 
 def _plain(backend: Tokenizer) -> Tokenizer:
-    backend.encode_special_tokens = True  # "<|endoftext|>" written in a document is text, not the end of it
+    backend.encode_special_tokens = True  # "<|endoftext|>" written in a document is text, not its end
     backend.no_padding()
     backend.no_truncation()
     return backend
@@ -170,24 +163,13 @@ def _byte_level(backend: Tokenizer) -> None:
     backend.decoder = decoders.ByteLevel()
 
 
-def _decoded(texts: Sequence[bytes]) -> Iterator[str]:
-    for raw in texts:
-        yield raw.decode("utf-8")
-
-
 def _letters() -> list[str]:
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
+    """The printable character of each byte in a byte-level vocabulary (GPT-2's table)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in printable]
-    letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-    return [letters[byte] for byte in range(256)]
+    return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
 
 
-def _config() -> dict[str, str]:
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": EOD_TOKEN,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 10**30,
-    }
+def _config_file(settings: Mapping[str, object]) -> dict[str, str]:
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
     return {"tokenizer_config.json": json.dumps(config, indent=2)}

@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out: both JSON files, safetensors with their index, the tokenizer's files."""
+"""Read and write Hugging Face folders: config.json, safetensors with their index, the tokenizer's files."""
 
 import errno
 import json
@@ -15,13 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minka.model.transformer import Transformer
-from minka.plan.atomic import writing
+from minka.plan.atomic import atomic_folder
 from minka.plan.config_sections import ModelSection
 from minka.plan.errors import UserError
 from minka.plan.hub_config import from_config, to_config
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MARKER, MARKER_FORMAT = "minka_export.json", 1  # only a folder with this file in it is ever replaced
+FETCH_AGAIN = "fetch the file again"
 # Ours -> theirs. Both rotate half-split channels, so no weight needs a permutation.
 OUTER = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 INNER = {
@@ -40,7 +41,7 @@ INNER = {
 
 
 def read_config(folder: Path) -> ModelSection:
-    """The model in a Hugging Face folder. Raises UserError for an architecture or setting that minka has not."""
+    """The model in a Hugging Face folder. Raises UserError for an architecture or setting that minka lacks."""
     path = folder / "config.json"
     return from_config(_read_json(path), str(path))
 
@@ -56,22 +57,22 @@ def hf_config(cfg: ModelSection, family: str = "auto") -> Any:
 def read_tensors(folder: Path, cfg: ModelSection) -> Iterator[tuple[str, Tensor]]:
     """Every parameter of `cfg` as (our name, tensor in the file's dtype), read one at a time.
 
-    Raises UserError for a missing file or tensor, and for a tensor of another shape than `cfg` gives.
+    Raises UserError for a missing file or tensor, and for a tensor whose shape is not that of `cfg`.
     """
     with torch.device("meta"):
         expected = {name: tuple(p.shape) for name, p in Transformer(cfg).named_parameters()}
+    files = _tensor_files(folder)
     by_file: dict[Path, list[str]] = {}
-    places = _places(folder)
     for name in expected:
-        if their_name(name) not in places:
+        if their_name(name) not in files:
             raise _missing(name, folder)
-        by_file.setdefault(places[their_name(name)], []).append(name)
+        by_file.setdefault(files[their_name(name)], []).append(name)
     for path, names in by_file.items():
         with _open(path) as file:
-            there = set(file.keys())
+            stored = set(file.keys())
             for name in names:
                 theirs = their_name(name)
-                if theirs not in there:
+                if theirs not in stored:
                     raise _missing(name, path)
                 shape = tuple(file.get_slice(theirs).get_shape())
                 if shape != expected[name]:
@@ -96,35 +97,26 @@ def write_folder(
     max_shard_bytes: float = 5e9,
     source: str = "",
 ) -> None:
-    """Write a folder that transformers loads. `tensors` (our names) are taken one at a time, a shard held at once.
+    """Write a folder that transformers loads. `tensors` (our names) are read one at a time; one shard is held at once.
 
-    It is written aside and renamed when whole, over nothing, an empty folder, or what an earlier call wrote.
-    `source` says in it where the weights come from. Raises UserError before any tensor is read where no family can
-    represent `cfg` and where something else stands in that place; and, with nothing changed, when the disk is full.
+    The folder appears when it is complete, in place of nothing, an empty folder, or what an earlier call wrote.
+    `source`: where the weights come from, noted in the folder. Raises UserError before any tensor is read when no
+    family can represent `cfg` or something else is in this place; and, with nothing changed, when the disk is full.
     """
     config = to_config(cfg, family, eod_token, str(dtype).removeprefix("torch."))
-    folder = Path(os.path.realpath(folder))
-    aside = folder.parent / f".{folder.name}.{os.getpid()}.partial"
-    with writing(folder):
-        _check_replaceable(folder)
-        _sweep(folder)
-        try:
-            aside.mkdir(parents=True)
-            _write_shards(aside, tensors, dtype, max_shard_bytes)
-            _write_json(aside / "config.json", config)
-            generation = {"bos_token_id": None, "do_sample": False, "eos_token_id": eod_token, "use_cache": True}
-            _write_json(aside / "generation_config.json", generation)
-            for path in sorted(tokenizer.iterdir()) if tokenizer is not None else ():
-                if path.is_file():
-                    shutil.copyfile(path, aside / path.name)
-            _write_json(aside / MARKER, {"format": MARKER_FORMAT, "source": source})
-            _replace(folder, aside)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+    with atomic_folder(Path(os.path.realpath(folder)), check_replaceable=_check_replaceable) as new:
+        _write_shards(new.path, tensors, dtype, max_shard_bytes)
+        _write_json(new.path / "config.json", config)
+        generation = {"bos_token_id": None, "do_sample": False, "eos_token_id": eod_token, "use_cache": True}
+        _write_json(new.path / "generation_config.json", generation)
+        for path in sorted(tokenizer.iterdir()) if tokenizer is not None else ():
+            if path.is_file():
+                shutil.copyfile(path, new.path / path.name)
+        _write_json(new.path / MARKER, {"format": MARKER_FORMAT, "source": source})
 
 
 def their_name(name: str) -> str:
-    """Hugging Face's name of one of our parameters."""
+    """Hugging Face's name of our parameter `name`."""
     module, _, kind = name.rpartition(".")
     inner = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
     if inner:
@@ -133,20 +125,19 @@ def their_name(name: str) -> str:
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Raises UserError unless `folder` may be replaced whole."""
+    """Raise UserError unless `folder` is missing, empty, or an earlier export, and not the current folder."""
     if not folder.exists():
         return
-    what, why = "", "an export replaces a whole folder, and only one that an earlier export wrote"
+    why = "an export replaces a whole folder, and only one that an earlier export wrote"
     if not folder.is_dir():
         what = "this is a file"
     elif Path.cwd().is_relative_to(folder):
         what = "the current folder cannot be replaced"
     elif any(folder.iterdir()) and not _is_export(folder):
-        what, why = "this folder holds something else", f"{why}, which has a {MARKER}"
-    if what:
-        raise UserError(
-            what, where=str(folder), why=why, remedy="choose a folder that is not there yet, or an empty one"
-        )
+        what, why = "this folder holds something else", f"{why} (it contains {MARKER})"
+    else:
+        return
+    raise UserError(what, where=str(folder), why=why, remedy="choose a new or an empty folder")
 
 
 def _is_export(folder: Path) -> bool:
@@ -157,41 +148,8 @@ def _is_export(folder: Path) -> bool:
     return isinstance(marker, dict) and isinstance(marker.get("format"), int)
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what processes that are no more have left beside `folder`."""
-    for path in folder.parent.iterdir() if folder.parent.is_dir() else ():
-        found = re.fullmatch(rf"\.{re.escape(folder.name)}\.(\d+)(\.old)?\.partial", path.name)
-        if found and (int(found[1]) == os.getpid() or not _runs(int(found[1]))):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
-
-
-def _replace(folder: Path, aside: Path) -> None:
-    """Give `aside` the name `folder`; what had it is deleted after, and gets it back if that fails."""
-    _check_replaceable(folder)  # again: hours may lie between
-    old = folder.parent / f".{folder.name}.{os.getpid()}.old.partial"
-    try:
-        if folder.exists():
-            folder.rename(old)
-        aside.rename(folder)
-    except BaseException:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, limit: float) -> None:
-    """Shards are numbered as they fill, and get their final names, which say how many there are, at the end."""
+    """Shards are renamed at the end: their final names contain their number."""
     shards: list[list[str]] = []
     shard: dict[str, Tensor] = {}
     held = total = 0
@@ -200,7 +158,7 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: to
         nonlocal shard, held
         try:
             save_file(shard, folder / f"{len(shards)}.part", metadata={"format": "pt"})
-        except SafetensorError as error:  # wraps what the system said
+        except SafetensorError as error:  # wraps the system's error as text
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]) if number else errno.EIO, str(error), str(folder)) from None
         shards.append(list(shard))
@@ -225,12 +183,12 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: to
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def _places(folder: Path) -> dict[str, Path]:
-    """Hugging Face's tensor name -> file."""
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """File of each tensor, by Hugging Face's name."""
     if (folder / INDEX).is_file():
         weight_map = _read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or any(Path(str(file)).name != file for file in weight_map.values()):
-            raise UserError("weight_map is no table of file names", where=str(folder / INDEX), remedy="fetch it again")
+            raise UserError("weight_map is not a table of file names", where=str(folder / INDEX), remedy=FETCH_AGAIN)
         return {name: folder / file for name, file in weight_map.items()}
     with _open(folder / WHOLE) as file:
         return dict.fromkeys(file.keys(), folder / WHOLE)
@@ -241,13 +199,13 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
         raise UserError(
-            "this file of weights is missing",
+            "this weight file is missing",
             where=str(path),
             why=f"weights are read from {WHOLE} or from the files that {INDEX} names",
             remedy="fetch the whole folder; pickled weights (.bin) are never read",
         ) from None
     except (SafetensorError, OSError) as error:
-        raise UserError(f"these are no safetensors: {error}", where=str(path), remedy="fetch the file again") from None
+        raise UserError(f"not a safetensors file: {error}", where=str(path), remedy=FETCH_AGAIN) from None
 
 
 def _missing(name: str, where: Path) -> UserError:
@@ -263,13 +221,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(
-            "this file is missing", where=str(path), remedy="give a folder that save_pretrained wrote"
-        ) from None
+        remedy = "give a folder that save_pretrained wrote"
+        raise UserError("this file is missing", where=str(path), remedy=remedy) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"this is no JSON: {error}", where=str(path), remedy="fetch the file again") from None
+        raise UserError(f"not a JSON file: {error}", where=str(path), remedy=FETCH_AGAIN) from None
     if not isinstance(values, dict):
-        raise UserError("this is no JSON object", where=str(path), remedy="fetch the file again")
+        raise UserError("not a JSON object", where=str(path), remedy=FETCH_AGAIN)
     return values
 
 

@@ -1,22 +1,28 @@
-"""Files that are written whole or not at all, and errors of writing that say what would work."""
+"""Atomic writes: files and folders that appear whole or not at all, and write errors that say what to do."""
 
 import errno
 import json
 import os
+import re
+import secrets
 import shutil
-import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from minka.plan.errors import UserError
 from minka.plan.ledger import finite
 
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+REMEDY = "choose a different place (run.folder=..., data.store=...)"
+MIB = 2**20
 
 
 def write_text(path: Path, text: str) -> None:
-    """Whole or not at all: written beside, synced, renamed over."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
-    # Not tempfile: its files may be read by their owner alone, and a run's folder is for the team.
+    """Write to a temporary file in the same folder, sync it, rename it to `path`."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    # Not tempfile: its files are readable by their owner alone, and a run's folder is for the team.
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -34,29 +40,117 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
 
 
-class writing:
-    """Turn the errors of writing under `path` into a UserError that says what would work."""
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into a UserError about writing `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise _cannot_write(Path(error.filename or path), error, REMEDY) from error
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
 
-    def __enter__(self) -> None:
-        return None
+@dataclass
+class NewFolder:
+    """A folder under construction at `path`. `done`: finished fraction of the work, for the message of a full disk."""
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, OSError) or error.errno is None:
-            return
-        what, where = f"cannot be written: {os.strerror(error.errno)}", str(error.filename or self.path)
-        other = "choose another place (run.folder=..., data.store=...)"
-        if error.errno in FORBIDDEN:
-            raise UserError(
-                what, where=where, why="this place may not be written", remedy=f"allow it, or {other}"
-            ) from error
-        existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
-        free = shutil.disk_usage(existing).free
-        raise UserError(
-            what,
-            where=where,
-            why=f"{free / 2**20:,.0f} MiB are free on its disk",
-            remedy=f"free some space, or {other}",
-        ) from error
+    path: Path
+    done: float = 0.0
+
+
+@contextmanager
+def atomic_folder(
+    folder: Path, *, check_replaceable: Callable[[Path], None] | None = None, remedy: str = REMEDY
+) -> Iterator[NewFolder]:
+    """Yield a NewFolder that is renamed to `folder` when the block succeeds. Otherwise nothing of it remains.
+
+    Without `check_replaceable`: a `folder` that a different process has published in the meantime is kept, and the
+    new one is deleted. With it, `folder` is replaced; the function raises UserError if it must not be. It is called
+    at the start and again before the rename, which may be hours later.
+    An OSError of the block becomes a UserError about writing here, so the block must translate its own read errors.
+    """
+    new = NewFolder(folder.parent / f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
+    parents: list[Path] = []
+    try:
+        if check_replaceable:
+            check_replaceable(folder)
+            _delete_leftovers(folder)
+        parents = [parent for parent in folder.parents if not parent.exists()]
+        new.path.mkdir(parents=True)
+        yield new
+        for path in (*new.path.rglob("*"), new.path):
+            _sync(path)
+        if check_replaceable:
+            check_replaceable(folder)
+        _publish(new.path, folder, replace=check_replaceable is not None)
+        parents = []
+    except OSError as error:
+        written = _size(new.path)
+        shutil.rmtree(new.path, ignore_errors=True)  # before the free space is measured
+        why = f"{written / MIB:,.1f} MiB had been written and are deleted"
+        if new.done:
+            why = f"about {written / new.done / MIB:,.1f} MiB are needed, judging by the finished part; {why}"
+        raise _cannot_write(folder, error, remedy, why if written else "") from error
+    finally:
+        shutil.rmtree(new.path, ignore_errors=True)
+        for parent in parents:  # nearest first; only those that are still empty
+            with suppress(OSError):
+                parent.rmdir()
+
+
+def _publish(new: Path, folder: Path, replace: bool) -> None:
+    old = new.with_name(f"{new.name.removesuffix('.partial')}.old.partial")
+    try:
+        if replace and folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    except BaseException as error:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        if not replace and isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            return  # published by a different process, which renamed a whole folder, too
+        raise
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _delete_leftovers(folder: Path) -> None:
+    """Delete what processes that no longer run have left next to `folder`."""
+    for path in folder.parent.iterdir() if folder.parent.is_dir() else ():
+        found = re.fullmatch(rf"\.{re.escape(folder.name)}\.(\d+)(\.\w+)*\.partial", path.name)
+        if found and (int(found[1]) == os.getpid() or not _runs(int(found[1]))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # of a different user
+        return True
+    return True
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _cannot_write(path: Path, error: OSError, remedy: str, why: str = "") -> UserError:
+    what, where = f"cannot be written: {os.strerror(error.errno) if error.errno else error}", str(path)
+    if error.errno in FORBIDDEN:
+        return UserError(what, where=where, why="this place may not be written", remedy=f"allow it, or {remedy}")
+    if error.errno == errno.EFBIG:
+        what += " (the file-size limit of this process)"
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    free = f"{shutil.disk_usage(existing).free / MIB:,.1f} MiB are free on its disk"
+    return UserError(what, where=where, why=f"{why}; {free}" if why else free, remedy=f"free some space, or {remedy}")

@@ -1,4 +1,4 @@
-"""minka's commands as a user types them, in processes of their own."""
+"""minka's commands as a user types them, each in its own process."""
 
 import os
 import subprocess
@@ -12,25 +12,25 @@ SOURCE = Path(__file__).resolve().parent.parent / ".ns"
 
 
 def minka(*arguments: str, seconds: float = 120.0) -> "subprocess.CompletedProcess[str]":
-    """One command, to its end."""
+    """Run one command to its end."""
     command = [sys.executable, "-m", "minka", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment(), check=False)
 
 
 def train(config: RunConfig, *overrides: str, ranks: int = 2) -> "subprocess.Popen[str]":
-    """`minka train` on a configuration, under way."""
+    """Start `minka train` on a configuration."""
     command = [sys.executable, "-m", "minka", "train", str(written(config)), *overrides, "--ranks", str(ranks)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment())
 
 
 def written(config: RunConfig) -> Path:
-    """The configuration as a TOML file outside the run's folder."""
+    """Write the configuration to a TOML file outside the run's folder."""
     file = Path(config.data.paths[0]).parent / f"{config.run.name}.toml"
     file.write_text(dump_toml(config))
     return file
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a child that finds minka in the source tree."""
+    """The environment of a child that finds minka in the source tree."""
     return {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", **more}

@@ -20,16 +20,16 @@ def texts(count: int, seed: int = 0) -> list[str]:
 
 
 def write_jsonl(path: Path, rows: Sequence[object]) -> Path:
-    """One JSON value a line."""
+    """Write one JSON value per line."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="")
     return path
 
 
 def data_section(**fields: Any) -> DataSection:
-    """A DataSection of plain bytes unless told otherwise."""
+    """A DataSection of plain bytes, unless `fields` say otherwise."""
     return DataSection.model_validate({"tokenizer": "bytes", "seq_len": 16, "batch_tokens": 64} | fields)
 
 
 def run_config(**sections: dict[str, Any]) -> RunConfig:
-    """The smallest run, with `sections` laid over it."""
+    """The smallest run, with `sections` replaced."""
     return RunConfig.model_validate(values(**sections))

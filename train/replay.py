@@ -20,7 +20,6 @@ from minka.checkpoint.restore import restore_from
 from minka.data.batch import PADDING, Batch
 from minka.data.loader import Loader, order_of
 from minka.data.token_store import TokenStore
-from minka.data.trace import trace_window
 from minka.parallel.engine import Engine
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.parallel.precision import compute_dtype
@@ -217,7 +216,7 @@ def _samples(config: RunConfig, store: TokenStore, batch: Batch) -> list[dict[st
         {
             "sample": sample,
             "window": int(window),
-            "pieces": [span.as_dict() for span in trace_window(split, int(window), config.data.seq_len)],
+            "pieces": [span._asdict() for span in split.trace_window(int(window), config.data.seq_len)],
         }
         for sample, window in zip(ids, windows, strict=True)
     ]

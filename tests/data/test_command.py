@@ -1,4 +1,4 @@
-"""`minka data`: what people and machines see of it."""
+"""`minka data`: its output for people and for machines."""
 
 import json
 import subprocess
@@ -73,10 +73,11 @@ def test_inspect_shows_the_documents_the_loader_trained_on(
     assert ask(capsys, "inspect", *arguments, "--sample", "5")["dropped"]
 
 
-def test_plain_output_says_what_was_done(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    for command, says in (("prepare", "is prepared"), ("prepare", "was there already"), ("verify", "is whole")):
+def test_plain_output_names_the_store_and_provenance(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    store = ask(capsys, "prepare", *arguments)["store"]
+    for command in ("prepare", "verify", "inspect"):
         assert main([command, *arguments]) == 0
-        assert says in capsys.readouterr().out
+        assert store in capsys.readouterr().out
     assert main(["inspect", *arguments, "--document", "0"]) == 0
     assert "https://x.test/" in capsys.readouterr().out
 
@@ -84,11 +85,11 @@ def test_plain_output_says_what_was_done(arguments: list[str], capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["inspect", "demoo"], "did you mean 'demo'"),
-        (["verify", "."], "no manifest.json"),
-        (["inspect", ".", "data.max_bytes=1"], "overrides belong to a run"),
+        (["inspect", "demoo"], "'demo'"),
+        (["verify", "."], "manifest.json"),
+        (["inspect", ".", "data.max_bytes=1"], "overrides"),
         (["prepare", "demo", "data.sauce=text"], "data.source"),
-        (["prepare", "demo", "data.source=text"], "needs paths"),
+        (["prepare", "demo", "data.source=text"], "paths"),
     ],
 )
 def test_mistakes_are_one_paragraph_and_status_2(
@@ -107,11 +108,11 @@ def test_a_sample_needs_a_run_and_a_document_is_not_a_sample(
 ) -> None:
     store = ask(capsys, "prepare", *arguments)["store"]
     for argv, says in (
-        (["inspect", store, "--sample", "1"], "give the run"),
-        (["inspect", *arguments, "--sample=-1"], "no sample -1"),
-        (["inspect", *arguments, "--sample", "1", "--document", "1"], "not both"),
-        (["inspect", store, "--document", "5000"], "no document 5000"),
-        (["inspect", store, "--document", "0", "--split", "test"], "no split 'test'"),
+        (["inspect", store, "--sample", "1"], "RUN --sample 1"),
+        (["inspect", *arguments, "--sample=-1"], "-1"),
+        (["inspect", *arguments, "--sample", "1", "--document", "1"], "--sample"),
+        (["inspect", store, "--document", "5000"], "5000"),
+        (["inspect", store, "--document", "0", "--split", "test"], "'test'"),
     ):
         assert main(argv) == 2
         assert says in capsys.readouterr().err

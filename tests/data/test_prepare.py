@@ -1,4 +1,4 @@
-"""Preparing: documents are split by content before all else, and a store is whole or not there."""
+"""Preparing: documents are split by their content alone, and a store appears whole or not at all."""
 
 import multiprocessing
 import os
@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 
 from corpora import data_section, run_config, texts, write_jsonl
-from minka.data import corpus_split as corpus_module
 from minka.data import prepare as prepare_module
-from minka.data.building import building
-from minka.data.corpus_split import content_hash, read_corpus, survey
+from minka.data import validation_split
+from minka.data.document import content_hash
 from minka.data.prepare import open_or_prepare, prepare, store_folder
+from minka.data.read_documents import read_documents
 from minka.data.store_manifest import SPLITS
 from minka.data.token_store import TokenStore
 from minka.data.tokenizer import train_bpe
+from minka.data.validation_split import survey_corpus
 from minka.data.verify import verify
 from minka.plan.config_sections import DataSection
 from minka.plan.errors import UserError
@@ -28,7 +29,7 @@ def jsonl(path: Path, *given: str) -> list[str]:
     return [str(write_jsonl(path, [{"text": text} for text in given]))]
 
 
-def sides(store: TokenStore) -> dict[str, list[str]]:
+def split_texts(store: TokenStore) -> dict[str, list[str]]:
     """The texts of both splits."""
     return {
         name: [split.text_of(i) for i in range(split.n_documents)]
@@ -42,13 +43,13 @@ def prepared(folder: Path, **fields: Any) -> TokenStore:
     return TokenStore.open(folder)
 
 
-def test_the_side_of_a_document_follows_from_its_content_alone(tmp_path: Path) -> None:
+def test_the_split_of_a_document_follows_from_its_content_alone(tmp_path: Path) -> None:
     given = texts(300)
-    one = sides(
+    one = split_texts(
         prepared(tmp_path / "1", source="jsonl", paths=jsonl(tmp_path / "a.jsonl", *given), validation_fraction=0.2)
     )
     mixed = [*reversed(given), *texts(50, seed=9)]
-    other = sides(
+    other = split_texts(
         prepared(tmp_path / "2", source="jsonl", paths=jsonl(tmp_path / "b.jsonl", *mixed), validation_fraction=0.2)
     )
     for name in SPLITS:
@@ -58,9 +59,9 @@ def test_the_side_of_a_document_follows_from_its_content_alone(tmp_path: Path) -
     assert 30 < len(one["validation"]) < 90  # 60 are expected; these bounds are four standard deviations
 
 
-def test_exact_duplicates_are_on_the_same_side(tmp_path: Path) -> None:
+def test_exact_duplicates_are_in_the_same_split(tmp_path: Path) -> None:
     given = texts(100) * 2
-    both = sides(
+    both = split_texts(
         prepared(tmp_path / "s", source="jsonl", paths=jsonl(tmp_path / "a.jsonl", *given), validation_fraction=0.3)
     )
     assert not set(both["train"]) & set(both["validation"])
@@ -68,11 +69,11 @@ def test_exact_duplicates_are_on_the_same_side(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
-def test_neither_side_of_a_small_corpus_is_empty_and_the_manifest_says_so(fraction: float, tmp_path: Path) -> None:
+def test_neither_split_of_a_small_corpus_is_empty_and_the_manifest_says_so(fraction: float, tmp_path: Path) -> None:
     paths = jsonl(tmp_path / "a.jsonl", "one", "two", "three")
     store = prepared(tmp_path / "s", source="jsonl", paths=paths, validation_fraction=fraction)
     by_hash = sorted(["one", "two", "three"], key=lambda text: content_hash(text.encode()))
-    both = sides(store)
+    both = split_texts(store)
     alone = "validation" if fraction < 0.5 else "train"
     assert both[alone] == [by_hash[0] if fraction < 0.5 else by_hash[-1]]
     assert "content hash" in store.manifest.moved
@@ -83,7 +84,7 @@ def test_a_tokenizer_sees_the_training_split_only(tmp_path: Path) -> None:
     fields = {"source": "jsonl", "paths": jsonl(tmp_path / "a.jsonl", *given), "validation_fraction": 0.5}
     prepare(data_section(**fields, tokenizer="bpe"), 300, tmp_path / "s")
     store = TokenStore.open(tmp_path / "s")
-    train = [text for text in given if text in set(sides(store)["train"])]
+    train = [text for text in given if text in set(split_texts(store)["train"])]
     alone = train_bpe([text.encode() for text in train], 300, 0)
     assert store.tokenizer.backend.to_str() == alone.backend.to_str()
     everything = train_bpe([text.encode() for text in given], 300, 0)
@@ -93,12 +94,12 @@ def test_a_tokenizer_sees_the_training_split_only(tmp_path: Path) -> None:
 def test_the_sample_a_tokenizer_is_trained_on_is_bounded_and_does_not_depend_on_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus_module, "SAMPLE_BYTES", 3_000)
+    monkeypatch.setattr(validation_split, "SAMPLE_BYTES", 3_000)
     given = texts(400)
     found = []
     for i, order in enumerate((given, given[::-1])):
         section = data_section(source="jsonl", paths=jsonl(tmp_path / f"{i}.jsonl", *order), tokenizer="bpe")
-        found.append(survey(section, lambda n: None).sample)
+        found.append(survey_corpus(section, lambda n: None).sample)
     assert 2_000 < sum(map(len, found[0])) <= 3_000
     assert sorted(found[0]) == sorted(found[1])
 
@@ -135,7 +136,7 @@ def test_progress_covers_the_corpus(corpus: Path, tmp_path: Path) -> None:
 
     section = data_section(source="jsonl", paths=[str(corpus)])
     prepare(section, 256, tmp_path / "s", note)
-    size = sum(len(item.raw) for item in read_corpus(section))
+    size = sum(len(item.raw) for item in read_documents(section))
     assert {what: sum(parts) for what, parts in seen.items()} == {
         "reading the corpus None": size,
         f"tokenizing {size}": size,
@@ -164,7 +165,7 @@ def test_a_missing_store_is_prepared_once_and_then_opened(corpus: Path, tmp_path
     second = open_or_prepare(config, tmp_path)
     assert second.folder == first.folder == store_folder(config, tmp_path)
     assert (second.folder / "train.bin").stat().st_mtime_ns == stamp
-    assert os.listdir(tmp_path / "stores") == [first.folder.name]  # no temporary folder stays
+    assert os.listdir(tmp_path / "stores") == [first.folder.name]  # no temporary folder remains
 
 
 def open_together(barrier: Any, folder: Path, section: dict[str, Any], found: Any) -> None:
@@ -188,22 +189,14 @@ def test_processes_that_prepare_at_once_end_with_one_whole_store(corpus: Path, t
     assert verify(folder)["ok"]
 
 
-def test_whoever_is_second_keeps_what_is_there(tmp_path: Path) -> None:
-    with building(tmp_path / "store") as work:
-        (work.folder / "mine").write_text("second")
-        (tmp_path / "store").mkdir()
-        (tmp_path / "store" / "theirs").write_text("first")
-    assert sorted(tmp_path.rglob("*")) == [tmp_path / "store", tmp_path / "store" / "theirs"]
-
-
 @pytest.mark.parametrize("when", ["reading", "writing"])
-def test_whatever_goes_wrong_nothing_stays_behind(
+def test_an_interrupted_prepare_leaves_nothing(
     when: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare_module, "survey" if when == "reading" else "hash_files", interrupted)
+    monkeypatch.setattr(prepare_module, "survey_corpus" if when == "reading" else "hash_files", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(data_section(source="jsonl", paths=[str(corpus)]), 256, tmp_path / "new" / "deep" / "store")
     assert list(tmp_path.iterdir()) == []
@@ -216,11 +209,12 @@ def test_a_corpus_that_changes_between_the_readings_is_refused(
     paths = jsonl(file, *texts(10))
 
     def changing(data: DataSection, advance: Callable[[int], None]) -> object:
-        found = survey(data, advance)
+        found = survey_corpus(data, advance)
         jsonl(file, *texts(11))
         return found
 
-    monkeypatch.setattr(prepare_module, "survey", changing)
-    with pytest.raises(UserError, match="the corpus changed while it was being read"):
+    monkeypatch.setattr(prepare_module, "survey_corpus", changing)
+    with pytest.raises(UserError) as caught:
         prepare(data_section(source="jsonl", paths=paths), 256, tmp_path / "store")
+    assert caught.value.where == "data.source=jsonl"
     assert not (tmp_path / "store").exists()

@@ -1,4 +1,4 @@
-"""Sources: every kind of corpus gives its documents once, exactly, in one order, with where they came from."""
+"""Sources: every input format gives its documents once, exactly, in one order, with their provenance."""
 
 import gzip
 import platform
@@ -13,20 +13,21 @@ import pytest
 import zstandard
 
 from corpora import data_section, texts, write_jsonl
-from minka.data.corpus_split import read_corpus
-from minka.data.documents import Document, expand, stdlib_documents, stdlib_names
+from minka.data.document import Document
+from minka.data.read_documents import read_documents
+from minka.data.text_sources import expand_paths, stdlib_names
 
 TEXTS = texts(12)
 
 
 def read(**fields: Any) -> list[Document]:
     """The documents of a corpus."""
-    return [item.document for item in read_corpus(data_section(**fields))]
+    return [hashed.document for hashed in read_documents(data_section(**fields))]
 
 
 def test_the_standard_library_is_read_whole_in_order_without_tests() -> None:
     root = Path(sysconfig.get_paths()["stdlib"])
-    documents = list(stdlib_documents())
+    documents = read(source="stdlib")
     names = [document.path for document in documents]
     assert names == sorted(names) == stdlib_names(root)
     assert {"os.py", "json/decoder.py", "asyncio/tasks.py"} <= set(names)
@@ -56,11 +57,11 @@ def test_files_folders_and_globs_of_text_are_each_read_once(tmp_path: Path) -> N
 def test_newlines_marks_and_nulls_of_a_file_are_kept(tmp_path: Path) -> None:
     raw = "\ufeffone\r\ntwo\rthree\n\x00\u2028end".encode()
     (tmp_path / "a.txt").write_bytes(raw)
-    (item,) = read_corpus(data_section(source="text", paths=[str(tmp_path)]))
-    assert item.raw == raw
+    (hashed,) = read_documents(data_section(source="text", paths=[str(tmp_path)]))
+    assert hashed.raw == raw
 
 
-def test_a_byte_order_mark_before_json_is_no_part_of_it(tmp_path: Path) -> None:
+def test_a_byte_order_mark_before_json_is_not_part_of_it(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}')
     assert [d.text for d in read(source="jsonl", paths=[str(tmp_path)])] == ["one", "two"]
 
@@ -68,7 +69,7 @@ def test_a_byte_order_mark_before_json_is_no_part_of_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
 def test_jsonl_is_read_plain_and_compressed_with_file_and_line(suffix: str, tmp_path: Path) -> None:
     plain = write_jsonl(tmp_path / "x", [{"text": t, "license": "CC0"} for t in TEXTS]).read_bytes()
-    plain = plain.replace(b"\n", b"\n\n", 1)  # an empty line is no document, but it counts as a line
+    plain = plain.replace(b"\n", b"\n\n", 1)  # an empty line is not a document, but it counts as a line
     half = len(plain) // 2
     packed = {
         ".jsonl": plain,
@@ -130,4 +131,4 @@ def test_max_bytes_reads_whole_documents_until_the_next_would_pass_it(tmp_path: 
 def test_an_entry_of_paths_may_start_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.txt").write_text("x")
-    assert expand(["~/a.txt"], ()) == [tmp_path / "a.txt"]
+    assert expand_paths(["~/a.txt"], ()) == [tmp_path / "a.txt"]

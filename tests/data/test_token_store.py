@@ -9,18 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from corpora import data_section, texts, write_jsonl
-from minka.data import indexed_dataset as megatron
-from minka.data import split_writer as writing
-from minka.data import token_store as store_module
-from minka.data.corpus_split import content_hash
+from minka.data import indexed_dataset, split_writer, token_store
+from minka.data.document import content_hash
 from minka.data.prepare import prepare
 from minka.data.token_store import Split, TokenStore
-from minka.data.trace import trace_window
 from minka.plan.errors import UserError
 
 
 def index_bytes(lengths: list[int], code: int, itemsize: int) -> bytes:
-    """An .idx straight from the layout, field by field."""
+    """An .idx built from the layout, field by field."""
     raw = b"MMIDIDX\x00\x00" + struct.pack("<Q", 1) + struct.pack("<B", code)
     raw += struct.pack("<Q", len(lengths)) + struct.pack("<Q", len(lengths) + 1)
     raw += b"".join(struct.pack("<i", length) for length in lengths)
@@ -59,21 +56,21 @@ def test_a_store_is_megatrons_bytes_exactly(store: TokenStore, name: str) -> Non
 def test_tokens_are_u16_below_65500_entries_and_i32_from_there(
     vocab: int, code: int, itemsize: int, tmp_path: Path
 ) -> None:
-    dtype = megatron.token_dtype(vocab)
+    dtype = indexed_dataset.token_dtype(vocab)
     assert dtype.itemsize == itemsize
     (tmp_path / "lengths").write_bytes(np.array([3, 1, 7], dtype="<i4").tobytes())
-    megatron.write_index(tmp_path / "x.idx", tmp_path / "lengths", dtype)
+    indexed_dataset.write_index(tmp_path / "x.idx", tmp_path / "lengths", dtype)
     assert (tmp_path / "x.idx").read_bytes() == index_bytes([3, 1, 7], code, itemsize)
-    index = megatron.read_index(tmp_path / "x.idx")
+    index = indexed_dataset.read_index(tmp_path / "x.idx")
     assert (index.dtype, index.lengths.tolist()) == (dtype, [3, 1, 7])
     assert index.pointers.tolist() == [0, 3 * itemsize, 4 * itemsize]
 
 
 def test_an_index_larger_than_one_block_is_written_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(megatron, "ROWS", 4)
+    monkeypatch.setattr(indexed_dataset, "CHUNK", 4)
     lengths = [5, 2, 9, 1, 1, 3, 8, 8, 2, 4, 6]
     (tmp_path / "lengths").write_bytes(np.array(lengths, dtype="<i4").tobytes())
-    megatron.write_index(tmp_path / "x.idx", tmp_path / "lengths", np.dtype("<u2"))
+    indexed_dataset.write_index(tmp_path / "x.idx", tmp_path / "lengths", np.dtype("<u2"))
     assert (tmp_path / "x.idx").read_bytes() == index_bytes(lengths, 8, 2)
 
 
@@ -89,24 +86,15 @@ def test_every_document_comes_back_exactly_with_its_provenance(kind: str, reques
             text, source = given[row["id"]]
             assert split.text_of(i) == text
             assert split.source_of(i) == row["source"] == source
-            assert split.bytes_of(i) == row["bytes"] == len(text.encode())
+            assert split.document_bytes[i] == row["bytes"] == len(text.encode())
             assert row["hash"] == content_hash(text.encode()).hex()
             assert row["tokens"] == len(split.document(i))
             assert row["url"] == f"https://x.test/{row['id'][4:]}"
             assert split.document(i)[-1] == store.eod
             assert int((split.document(i) == store.eod).sum()) == 1
             seen.add(row["id"])
+        assert split.document_bytes.sum() == store.manifest.splits[name].bytes
     assert seen == given.keys()
-
-
-def test_documents_iterates_what_evaluation_needs(store: TokenStore) -> None:
-    split = store.split("validation")
-    rows = list(split.documents())
-    assert [row.document for row in rows] == list(range(split.n_documents))
-    assert sum(len(row.tokens) for row in rows) == split.n_tokens
-    assert sum(row.bytes for row in rows) == store.manifest.splits["validation"].bytes
-    assert {row.source for row in rows} == {"even", "odd"}
-    assert len(list(split.documents(limit=3))) == 3
 
 
 def test_starts_and_ends_tile_the_stream(store: TokenStore) -> None:
@@ -120,17 +108,17 @@ def test_starts_and_ends_tile_the_stream(store: TokenStore) -> None:
 def test_a_window_leads_back_to_the_documents_it_was_cut_from(store: TokenStore, seq_len: int) -> None:
     split = store.split("train")
     for window in range(0, split.n_tokens // seq_len + 1, 97 // seq_len + 1):
-        pieces = trace_window(split, window, seq_len)
-        cut = [split.document(piece.document)[piece.first : piece.last] for piece in pieces]
+        spans = split.trace_window(window, seq_len)
+        cut = [split.document(span.document)[span.first : span.last] for span in spans]
         assert np.array_equal(
             np.concatenate(cut) if cut else [], split.tokens[window * seq_len : (window + 1) * seq_len]
         )
-        assert all(piece.provenance == split.provenance(piece.document) for piece in pieces)
+        assert all(span.provenance == split.provenance(span.document) for span in spans)
 
 
 def test_provenance_is_found_in_every_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "SIDECAR_GROUP", 16)
-    monkeypatch.setattr(writing, "SIDECAR_GROUP", 16)
+    monkeypatch.setattr(token_store, "SIDECAR_GROUP", 16)
+    monkeypatch.setattr(split_writer, "SIDECAR_GROUP", 16)
     rows = [{"text": f"text number {i}", "id": str(i)} for i in range(100)]
     section = data_section(source="jsonl", paths=[str(write_jsonl(tmp_path / "a.jsonl", rows))])
     prepare(section, 256, tmp_path / "store")
@@ -141,12 +129,12 @@ def test_provenance_is_found_in_every_row_group(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("ask", [lambda s: s.document(10**6), lambda s: s.text_of(-1), lambda s: s.provenance(10**6)])
-def test_a_document_that_is_not_there_is_refused(store: TokenStore, ask: Any) -> None:
+def test_a_missing_document_is_refused(store: TokenStore, ask: Any) -> None:
     split: Split = store.split("train")
-    with pytest.raises(UserError, match=f"numbered 0 to {split.n_documents - 1}"):
+    with pytest.raises(UserError, match=f"0 to {split.n_documents - 1}"):
         ask(split)
 
 
-def test_a_split_that_is_not_there_is_refused(store: TokenStore) -> None:
-    with pytest.raises(UserError, match=r"no split 'test'.*it has train, validation"):
+def test_a_missing_split_is_refused(store: TokenStore) -> None:
+    with pytest.raises(UserError, match=r"'test'.*train, validation"):
         store.split("test")

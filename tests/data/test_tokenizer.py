@@ -1,4 +1,4 @@
-"""Tokenizers: exact round trips, an end of document that text cannot make, and folders that transformers loads."""
+"""Tokenizers: exact round trips, an end-of-document token that text cannot make, folders that transformers loads."""
 
 import gc
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_training_is_deterministic_and_fills_the_vocabulary_exactly() -> None:
     assert TRAINED.backend.get_vocab_size() == TRAINED.entries == 300
 
 
-def test_a_vocabulary_the_text_cannot_fill_names_one_that_it_can() -> None:
+def test_a_vocabulary_that_the_text_cannot_fill_names_one_that_it_can() -> None:
     with pytest.raises(UserError) as caught:
         train_bpe([b"abababab cdcd"], 5_000, 13)
     fits = int(caught.value.what.split()[3])
@@ -69,7 +69,7 @@ def test_a_vocabulary_the_text_cannot_fill_names_one_that_it_can() -> None:
 
 
 def test_a_vocabulary_without_room_for_the_bytes_is_refused() -> None:
-    with pytest.raises(UserError, match="at least 257"):
+    with pytest.raises(UserError, match="257"):
         train_bpe([b"abc"], 256, 3)
 
 
@@ -89,7 +89,7 @@ def test_a_hugging_face_folder_tokenizes_a_store(tmp_path: Path) -> None:
     )
     check_store(store, config)  # an embedding may have more rows than the tokenizer has entries
     narrow = config.model_copy(update={"model": config.model.model_copy(update={"vocab": 299})})
-    with pytest.raises(UserError, match="has 300 entries, the model's embedding 299 rows"):
+    with pytest.raises(UserError, match=r"300 entries.* 299 rows"):
         check_store(store, narrow)
     saved = (store.tokenizer_folder / "tokenizer_config.json").read_text()
     assert str(tmp_path) not in saved
@@ -97,33 +97,35 @@ def test_a_hugging_face_folder_tokenizes_a_store(tmp_path: Path) -> None:
 
 def test_a_hugging_face_tokenizer_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
     TRAINED.save(tmp_path / "mine")
-    with pytest.raises(UserError, match=r"reach 299, beyond the 256 rows.*model.vocab to 300 or more"):
+    with pytest.raises(UserError, match=r"299.* 256 rows.*model.vocab to 300"):
         load_hf(str(tmp_path / "mine"), 256)
 
 
 def test_a_hugging_face_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
     TRAINED.save(tmp_path / "mine")
     (tmp_path / "mine" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    with pytest.raises(UserError, match="names no end-of-text token"):
+    with pytest.raises(UserError, match="eos_token") as caught:
         load_hf(str(tmp_path / "mine"), 512)
+    assert caught.value.where == f"data.tokenizer={tmp_path / 'mine'}"
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_a_tokenizer_whose_end_is_made_from_text_is_refused(tmp_path: Path) -> None:
-    """A letter as end of text would cut documents in two, and masks and bytes would be wrong without a word."""
+    """A letter as end of text would cut documents in two, and masks and byte counts would be silently wrong."""
     TRAINED.save(tmp_path / "mine")
     config = '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "e"}'
     (tmp_path / "mine" / "tokenizer_config.json").write_text(config)
     write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "e"}])
     section = data_section(source="jsonl", paths=[str(tmp_path / "a.jsonl")], tokenizer=str(tmp_path / "mine"))
-    with pytest.raises(UserError, match="made its end-of-document token"):
+    with pytest.raises(UserError, match=r"end-of-document token \(id"):
         prepare(section, 512, tmp_path / "store")
-    gc.collect()  # half-written files must not complain on stderr when they go
+    gc.collect()  # half-written files must not complain on stderr when they are collected
 
 
 @pytest.mark.parametrize("content", [None, "{}", "no json"])
 def test_a_tokenizer_that_cannot_be_loaded_is_refused(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError) as caught:
         load_hf(str(tmp_path), 512)
+    assert caught.value.where == f"data.tokenizer={tmp_path}"

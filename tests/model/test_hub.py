@@ -242,7 +242,7 @@ def remove(folder: Path) -> None:
     [
         (drop_tensor, ["model.layers.1.mlp.up_proj.weight", "missing"]),
         (reshape_tensor, ["model.layers.1.mlp.up_proj.weight", "[48, 80]", "[80, 48]"]),
-        (spoil, ["no safetensors"]),
+        (spoil, ["not a safetensors file"]),
         (remove, ["missing"]),
     ],
 )
