@@ -1,4 +1,4 @@
-# The first target that needs .venv makes it; nothing is installed by hand, and nothing here needs a GPU.
+# The first target that needs .venv makes it. Nothing is installed by hand; only gpu-check needs a GPU.
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
@@ -7,10 +7,10 @@ STAMP := .venv/.minka-installed
 
 .PHONY: demo test test-all lint bench gpu-check clean
 
-demo: $(STAMP) ## trains the demo recipe for real: minutes on two cores
+demo: $(STAMP) ## train the demo recipe: minutes on two cores
 	$(BIN)/minka train demo
 
-test: $(STAMP) ## the tests that stay fast: at most 15 minutes on two cores
+test: $(STAMP) ## the fast tests: at most 15 minutes on two cores
 	$(PYTEST) -m "not slow and not long"
 
 test-all: $(STAMP) ## everything
@@ -21,14 +21,14 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP) ## speed beside a peer, as ratios with their bounds
+bench: $(STAMP) ## speed compared with a peer, as ratios with their bounds
 	$(BIN)/python -m minka.benchmarks.training
 
-# For a machine that has torch with CUDA already: no network, no environment of its own.
+# For a machine that already has torch with CUDA: uses no network and no .venv.
 gpu-check:
 	PYTHONPATH=.ns:$$PYTHONPATH $(PYTHON) -m pytest -p no:cacheprovider -m gpu
 
-clean: ## everything that can be made again; runs/ and stores/ stay
+clean: ## remove what can be made again; runs/ and stores/ stay
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(wildcard $(FOLDERS)) tests -name __pycache__ -type d -prune -exec rm -rf {} +
 

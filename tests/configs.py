@@ -6,7 +6,7 @@ SEQ = 8  # tokens in a sequence of the run below
 
 
 def values(**sections: dict[str, Any]) -> dict[str, Any]:
-    """The smallest run there is, as TOML would give it, with `sections` laid over it."""
+    """Values of the smallest run, as TOML would give them, updated with `sections`."""
     base: dict[str, dict[str, Any]] = {
         "run": {"name": "tiny", "max_steps": 10},
         "model": {"layers": 1, "d_model": 8, "heads": 2, "kv_heads": 1, "head_dim": 4, "d_ff": 16, "vocab": 256},

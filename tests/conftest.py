@@ -1,15 +1,16 @@
-"""What all tests share: seeds, thirds of the slow ones, and the sizes printed after each run."""
+"""Shared by all tests: seeds, thirds of the slow tests, and the sizes printed after each run."""
 
 import hashlib
 import os
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-from house import sizes
+from house import sizes, sources, wording
 
 ROOT = Path(__file__).resolve().parent.parent
 THIRDS = 3
@@ -39,15 +40,19 @@ def third_of(test: str) -> int:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Sizes are a budget: say on each run where it is spent."""
-    lines, long_files, long_functions = sizes(ROOT)
-    total = sum(lines.values())
-    terminalreporter.write_line(
-        f"house: {total:,} lines ({', '.join(f'{folder} {n:,}' for folder, n in lines.items() if n)})"
-    )
-    for kind, found in (("files over 300 lines", long_files), ("functions over 60 lines", long_functions)):
-        if found:
-            terminalreporter.write_line(f"house: {kind}: {', '.join(found)}")
+    """Sizes are a budget: say after each run where it is spent, and how much wording is still to be mended."""
+    found = sizes(ROOT)
+    total = sum(found.folders.values())
+    folders = ", ".join(f"{folder} {n:,}" for folder, n in found.folders.items() if n)
+    terminalreporter.write_line(f"house: {found.product:,} product lines, {total:,} with tests ({folders})")
+    for kind, long in (("files over 300 lines", found.long_files), ("functions over 60 lines", found.long_functions)):
+        if long:
+            terminalreporter.write_line(f"house: {kind}: {', '.join(long)}")
+    files = [path.relative_to(ROOT).as_posix() for path in (*sources(ROOT), *sorted((ROOT / "docs").glob("*.md")))]
+    phrases = Counter(breach.where.split("/")[0] for breach in wording(ROOT, files))
+    if phrases:
+        where = ", ".join(f"{folder} {n}" for folder, n in phrases.items())
+        terminalreporter.write_line(f"house: {phrases.total()} phrases to reword ({where})")
 
 
 @pytest.fixture(autouse=True)

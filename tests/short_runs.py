@@ -1,4 +1,4 @@
-"""A few steps of a tiny model on made-up rows, by any engine on any number of ranks, and how two such runs differ."""
+"""A few steps of a tiny model on random rows, by any engine on any number of ranks, and how two such runs differ."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from tiny import tiny
 
 ROWS, LENGTH, STEPS, RATE, NORM = 12, 32, 5, 3e-3, 0.05  # every gradient is clipped
 BOUNDS = {"gradient": 2e-6, "loss": 2e-6, "norm": 2e-5, "model": 2e-5, "moment1": 1e-4, "moment2": 1e-4}
-# Odd sizes: a cut of the flattened weights falls within a row.
+# Odd sizes: a shard boundary of the flattened weights falls within a row.
 MODEL = {"d_model": 30, "head_dim": 6, "heads": 5, "kv_heads": 1, "d_ff": 71, "vocab": 256, "z_loss": 1e-4}
 Boxes = list[tuple[str, NDArray[Any], tuple[int, ...], tuple[int, ...]]]
 
@@ -48,7 +48,7 @@ def global_batch(step: int) -> Batch:
 
 
 def micro_batches(step: int, mesh: Mesh, accumulate: int = 2) -> tuple[list[Batch], int]:
-    """This rank's rows of a step in so many micro-batches, and the targets of all ranks."""
+    """This rank's rows of a step in `accumulate` micro-batches, and the number of targets of all ranks."""
     whole = global_batch(step)
     per_rank = ROWS // mesh.ranks
     mine = whole.micro_batches(per_rank)[mesh.rank] if mesh.ranks > 1 else whole
@@ -56,7 +56,7 @@ def micro_batches(step: int, mesh: Mesh, accumulate: int = 2) -> tuple[list[Batc
 
 
 def trained(config: RunConfig) -> dict[str, Any]:
-    """Numbers of a few steps of one rank, and its boxes of the first gradients and of the last state."""
+    """Train a few steps on one rank. Return its numbers, its first gradients and its last state."""
     with start_mesh(config.layout) as mesh:
         engine, _ = build_engine(config, mesh)
         found: dict[str, Any] = {"loss": [], "norm": [], "initial": boxes_of(engine.tensors())}
@@ -73,19 +73,19 @@ def trained(config: RunConfig) -> dict[str, Any]:
 
 
 def take(engine: Any, step: int, accept: bool = True) -> Tensor:
-    """The second half of a step; the gradient norm."""
+    """Do the second half of a step. Return the gradient norm."""
     norm: Tensor = engine.grad_norm()
     engine.apply(RATE * (step + 1) / STEPS, NORM, torch.isfinite(norm) & torch.tensor(accept, device=norm.device))
     return norm
 
 
 def boxes_of(pieces: dict[str, Piece]) -> Boxes:
-    """Pieces as they go between processes, by the names of their tensors."""
+    """Return pieces in a form that can be sent between processes: (tensor name, values, offset, global shape)."""
     return [(tensor_name(k), p.local.float().numpy().copy(), p.offset, p.global_shape) for k, p in pieces.items()]
 
 
 def together(ranks: list[Boxes]) -> dict[str, NDArray[Any]]:
-    """Whole tensors out of the boxes of all ranks; every element is somebody's."""
+    """Assemble whole tensors from the boxes of all ranks, which must cover every element."""
     whole: dict[str, NDArray[Any]] = {}
     for mine in ranks:
         for name, local, offset, shape in mine:

@@ -1,4 +1,4 @@
-"""What only a GPU can show: the variable-length kernels, nccl, bf16 under FSDP2, compiled blocks. `make gpu-check`."""
+"""Tests that need a GPU: the variable-length kernels, nccl, bf16 under FSDP2, compiled blocks. `make gpu-check`."""
 
 import os
 import subprocess
@@ -75,7 +75,7 @@ def test_bf16_training_follows_fp32(compiled: bool, recompute: str, tmp_path: Pa
 
 
 def test_bf16_on_nccl_follows_fp32_on_the_cpu(tmp_path: Path) -> None:
-    """One rank each; bf16 alone makes it a mesh with process groups."""
+    """One rank each; on one rank only bf16 starts process groups."""
     config = tiny(tmp_path, run={"name": "gpu"}, layout={"precision": "bf16"})
     assert train_rank(config) == 0
     cpu, file = tiny(tmp_path, run={"name": "cpu"}, layout={"precision": "fp32"}), tmp_path / "cpu.toml"
@@ -92,7 +92,7 @@ def test_bf16_on_nccl_follows_fp32_on_the_cpu(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_offloaded_weights_are_trained_as_those_on_the_device(precision: str, tmp_path: Path) -> None:
-    """One rank; in fp32 FSDP cuts nothing, and is there to fetch them. Saved, evaluated, and gone on with."""
+    """One rank: in fp32 FSDP shards nothing and only fetches the weights. The run is saved, evaluated and resumed."""
     found = []
     for offload in ("none", "all"):
         for steps in (10, 20):
@@ -124,19 +124,19 @@ def test_offloaded_weights_leave_room_on_the_device() -> None:
     assert freed > 10  # weights and both moments are 12
 
 
-def test_a_dry_run_holds_what_the_devices_allocator_counts() -> None:
+def test_a_dry_run_predicts_what_the_allocator_of_the_device_counts() -> None:
     small = ["data.seq_len=2048", "layout.micro_batch=4", "data.batch_tokens=8192", "data.batch_warmup=[]"]
     config = load_run("dense-125m", [*small, "kernels.compile=false"]).config
-    told = dry_run(config, 1, 0)
+    predicted = dry_run(config, 1, 0)
     batch = synthetic_batch(config.model.vocab, 4, 2048).to("cuda")
     with start_mesh(config.layout) as mesh:
         engine, _ = build_engine(config, mesh)
         real = peak_of(our_step(engine, batch, config, batch.target_count))
-    print(f"{torch.cuda.get_device_name()}: {told.memory.total / real:.3f} of {real / 2**30:.2f} GiB")
-    assert told.memory.total == pytest.approx(real, rel=0.1)  # rounding up, cuBLAS, fillers
+    print(f"{torch.cuda.get_device_name()}: {predicted.memory.total / real:.3f} of {real / 2**30:.2f} GiB")
+    assert predicted.memory.total == pytest.approx(real, rel=0.1)  # rounding up, cuBLAS, padding
 
 
-def test_a_step_of_dense_125m_beside_transformers() -> None:
+def test_a_step_of_dense_125m_is_faster_than_that_of_transformers() -> None:
     config = load_run("dense-125m", ["data.seq_len=2048", "layout.micro_batch=8", "kernels.compile=true"]).config
     batch = synthetic_batch(config.model.vocab, 8, 2048).to("cuda")
     with start_mesh(config.layout) as mesh:
@@ -149,7 +149,7 @@ def test_a_step_of_dense_125m_beside_transformers() -> None:
     assert sorted(ratios)[2] > 1.0
 
 
-def test_a_save_beside_the_training_holds_the_tensors_as_they_were(tmp_path: Path) -> None:
+def test_a_save_during_training_holds_the_tensors_as_they_were(tmp_path: Path) -> None:
     """256 MB on the device, changed as soon as the save has its copy; how long the training waited is printed."""
     with start_mesh(Layout()) as mesh:
         state = {f"model.{i}": piece_of(torch.randn(1024, 4096, device="cuda")) for i in range(16)}
@@ -176,7 +176,7 @@ def test_a_save_beside_the_training_holds_the_tensors_as_they_were(tmp_path: Pat
 
 
 def peak_of(step: Any) -> int:
-    """Bytes that were allocated at once in a step that is not the first."""
+    """Return the peak of allocated bytes in the second step."""
     step()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -186,7 +186,7 @@ def peak_of(step: Any) -> int:
 
 
 def seconds(step: Any, steps: int = 10) -> float:
-    """Seconds a step, the device waited for."""
+    """Return the seconds of a step, the wait for the device included."""
     step()
     torch.cuda.synchronize()
     began = time.perf_counter()

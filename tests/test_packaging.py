@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tomllib
 import zipfile
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from house import FLOORS, OUTSIDE_THE_WHEEL
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
-    """A copy of what a clone would hold: a stale build/ beside the sources would ship deleted files."""
+    """A copy of what a clone would hold: a stale build/ next to the sources would ship deleted files."""
     target = tmp_path_factory.mktemp("clone")
     listed = _run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], cwd=root).stdout
     for name in filter(None, listed.split("\0")):
@@ -38,22 +37,12 @@ def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_the_mapped_folders_and_the_front_door_and_nothing_else(wheel: Path, tree: Path) -> None:
-    """Files that are no Python, too: a recipe or a template that package-data forgets is missing at the user's."""
+    """Other files than Python too: a recipe or a template that package-data omits is missing for the user."""
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     shipped = FLOORS.keys() - OUTSIDE_THE_WHEEL
     files = [path for folder in shipped for path in (tree / folder).rglob("*") if path.is_file()]
     assert "minka/plan/recipes/demo.toml" in names
     assert names == {f"minka/{path.relative_to(tree)}" for path in files} | {"minka/__main__.py"}
-
-
-def test_the_map_names_exactly_the_folders_that_hold_code(root: Path) -> None:
-    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
-    folders = {folder for folder in FLOORS if any((root / folder).glob("*.py"))}
-    mapped = {"minka": "."} | {f"minka.{folder}": folder for folder in folders - OUTSIDE_THE_WHEEL}
-    assert project["tool"]["setuptools"]["package-dir"] == mapped
-    assert set(project["tool"]["setuptools"]["packages"]) == set(mapped)
-    checked = {path.removeprefix(".ns/minka/") for path in project["tool"]["mypy"]["files"]}
-    assert checked == folders | {"__main__.py", "tests"}
 
 
 def test_an_installed_wheel_runs_from_another_folder(wheel: Path, tmp_path: Path) -> None:

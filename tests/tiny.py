@@ -1,4 +1,4 @@
-"""A run small enough to repeat under every layout: bytes, uneven documents, accumulation, batch warm-up, fillers."""
+"""A run small enough to repeat under every layout: bytes, uneven documents, accumulation, batch warm-up, padding."""
 
 import random
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ def tiny(folder: Path, **sections: Mapping[str, object]) -> RunConfig:
             "store": str(folder / "store"),
             "validation_fraction": 0.1,
             "seq_len": 32,
-            "batch_tokens": 13 * 32,  # on two ranks by two: three micro-batches, three fillers
+            "batch_tokens": 13 * 32,  # on two ranks by two: three micro-batches, three padding sequences
             "batch_warmup": [{"until_tokens": 40 * 32, "batch_tokens": 5 * 32}],
         },
         "optimizer": {"learning_rate": 3e-3, "max_norm": 0.5},

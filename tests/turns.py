@@ -1,4 +1,4 @@
-"""Several ranks in one process without a process group: threads that take turns, in an order that dice decide."""
+"""Several ranks in one process without a process group: threads that take turns in a random order."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ class TurnMesh(Mesh):
 
 
 class Turns:
-    """One rank runs at a time, up to its next sum; then another, until all are there."""
+    """One rank runs at a time, up to its next sum. The sum is made when every rank has reached it."""
 
     def __init__(self, ranks: int, dice: Random) -> None:
         self.ranks, self.dice = ranks, dice
@@ -35,7 +35,7 @@ class Turns:
         self._broken: BaseException | None = None
 
     def run(self, body: Callable[[Mesh], Any]) -> list[Any]:
-        """What `body(mesh)` gives on each rank. What one of them raises is raised here, and ends the others."""
+        """Return `body(mesh)` of each rank. An exception on one rank ends the others and is raised here."""
         results: list[Any] = [None] * self.ranks
 
         def rank(number: int) -> None:

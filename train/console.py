@@ -1,4 +1,4 @@
-"""What rank 0 shows while it trains: a progress bar on a terminal, plain lines elsewhere, nothing on other ranks."""
+"""What rank 0 shows while it trains: a progress bar on a terminal, plain lines elsewhere. Other ranks show nothing."""
 
 import sys
 from typing import Any, TextIO
@@ -8,17 +8,15 @@ from minka.train.metrics import StepRecord
 
 
 class Console:
-    """Speaks for the run. With `as_json` stdout is left to the one JSON document at the end."""
+    """Prints for the run where `speaks` is set. `as_json` leaves stdout to the one JSON document at the end."""
 
     def __init__(self, config: RunConfig, *, speaks: bool, as_json: bool) -> None:
-        self.config, self.speaks = config, speaks
+        self.speaks, self._total = speaks, config.total_steps
         self.out: TextIO = sys.stderr if as_json else sys.stdout
-        self._total = config.total_steps
         self._bar: Any = None
-        self._task: Any = None
 
     def say(self, text: str) -> None:
-        """One line (or table) that stays."""
+        """Print lines that stay, above the bar when there is one."""
         if not self.speaks:
             return
         if self._bar is not None:
@@ -26,11 +24,11 @@ class Console:
             return
         try:
             print(text, file=self.out, flush=True)
-        except BrokenPipeError:  # who listened has gone (`| head`); a run goes on without
+        except BrokenPipeError:  # the reader has closed the pipe (`| head`); the run continues
             self.speaks = False
 
-    def begin(self, step: int) -> None:
-        """Training starts at `step`."""
+    def start(self, step: int) -> None:
+        """Show the bar on a terminal, with `step` steps done."""
         if not (self.speaks and self.out.isatty()):
             return
         from rich.console import Console as RichConsole
@@ -39,19 +37,19 @@ class Console:
         columns = [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")]
         self._bar = Progress(*columns, console=RichConsole(file=self.out))
         self._bar.start()
-        self._task = self._bar.add_task("", total=self._total, completed=step)
+        self._bar.add_task("", total=self._total, completed=step)
 
     def step(self, record: StepRecord, tokens_per_second: float, mfu: float | None) -> None:
-        """The newest logged step."""
+        """Show the newest logged step."""
         text = f"loss {record.loss:.4f}  norm {record.grad_norm:.3f}  lr {record.learning_rate:.2e}"
         text += f"  {tokens_per_second:,.0f} tokens/s" + (f"  MFU {100 * mfu:.1f} %" if mfu is not None else "")
         if self._bar is not None:
-            self._bar.update(self._task, completed=record.step, description=text)
+            self._bar.update(self._bar.task_ids[0], completed=record.step, description=text)
         else:
             self.say(f"step {record.step:>{len(str(self._total))}}/{self._total}  {text}")
 
     def end(self) -> None:
-        """Training is over; the bar goes."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

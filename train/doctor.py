@@ -1,11 +1,10 @@
-"""`minka doctor`: what is installed and which paths will run; with a recipe, the checks to make before paying for it.
+"""`minka doctor`: what is installed and what will run here; with a recipe, also the checks to make before a run.
 
-The checklist follows Karpathy, "A recipe for training neural networks" (2019): data and gradients flow, the first loss
-is that of guessing, one batch can be learnt by heart, and the learning rate is below the one that diverges (range
+The checks follow Karpathy, "A recipe for training neural networks" (2019): data and gradients flow, the first loss is
+that of uniform guessing, the model can overfit one batch, and the learning rate is below the one that diverges (range
 test: Smith 2017, arXiv:1506.01186).
 """
 
-import importlib.metadata
 import math
 import os
 import shutil
@@ -21,32 +20,29 @@ from minka.data.prepare import open_or_prepare
 from minka.model.attention import document_structure
 from minka.parallel.engine import Engine
 from minka.parallel.mesh import Mesh, local_device, start_mesh
-from minka.plan.cli import print_json, progress
+from minka.plan.cli import print_json, print_table, progress
 from minka.plan.config import RunConfig
 from minka.plan.config_sections import KernelsSection
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.flops import parameters
 from minka.plan.hardware import find
 from minka.plan.layout import Layout
-from minka.train.final_summary import table
 from minka.train.layer_stats import LayerStats
-from minka.train.provenance import processor
+from minka.train.provenance import processor, versions
 from minka.train.worker import build_engine
 
 PACKAGES = (
     "torch numpy triton transformers datasets tokenizers deepspeed flash-attn accelerate wandb tensorboard".split()
 )
-SEQUENCES = 4  # in the batch that the checks share
+SEQUENCES = 4  # at most, in the batch that the checks share
 OVERFIT_NATS, OVERFIT_STEPS = 0.1, 600
 RANGE_STEPS, RANGE_LOW, RANGE_HIGH = 60, 1e-5, 1.0
-STATE_BYTES = 16  # fp32 weight, gradient and two moments, of each parameter
-
-
-PATHS = {"mask": "torch's scaled_dot_product_attention with a document mask", "varlen": "torch's varlen_attn"}
+STATE_BYTES = 16  # per parameter: fp32 weight, gradient and two moments
+ATTENTION = {"mask": "torch's scaled_dot_product_attention with a document mask", "varlen": "torch's varlen_attn"}
 
 
 class Check(NamedTuple):
-    """One line of the checklist."""
+    """One row of the table of checks."""
 
     name: str
     passed: bool
@@ -54,70 +50,71 @@ class Check(NamedTuple):
 
 
 def examine(config: RunConfig | None, *, as_json: bool) -> int:
-    """Print the machine, and the checklist when there is a recipe; exit status 1 when a check failed."""
+    """Print the machine, and with a recipe its checks. Return exit status 1 when a check failed."""
     machine = this_machine(config)
-    checks = list(checklist(config)) if config is not None else []
-    good = all(check.passed for check in checks)
+    checks = list(run_checks(config)) if config is not None else []
+    passed = all(check.passed for check in checks)
     if as_json:
-        print_json({"machine": machine, "checks": [check._asdict() for check in checks], "passed": good})
+        print_json({"machine": machine, "checks": [check._asdict() for check in checks], "passed": passed})
     else:
-        print(table(machine))
+        print_table(list(machine.items()))
         if checks:
-            print(table({f"{'ok ' if c.passed else 'NO '} {c.name}": c.found for c in checks}))
-    return int(ExitStatus.DONE if good else ExitStatus.FAILED)
+            rows = [("ok" if check.passed else "FAILED", check.name, check.found) for check in checks]
+            print_table(rows, ("", "check", "found"))
+    return int(ExitStatus.DONE if passed else ExitStatus.FAILED)
 
 
 def this_machine(config: RunConfig | None) -> dict[str, str]:
-    """What is here, and what minka will make of it."""
+    """Describe the machine, and what minka will use on it."""
     device = local_device()
-    found = {name: _version(name) for name in PACKAGES}
-    rows = {
-        "processor": f"{processor()}, {os.cpu_count()} cores",
-        "memory": f"{_memory_bytes() / 2**30:.1f} GiB",
-        "disk": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB free here",
-        "GPUs": "none: minka trains on the CPU",
-    }
-    if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    gpus = "none: minka trains on the CPU"
+    if on_gpu:
         name = torch.cuda.get_device_name(device)
         gpu = find(name)
         peak = f"{gpu.bf16_tflops:g} TFLOP/s bf16 ({gpu.source})" if gpu else "peak unknown, so no MFU"
-        rows["GPUs"] = f"{torch.cuda.device_count()} x {name}, {peak}"
-    rows |= {"packages": ", ".join(f"{name} {version}" for name, version in found.items() if version)}
-    rows |= {"not installed": ", ".join(name for name, version in found.items() if not version) or "nothing"}
+        gpus = f"{torch.cuda.device_count()} x {name}, {peak}"
+    found = versions(*PACKAGES)
     kernels = config.kernels if config is not None else KernelsSection()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if on_gpu else torch.float32
     two_documents = torch.tensor([[0, 1]], device=device)
-    rows |= {
-        "collectives": "nccl" if device.type == "cuda" else "gloo",
+    structure = document_structure(two_documents, kernels, device=device, dtype=dtype)
+    return {
+        "processor": f"{processor()}, {os.cpu_count()} cores",
+        "memory": f"{_memory_bytes() / 2**30:.1f} GiB",
+        "disk": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB free here",
+        "GPUs": gpus,
+        "packages": ", ".join(f"{name} {version}" for name, version in found.items() if version),
+        "not installed": ", ".join(name for name, version in found.items() if not version) or "nothing",
+        "collectives": "nccl" if on_gpu else "gloo",
         "compute": f"{str(dtype).removeprefix('torch.')} on fp32 weights",
-        "attention": PATHS[document_structure(two_documents, kernels, device=device, dtype=dtype).kind],
+        "attention": ATTENTION[structure.kind],
     }
-    return rows
 
 
-def checklist(config: RunConfig) -> Iterator[Check]:
-    """The checks, in the order in which a failure explains the ones after it. One rank, one small batch."""
+def run_checks(config: RunConfig) -> Iterator[Check]:
+    """Run the checks on one rank with one small batch, in the order in which a failure explains later ones."""
     _check_memory(config)
     store = open_or_prepare(config, Path(), progress)
     layout = Layout(micro_batch=1, recompute=config.layout.recompute, precision=config.layout.precision)
-    one = config.model_copy(update={"layout": layout})
+    config = config.model_copy(update={"layout": layout})
     with start_mesh(layout) as mesh:
-        with Loader(one, store.split("train"), 0, 1, None, mesh.device) as loader:
+        with Loader(config, store.split("train"), 0, 1, None, mesh.device) as loader:
             batch, _ = next(loader)
-        part = _first(batch, SEQUENCES).to(mesh.device)
-        share = part.target_count / part.targets.numel()
-        yield Check("data flow", share > 0.5, f"{len(part.samples)} sequences, {100 * share:.0f} % of targets count")
-        yield from _first_step(one, mesh, part)
-        yield _overfits(one, mesh, part)
-        yield _range_test(one, mesh, batch)
+        few = batch.micro_batches(math.gcd(len(batch.samples), SEQUENCES))[0].to(mesh.device)
+        share = few.target_count / few.targets.numel()
+        yield Check("data flow", share > 0.5, f"{len(few.samples)} sequences, {100 * share:.0f} % of targets count")
+        yield from _first_step(config, mesh, few)
+        yield _overfit(config, mesh, few)
+        yield _range_test(config, mesh, batch)
 
 
 def _first_step(config: RunConfig, mesh: Mesh, batch: Batch) -> Iterator[Check]:
     engine, optimizer = build_engine(config, mesh)
     sums = engine.forward_backward([batch], batch.target_count)
-    loss, guess = float(sums.loss) / batch.target_count, math.log(config.model.vocab)
-    near = abs(loss - guess) < 0.1 * guess
-    yield Check("first loss is that of guessing", near, f"{loss:.3f} nats, ln(vocab) is {guess:.3f}")
+    loss, uniform = float(sums.loss) / batch.target_count, math.log(config.model.vocab)
+    near = abs(loss - uniform) < 0.1 * uniform
+    yield Check("first loss is that of uniform guessing", near, f"{loss:.3f} nats, ln(vocab) is {uniform:.3f}")
     dead = [
         name
         for name, (gradient, *_) in engine.gradient_pieces().items()
@@ -125,19 +122,20 @@ def _first_step(config: RunConfig, mesh: Mesh, batch: Batch) -> Iterator[Check]:
     ]
     yield Check("gradients reach every weight", not dead, ", ".join(dead) or "all finite, none zero")
     engine.grad_norm()
-    detail = LayerStats(engine, optimizer, mesh, config.model)
-    detail.before_apply([batch])
-    norms = detail.gradient_norms()
+    stats = LayerStats(engine, optimizer, mesh, config.model)
+    stats.before_apply([batch])
+    norms = stats.gradient_norms()
     blocks = [norm for name, norm in norms.items() if name.startswith("blocks.")]
-    spread = max(blocks) / max(min(blocks), 1e-30)
+    ratio = max(blocks) / max(min(blocks), 1e-30)
     text = "  ".join(f"{name.removeprefix('blocks.')} {norm:.2g}" for name, norm in norms.items())
-    yield Check("gradient norms by layer are alike", spread < 100, f"{text}  (largest / smallest block {spread:.1f})")
+    found = f"{text}  (largest / smallest block {ratio:.1f})"
+    yield Check("gradient norms of the blocks are within a factor of 100", ratio < 100, found)
 
 
-def _overfits(config: RunConfig, mesh: Mesh, batch: Batch) -> Check:
+def _overfit(config: RunConfig, mesh: Mesh, batch: Batch) -> Check:
     engine, _ = build_engine(config, mesh)
     best, rate = math.inf, config.optimizer.learning_rate
-    with progress(OVERFIT_STEPS, "learning one batch by heart", "steps") as advance:
+    with progress(OVERFIT_STEPS, "overfitting one batch", "steps") as advance:
         for step in range(1, OVERFIT_STEPS + 1):
             best = min(best, _train_step(engine, config, batch, rate * min(1.0, step / 10)))
             advance(1)
@@ -147,24 +145,23 @@ def _overfits(config: RunConfig, mesh: Mesh, batch: Batch) -> Check:
 
 
 def _range_test(config: RunConfig, mesh: Mesh, batch: Batch) -> Check:
-    """Raise the rate a little each step; the loss falls, then bursts. The run's rate should be below the burst."""
+    """Raise the learning rate each step until the loss diverges. The run's rate should be below that point."""
     engine, _ = build_engine(config, mesh)
     parts = [part.to(mesh.device) for part in batch.micro_batches(1)]
-    losses, best, burst = [], math.inf, math.inf
+    best, best_rate, diverges = math.inf, RANGE_LOW, math.inf
     with progress(RANGE_STEPS, "learning-rate range test", "steps") as advance:
         for step in range(RANGE_STEPS):
             rate = RANGE_LOW * (RANGE_HIGH / RANGE_LOW) ** (step / (RANGE_STEPS - 1))
-            part = parts[step % len(parts)]
-            losses.append((rate, _train_step(engine, config, part, rate)))
-            best = min(best, losses[-1][1])
+            loss = _train_step(engine, config, parts[step % len(parts)], rate)
             advance(1)
-            if not math.isfinite(losses[-1][1]) or (step > 5 and losses[-1][1] > 1.5 * best):
-                burst = rate
+            if loss < best:
+                best, best_rate = loss, rate
+            if not math.isfinite(loss) or (step > 5 and loss > 1.5 * best):
+                diverges = rate
                 break
-    lowest = min((loss, rate) for rate, loss in losses if math.isfinite(loss))[1]
     rate = config.optimizer.learning_rate
-    text = f"loss lowest at {lowest:.1e}, bursts at {burst:.1e}; the run uses {rate:.1e}"
-    return Check("the learning rate is below the one that diverges", rate < burst, text)
+    found = f"loss lowest at {best_rate:.1e}, diverges at {diverges:.1e}; the run uses {rate:.1e}"
+    return Check("the learning rate is below the one that diverges", rate < diverges, found)
 
 
 def _train_step(engine: Engine, config: RunConfig, batch: Batch, rate: float) -> float:
@@ -174,29 +171,18 @@ def _train_step(engine: Engine, config: RunConfig, batch: Batch, rate: float) ->
     return float(sums.loss) / max(batch.target_count, 1)
 
 
-def _first(batch: Batch, sequences: int) -> Batch:
-    rows = len(batch.samples)
-    return batch.micro_batches(sequences)[0] if rows % sequences == 0 else batch.micro_batches(1)[0]
-
-
 def _check_memory(config: RunConfig) -> None:
     device = local_device()
     need = parameters(config.model) * STATE_BYTES
     have = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _memory_bytes()
     if need > have:
         raise UserError(
-            f"the checks train the model on one device: {need / 2**30:,.0f} GiB of state, {have / 2**30:,.0f} GiB here",
+            f"the model needs {need / 2**30:,.0f} GiB of state, and this device has {have / 2**30:,.0f} GiB",
             where="model",
-            remedy="check a smaller model of the same family (model.layers=2), or run on a larger machine",
+            why="the checks train the model on one device",
+            remedy="check a smaller model of the same family (model.layers=2), or use a larger machine",
         )
 
 
 def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""

@@ -1,4 +1,4 @@
-"""`--profile 10:13`: a trace of these steps, in the run's logs, one file a rank (chrome://tracing, Perfetto)."""
+"""`--profile 10:13`: trace these steps into one file per rank in the run's logs (chrome://tracing, Perfetto)."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ class Profile:
         self.step(0)
 
     def step(self, step: int) -> None:
-        """A step has ended: begin or end the trace if it is time."""
+        """Start or end the trace after `step` has ended."""
         if self.first < self.last and step == self.first:
             self._profiler = torch.profiler.profile(record_shapes=True)
             self._profiler.start()
@@ -26,7 +26,7 @@ class Profile:
             self.close()
 
     def close(self) -> None:
-        """End and write a trace that is under way."""
+        """End a running trace and write it."""
         if self._profiler is not None:
             self._profiler.stop()
             self._profiler.export_chrome_trace(str(self.file))

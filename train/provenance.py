@@ -1,4 +1,4 @@
-"""Where a run comes from: commit, packages, hardware, data, command line. Written once, into provenance.json."""
+"""What ran, on what, from what: commit, packages, hardware, data, command line. Written once, to provenance.json."""
 
 import importlib.metadata
 import os
@@ -18,7 +18,7 @@ PACKAGES = ("minka", "torch", "numpy", "tokenizers", "transformers", "datasets",
 
 
 def provenance(config: RunConfig, store: TokenStore, command: Sequence[str]) -> dict[str, object]:
-    """Everything needed to say what ran, on what, from what; no secrets (the environment is left out)."""
+    """Return the contents of provenance.json. The environment is left out: it can hold secrets."""
     return {
         "format": 1,
         "time": time.time(),
@@ -39,12 +39,12 @@ def provenance(config: RunConfig, store: TokenStore, command: Sequence[str]) -> 
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """What is installed of these; None where one is not."""
+    """Return the installed version of each package, None where it is not installed."""
     return {name: _version(name) for name in packages}
 
 
 def processor() -> str:
-    """The CPU's model name."""
+    """Return the CPU's model name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -62,14 +62,12 @@ def _version(name: str) -> str | None:
         return str(tomllib.loads(source.read_text(encoding="utf-8"))["project"]["version"])
 
 
-def _git(*words: str) -> str | None:
-    """What git says of minka's own repository; None where minka is installed inside somebody else's."""
+def _git(*arguments: str) -> str | None:
+    """Return git's output on minka's own repository; None where minka is installed inside a different one."""
+    if not (ROOT / ".git").exists():  # a file in a worktree
+        return None
     try:
-        top, said = (
-            subprocess.run(["git", "-C", str(ROOT), *w], capture_output=True, text=True, timeout=10)
-            for w in (("rev-parse", "--show-toplevel"), words)
-        )
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    ours = top.returncode == 0 and Path(top.stdout.strip()).resolve() == ROOT
-    return said.stdout.strip() if ours and said.returncode == 0 else None
+    return done.stdout.strip() if done.returncode == 0 else None

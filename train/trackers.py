@@ -1,4 +1,4 @@
-"""Optional trackers beside the ledger: wandb (offline works) and TensorBoard. Each gets flat {name: number}."""
+"""Optional trackers that get the ledger's numbers: wandb (online or offline) and TensorBoard."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -10,14 +10,26 @@ from minka.plan.run_folder import RunFolder
 
 
 class Tracker(Protocol):
-    """Somewhere numbers go."""
+    """Receives numbers by name, and the step that they belong to."""
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None: ...
     def close(self) -> None: ...
 
 
+def check_trackers(config: RunConfig) -> None:
+    """Raise UserError when a tracker of the run is not installed. Imports no tracker."""
+    wanted = {"wandb": config.tracking.wandb != "off", "tensorboard": config.tracking.tensorboard}
+    for package in wanted:
+        if wanted[package] and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"{package} is not installed",
+                where=f"tracking.{package}",
+                remedy=f"pip install 'minka[{package}]', or drop the setting: the ledger is always written",
+            )
+
+
 def open_trackers(config: RunConfig, folder: RunFolder) -> list[Tracker]:
-    """The trackers the run asks for. Raises UserError when one is not installed."""
+    """Open the trackers of the run. Raises UserError when one is not installed."""
     check_trackers(config)
     trackers: list[Tracker] = []
     if config.tracking.wandb != "off":
@@ -28,7 +40,7 @@ def open_trackers(config: RunConfig, folder: RunFolder) -> list[Tracker]:
 
 
 class Wandb:
-    """Weights & Biases, in the run's folder; the run's name is its id, so a restart goes on with the same page."""
+    """Weights & Biases. The run's name is its id, so a resumed run continues the same page."""
 
     def __init__(self, config: RunConfig, folder: RunFolder) -> None:
         import wandb
@@ -45,11 +57,9 @@ class Wandb:
         )
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Numbers of one step."""
         self._run.log(dict(numbers), step=step)
 
     def close(self) -> None:
-        """Finish the page."""
         self._run.finish()
 
 
@@ -62,21 +72,8 @@ class TensorBoard:
         self._writer: Any = SummaryWriter(log_dir=str(folder.logs / "tensorboard"))
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Numbers of one step."""
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Write what is left."""
         self._writer.close()
-
-
-def check_trackers(config: RunConfig) -> None:
-    """Raises UserError when a tracker that the run asks for is not installed. Imports none of them."""
-    asked = {"wandb": config.tracking.wandb != "off", "tensorboard": config.tracking.tensorboard}
-    for package in (name for name, wanted in asked.items() if wanted and importlib.util.find_spec(name) is None):
-        raise UserError(
-            f"{package} is not installed",
-            where=f"tracking.{package}",
-            remedy=f"pip install 'minka[{package}]', or drop the setting: the ledger is always written",
-        )

@@ -132,7 +132,7 @@ def session(job: WorkerJob, mesh: Mesh) -> Iterator[tuple[Session, State]]:
         loader = Loader(config, store.split("train"), mesh.data_rank, mesh.layout.data_ways, state.loader, mesh.device)
         stack.callback(loader.close)
         profile = Profile(job.profile, folder.logs / f"trace-{mesh.rank:05d}.json")
-        console.begin(state.step)
+        console.start(state.step)
         yield Session(config, mesh, engine, optimizer, loader, record, supervisor, profile), state
 
 

@@ -135,7 +135,7 @@ def train_asked(
 
 def steps_done() -> list[int]:
     """A list whose last entry is the number of steps done, while the run goes on."""
-    done, begin, alive = [0], Console.begin, SupervisorLink.heartbeat
+    done, begin, alive = [0], Console.start, SupervisorLink.heartbeat
 
     def begins(self: Console, step: int) -> None:
         done.append(step)
@@ -145,7 +145,7 @@ def steps_done() -> list[int]:
         done.append(max(step, done[-1]))
         alive(self, step, **kwargs)
 
-    Console.begin, SupervisorLink.heartbeat = begins, beats  # type: ignore[method-assign]
+    Console.start, SupervisorLink.heartbeat = begins, beats  # type: ignore[method-assign]
     return done
 
 

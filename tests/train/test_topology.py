@@ -1,4 +1,4 @@
-"""Two plain torchrun agents: the mesh is laid by hosts and their GPUs, however the launcher numbers the ranks."""
+"""Under two torchrun agents the mesh follows hosts and GPUs, however the launcher numbers the ranks."""
 
 import json
 import socket
@@ -20,7 +20,7 @@ HOSTS = ("node2", "node10")
 
 
 def agents(config: RunConfig, first: str) -> None:
-    """One agent for each of HOSTS, two ranks each; `first` is the one that torchrun gives ranks 0 and 1."""
+    """Run an agent with two ranks on each of HOSTS; torchrun gives ranks 0 and 1 to `first`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -56,9 +56,9 @@ def test_the_order_of_ranks_is_that_of_the_hosts(tmp_path: Path) -> None:
         )
         agents(config, first)
         folder = RunFolder.of(config)
-        told = json.loads(folder.topology_file.read_text())
-        seats = {(place["host"], place["gpu"]): place["coordinate"] for place in told["places"]}
-        assert [place["rank"] for place in told["places"]] == ([0, 1, 2, 3] if first == "node2" else [2, 3, 0, 1])
+        topology = json.loads(folder.topology_file.read_text())
+        seats = {(place["host"], place["gpu"]): place["coordinate"] for place in topology["places"]}
+        assert [place["rank"] for place in topology["places"]] == ([0, 1, 2, 3] if first == "node2" else [2, 3, 0, 1])
         whole = {n: t.double().numpy() for n, t in whole_tensors(checkpoints(folder.checkpoints)[-1], "model.")}
         found[first] = seats, whole
     (seats, tensors), (others, same) = found.values()

@@ -1,4 +1,4 @@
-"""Checkpoints travel: saved under one layout they go on under any other, bit for bit and with the same samples."""
+"""A checkpoint saved under one layout resumes under any other, bit for bit and with the same samples."""
 
 from pathlib import Path
 from typing import Any
@@ -48,13 +48,13 @@ def run_under(layout: str, folder: Path, **run: Any) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One corpus and store for all."""
+    """One corpus and store for all tests."""
     return tmp_path_factory.mktemp("travel")
 
 
 @pytest.fixture(scope="module")
 def unbroken(folder: Path) -> dict[str, Any]:
-    """The last step of one process that was never stopped."""
+    """The last step event of one process that was never stopped."""
     config = run_under("one process", folder, name="unbroken")
     assert on_ranks(train_rank, 1, config) == [0]
     events = read_ledger(RunFolder.of(config).ledger_file)
@@ -64,7 +64,7 @@ def unbroken(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "saved", [pytest.param(n, marks=[] if "dualpipev" in n else pytest.mark.slow) for n in LAYOUTS]
 )
-def test_a_checkpoint_goes_on_under_every_other_layout(saved: str, folder: Path, unbroken: dict[str, Any]) -> None:
+def test_a_checkpoint_resumes_under_every_other_layout(saved: str, folder: Path, unbroken: dict[str, Any]) -> None:
     config = run_under(saved, folder, max_steps=SAVED_AT)
     assert set(on_ranks(train_rank, config.layout.world, config, seconds=120)) == {0}
     run = RunFolder.of(config)
@@ -73,7 +73,7 @@ def test_a_checkpoint_goes_on_under_every_other_layout(saved: str, folder: Path,
     samples: dict[str, list[int]] = {}
     for name in LAYOUTS:
         other = run_under(name, folder)
-        found = on_ranks(going_on, other.layout.world, other, str(run.checkpoints), seconds=120)
+        found = on_ranks(resumed, other.layout.world, other, str(run.checkpoints), seconds=120)
         whole = put_together([rank["pieces"] for rank in found])
         assert whole.keys() == stored.keys() - {"rng.torch"}
         for tensor, values in whole.items():
@@ -86,8 +86,8 @@ def test_a_checkpoint_goes_on_under_every_other_layout(saved: str, folder: Path,
     assert samples["one process"] == list(range(8 * SAVED_AT, 8 * SAVED_AT + 8))
 
 
-def going_on(config: RunConfig, folder: str) -> dict[str, Any]:
-    """One rank that restores, tells its pieces, and takes a step."""
+def resumed(config: RunConfig, folder: str) -> dict[str, Any]:
+    """Restore on one rank and take a step. Return the restored pieces, the loss and the samples."""
     with start_mesh(config.layout) as mesh:
         engine, _ = build_engine(config, mesh)
         state = State.from_json(restore(Path(folder), engine.tensors(), mesh, lambda path, reason: None))
