@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from minka.kernels.accumulation_dtype import wide
 from minka.kernels.linear_cross_entropy import IGNORED, linear_cross_entropy, token_losses
+from minka.plan.sizing import logit_rows
 
 __all__ = ["IGNORED", "Head", "HeadSums"]
 
@@ -27,6 +28,8 @@ class HeadSums(NamedTuple):
 class Head(nn.Module):
     """Projection to the vocabulary and the loss on it. `tied` shares the embedding's weights and owns none."""
 
+    device_kind = ""  # whose number of logits at once is taken; empty: that of the device of the tensors
+
     def __init__(self, d_model: int, vocab: int, z_weight: float, tied: nn.Embedding | None) -> None:
         super().__init__()
         self.z_weight = z_weight
@@ -40,6 +43,10 @@ class Head(nn.Module):
         """The weights [V, D], own or the embedding's."""
         return self._tied[0].weight if self._tied else self.weight
 
+    def chunk(self, weight_VD: Tensor) -> int:
+        """Return how many tokens' logits exist at once, [V] of them each."""
+        return logit_rows(weight_VD.shape[0], self.device_kind or weight_VD.device.type)
+
     def logits(self, hidden_BTD: Tensor, at: int | None = None) -> Tensor:
         """fp32 logits [B, T, V], or [B, 1, V] of the tokens at place `at`; for evaluation and generation only."""
         return wide(F.linear(hidden_BTD if at is None else hidden_BTD[:, at : at + 1], self.matrix()))
@@ -50,6 +57,8 @@ class Head(nn.Module):
         The losses carry no gradient.
         """
         hidden_ND, targets_N = rearrange(hidden_BTD, "b t d -> (b t) d"), targets_BT.flatten()
+        weight_VD = self.matrix()
+        chunk = self.chunk(weight_VD)
         if reduce:
-            return HeadSums(*linear_cross_entropy(hidden_ND, self.matrix(), targets_N, self.z_weight))
-        return token_losses(hidden_ND, self.matrix(), targets_N).view(targets_BT.shape)
+            return HeadSums(*linear_cross_entropy(hidden_ND, weight_VD, targets_N, self.z_weight, chunk))
+        return token_losses(hidden_ND, weight_VD, targets_N, chunk).view(targets_BT.shape)

@@ -10,20 +10,21 @@ from torch.utils.checkpoint import checkpoint
 
 from minka.model.initial_weights import fill_
 from minka.model.transformer import Transformer
-from minka.parallel.fsdp import home, shard_model
+from minka.parallel.fsdp import shard_model, storage_device
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import parameter_piece
 from minka.parallel.precision import compute_dtype
 from minka.parallel.tensor import cut_tensor
 from minka.plan.config import RunConfig
 from minka.plan.pipeline_stages import stages_of
+from minka.plan.sizing import compiles_full_graph
 
 
 def build_parts(config: RunConfig, mesh: Mesh) -> list[Transformer]:
     """This rank's part of the model, with its initial weights: its stages of the pipeline, or one that is all of it."""
     parts = cut(config, mesh)
     for part in parts:
-        part.to_empty(device=home(mesh))
+        part.to_empty(device=storage_device(mesh))
         initialise(part, config, mesh.device)
     return parts
 
@@ -46,7 +47,7 @@ def cut(config: RunConfig, mesh: Mesh) -> list[Transformer]:
             if config.layout.recompute == "block":
                 recompute(block)
             if config.kernels.compile:
-                block.compile(fullgraph=config.layout.recompute == "none" and mesh.layout.context == 1)
+                block.compile(fullgraph=compiles_full_graph(mesh.layout))
         shard_model(model, blocks, mesh, compute_dtype(config, mesh))
         parts.append(model)
     return parts

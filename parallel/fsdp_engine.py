@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from minka.model.transformer import Transformer
 from minka.parallel.apply import build_parts
 from minka.parallel.engine import MicroBatch, ModelParts, Sums, TorchEngine
-from minka.parallel.fsdp import reshards
+from minka.parallel.fsdp import frees_blocks
 from minka.parallel.inputs import Fed, Feeder
 from minka.parallel.mesh import Mesh
 from minka.plan.config import RunConfig
@@ -76,5 +76,5 @@ class ShardedEngine(TorchEngine, ShardedScorer):
             self.model.set_requires_gradient_sync(last or self.mesh.layout.reduce == "micro_batch")
             self.model.set_requires_all_reduce(last)
             self.model.set_is_last_backward(last)
-            freed = reshards(self.mesh, self.model.blocks.values(), self.feeder.dtype)
+            freed = frees_blocks(self.mesh, self.model.blocks.values(), self.feeder.dtype)
             self.model.set_reshard_after_backward(last, recurse=not freed)

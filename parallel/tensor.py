@@ -124,11 +124,12 @@ class VocabularyHead(Head):
     def forward(self, hidden_BTD: Tensor, targets_BT: Tensor, reduce: bool = True) -> HeadSums | Tensor:
         """See Head; the numbers are the same on every rank of the group."""
         weight = _local(self.matrix(), Shard(0))
+        chunk = self.chunk(weight)
         rows = VocabShard(self.axis.get_local_rank() * weight.shape[0], *self._over)
         hidden_ND = rearrange(_gather_tokens(hidden_BTD, self.axis), "b t d -> (b t) d")
         if reduce:
-            return HeadSums(*linear_cross_entropy(hidden_ND, weight, targets_BT.flatten(), self.z_weight, rows))
-        return token_losses(hidden_ND, weight, targets_BT.flatten(), rows).view(targets_BT.shape)
+            return HeadSums(*linear_cross_entropy(hidden_ND, weight, targets_BT.flatten(), self.z_weight, chunk, rows))
+        return token_losses(hidden_ND, weight, targets_BT.flatten(), chunk, rows).view(targets_BT.shape)
 
 
 def _distribute(module: nn.Module, axis: DeviceMesh, placement: Placement) -> None:

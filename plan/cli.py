@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import typer
@@ -50,6 +50,22 @@ def print_json(value: object) -> None:
     """One JSON document on stdout; non-finite numbers are the strings NaN, Infinity, -Infinity, as in the ledger."""
     plain = json.loads(json.dumps(value, default=str), parse_constant=str)
     print(json.dumps(plain, indent=2, allow_nan=False))
+
+
+def table_lines(rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> list[str]:
+    """Return rows, the first of which is the head, as aligned lines; the columns in `numbers` to the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for index, name in enumerate(rows[0]):
+        table.add_column(name, no_wrap=True, justify="right" if index in numbers else "left")
+    for row in rows[1:]:
+        table.add_row(*row)
+    console = Console(width=10_000, color_system=None, markup=False, highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    return [line.rstrip() for line in captured.get().splitlines()]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from minka.parallel import pipeline_engine as pipeline
 from minka.parallel.fsdp_engine import ShardedEngine
 from minka.parallel.inputs import Fed, Feeder
 from minka.parallel.pieces import Piece, squared_norm
+from minka.plan import sizing
 
 
 def put(owner: Any, name: str, new: Any) -> None:
@@ -96,8 +97,8 @@ def scale_grads() -> None:
 
 def resharding() -> None:
     """Free gathered weights after forward, whatever the schedule."""
-    put(shard, "reshards", lambda *given: True)
-    put(shard, "UNIT_BYTES", 1)
+    put(shard, "frees_gathered_weights", lambda *given: True)
+    put(sizing, "UNIT_BYTES", 1)
 
 
 def dropped_all_reduce() -> None:

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minka.parallel import fsdp as shard
 from minka.parallel.mesh import start_mesh
 from minka.parallel.pieces import Piece, piece_of, tensor_name
+from minka.plan import sizing
 from minka.plan.config import RunConfig
 from minka.plan.load_config import validate
 from minka.train.guard import accepts
@@ -70,7 +70,7 @@ def run_on(
 
 def rank_of(config: RunConfig, fault: Callable[[], object] | None, steps: int) -> dict[str, Any]:
     """One rank of it. Every block is a unit of FSDP's, as in models that are worth cutting: else nothing reshards."""
-    shard.UNIT_BYTES = 1
+    sizing.UNIT_BYTES = 1
     if fault is not None:
         fault()
     losses, norms, pieces = [], [], {}

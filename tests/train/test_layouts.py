@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from minka.checkpoint.restore import checkpoints, whole_tensors
 from minka.model.transformer import Transformer
-from minka.parallel import fsdp as shard
 from minka.parallel.apply import build_parts, named_parameters
 from minka.parallel.engine import MicroBatch, Sums, TorchEngine
 from minka.parallel.fsdp_engine import ShardedEngine
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.parallel.pieces import parameter_piece
+from minka.plan import sizing
 from minka.plan.config import RunConfig
 from minka.plan.ledger import read_ledger
 from minka.plan.run_folder import RunFolder
@@ -197,7 +197,7 @@ def plant_leaking_boundary() -> None:
 
 def make_units() -> None:
     """No fault: every block becomes a unit of its own."""
-    shard.UNIT_BYTES = 1
+    sizing.UNIT_BYTES = 1
 
 
 FAULTS: dict[str, Callable[[], None]] = {
