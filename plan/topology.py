@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from math import prod
 from typing import Any, NamedTuple
 
 from minka.plan.cli import table_lines
@@ -97,62 +96,33 @@ def coordinates(layout: Layout, at: int) -> dict[str, int]:
     return {axis: found[axis] for axis in AXES}
 
 
-def position(layout: Layout, **coordinate: int) -> int:
-    """Return the mesh position with these coordinates, 0 on axes left out. Raises ValueError if there is none."""
-    at = 0
-    for axis in AXES:
-        ways, index = getattr(layout, axis), coordinate.pop(axis, 0)
-        if not 0 <= index < ways:
-            raise ValueError(f"{axis}={index} is not on a mesh with {ways} ways of it")
-        at = at * ways + index
-    if coordinate:
-        raise ValueError(f"no axis is called {', '.join(coordinate)}; there are {', '.join(AXES)}")
-    return at
-
-
-def peers(layout: Layout, at: int, axis: str) -> range:
-    """Return the mesh positions of the group of position `at` along an axis, in the axis's order."""
-    step = prod(getattr(layout, faster) for faster in AXES[AXES.index(axis) + 1 :])
-    first = at - coordinates(layout, at)[axis] * step
-    return range(first, first + step * getattr(layout, axis), step)
-
-
-def holders(layout: Layout, layers_by_stage: Sequence[Sequence[int]]) -> dict[int, range]:
-    """Return the mesh positions that hold (a part of) each layer. Raises ValueError unless each stage has layers."""
-    if len(layers_by_stage) != layout.stage_count or not all(layers_by_stage):
-        raise ValueError(f"layers for {sum(map(bool, layers_by_stage))} of {layout.stage_count} stages")
-    return {
-        layer: _holding(layout, layout.rank_of_stage(stage))
-        for stage, layers in enumerate(layers_by_stage)
-        for layer in layers
-    }
-
-
 def describe(layout: Layout, topology: Topology, layers_by_stage: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Return what runs where, for JSON: `axes`, `places` by mesh position, and `stages` with their positions.
 
     Raises UserError where the layout does not fit the number of places, ValueError unless each stage has layers.
     """
     layout = layout.resolve(len(topology.places))
-    positions = holders(layout, layers_by_stage)
+    if len(layers_by_stage) != layout.stage_count or not all(layers_by_stage):
+        raise ValueError(f"layers for {sum(map(bool, layers_by_stage))} of {layout.stage_count} stages")
     domains: Sequence[int | None] = topology.domains() or [None] * layout.world
     places = []
     for at, (place, domain) in enumerate(zip(canonical(topology.places), domains, strict=True)):
-        coordinate = coordinates(layout, at)
-        stages = layout.stages_of_rank(coordinate["pipeline"])
-        layers = [layer for stage in stages for layer in layers_by_stage[stage]]
-        where = {"position": at, **place._asdict(), "domain": domain, "coordinate": coordinate}
-        places.append(where | {"stages": stages, "layers": layers})
+        at_axes = coordinates(layout, at)
+        held = layout.stages_of_rank(at_axes["pipeline"])
+        row = {"position": at, **place._asdict(), "domain": domain, "coordinate": at_axes, "stages": held}
+        places.append(row | {"layers": [layer for stage in held for layer in layers_by_stage[stage]]})
+    stages = []
+    for stage, layers in enumerate(layers_by_stage):
+        width, coordinate = layout.world // layout.pipeline, layout.rank_of_stage(stage)  # the slowest axis
+        positions = [coordinate * width, (coordinate + 1) * width - 1]
+        stages.append({"stage": stage, "layers": list(layers), "positions": positions})
     return {
         "world": layout.world,
         "axes": {axis: getattr(layout, axis) for axis in AXES},
         "schedule": layout.schedule if layout.pipeline > 1 else None,
         "domain_gpus": topology.domain or None,
         "places": places,
-        "stages": [
-            {"stage": stage, "layers": list(held), "positions": [positions[held[0]][0], positions[held[0]][-1]]}
-            for stage, held in enumerate(layers_by_stage)
-        ],
+        "stages": stages,
     }
 
 
@@ -198,12 +168,6 @@ def spans(numbers: Iterable[int]) -> str:
 def _natural(name: str) -> list[int | str]:
     """Return a key that sorts numbers within names by value: words and numbers alternate, a word first."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))]
-
-
-def _holding(layout: Layout, coordinate: int) -> range:
-    """Return the mesh positions at a coordinate of the pipeline axis, which is the slowest."""
-    size = layout.world // layout.pipeline
-    return range(coordinate * size, (coordinate + 1) * size)
 
 
 def _each_has_a_gpu(topology: Topology) -> None:

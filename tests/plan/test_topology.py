@@ -12,10 +12,8 @@ from minka.plan.topology import (
     canonical,
     check,
     coordinates,
-    holders,
+    describe,
     order,
-    peers,
-    position,
     tensor_choices,
 )
 from places import filled, shuffled
@@ -184,44 +182,34 @@ def test_where_domains_are_not_known_nothing_is_refused_but_a_wrong_number_of_ra
 
 
 @given(pipeline=WAYS, replicate=WAYS, shard=WAYS, context=WAYS, tensor=WAYS)
-def test_positions_and_coordinates_are_each_others_inverse_and_tensor_is_fastest(**ways: int) -> None:
+def test_every_position_has_its_own_coordinate_and_tensor_is_fastest(**ways: int) -> None:
     layout = Layout.model_validate(ways)
     found = [coordinates(layout, at) for at in range(layout.world)]
-    assert [position(layout, **coordinate) for coordinate in found] == list(range(layout.world))
     assert [tuple(coordinate) for coordinate in found] == [AXES] * layout.world
-    assert [tuple(coordinate.values()) for coordinate in found] == sorted(tuple(c.values()) for c in found)
+    assert [tuple(coordinate.values()) for coordinate in found] == sorted({tuple(c.values()) for c in found})
+    assert all(0 <= coordinate[axis] < ways[axis] for coordinate in found for axis in AXES)
 
 
-@given(pipeline=WAYS, replicate=WAYS, shard=WAYS, context=WAYS, tensor=WAYS, axis=st.sampled_from(AXES))
-def test_peers_differ_on_their_axis_alone_and_are_in_its_order(axis: str, **ways: int) -> None:
-    layout = Layout.model_validate(ways)
-    for at in range(layout.world):
-        here = coordinates(layout, at)
-        assert [coordinates(layout, peer) for peer in peers(layout, at, axis)] == [
-            here | {axis: index} for index in range(ways[axis])
-        ]
+@pytest.mark.parametrize("at", [-1, 4])
+def test_a_position_that_is_not_on_the_mesh_is_an_error(at: int) -> None:
+    with pytest.raises(ValueError, match="not on a mesh of 4"):
+        coordinates(Layout(shard=2, tensor=2), at)
 
 
-def test_places_that_are_not_on_the_mesh_are_errors() -> None:
-    layout = Layout(shard=2, tensor=2)
-    assert position(layout, shard=1) == 2
-    for at in (-1, 4):
-        with pytest.raises(ValueError, match="not on a mesh of 4"):
-            coordinates(layout, at)
-    with pytest.raises(ValueError, match="tensor=2 is not"):
-        position(layout, tensor=2)
-    with pytest.raises(ValueError, match="no axis is called experts"):
-        position(layout, experts=0)
+def held(layout: Layout, layers: list[list[int]]) -> dict[int, list[int]]:
+    """The first and the last position that hold each layer."""
+    stages = describe(layout, filled([layout.world]), layers)["stages"]
+    return {layer: stage["positions"] for stage in stages for layer in stage["layers"]}
 
 
 def test_layers_are_held_in_a_loop_or_in_a_v() -> None:
     loop = Layout(pipeline=2, shard=2, tensor=2, schedule="interleaved", stages_per_rank=2)
     v = loop.model_copy(update={"schedule": "zbv", "stages_per_rank": 0})
     layers = [[0], [1], [2], [3, 4]]
-    first, second = range(4), range(4, 8)
-    assert holders(loop, layers) == {0: first, 1: second, 2: first, 3: second, 4: second}
-    assert holders(v, layers) == {0: first, 1: second, 2: second, 3: first, 4: first}
-    assert holders(Layout(shard=3), [range(2)]) == {0: range(3), 1: range(3)}
+    first, second = [0, 3], [4, 7]
+    assert held(loop, layers) == {0: first, 1: second, 2: first, 3: second, 4: second}
+    assert held(v, layers) == {0: first, 1: second, 2: second, 3: first, 4: first}
+    assert held(Layout(shard=3), [[0, 1]]) == {0: [0, 2], 1: [0, 2]}
     for wrong in ([[0], [1], [2]], [[0], [1], [2], []]):
         with pytest.raises(ValueError, match="of 4 stages"):
-            holders(loop, wrong)
+            held(loop, wrong)

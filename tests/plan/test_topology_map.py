@@ -16,7 +16,6 @@ from minka.plan.topology import (
     coordinates,
     describe,
     describe_lines,
-    holders,
     order,
     spans,
 )
@@ -31,16 +30,17 @@ def test_a_description_agrees_with_the_functions_and_is_json(schedule: str) -> N
     described = describe(asked, topology, layers)
     assert json.loads(json.dumps(described)) == described
     assert [place["rank"] for place in described["places"]] == list(order(topology.places))
-    holding = holders(layout, layers)
     for at, (place, row) in enumerate(zip(canonical(topology.places), described["places"], strict=True)):
         assert (row["position"], row["host"], row["gpu"], row["rank"]) == (at, *place)
         assert row["domain"] == at // 4
         assert row["coordinate"] == coordinates(layout, at)
         assert row["stages"] == layout.stages_of_rank(row["coordinate"]["pipeline"])
-        assert sorted(row["layers"]) == [layer for layer, positions in holding.items() if at in positions]
+        assert row["layers"] == [layer for stage in row["stages"] for layer in layers[stage]]
     for row in described["stages"]:
         first, last = row["positions"]
-        assert {holding[layer] for layer in row["layers"]} == {range(first, last + 1)}
+        holding = [place["position"] for place in described["places"] if row["stage"] in place["stages"]]
+        assert holding == list(range(first, last + 1))
+        assert row["layers"] == list(layers[row["stage"]])
 
 
 def test_a_small_run_has_a_line_for_each_rank_and_a_large_one_for_each_host() -> None:
