@@ -15,6 +15,9 @@ FORMULAS: dict[Convention, str] = {
     "palm": "PaLM (arXiv:2204.02311, app. B): 6N + 12Lhes FLOPs a token, full attention",
 }
 
+# Fields of Shape that ModelSection has, too.
+SHARED = ("layers", "d_model", "heads", "kv_heads", "head_dim", "d_ff", "vocab", "tied", "qk_norm")
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -39,18 +42,8 @@ class Shape:
     @classmethod
     def of(cls, model: ModelSection) -> Self:
         """Return the shape of a model that minka trains."""
-        return cls(
-            layers=model.layers,
-            d_model=model.d_model,
-            heads=model.heads,
-            kv_heads=model.kv_heads,
-            head_dim=model.head_dim,
-            d_ff=model.d_ff,
-            vocab=model.vocab,
-            tied=model.tied,
-            biases="qkv" if model.qkv_bias else "none",
-            qk_norm=model.qk_norm,
-        )
+        same = {name: getattr(model, name) for name in SHARED}
+        return cls(**same, biases="qkv" if model.qkv_bias else "none")
 
     @property
     def query_width(self) -> int:

@@ -6,9 +6,9 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
-from minka.plan.config_sections import ModelSection, RopeScaling
+from minka.plan.config_sections import ModelSection
 from minka.plan.errors import UserError
-from minka.plan.flops import Shape
+from minka.plan.flops import SHARED, Shape
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -47,12 +47,27 @@ FAMILIES: Mapping[str, Family] = {
     "mixtral": Family(silent={"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2}),
     "qwen3_moe": Family(silent={"num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8}, qk_norm=True),
 }
-ALIASES = {  # older names of the same settings
+SIZES = {  # of Shape and ModelSection, with transformers' names
+    "layers": "num_hidden_layers",
+    "d_model": "hidden_size",
+    "heads": "num_attention_heads",
+    "d_ff": "intermediate_size",
+    "vocab": "vocab_size",
+}
+TRAINED_WITH = {"norm_eps": "rms_norm_eps", "max_positions": "max_position_embeddings", "init_std": "initializer_range"}
+LLAMA3_ROPE = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_positions": "original_max_position_embeddings",
+}
+ALIASES = {  # other names of the same settings
     "n_layer": "num_hidden_layers",
     "n_embd": "hidden_size",
     "n_head": "num_attention_heads",
     "n_inner": "intermediate_size",
     "num_experts": "num_local_experts",
+    "moe_intermediate_size": "intermediate_size",
 }
 WINDOWED = ("mistral", "mixtral", "gemma2", "phi3")  # use sliding_window without being asked to
 BIASES = ("attention_bias", "mlp_bias")
@@ -74,18 +89,14 @@ def read_shape(values: Mapping[str, Any], where: str) -> HubModel:
     """
     name = _family(values, where)
     family, known = FAMILIES[name], _with_defaults(name, values)
-    width, heads = _size(known, "hidden_size", where), _size(known, "num_attention_heads", where)
     if name == "gpt2":
-        known.setdefault("intermediate_size", 4 * width)
+        known.setdefault("intermediate_size", 4 * _size(known, "hidden_size", where))
+    sizes = {ours: _size(known, theirs, where) for ours, theirs in SIZES.items()}
     experts = known.get("num_local_experts") or 1
     shape = Shape(
-        layers=_size(known, "num_hidden_layers", where),
-        d_model=width,
-        heads=heads,
-        kv_heads=known.get("num_key_value_heads") or heads,
-        head_dim=known.get("head_dim") or width // heads,
-        d_ff=known.get("moe_intermediate_size") or _size(known, "intermediate_size", where),
-        vocab=_size(known, "vocab_size", where),
+        **sizes,
+        kv_heads=known.get("num_key_value_heads") or sizes["heads"],
+        head_dim=known.get("head_dim") or sizes["d_model"] // sizes["heads"],
         tied=known.get("tie_word_embeddings", False),
         biases=family.biases,
         qk_norm=family.qk_norm,
@@ -117,25 +128,11 @@ def from_config(values: Mapping[str, Any], where: str) -> ModelSection:
             why="minka's model attends to the whole document and has none of these",
             remedy="use a model without them",
         )
-    theta, scaling = _rope(known, where)
+    fields = {name: getattr(shape, name) for name in SHARED} | _rope(known, where)
+    fields |= {ours: known[theirs] for ours, theirs in TRAINED_WITH.items() if theirs in known}
+    fields = {"norm_eps": 1e-6, "max_positions": 2048, "qkv_bias": shape.biases == "qkv"} | fields
     try:
-        return ModelSection(
-            layers=shape.layers,
-            d_model=shape.d_model,
-            heads=shape.heads,
-            kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            d_ff=shape.d_ff,
-            vocab=shape.vocab,
-            tied=shape.tied,
-            qkv_bias=shape.biases == "qkv",
-            qk_norm=shape.qk_norm,
-            rope_theta=theta,
-            rope_scaling=scaling,
-            norm_eps=known.get("rms_norm_eps", 1e-6),
-            max_positions=known.get("max_position_embeddings", 2048),
-            init_std=known.get("initializer_range", 0.02),
-        )
+        return ModelSection.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
@@ -162,6 +159,7 @@ def to_config(cfg: ModelSection, family: str, eod_token: int | None, dtype: str)
             remedy='set family="mistral", which is the same model',
         )
     config: dict[str, Any] = {
+        **{theirs: getattr(cfg, ours) for ours, theirs in (SIZES | TRAINED_WITH).items()},
         "architectures": [ARCHITECTURES[family]],
         "attention_dropout": 0.0,
         "bos_token_id": None,
@@ -169,25 +167,14 @@ def to_config(cfg: ModelSection, family: str, eod_token: int | None, dtype: str)
         "eos_token_id": eod_token,
         "head_dim": cfg.head_dim,
         "hidden_act": "silu",
-        "hidden_size": cfg.d_model,
-        "initializer_range": cfg.init_std,
-        "intermediate_size": cfg.d_ff,
-        "max_position_embeddings": cfg.max_positions,
         "model_type": family,
-        "num_attention_heads": cfg.heads,
-        "num_hidden_layers": cfg.layers,
         "num_key_value_heads": cfg.kv_heads,
         "pad_token_id": None,
-        "rms_norm_eps": cfg.norm_eps,
         "rope_parameters": _rope_parameters(cfg),
         "tie_word_embeddings": cfg.tied,
         "use_cache": True,
-        "vocab_size": cfg.vocab,
     }
-    if family == "llama":
-        config |= {"attention_bias": False, "mlp_bias": False}
-    else:
-        config |= {"sliding_window": None}
+    config |= {"attention_bias": False, "mlp_bias": False} if family == "llama" else {"sliding_window": None}
     if family.startswith("qwen"):
         config |= {"use_sliding_window": False}
     return config
@@ -217,8 +204,8 @@ def _unknown(name: object, where: str, done: str, known: Mapping[str, object]) -
 
 def _with_defaults(family: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that are not null, by their usual names, over transformers' defaults."""
-    both = {**FAMILIES[family].silent, **{key: value for key, value in values.items() if value is not None}}
-    return {ALIASES.get(key, key): value for key, value in both.items()}
+    known = {**FAMILIES[family].silent, **{key: value for key, value in values.items() if value is not None}}
+    return known | {usual: known[alias] for alias, usual in ALIASES.items() if alias in known}
 
 
 def _others(known: Mapping[str, Any], values: Mapping[str, Any], family: str) -> list[str]:
@@ -236,10 +223,10 @@ def _others(known: Mapping[str, Any], values: Mapping[str, Any], family: str) ->
     return found
 
 
-def _rope(known: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
+def _rope(known: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return base and scaling, from transformers 5's `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
-    rope = dict(known.get("rope_scaling") or known.get("rope_parameters") or {})
-    theta = float(rope.get("rope_theta") or known.get("rope_theta") or 10_000.0)
+    rope = known.get("rope_scaling") or known.get("rope_parameters") or {}
+    rope = {key: value for key, value in rope.items() if value is not None}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     unlike = "" if kind in ("default", "llama3") else f"rope_type={kind!r}"
     if (rope.get("partial_rotary_factor") or known.get("partial_rotary_factor") or 1.0) != 1.0:
@@ -251,28 +238,19 @@ def _rope(known: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | No
             why="minka rotates every channel of a head, by plain or Llama-3 scaled frequencies",
             remedy="use a model with rope_type default or llama3",
         )
+    found = {"rope_theta": float(rope.get("rope_theta") or known.get("rope_theta") or 10_000.0)}
     if kind == "default":
-        return theta, None
-    original = rope.get("original_max_position_embeddings") or known.get("original_max_position_embeddings")
-    return theta, RopeScaling(
-        factor=_need(rope, "factor", where),
-        low_freq_factor=_need(rope, "low_freq_factor", where),
-        high_freq_factor=_need(rope, "high_freq_factor", where),
-        original_max_positions=original or _need(known, "max_position_embeddings", where),
-    )
+        return found
+    length = known.get("original_max_position_embeddings") or known.get("max_position_embeddings")
+    rope = {"original_max_position_embeddings": length, **rope}
+    return found | {"rope_scaling": {ours: _need(rope, theirs, where) for ours, theirs in LLAMA3_ROPE.items()}}
 
 
 def _rope_parameters(cfg: ModelSection) -> dict[str, Any]:
     if cfg.rope_scaling is None:
         return {"rope_theta": cfg.rope_theta, "rope_type": "default"}
-    return {
-        "factor": cfg.rope_scaling.factor,
-        "high_freq_factor": cfg.rope_scaling.high_freq_factor,
-        "low_freq_factor": cfg.rope_scaling.low_freq_factor,
-        "original_max_position_embeddings": cfg.rope_scaling.original_max_positions,
-        "rope_theta": cfg.rope_theta,
-        "rope_type": "llama3",
-    }
+    scaling = {theirs: getattr(cfg.rope_scaling, ours) for ours, theirs in LLAMA3_ROPE.items()}
+    return {"rope_theta": cfg.rope_theta, "rope_type": "llama3", **scaling}
 
 
 def _size(values: Mapping[str, Any], key: str, where: str) -> int:
