@@ -115,8 +115,8 @@ class MemoryTrace(TorchDispatchMode):
             self.watch("gathered", list(tree_leaves(args[0] if "c10d::" in name else found)))
         elif name in COPIES and self._is_gathered(tree_leaves(args)):
             self.watch("gathered", made)
-        node = torch._C._current_autograd_node()
-        if node is not None and node.name() == ACCUMULATE and isinstance(_leaf(node), torch.nn.Parameter):
+        node: Any = torch._C._current_autograd_node()
+        if node is not None and node.name() == ACCUMULATE and isinstance(node.variable, torch.nn.Parameter):
             self.watch("gradients", made)
         return found
 
@@ -142,9 +142,7 @@ class MemoryTrace(TorchDispatchMode):
 
     def _is_gathered(self, leaves: Sequence[Any]) -> bool:
         first = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
-        if first is None:
-            return False
-        known = self._alive.get(first.untyped_storage()._cdata)
+        known = None if first is None else self._alive.get(first.untyped_storage()._cdata)
         return known is not None and self._kind[known[0]] == RANKED.index("gathered")
 
     def _resizing(self) -> Callable[..., Any]:
@@ -254,10 +252,6 @@ def _whole_gradients(group: Any) -> list[Tensor]:
         whole = getattr(parameter, "_unsharded_param", None)
         found += [whole.grad if whole is not None else None, parameter.unsharded_accumulated_grad]
     return [gradient for gradient in found if gradient is not None]
-
-
-def _leaf(node: Any) -> Any:
-    return node.variable
 
 
 def _named(numbers: Sequence[int]) -> dict[str, int]:

@@ -50,18 +50,13 @@ class Transfer(NamedTuple):
 
 
 class Traffic(TorchDispatchMode):
-    """While entered, counts `calls`, `payload_bytes` and `sent_bytes` by Transfer. Barriers move no bytes."""
+    """While entered, counts `calls` and `payload_bytes` by Transfer. Barriers move no bytes."""
 
     def __init__(self, mesh: Mesh) -> None:
         super().__init__()
         self._axes = axis_names(mesh)
         self.calls: Counter[Transfer] = Counter()
         self.payload_bytes: Counter[Transfer] = Counter()
-
-    @property
-    def sent_bytes(self) -> dict[Transfer, int]:
-        """Bytes that this rank sends in a ring (the top of this file)."""
-        return {transfer: sent_bytes(transfer, size) for transfer, size in self.payload_bytes.items()}
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
