@@ -11,4 +11,4 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 def compute_dtype(config: RunConfig, mesh: Mesh) -> torch.dtype:
     """Return the dtype of activations and products on this rank's device."""
-    return DTYPES[compute_dtype_name(config.layout.precision, mesh.device.type)]
+    return DTYPES[compute_dtype_name(config.layout, mesh.device.type)]

@@ -10,12 +10,7 @@ from minka.plan.config_sections import ModelSection
 from minka.plan.errors import UserError
 from minka.plan.flops import SHARED, Shape
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}  # that can be trained here
+TRAINED = {family.lower(): f"{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3")}
 
 
 @dataclass(frozen=True)
@@ -71,6 +66,7 @@ ALIASES = {  # other names of the same settings
 }
 WINDOWED = ("mistral", "mixtral", "gemma2", "phi3")  # use sliding_window without being asked to
 BIASES = ("attention_bias", "mlp_bias")
+UNTRAINED = {"hidden_act": "silu", "attention_dropout": 0.0, "quantization_config": None}  # and what minka has
 DENSE_LAYERS = ("mlp_only_layers", "decoder_sparse_step")  # layers without experts among those with them
 
 
@@ -112,15 +108,10 @@ def read_shape(values: Mapping[str, Any], where: str) -> HubModel:
 def from_config(values: Mapping[str, Any], where: str) -> ModelSection:
     """Return the model that a config.json describes. Raises UserError for what ModelSection cannot represent."""
     family, shape, others = read_shape(values, where)
-    if family not in ARCHITECTURES:
-        raise _unknown(family, where, "train", ARCHITECTURES)
+    if family not in TRAINED:
+        raise _unknown(family, where, "train", TRAINED)
     known = _with_defaults(family, values)
-    if known.get("hidden_act", "silu") != "silu":
-        others += (f"hidden_act={known['hidden_act']!r}",)
-    if known.get("attention_dropout"):
-        others += (f"attention_dropout={known['attention_dropout']}",)
-    if known.get("quantization_config"):
-        others += ("quantization_config",)
+    others += tuple(f"{key}={known[key]!r}" for key, ours in UNTRAINED.items() if known.get(key, ours) != ours)
     if others:
         raise UserError(
             f"this {family} cannot be represented: {'; '.join(others)}",
@@ -142,8 +133,8 @@ def from_config(values: Mapping[str, Any], where: str) -> ModelSection:
 def to_config(cfg: ModelSection, family: str, eod_token: int | None, dtype: str) -> dict[str, Any]:
     """Return config.json in the form of transformers 5. Raises UserError where `family` cannot represent `cfg`."""
     family = family_of(cfg) if family == "auto" else family
-    if family not in ARCHITECTURES:
-        raise _unknown(family, "family", "write", ARCHITECTURES)
+    if family not in TRAINED:
+        raise _unknown(family, "family", "write", TRAINED)
     if (cfg.qkv_bias, cfg.qk_norm) != (family == "qwen2", family == "qwen3"):
         raise UserError(
             f"{family} cannot represent qkv_bias={cfg.qkv_bias} with qk_norm={cfg.qk_norm}",
@@ -160,7 +151,7 @@ def to_config(cfg: ModelSection, family: str, eod_token: int | None, dtype: str)
         )
     config: dict[str, Any] = {
         **{theirs: getattr(cfg, ours) for ours, theirs in (SIZES | TRAINED_WITH).items()},
-        "architectures": [ARCHITECTURES[family]],
+        "architectures": [TRAINED[family]],
         "attention_dropout": 0.0,
         "bos_token_id": None,
         "dtype": dtype,
@@ -187,7 +178,7 @@ def family_of(cfg: ModelSection) -> str:
 
 def _family(values: Mapping[str, Any], where: str) -> str:
     architectures = values.get("architectures") or []
-    family = values.get("model_type") or next((f for f, name in ARCHITECTURES.items() if name in architectures), None)
+    family = values.get("model_type") or next((f for f, name in TRAINED.items() if name in architectures), None)
     if family not in FAMILIES:
         raise _unknown(family or architectures, where, "count", FAMILIES)
     return str(family)

@@ -73,20 +73,15 @@ class Layout(BaseModel, frozen=True, extra="forbid", strict=True):
         layout = self.model_copy(update={"shard": self.shard or max(1, ranks // ways)})
         if layout.world == ranks:
             return layout
-        fits = f"axes whose product divides {ranks:,}: {_shortened(divisors(ranks))}"
-        if self.shard:
-            raise UserError(
-                f"the layout ({layout.describe()}) needs {counted(layout.world, 'rank')}, not {ranks:,}",
-                where="layout",
-                why="every rank has exactly one position on the mesh",
-                remedy=f"start {counted(layout.world, 'rank')}, or set shard=0 (all ranks left) with {fits}",
-            )
-        fewer, more = ranks // ways * ways, -(-ranks // ways) * ways
+        works, needs = [layout.world], counted(layout.world, "rank")
+        if not self.shard:
+            works, needs = [ranks // ways * ways, -(-ranks // ways) * ways], f"a multiple of {counted(ways, 'rank')}"
         raise UserError(
-            f"{self.describe()} does not divide {counted(ranks, 'rank')}",
+            f"the layout ({self.describe()}) needs {needs}, not {ranks:,}",
             where="layout",
-            why="every rank has exactly one position on the mesh, and shard=0 takes all that are left",
-            remedy=f"start {f'{fewer:,} or ' if fewer else ''}{more:,} ranks, or set {fits}",
+            why="every rank has exactly one position on the mesh",
+            remedy=f"works: {' or '.join(f'{n:,}' for n in works if n)} ranks; or layout.shard=0 (all ranks left) with "
+            f"axes whose product divides {ranks:,}: {_shortened(divisors(ranks))}",
         )
 
     def describe(self) -> str:

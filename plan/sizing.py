@@ -21,12 +21,11 @@ CPU_ROWS = 512  # tokens whose logits exist at once: 256 to 1024 were equal on t
 GPU_LOGITS = 2**28  # 1 GiB of fp32: thousands of tokens a product, which cuBLAS needs for its full rate
 
 
-def compute_dtype_name(precision: str, device_kind: str) -> ComputeDtype:
-    """Return the dtype of activations and products for `layout.precision`: "auto" is bf16 on a GPU, else fp32."""
-    if precision == "auto":
+def compute_dtype_name(layout: Layout, device_kind: str) -> ComputeDtype:
+    """Return the dtype of activations and products; `precision = "auto"` is bf16 on a GPU, else fp32."""
+    if layout.precision == "auto":
         return "bf16" if device_kind == "cuda" else "fp32"
-    names: dict[str, ComputeDtype] = {"fp32": "fp32", "bf16": "bf16", "fp64": "fp64"}
-    return names[precision]
+    return layout.precision
 
 
 def needs_fsdp(layout: Layout, *, casts: bool) -> bool:

@@ -212,7 +212,7 @@ def _shard(piece: Piece) -> Shard:
 
 def _as_traced(config: RunConfig, device_kind: str) -> RunConfig:
     """Return the run with eager blocks and its compute dtype. Raises UserError where attention cannot run."""
-    precision = compute_dtype_name(config.layout.precision, device_kind)
+    precision = compute_dtype_name(config.layout, device_kind)
     attention_kind(config.kernels.attention, device_kind, precision)
     layout = config.layout.model_copy(update={"precision": precision})
     return config.model_copy(update={"layout": layout, "kernels": config.kernels.model_copy(update={"compile": False})})

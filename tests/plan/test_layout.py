@@ -40,7 +40,7 @@ def test_a_layout_resolves_to_exactly_the_ranks_there_are_or_is_refused(replicat
         asked.resolve(ranks)
     assert refusal.value.status is ExitStatus.REFUSED
     assert f"{ranks:,}" in refusal.value.what
-    offered = re.split(" ranks?", refusal.value.remedy)[0].removeprefix("start ").replace(",", "").split(" or ")
+    offered = re.split(" ranks?", refusal.value.remedy)[0].removeprefix("works: ").replace(",", "").split(" or ")
     for number in map(int, offered):  # it offers the nearest numbers that will do
         assert asked.resolve(number).world == number
     if shard == 0:

@@ -87,7 +87,7 @@ def test_logits_of_a_gpu_fill_a_gib_and_a_cpu_has_few() -> None:
     ],
 )
 def test_only_auto_depends_on_the_device(precision: str, device: str, name: str) -> None:
-    assert compute_dtype_name(precision, device) == name
+    assert compute_dtype_name(Layout.model_validate({"precision": precision}), device) == name
 
 
 @pytest.mark.parametrize(
