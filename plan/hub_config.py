@@ -75,7 +75,7 @@ class HubModel(NamedTuple):
 
     family: str
     shape: Shape
-    others: tuple[str, ...]
+    uncovered: tuple[str, ...]
 
 
 def read_shape(values: Mapping[str, Any], where: str) -> HubModel:
@@ -102,19 +102,19 @@ def read_shape(values: Mapping[str, Any], where: str) -> HubModel:
         experts=experts,
         active_experts=_size(known, "num_experts_per_tok", where) if experts > 1 else 1,
     )
-    return HubModel(name, shape, (*family.uncounted, *_others(known, values, name)))
+    return HubModel(name, shape, (*family.uncounted, *_uncovered(known, values, name)))
 
 
 def from_config(values: Mapping[str, Any], where: str) -> ModelSection:
     """Return the model that a config.json describes. Raises UserError for what ModelSection cannot represent."""
-    family, shape, others = read_shape(values, where)
+    family, shape, uncovered = read_shape(values, where)
     if family not in TRAINED:
         raise _unknown(family, where, "train", TRAINED)
     known = _with_defaults(family, values)
-    others += tuple(f"{key}={known[key]!r}" for key, ours in UNTRAINED.items() if known.get(key, ours) != ours)
-    if others:
+    uncovered += tuple(f"{key}={known[key]!r}" for key, ours in UNTRAINED.items() if known.get(key, ours) != ours)
+    if uncovered:
         raise UserError(
-            f"this {family} cannot be represented: {'; '.join(others)}",
+            f"this {family} cannot be represented: {'; '.join(uncovered)}",
             where=where,
             why="minka's model attends to the whole document and has none of these",
             remedy="use a model without them",
@@ -199,7 +199,7 @@ def _with_defaults(family: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return known | {usual: known[alias] for alias, usual in ALIASES.items() if alias in known}
 
 
-def _others(known: Mapping[str, Any], values: Mapping[str, Any], family: str) -> list[str]:
+def _uncovered(known: Mapping[str, Any], values: Mapping[str, Any], family: str) -> list[str]:
     """Return the settings that would change what is computed or counted, and that Shape does not express."""
     found = []
     windowed = family in WINDOWED or known.get("use_sliding_window", False)

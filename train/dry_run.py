@@ -82,7 +82,7 @@ class Step(NamedTuple):
 
 
 class Traced(NamedTuple):
-    """A step, what another micro-batch in its middle would add (without a pipeline), and the rank's shards."""
+    """A step, what one more micro-batch in its middle would add (without a pipeline), and the rank's shards."""
 
     step: Step
     middle: Step  # holds nothing beyond its tokens
@@ -151,15 +151,15 @@ def traced_step(
     optimizer: AdamW,
     batches: Sequence[Any],
     config: RunConfig,
-    begin: Callable[[Traffic], None] = lambda _: None,
+    start: Callable[[Traffic], None] = lambda _: None,
     memory: MemoryTrace | None = None,
 ) -> tuple[Peak, Traffic]:
     """Run a step of training on real ranks or a fake one, and return what it held and sent.
 
-    `begin` gets the counts before the step. `memory` continues the trace of earlier steps.
+    `start` gets the counts before the step. `memory` continues the trace of earlier steps.
     """
     memory, traffic = memory or MemoryTrace(), Traffic(engine.mesh)
-    begin(traffic)
+    start(traffic)
     memory.watch("weights", [piece.local for piece in engine.weights().values()])
     moments = [tensor for tensors in optimizer.state().values() for tensor in tensors.values()]
     memory.watch("optimizer", [*moments, optimizer.count()])

@@ -109,7 +109,7 @@ def alone(world: int, rank: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-        _clear_sharding_prop_cache()  # an equal mesh of another rank has groups of other names
+        _clear_sharding_prop_cache()  # the group names of an equal mesh differ between ranks
         gc.collect()
 
 

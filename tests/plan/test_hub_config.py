@@ -77,16 +77,16 @@ PUBLISHED = {  # config.json and the published number of parameters
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_published_models_are_read_and_counted_exactly(model: str) -> None:
     values, count = PUBLISHED[model]
-    _, shape, others = read_shape(values, "config.json")
+    _, shape, uncovered = read_shape(values, "config.json")
     assert parameters(shape) == count
-    assert others == ()
+    assert uncovered == ()
 
 
 def test_a_weight_that_is_not_counted_is_named() -> None:
     """phi-2 has 2,779,683,840 parameters, of which 51,200 are the bias of its head."""
     found = read_shape(usual("phi", 32, 2560, 32, 32, 10240, 51200), "config.json")
     assert parameters(found.shape) == 2_779_683_840 - 51_200
-    assert found.others == ("the bias of the head",)
+    assert found.uncovered == ("the bias of the head",)
 
 
 def test_experts_that_a_token_does_not_pass_through_cost_it_nothing() -> None:
@@ -100,7 +100,7 @@ def test_experts_that_a_token_does_not_pass_through_cost_it_nothing() -> None:
 def test_settings_that_a_shape_does_not_express_are_named() -> None:
     window = {"sliding_window": 4096, "max_position_embeddings": 8192}
     values = usual("gemma2", 26, 2304, 8, 4, 9216, 256000, attention_bias=True, **window)
-    (windowed, biased) = read_shape(values, "config.json").others
+    (windowed, biased) = read_shape(values, "config.json").uncovered
     assert "sliding_window=4096" in windowed
     assert "attention_bias=true" in biased
 
