@@ -32,12 +32,6 @@ class ScoringBatch:
     positions: Tensor
     owners: Tensor
 
-    def to(self, device: torch.device) -> "ScoringBatch":
-        """The same on `device`."""
-        return ScoringBatch(
-            *(t.to(device) for t in (self.tokens, self.targets, self.documents, self.positions, self.owners))
-        )
-
 
 def windows(document: int, tokens: np.ndarray, length: int, stride: int) -> Iterator[Window]:
     """Windows of at most `length` inputs, `stride` apart: each target is scored in the first window that has it.

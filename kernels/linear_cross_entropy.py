@@ -91,7 +91,7 @@ def _chunked(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Losses [N] and weighted z-losses [N] in fp32, and the gradients of their sum; those of the weight in fp32."""
     (tokens, _), vocab = hidden_ND.shape, weight_VD.shape[0]
-    chunk = max(1, min(tokens, chunk_rows(vocab, hidden_ND.is_cuda)))
+    chunk = max(1, min(tokens, chunk_rows(vocab, hidden_ND.device.type != "cpu")))
     exact = wide(hidden_ND).dtype
     losses = torch.empty(tokens, dtype=exact, device=hidden_ND.device)
     z_losses = torch.empty_like(losses)

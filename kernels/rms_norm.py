@@ -17,7 +17,7 @@ from minka.kernels.accumulation_dtype import wide
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019), in x's dtype."""
-    if torch.compiler.is_compiling() or x.is_cuda:
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
         return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
     return _RMSNorm.apply(x, weight, eps)
 

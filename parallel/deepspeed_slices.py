@@ -1,7 +1,7 @@
 """Where ZeRO keeps a parameter: a range of the flattened parameter in a flat fp32 partition, and that range as boxes.
 
-Stages 1 and 2 put all parameters of a group behind one another and cut the row of them, so a rank may hold nothing of a
-parameter; stage 3 cuts each parameter. A cut falls anywhere within a row of a matrix. What is handed out are views.
+Stages 1 and 2 concatenate all parameters of a group and cut the result, so a rank may hold nothing of a parameter;
+stage 3 cuts each parameter. A cut falls anywhere within a row of a matrix. All tensors returned are views.
 """
 
 import math

@@ -22,6 +22,7 @@ from minka.plan.topology import Place, Topology, check, coordinates, order
 PATIENCE = timedelta(days=1)
 # FSDP cuts weights over the ranks of a sequence's parts too: they hold the same weights and other tokens.
 MESSAGE_BYTES = 500  # of an error that travels between ranks
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 MESH_AXES = ("pipeline", "replicate", "data", "tensor")
 
 
@@ -46,6 +47,18 @@ class Mesh:
     def ranks(self) -> int:
         """World size."""
         return self.layout.world
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """layout.precision; "auto" is bf16 on a GPU and fp32 elsewhere."""
+        if self.layout.precision == "auto":
+            return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        return DTYPES[self.layout.precision]
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """Of losses, norms and logits."""
+        return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
 
     @property
     def coordinate(self) -> Mapping[str, int]:
