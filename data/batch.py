@@ -18,7 +18,7 @@ PADDING = -1  # sample id of a padding sequence, which only makes the batch divi
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of one rank, on the host. All tensors are int64: tokens, targets, documents, positions [B, T]; samples [B].
+    """Sequences of one rank, on the host. int64 tensors: tokens, targets, documents, positions [B, T]; samples [B].
 
     targets: the next token of the same document, or IGNORED. documents: differ between the documents of a row, from 0.
     positions: restart at each document and at the row's start. samples: position in the run's order, or PADDING.

@@ -19,7 +19,7 @@ from minka.plan.pipeline_stages import stages_of
 
 
 def build_parts(config: RunConfig, mesh: Mesh) -> list[Transformer]:
-    """This rank's part of the model, with its initial weights: its pipeline stages, or one part that is the whole model."""
+    """This rank's part of the model, with its initial weights: its pipeline stages, or one part that is all of it."""
     parts = cut(config, mesh)
     for part in parts:
         part.to_empty(device=home(mesh))

@@ -20,7 +20,7 @@ class Updates(Protocol):
 
 
 class LayerStats:
-    """Statistics of one step: `before_apply` comes after the backward pass, `after_apply` after the update. Collective."""
+    """Statistics of one step: `before_apply` after the backward pass, `after_apply` after the update. Collective."""
 
     def __init__(self, engine: Engine, optimizer: Updates, mesh: Mesh, model: ModelSection) -> None:
         self.engine, self.optimizer, self.mesh, self.model = engine, optimizer, mesh, model
