@@ -87,5 +87,5 @@ def _batch(filled: Sequence[Sequence[Window]], length: int, batch: int, fill: in
             documents[r, at : at + n] = number
             positions[r, at : at + n] = np.arange(n)
             at += n
-        positions[r, at:] = np.arange(length - at)  # what is left of the row is a document of filler, number 0
+        positions[r, at:] = np.arange(length - at)  # the rest of the row is padding, document 0
     return ScoringBatch(*(torch.from_numpy(a) for a in (tokens, targets, documents, positions, owners)))

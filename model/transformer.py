@@ -19,6 +19,8 @@ from minka.model.head import IGNORED, Head, HeadSums
 from minka.model.rope_table import Rope, rope_table
 from minka.plan.config_sections import ModelSection
 
+Probe = MutableSequence[Tensor] | None  # each attention appends its largest logit, scalar fp32
+
 __all__ = ["IGNORED", "MLP", "Attention", "Block", "RMSNorm", "Transformer"]
 
 
@@ -41,14 +43,14 @@ class Transformer(nn.Module):
         targets: Tensor | None = None,
         *,
         reduce: bool = True,
-        probe: MutableSequence[Tensor] | None = None,
+        probe: Probe = None,
         at: int | None = None,
     ) -> Tensor | HeadSums:
         """Logits [B, T, V] in fp32; with `targets` HeadSums, or with reduce=False the losses [B, T].
 
         tokens, documents, positions, targets: int64 [B, T]. documents: ids, or a Structure that is on the device
-        already; None: every row is one document. probe: each attention appends its largest logit (scalar fp32); for
-        passes without gradients. at: logits of the tokens at this place only, [B, 1, V].
+        already; None: every row is one document. probe: for passes without gradients. at: logits of the tokens at this
+        place only, [B, 1, V].
         """
         x_BTD = self.embedding(tokens)
         rope = rope_table(positions, self.cfg, x_BTD.dtype)
@@ -74,9 +76,7 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(
-        self, x_BTD: Tensor, rope: "Rope", structure: Structure, probe: MutableSequence[Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: Rope, structure: Structure, probe: Probe = None) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, structure, probe)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
@@ -94,9 +94,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else None
         self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else None
 
-    def forward(
-        self, x_BTD: Tensor, rope: "Rope", structure: Structure, probe: MutableSequence[Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: Rope, structure: Structure, probe: Probe = None) -> Tensor:
         split = "b t (h c) -> b t h c"  # h is inferred, so a shard of the heads needs no change
         q_BTHC = rearrange(self.wq(x_BTD), split, c=self.head_dim)
         k_BTKC = rearrange(self.wk(x_BTD), split, c=self.head_dim)

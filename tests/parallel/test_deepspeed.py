@@ -1,6 +1,5 @@
 """ZeRO is the single-device run, refuses without a trace, and its checkpoints are everybody's."""
 
-import json
 import math
 import sys
 from importlib.util import find_spec
@@ -14,17 +13,13 @@ from numpy.typing import NDArray
 
 from minka.checkpoint.restore import checkpoints, restore_from, whole_tensors
 from minka.parallel import deepspeed_engine as zero
-from minka.parallel import deepspeed_slices as zero_slices
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
-from minka.plan.ledger import read_ledger
-from minka.plan.run_folder import RunFolder
 from minka.train.worker import build_engine
 from parity import STEPS, Run, batch_of, check, config_of, differences, inputs_of, run_on, update
 from ranks import on_ranks
 from saved import save
-from tiny import tiny, train_rank
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the deepspeed extra")
 VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -132,67 +127,12 @@ def test_asking_the_model_between_the_halves_of_a_step_changes_nothing(stage: in
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("stage", [few(stage) for stage in (2, 3)])
-def test_a_run_of_the_real_worker_goes_on_where_it_stopped(stage: int, tmp_path: Path) -> None:
-    tracking = {"log_every": 5, "detail_every": 5}
-    layout = {"micro_batch": 2, "shard": 2, "engine": "deepspeed", "zero_stage": stage}
-    assert on_ranks(train_rank, 2, tiny(tmp_path, run={"name": "a"}, layout=layout, tracking=tracking)) == [0, 0]
-    half = {"name": "b", "max_steps": 10}
-    short = tiny(tmp_path, run=half, layout=layout, schedule={"kind": "constant"})
-    whole = tiny(tmp_path, run={**half, "max_steps": 20}, layout=layout, schedule={"kind": "constant"})
-    straight = tiny(tmp_path, run={"name": "c"}, layout=layout, schedule={"kind": "constant"})
-    for config in (short, whole, straight):
-        assert on_ranks(train_rank, 2, config) == [0, 0]
-    assert same(read(RunFolder.of(whole).checkpoints), read(RunFolder.of(straight).checkpoints))
-    one = tiny(tmp_path, run={"name": "d"}, tracking=tracking)
-    assert on_ranks(train_rank, 1, one) == [0]
-    ours, theirs = (list(read_ledger(RunFolder.of(c).ledger_file)) for c in (tiny(tmp_path, run={"name": "a"}), one))
-    losses, expected = ([line["loss"] for line in lines if line["event"] == "step"] for lines in (ours, theirs))
-    np.testing.assert_allclose(losses, expected, rtol=2e-6)
-    details = [[line for line in lines if line["event"] == "detail"] for lines in (ours, theirs)]
-    assert len(details[0]) == len(details[1]) == 5
-    for mine, reference in zip(*details, strict=True):
-        for key in ("grad_norm", "update_ratio", "max_attention_logit"):
-            np.testing.assert_allclose(list(mine[key].values()), list(reference[key].values()), rtol=2e-5)
-
-
-@needs_deepspeed
-def test_samples_after_training_are_those_of_fsdp(tmp_path: Path) -> None:
-    """An untied head's weights are on their way already when logits are asked for: fetched ahead, as in training."""
-    said = []
-    for engine in ("deepspeed", "fsdp"):
-        layout = {"micro_batch": 2, "shard": 2, "engine": engine}
-        evaluation = {"every_steps": 5, "prompts": ["ab"], "sample_tokens": 8}
-        run = {"name": engine, "max_steps": 10}
-        config = tiny(tmp_path, run=run, layout=layout, model={"tied": False}, eval=evaluation)
-        assert on_ranks(train_rank, 2, config) == [0, 0]
-        files = sorted(RunFolder.of(config).evals.rglob("*.json"))
-        said.append([json.loads(file.read_text())["samples"] for file in files])
-    assert said[0] == said[1]
-    assert len(said[0]) == 2
-    assert all(said[0])
-
-
-@needs_deepspeed
 @pytest.mark.parametrize("stage", [few(stage, 3) for stage in STAGES])
 def test_nothing_is_written_or_compiled(stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configured(engine="deepspeed", shard=2, zero_stage=stage)
     monkeypatch.chdir(tmp_path)
     for seen in on_ranks(with_empty_home, 2, config, str(tmp_path)):
         assert seen == []
-
-
-@pytest.mark.parametrize("shape", [(7,), (5, 3), (1, 9), (4, 3, 5)])
-def test_every_range_is_a_few_boxes_that_hold_it_in_order(shape: tuple[int, ...]) -> None:
-    count = math.prod(shape)
-    index = np.arange(count).reshape(shape)
-    for first in range(count + 1):
-        for last in range(first, count + 1):
-            found = zero_slices.boxes(shape, first, last)
-            inside = [index[tuple(slice(o, o + n) for o, n in zip(b.offset, b.size, strict=True))] for b in found]
-            assert np.array_equal(np.concatenate([box.ravel() for box in inside]), np.arange(first, last))
-            assert [b.last - b.first for b in found] == [box.size for box in inside]
-            assert len(found) <= 2 * len(shape) - 1
 
 
 def test_without_deepspeed_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
