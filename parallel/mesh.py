@@ -143,7 +143,7 @@ def start_mesh(layout: Layout, *, timeout_seconds: float = 600.0) -> Iterator[Me
         yield Mesh(layout, device, 0, None)
         return
     timeout = timedelta(seconds=timeout_seconds)
-    store = _single_rank_store() if ranks == 1 else _shared_store(ranks, rank, timeout)
+    store = _store(ranks, rank, timeout)
     topology = find_topology(store, ranks, rank, device)
     check(layout, topology)
     rank = order(topology.places).index(rank)  # from here on, a rank is a position on the mesh
@@ -152,7 +152,7 @@ def start_mesh(layout: Layout, *, timeout_seconds: float = 600.0) -> Iterator[Me
         timeout=timeout,
         rank=rank,
         world_size=ranks,
-        store=_under("mesh", store),
+        store=dist.PrefixStore("mesh", store),  # type: ignore[attr-defined]
     )
     try:
         mesh = replace(lay_mesh(layout, device, rank), topology=topology)
@@ -201,20 +201,12 @@ def local_device() -> torch.device:
     return torch.device("cuda", index)
 
 
-def _shared_store(ranks: int, rank: int, timeout: timedelta) -> Any:
-    """The store that all ranks share, as the environment describes it."""
+def _store(ranks: int, rank: int, timeout: timedelta) -> Any:
+    """The store that all ranks share, as the environment describes it. (Public; torch's stubs lack it.)"""
+    if ranks == 1:  # no other rank connects, so any free port will do
+        return dist.TCPStore("127.0.0.1", 0, is_master=True)  # type: ignore[attr-defined]
     file = os.environ.get("MINKA_STORE")
     url = f"file://{file}" if file else "env://"
     store, _, _ = next(iter(dist.rendezvous(url, rank, ranks, timeout=timeout)))  # type: ignore[attr-defined]
     store.set_timeout(timeout)
     return store
-
-
-def _under(name: str, store: Any) -> Any:
-    """The store with its keys under a prefix. (Public, like TCPStore; torch's type stubs do not export them.)"""
-    return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
-
-
-def _single_rank_store() -> Any:
-    """No other rank connects, so any free port will do."""
-    return dist.TCPStore("127.0.0.1", 0, is_master=True)  # type: ignore[attr-defined]
