@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minka.model.attention import uses_varlen
 from minka.model.initial_weights import fill_
 from minka.model.transformer import Transformer
 from minka.parallel.apply import recompute
@@ -55,8 +54,7 @@ def build_deepspeed_engine(config: RunConfig, mesh: Mesh, decay: Decay) -> "Deep
         _gather_for_head(deepspeed, model)
     optimizer = _adamw(model, config, decay)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
-    cutter = InputCutter(mesh, varlen=uses_varlen(config.kernels, mesh.device, mesh.compute_dtype))
-    built = DeepSpeedEngine(engine, optimizer, cutter, decay)
+    built = DeepSpeedEngine(engine, optimizer, InputCutter.of(config, mesh), decay)
     with torch.no_grad():
         for key, piece in built.tensors().items():
             if key.startswith("model."):

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from minka.model.attention import uses_varlen
 from minka.model.transformer import Transformer
 from minka.parallel.apply import build_parts
 from minka.parallel.engine import TorchScorer
@@ -18,8 +17,7 @@ from minka.plan.config import RunConfig
 
 def build_scorer(config: RunConfig, mesh: Mesh) -> TorchScorer:
     """A model with its initial weights, to be scored; no pipeline."""
-    cutter = InputCutter(mesh, varlen=uses_varlen(config.kernels, mesh.device, mesh.compute_dtype))
-    return TorchScorer(FsdpExecutor(build_parts(config, mesh), mesh), cutter)
+    return TorchScorer(FsdpExecutor(build_parts(config, mesh), mesh), InputCutter.of(config, mesh))
 
 
 class FsdpExecutor:

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minka.model.attention import Structure, document_structure, map_tensors
+from minka.model.attention import Structure, document_structure, map_tensors, uses_varlen
 from minka.parallel.context import places, shard_structure
 from minka.parallel.mesh import Mesh
+from minka.plan.config import RunConfig
 
 
 class MicroBatch(Protocol):
@@ -47,12 +48,17 @@ class ModelInputs:
 class InputCutter:
     """Cuts micro-batches for one rank, and puts losses of its tokens back into whole rows.
 
-    varlen: whether attention runs variable-length kernels (model.attention.uses_varlen).
+    varlen: whether attention runs variable-length kernels.
     """
 
     def __init__(self, mesh: Mesh, *, varlen: bool) -> None:
         self.mesh, self.varlen = mesh, varlen
         self.ways, self.rank = mesh.layout.context, mesh.coordinate["context"]
+
+    @classmethod
+    def of(cls, config: RunConfig, mesh: Mesh) -> "InputCutter":
+        """The cutter of a run: the one place that chooses between a mask and varlen kernels. Raises UserError."""
+        return cls(mesh, varlen=uses_varlen(config.kernels, mesh.device, mesh.compute_dtype))
 
     def prepare(self, micro_batch: MicroBatch) -> ModelInputs:
         """The inputs on the host, page-locked where the device is a GPU. Safe to call from any thread."""

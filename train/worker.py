@@ -17,7 +17,6 @@ from minka.data.prepare import store_folder
 from minka.data.token_store import TokenStore
 from minka.launch.exit_reason import explained, write_ending
 from minka.launch.signals import SupervisorLink
-from minka.model.attention import uses_varlen
 from minka.model.transformer import Transformer
 from minka.parallel.apply import build_parts, named_parameters
 from minka.parallel.deepspeed_engine import build_deepspeed_engine
@@ -143,8 +142,7 @@ def build_engine(config: RunConfig, mesh: Mesh) -> tuple[Engine, Updates]:
     if mesh.layout.engine == "deepspeed":
         engine = build_deepspeed_engine(config, mesh, lambda name, dims: decay_of(name, dims, config.optimizer))
         return engine, engine
-    cutter = InputCutter(mesh, varlen=uses_varlen(config.kernels, mesh.device, mesh.compute_dtype))
-    return engine_over(build_parts(config, mesh), cutter, config)
+    return engine_over(build_parts(config, mesh), InputCutter.of(config, mesh), config)
 
 
 def engine_over(parts: Sequence[Transformer], cutter: InputCutter, config: RunConfig) -> tuple[TorchEngine, AdamW]:
