@@ -49,10 +49,9 @@ def heldout(scorer: Scorer, split: Split, config: RunConfig, mesh: Mesh, eod: in
     count = min(config.eval.max_documents or split.n_documents, split.n_documents)
     nats = torch.zeros(count, dtype=torch.float64, device=mesh.device)
     for batch in _my_batches(split, count, config, mesh, eod):
-        here = batch.to(mesh.device)
-        losses = scorer.token_losses(here)
-        owned = here.owners >= 0
-        nats.index_add_(0, here.owners[owned], losses[owned].double())
+        losses = scorer.token_losses(scorer.prepare(batch))
+        owners = batch.owners.clamp(min=0).flatten().to(mesh.device)  # who owns no target has a loss of 0
+        nats.index_add_(0, owners, losses.flatten().double())
         alive()
     mesh.sum_(nats)
     sizes = split.document_bytes[:count].astype(np.float64)

@@ -18,7 +18,7 @@ def samples(scorer: Scorer, tokenizer_file: Path, config: RunConfig, mesh: Mesh,
     for prompt in config.eval.prompts:
         ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [eod]
         new = generate(
-            lambda tokens, place: scorer.next_logits(tokens.to(mesh.device), place),
+            scorer.next_logits,
             ids,
             config.eval.sample_tokens,
             context=config.data.seq_len,

@@ -32,12 +32,6 @@ class ScoringBatch:
     positions: Tensor
     owners: Tensor
 
-    def to(self, device: torch.device) -> "ScoringBatch":
-        """The same on `device`."""
-        return ScoringBatch(
-            *(t.to(device) for t in (self.tokens, self.targets, self.documents, self.positions, self.owners))
-        )
-
 
 def windows(document: int, tokens: np.ndarray, length: int, stride: int) -> Iterator[Window]:
     """Windows of at most `length` inputs, `stride` apart: each target is scored in the first window that has it.
@@ -93,5 +87,5 @@ def _batch(filled: Sequence[Sequence[Window]], length: int, batch: int, fill: in
             documents[r, at : at + n] = number
             positions[r, at : at + n] = np.arange(n)
             at += n
-        positions[r, at:] = np.arange(length - at)  # what is left of the row is a document of filler, number 0
+        positions[r, at:] = np.arange(length - at)  # the rest of the row is padding, document 0
     return ScoringBatch(*(torch.from_numpy(a) for a in (tokens, targets, documents, positions, owners)))

@@ -1,4 +1,4 @@
-"""Linear cross-entropy: from hidden states, a vocabulary's matrix and targets to the loss, never holding all logits.
+"""Linear cross-entropy: from hidden states, a vocabulary's matrix and targets to the loss, without all logits at once.
 
 N tokens of the flattened batch · D width · V vocabulary, or the rows of it that are here
 """
@@ -16,7 +16,7 @@ IGNORED = -100  # a target that counts for nothing
 
 
 class VocabShard(NamedTuple):
-    """Which rows of the vocabulary's matrix are here, and how numbers come together over all of them, in place."""
+    """The rows of the vocabulary's matrix on this rank, from `first`, and reductions over all ranks' rows, in place."""
 
     first: int
     max_: Callable[[Tensor], object]
@@ -33,8 +33,8 @@ def linear_cross_entropy(
 
     loss is in nats; z_loss is z_weight * logsumexp^2 (Chowdhery et al. 2022, section 5). Only objective has a gradient.
     The logits of `chunk` tokens exist at once.
-    With a part of the vocabulary's `rows` the numbers are those of all of it; the gradient of `hidden` is this part's
-    share, to be summed.
+    With a shard of the vocabulary the numbers are those of the whole vocabulary; the gradient of `hidden` is this
+    shard's term of a sum.
     """
     objective, loss, z_loss = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, z_weight, chunk, rows)
     return objective, loss, z_loss
@@ -50,7 +50,7 @@ def token_losses(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Takes the gradients in the forward pass, while a chunk's probabilities are in cache; backward only scales."""
+    """Computes the gradients in the forward pass, while a chunk's probabilities are in cache; backward only scales."""
 
     @staticmethod
     def forward(

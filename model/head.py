@@ -1,4 +1,4 @@
-"""From hidden states and targets to the loss: the one module that knows the vocabulary's matrix.
+"""From hidden states and targets to the loss; the only module that uses the vocabulary's matrix.
 
 N tokens of the flattened batch · D width · V vocabulary
 """
@@ -33,8 +33,8 @@ class Head(nn.Module):
     def __init__(self, d_model: int, vocab: int, z_weight: float, tied: nn.Embedding | None) -> None:
         super().__init__()
         self.z_weight = z_weight
-        # A tuple hides the embedding from nn.Module: the weight then exists once, and to_empty, FSDP2 and
-        # tensor parallelism, which replace it there, cannot untie it.
+        # A tuple hides the embedding from nn.Module: the weight then exists once, and what replaces it in the embedding
+        # (to_empty, FSDP2, tensor parallelism) cannot untie it.
         self._tied = () if tied is None else (tied,)
         if tied is None:
             self.weight = nn.Parameter(torch.empty(vocab, d_model, dtype=torch.float32))

@@ -18,7 +18,7 @@ import torch
 from minka.data.batch import Batch
 from minka.data.loader import Loader
 from minka.data.prepare import open_or_prepare
-from minka.model.attention import document_structure
+from minka.model.attention import uses_varlen
 from minka.parallel.engine import Engine
 from minka.parallel.mesh import Mesh, local_device, start_mesh
 from minka.plan.cli import print_json, progress
@@ -86,11 +86,10 @@ def this_machine(config: RunConfig | None) -> dict[str, str]:
     rows |= {"not installed": ", ".join(name for name, version in found.items() if not version) or "nothing"}
     kernels = config.kernels if config is not None else KernelsSection()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    two_documents = torch.tensor([[0, 1]], device=device)
     rows |= {
         "collectives": "nccl" if device.type == "cuda" else "gloo",
         "compute": f"{str(dtype).removeprefix('torch.')} on fp32 weights",
-        "attention": PATHS[document_structure(two_documents, kernels, device=device, dtype=dtype).kind],
+        "attention": PATHS["varlen" if uses_varlen(kernels, device, dtype) else "mask"],
     }
     return rows
 
@@ -102,9 +101,9 @@ def checklist(config: RunConfig) -> Iterator[Check]:
     layout = Layout(micro_batch=1, recompute=config.layout.recompute, precision=config.layout.precision)
     one = config.model_copy(update={"layout": layout})
     with start_mesh(layout) as mesh:
-        with Loader(one, store.split("train"), 0, 1, None, mesh.device) as loader:
-            batch, _ = next(loader)
-        part = _first(batch, SEQUENCES).to(mesh.device)
+        with Loader(one, store.split("train"), 0, 1) as loader:
+            batch = next(loader).batch
+        part = _first(batch, SEQUENCES)
         share = part.target_count / part.targets.numel()
         yield Check("data flow", share > 0.5, f"{len(part.samples)} sequences, {100 * share:.0f} % of targets count")
         yield from _first_step(one, mesh, part)
@@ -114,7 +113,7 @@ def checklist(config: RunConfig) -> Iterator[Check]:
 
 def _first_step(config: RunConfig, mesh: Mesh, batch: Batch) -> Iterator[Check]:
     engine, optimizer = build_engine(config, mesh)
-    sums = engine.forward_backward([batch], batch.target_count)
+    sums = engine.forward_backward([engine.prepare(batch)], batch.target_count)
     loss, guess = float(sums.loss) / batch.target_count, math.log(config.model.vocab)
     near = abs(loss - guess) < 0.1 * guess
     yield Check("first loss is that of guessing", near, f"{loss:.3f} nats, ln(vocab) is {guess:.3f}")
@@ -126,7 +125,7 @@ def _first_step(config: RunConfig, mesh: Mesh, batch: Batch) -> Iterator[Check]:
     yield Check("gradients reach every weight", not dead, ", ".join(dead) or "all finite, none zero")
     engine.grad_norm()
     detail = LayerStats(engine, optimizer, mesh, config.model)
-    detail.before_apply([batch])
+    detail.before_apply(batch, len(batch.samples))
     norms = detail.gradient_norms()
     blocks = [norm for name, norm in norms.items() if name.startswith("blocks.")]
     spread = max(blocks) / max(min(blocks), 1e-30)
@@ -149,7 +148,7 @@ def _overfits(config: RunConfig, mesh: Mesh, batch: Batch) -> Check:
 def _range_test(config: RunConfig, mesh: Mesh, batch: Batch) -> Check:
     """Raise the rate a little each step; the loss falls, then bursts. The run's rate should be below the burst."""
     engine, _ = build_engine(config, mesh)
-    parts = [part.to(mesh.device) for part in batch.micro_batches(1)]
+    parts = batch.micro_batches(1)
     losses, best, burst = [], math.inf, math.inf
     with progress(RANGE_STEPS, "learning-rate range test", "steps") as advance:
         for step in range(RANGE_STEPS):
@@ -168,7 +167,7 @@ def _range_test(config: RunConfig, mesh: Mesh, batch: Batch) -> Check:
 
 
 def _train_step(engine: Engine, config: RunConfig, batch: Batch, rate: float) -> float:
-    sums = engine.forward_backward([batch], batch.target_count)
+    sums = engine.forward_backward([engine.prepare(batch)], batch.target_count)
     norm = engine.grad_norm()
     engine.apply(rate, config.optimizer.max_norm, torch.isfinite(norm))
     return float(sums.loss) / max(batch.target_count, 1)

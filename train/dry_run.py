@@ -14,22 +14,21 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minka.parallel.apply import cut
-from minka.parallel.fsdp_engine import ShardedEngine
+from minka.parallel.engine import TorchEngine
+from minka.parallel.inputs import InputCutter, ModelInputs
 from minka.parallel.memory_trace import MemoryTrace, Peak
 from minka.parallel.mesh import Mesh, lay_mesh
 from minka.parallel.pieces import Piece
-from minka.parallel.pipeline_engine import PipelineEngine
 from minka.parallel.traffic import Traffic, Transfer
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 from minka.plan.layout import Layout, micro_batches, micro_batches_fit
 from minka.plan.sizing import attention_kind, compute_dtype_name
 from minka.plan.topology import coordinates
-from minka.train.dry_run_fakes import AssumedFeeder, alone, fakes, gpu_ways, without_numbers
+from minka.train.dry_run_fakes import AssumedInputs, alone, gpu_ways, tensors_in, without_numbers
 from minka.train.guard import accepts
 from minka.train.optimizer import AdamW
 from minka.train.worker import engine_over
@@ -128,28 +127,30 @@ def _traced(config: RunConfig, layout: Layout, rank: int, count: int, as_gpu: bo
         parts = cut(config, mesh)
         for part in parts:
             part.head.device_kind = "cuda" if as_gpu else ""
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(gpu_ways() if as_gpu else ExitStack())
         for part in parts:
             part.to_empty(device=mesh.device)
         stack.enter_context(without_numbers())
-        feeder = AssumedFeeder(config, mesh, as_gpu=as_gpu)
-        engine, optimizer = engine_over(parts, feeder, config, mesh)
+        kind = attention_kind(config.kernels.attention, "cuda" if as_gpu else "cpu", layout.precision)
+        cutter = InputCutter(mesh, varlen=kind == "varlen")
+        engine, optimizer = engine_over(parts, cutter, config)
+        inputs = AssumedInputs(config, cutter)
         shards = {name: _shard(piece) for name, piece in engine.tensors().items()}
-        batches = [fakes(config) for _ in range(count)]
-        memory, traffic = traced_step(engine, optimizer, batches, config, feeder.note)
+        batches = [inputs.make(mode) for _ in range(count)]
+        memory, traffic = traced_step(engine, optimizer, batches, config, inputs.watch)
         step = Step(memory, dict(traffic.calls), dict(traffic.payload_bytes))
         layers = tuple(int(layer) for part in parts for layer in part.blocks)
-        given = sum(tensor.nbytes for tensor in batches[0])
+        given = sum(tensor.nbytes for tensor in tensors_in(batches[0]))
         held = Peak(given, {"workspace": given}, {"workspace": given})
-        middle = Step(held, *(feeder.middle() if count >= TRACED and layout.pipeline == 1 else ({}, {})))
+        middle = Step(held, *(inputs.middle() if count >= TRACED and layout.pipeline == 1 else ({}, {})))
         return Traced(step, middle, shards, layers)
 
 
 def traced_step(
-    engine: PipelineEngine | ShardedEngine,
+    engine: TorchEngine,
     optimizer: AdamW,
-    batches: Sequence[Any],
+    batches: Sequence[ModelInputs],
     config: RunConfig,
     start: Callable[[Traffic], None] = lambda _: None,
     memory: MemoryTrace | None = None,
@@ -160,10 +161,10 @@ def traced_step(
     """
     memory, traffic = memory or MemoryTrace(), Traffic(engine.mesh)
     start(traffic)
-    memory.watch("weights", [piece.local for piece in engine.weights().values()])
+    memory.watch("weights", [piece.local for piece in engine.weight_pieces().values()])
     moments = [tensor for tensors in optimizer.state().values() for tensor in tensors.values()]
     memory.watch("optimizer", [*moments, optimizer.count()])
-    memory.watch("workspace", [tensor for batch in batches for tensor in batch if isinstance(tensor, Tensor)])
+    memory.watch("workspace", [tensor for inputs in batches for tensor in tensors_in(inputs)])
     with memory, traffic:
         sums = engine.forward_backward(batches, len(batches) * config.data.seq_len)
         memory.watch("gradients", engine.gradients().values())

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,6 @@ from minka.data.token_store import TokenStore
 from minka.data.trace import trace_window
 from minka.parallel.engine import Engine
 from minka.parallel.mesh import Mesh, start_mesh
-from minka.parallel.precision import compute_dtype
 from minka.plan.cli import print_json, progress
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
@@ -95,7 +95,7 @@ def replay(folder: RunFolder, step: int) -> dict[str, Any]:
         here = {
             "ranks": 1,
             "device": torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else processor(),
-            "compute_dtype": str(compute_dtype(config, mesh)).removeprefix("torch."),
+            "compute_dtype": str(mesh.compute_dtype).removeprefix("torch."),
         }
     dtype = str(here["compute_dtype"])
     found_out = verdicts({at: compared for at, compared in steps.items() if compared}, dtype)
@@ -194,17 +194,19 @@ def _run(job: Replay, mesh: Mesh) -> tuple[dict[int, dict[str, dict[str, float]]
     """Differences by step, the batch of the last one, and what was begun from."""
     first = min(job.found.steps) if job.origin is None else int(job.origin.name.removeprefix("step-")) + 1
     config = _in_force(job, first) or settings(job.folder, job.found.steps[job.step])
+    mesh = replace(mesh, layout=config.layout)  # its precision may be different from that of the last step
     engine, _ = build_engine(config, mesh)
     state, said = _begin(job, config, engine, mesh)
     compared: dict[int, dict[str, dict[str, float]]] = {}
     with progress(job.step - state.step, "running again", "steps") as advance, ExitStack() as stack:
-        loader = stack.enter_context(_loader(job, config, state, mesh))
+        loader = stack.enter_context(_loader(job, config, state, engine))
         while state.step < job.step:
             now = _in_force(job, state.step + 1) or config
             if now != config:  # the run went on with other settings here
+                mesh = replace(mesh, layout=now.layout)
                 engine, config = _moved(engine, now, mesh), now
                 loader.close()
-                loader = stack.enter_context(_loader(job, config, state, mesh))
+                loader = stack.enter_context(_loader(job, config, state, engine))
             state, numbers, batch = _step(config, engine, loader, state, mesh)
             line = job.found.steps.get(state.step)
             compared[state.step] = differences(line.event, numbers) if line else {}
@@ -230,8 +232,8 @@ def _in_force(job: Replay, step: int) -> RunConfig | None:
     return settings(job.folder, line) if line else None
 
 
-def _loader(job: Replay, config: RunConfig, state: State, mesh: Mesh) -> Loader:
-    return Loader(config, job.store.split("train"), 0, 1, state.loader, mesh.device)
+def _loader(job: Replay, config: RunConfig, state: State, engine: Engine) -> Loader:
+    return Loader(config, job.store.split("train"), 0, 1, state.loader, engine.prepare)
 
 
 def _moved(engine: Engine, config: RunConfig, mesh: Mesh) -> Engine:
@@ -249,12 +251,11 @@ def _step(
     config: RunConfig, engine: Engine, loader: Loader, state: State, mesh: Mesh
 ) -> tuple[State, dict[str, Any], Batch]:
     """One step as train/loop.py takes it: the state after it, its numbers, its batch."""
-    batch, loaded = next(loader)
-    parts = [part.to(mesh.device) for part in batch.micro_batches(config.layout.micro_batch)]
+    batch, micro_batches, loaded = next(loader)
     if batch.largest_token() >= config.model.vocab:
         refuse_tokens(batch, config.model.vocab, mesh)
     rate = learning_rate(config, state.step, state.tokens)
-    sums = engine.forward_backward(parts, batch.target_count)
+    sums = engine.forward_backward(micro_batches, batch.target_count)
     norm = engine.grad_norm()
     engine.apply(rate, config.optimizer.max_norm, accepts(sums, norm))
     state, metrics = state.after(loaded), Metrics(config, mesh)
