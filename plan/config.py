@@ -16,7 +16,8 @@ from minka.plan.config_sections import (
     ScheduleSection,
     TrackingSection,
 )
-from minka.plan.layout import Asked, Layout, check_layout
+from minka.plan.layout import Layout
+from minka.plan.layout_rules import Asked, check_layout
 
 FORMAT: Literal[1] = 1
 

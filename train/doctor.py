@@ -17,7 +17,7 @@ import torch
 from minka.data.batch import Batch
 from minka.data.loader import Loader
 from minka.data.prepare import open_or_prepare
-from minka.model.attention import document_structure
+from minka.model.attention import uses_varlen
 from minka.parallel.engine import Engine
 from minka.parallel.mesh import Mesh, local_device, start_mesh
 from minka.plan.cli import print_json, print_table, progress
@@ -77,8 +77,6 @@ def this_machine(config: RunConfig | None) -> dict[str, str]:
     found = versions(*PACKAGES)
     kernels = config.kernels if config is not None else KernelsSection()
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    two_documents = torch.tensor([[0, 1]], device=device)
-    structure = document_structure(two_documents, kernels, device=device, dtype=dtype)
     return {
         "processor": f"{processor()}, {os.cpu_count()} cores",
         "memory": f"{_memory_bytes() / 2**30:.1f} GiB",
@@ -88,7 +86,7 @@ def this_machine(config: RunConfig | None) -> dict[str, str]:
         "not installed": ", ".join(name for name, version in found.items() if not version) or "nothing",
         "collectives": "nccl" if on_gpu else "gloo",
         "compute": f"{str(dtype).removeprefix('torch.')} on fp32 weights",
-        "attention": ATTENTION[structure.kind],
+        "attention": ATTENTION["varlen" if uses_varlen(kernels, device, dtype) else "mask"],
     }
 
 
@@ -99,9 +97,9 @@ def run_checks(config: RunConfig) -> Iterator[Check]:
     layout = Layout(micro_batch=1, recompute=config.layout.recompute, precision=config.layout.precision)
     config = config.model_copy(update={"layout": layout})
     with start_mesh(layout) as mesh:
-        with Loader(config, store.split("train"), 0, 1, None, mesh.device) as loader:
-            batch, _ = next(loader)
-        few = batch.micro_batches(math.gcd(len(batch.samples), SEQUENCES))[0].to(mesh.device)
+        with Loader(config, store.split("train"), 0, 1) as loader:
+            batch = next(loader).batch
+        few = batch.micro_batches(math.gcd(len(batch.samples), SEQUENCES))[0]
         share = few.target_count / few.targets.numel()
         yield Check("data flow", share > 0.5, f"{len(few.samples)} sequences, {100 * share:.0f} % of targets count")
         yield from _first_step(config, mesh, few)
@@ -111,7 +109,7 @@ def run_checks(config: RunConfig) -> Iterator[Check]:
 
 def _first_step(config: RunConfig, mesh: Mesh, batch: Batch) -> Iterator[Check]:
     engine, optimizer = build_engine(config, mesh)
-    sums = engine.forward_backward([batch], batch.target_count)
+    sums = engine.forward_backward([engine.prepare(batch)], batch.target_count)
     loss, uniform = float(sums.loss) / batch.target_count, math.log(config.model.vocab)
     near = abs(loss - uniform) < 0.1 * uniform
     yield Check("first loss is that of uniform guessing", near, f"{loss:.3f} nats, ln(vocab) is {uniform:.3f}")
@@ -123,7 +121,7 @@ def _first_step(config: RunConfig, mesh: Mesh, batch: Batch) -> Iterator[Check]:
     yield Check("gradients reach every weight", not dead, ", ".join(dead) or "all finite, none zero")
     engine.grad_norm()
     stats = LayerStats(engine, optimizer, mesh, config.model)
-    stats.before_apply([batch])
+    stats.before_apply(batch, len(batch.samples))
     norms = stats.gradient_norms()
     blocks = [norm for name, norm in norms.items() if name.startswith("blocks.")]
     ratio = max(blocks) / max(min(blocks), 1e-30)
@@ -147,7 +145,7 @@ def _overfit(config: RunConfig, mesh: Mesh, batch: Batch) -> Check:
 def _range_test(config: RunConfig, mesh: Mesh, batch: Batch) -> Check:
     """Raise the learning rate each step until the loss diverges. The run's rate should be below that point."""
     engine, _ = build_engine(config, mesh)
-    parts = [part.to(mesh.device) for part in batch.micro_batches(1)]
+    parts = batch.micro_batches(1)
     best, best_rate, diverges = math.inf, RANGE_LOW, math.inf
     with progress(RANGE_STEPS, "learning-rate range test", "steps") as advance:
         for step in range(RANGE_STEPS):
@@ -165,7 +163,7 @@ def _range_test(config: RunConfig, mesh: Mesh, batch: Batch) -> Check:
 
 
 def _train_step(engine: Engine, config: RunConfig, batch: Batch, rate: float) -> float:
-    sums = engine.forward_backward([batch], batch.target_count)
+    sums = engine.forward_backward([engine.prepare(batch)], batch.target_count)
     norm = engine.grad_norm()
     engine.apply(rate, config.optimizer.max_norm, torch.isfinite(norm))
     return float(sums.loss) / max(batch.target_count, 1)

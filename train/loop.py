@@ -41,8 +41,7 @@ def train(run: Session, state: State) -> tuple[State, ExitStatus]:
         record.evaluate(state, engine, watch)
     while status == ExitStatus.DONE and not config.finished(state.step, state.tokens):
         with watch.time("data"):
-            batch, loaded = next(run.loader)
-            micro_batches = [part.to(mesh.device) for part in batch.micro_batches(config.layout.micro_batch)]
+            batch, micro_batches, loaded = next(run.loader)
             beyond = batch.largest_token() >= config.model.vocab
             counted = batch.target_count if mesh.leads_data else 0
             targets, stop, broken = mesh.sum_on_host([counted, run.supervisor.stop_requested(), beyond])
@@ -59,7 +58,7 @@ def train(run: Session, state: State) -> tuple[State, ExitStatus]:
                 LayerStats(engine, run.optimizer, mesh, config.model) if detail_due(config, state.step + 1) else None
             )
             if detail:
-                detail.before_apply(micro_batches)
+                detail.before_apply(batch, config.layout.micro_batch)
         record.wait_for_copy(watch)  # a save under way has its copy of what is about to change
         with watch.time("compute"):
             engine.apply(rate, config.optimizer.max_norm, accepts(sums, norm))

@@ -1,4 +1,4 @@
-"""Numbers about steps: they stay on the device until they are logged, then move in one transfer."""
+"""Numbers about steps: they stay on the device until they are logged, and then move in one transfer."""
 
 import resource
 import sys
@@ -57,7 +57,7 @@ class StepRecord(NamedTuple):
 
 @dataclass
 class Metrics:
-    """Holds the steps since the last flush; every rank keeps the same ones, so every rank judges alike."""
+    """The steps since the last flush; every rank keeps the same ones, so that all ranks judge equally."""
 
     config: RunConfig
     mesh: Mesh
@@ -77,7 +77,7 @@ class Metrics:
 
     @property
     def due(self) -> bool:
-        """Whether tracking.log_every steps wait."""
+        """Whether tracking.log_every steps are waiting."""
         return len(self._waiting) >= self.config.tracking.log_every
 
     def flush(self) -> list[StepRecord]:
@@ -94,7 +94,7 @@ class Metrics:
         return records
 
     def speed(self, state: State, left_out_seconds: float) -> dict[str, float | None]:
-        """tokens_per_second and mfu since the last call, saves and evaluations left out; mfu None where unknown."""
+        """tokens_per_second and mfu since the last call, without saves and evaluations; mfu is None where unknown."""
         elapsed = max(time.perf_counter() - self._since - left_out_seconds, 1e-9)
         rate = (state.tokens - self._tokens_at) / elapsed
         self.start(state)

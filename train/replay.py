@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from minka.data.loader import Loader, order_of
 from minka.data.token_store import TokenStore
 from minka.parallel.engine import Engine
 from minka.parallel.mesh import Mesh, start_mesh
-from minka.parallel.precision import compute_dtype
 from minka.plan.cli import print_json, print_table, progress
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
@@ -75,8 +74,8 @@ class Replay:
         one_rank = {**dict.fromkeys(AXES, 1), "precision": precision, "engine": "fsdp", "offload": "none"}
         return config.model_copy(update={"layout": config.layout.model_copy(update=one_rank)})
 
-    def loader(self, config: RunConfig, state: State, mesh: Mesh) -> Loader:
-        return Loader(config, self.store.split("train"), 0, 1, state.loader, mesh.device)
+    def loader(self, config: RunConfig, state: State, engine: Engine) -> Loader:
+        return Loader(config, self.store.split("train"), 0, 1, state.loader, engine.prepare)
 
 
 def replay_command(source: str, step: int, as_json: bool) -> int:
@@ -102,7 +101,7 @@ def replay(folder: RunFolder, step: int) -> dict[str, Any]:
         torch.set_num_threads(min(max(1, start["threads"]), os.cpu_count() or 1))
     with start_mesh(config.layout) as mesh:
         steps, batch, origin = _run_steps(job, mesh)
-        dtype = str(compute_dtype(config, mesh)).removeprefix("torch.")
+        dtype = str(mesh.compute_dtype).removeprefix("torch.")
         device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else processor()
     replayed = {"ranks": 1, "device": device, "compute_dtype": dtype}
     judged = verdicts({at: compared for at, compared in steps.items() if compared}, dtype)
@@ -144,17 +143,19 @@ def _run_steps(job: Replay, mesh: Mesh) -> tuple[dict[int, dict[str, dict[str, f
     """Return the differences by step, the batch of the last step, and what the replay started from."""
     first = min(job.recorded.steps) if job.checkpoint is None else job.checkpoint + 1
     config = job.settings(first)
+    mesh = replace(mesh, layout=config.layout)  # its precision may differ from that of the last step
     engine, _ = build_engine(config, mesh)
     state, origin = _restore(job, config, engine, mesh)
     compared: dict[int, dict[str, dict[str, float]]] = {}
     with progress(job.step - state.step, "replaying", "steps") as advance, ExitStack() as stack:
-        loader = stack.enter_context(job.loader(config, state, mesh))
+        loader = stack.enter_context(job.loader(config, state, engine))
         while state.step < job.step:
             settings = job.settings(state.step + 1)
             if settings != config:  # here the run was resumed with different settings
+                mesh = replace(mesh, layout=settings.layout)
                 engine, config = _rebuilt(engine, settings, mesh), settings
                 loader.close()
-                loader = stack.enter_context(job.loader(config, state, mesh))
+                loader = stack.enter_context(job.loader(config, state, engine))
             state, record, batch = _run_step(config, engine, loader, state, mesh)
             recorded = job.recorded.steps.get(state.step)
             compared[state.step] = differences(recorded.event, record._asdict()) if recorded else {}
@@ -192,8 +193,7 @@ def _run_step(
     config: RunConfig, engine: Engine, loader: Loader, state: State, mesh: Mesh
 ) -> tuple[State, StepRecord, Batch]:
     """Run one step as train/loop.py does. Return the state after it, its numbers, and its batch."""
-    batch, loaded = next(loader)
-    micro_batches = [part.to(mesh.device) for part in batch.micro_batches(config.layout.micro_batch)]
+    batch, micro_batches, loaded = next(loader)
     if batch.largest_token() >= config.model.vocab:
         refuse_tokens(batch, config.model.vocab, mesh)
     rate = learning_rate(config, state.step, state.tokens)

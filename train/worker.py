@@ -19,14 +19,13 @@ from minka.launch.exit_reason import explained, write_ending
 from minka.launch.signals import SupervisorLink
 from minka.model.transformer import Transformer
 from minka.parallel.apply import build_parts, named_parameters
-from minka.parallel.deepspeed_engine import build_zero_engine
-from minka.parallel.engine import Engine
-from minka.parallel.fsdp_engine import ShardedEngine
-from minka.parallel.inputs import Feeder
+from minka.parallel.deepspeed_engine import build_deepspeed_engine
+from minka.parallel.engine import Engine, TorchEngine
+from minka.parallel.fsdp_engine import FsdpExecutor
+from minka.parallel.inputs import InputCutter
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.parallel.pieces import parameter_piece
-from minka.parallel.pipeline_engine import PipelineEngine
-from minka.parallel.precision import compute_dtype
+from minka.parallel.pipeline_engine import PipelineExecutor
 from minka.plan.atomic import write_json
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
@@ -37,8 +36,7 @@ from minka.plan.padding import describe_padding
 from minka.plan.pipeline_stages import stages_of
 from minka.plan.resume_rules import Changes, told
 from minka.plan.run_folder import RunFolder
-from minka.plan.topology import describe
-from minka.plan.topology import told as told_places
+from minka.plan.topology import describe, describe_lines
 from minka.train.console import Console
 from minka.train.final_summary import summarise
 from minka.train.layer_stats import Updates
@@ -129,7 +127,9 @@ def session(job: WorkerJob, mesh: Mesh) -> Iterator[tuple[Session, State]]:
         state = begin(engine, record, mesh)
         on_first(lambda: folder.begin(config), mesh)
         _announce(record, state, mesh, changed)
-        loader = Loader(config, store.split("train"), mesh.data_rank, mesh.layout.data_ways, state.loader, mesh.device)
+        loader = Loader(
+            config, store.split("train"), mesh.data_rank, mesh.layout.data_ways, state.loader, engine.prepare
+        )
         stack.callback(loader.close)
         profile = Profile(job.profile, folder.logs / f"trace-{mesh.rank:05d}.json")
         console.start(state.step)
@@ -139,19 +139,18 @@ def session(job: WorkerJob, mesh: Mesh) -> Iterator[tuple[Session, State]]:
 def build_engine(config: RunConfig, mesh: Mesh) -> tuple[Engine, Updates]:
     """The model cut for this rank, and the engine over it; who knows of its updates beside it."""
     if mesh.layout.engine == "deepspeed":
-        zero = build_zero_engine(config, mesh, lambda name, dims: decay_of(name, dims, config.optimizer))
-        return zero, zero
-    return engine_over(build_parts(config, mesh), Feeder(config, mesh), config, mesh)
+        engine = build_deepspeed_engine(config, mesh, lambda name, dims: decay_of(name, dims, config.optimizer))
+        return engine, engine
+    return engine_over(build_parts(config, mesh), InputCutter.of(config, mesh), config)
 
 
-def engine_over(
-    parts: Sequence[Transformer], feeder: Feeder, config: RunConfig, mesh: Mesh
-) -> tuple[PipelineEngine | ShardedEngine, AdamW]:
-    """The same of parts that are built already."""
+def engine_over(parts: Sequence[Transformer], cutter: InputCutter, config: RunConfig) -> tuple[TorchEngine, AdamW]:
+    """The same for parts that are built already."""
+    mesh = cutter.mesh
     pieces = {name: parameter_piece(parameter) for name, parameter in named_parameters(parts).items()}
     optimizer = AdamW([(n, p.local, len(p.global_shape)) for n, p in pieces.items()], config.optimizer)
-    kind: type[PipelineEngine | ShardedEngine] = PipelineEngine if mesh.layout.pipeline > 1 else ShardedEngine
-    return kind(parts, mesh, feeder, optimizer), optimizer
+    executor = PipelineExecutor(parts, mesh) if mesh.layout.pipeline > 1 else FsdpExecutor(parts, mesh)
+    return TorchEngine(executor, cutter, optimizer), optimizer
 
 
 def _open_run(job: WorkerJob, mesh: Mesh, stack: ExitStack) -> tuple[TokenStore, Changes]:
@@ -183,7 +182,7 @@ def _announce(record: Recorder, state: State, mesh: Mesh, changed: Changes) -> N
     config = record.config
     gpu = find(torch.cuda.get_device_name(mesh.device)) if mesh.device.type == "cuda" else None
     device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else processor()
-    dtype = str(compute_dtype(config, mesh)).removeprefix("torch.")
+    dtype = str(mesh.compute_dtype).removeprefix("torch.")
     record.event(
         "start",
         state,
@@ -224,7 +223,7 @@ def _placed(record: Recorder, mesh: Mesh) -> list[str]:
     with suppress(OSError):  # the map is in the way of nothing
         write_json(record.folder.topology_file, description)
     hosts = {place.host for place in mesh.topology.places}
-    return told_places(description) if len(hosts) > 1 or mesh.layout.data_ways < mesh.ranks else []
+    return describe_lines(description) if len(hosts) > 1 or mesh.layout.data_ways < mesh.ranks else []
 
 
 def _finish(job: WorkerJob, run: Session, state: State, status: ExitStatus) -> ExitStatus:

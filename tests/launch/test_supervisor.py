@@ -229,7 +229,7 @@ def test_joins_ranks_that_torchrun_started(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     steps = [line for line in read_ledger(RunFolder.of(config).ledger_file) if line["event"] == "step"]
     assert len(steps) == 20
-    assert "note: 19% of each step is spent on fillers: the 13 sequences" in done.stdout
+    assert "note: 19% of each step is spent on padding sequences: a batch of 13" in done.stdout
     assert re.search(r"^trained +step 20 of 20", done.stdout, re.MULTILINE)
 
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minka.model import initial_weights as init_module
-from minka.model.initial_weights import fill_, initialise
+from minka.model.initial_weights import fill_
 from minka.model.transformer import Transformer
+from minka.plan.config_sections import ModelSection
 from models import section
 
 CFG = section(init_std=0.5)
@@ -93,3 +94,9 @@ def test_norms_are_one_biases_zero_and_what_writes_to_the_stream_is_small() -> N
         else:
             scaled = name.endswith(("wo.weight", "down.weight"))
             assert parameter.std().item() == pytest.approx(0.02 / (4 if scaled else 1) * 0.98658, rel=0.05), name
+
+
+def initialise(model: Transformer, seed: int, cfg: ModelSection) -> None:
+    """Set every parameter of a whole model on one device."""
+    for name, parameter in model.named_parameters():
+        fill_(parameter, name, seed, cfg, offset=[0] * parameter.ndim, global_shape=parameter.shape)

@@ -1,4 +1,4 @@
-"""Parts of sequences: who has which tokens, and the segments that variable-length kernels are given."""
+"""Context shards: which rank has which tokens, and the segments that variable-length kernels are given."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minka.model.attention import allowed_pairs
-from minka.parallel.context import gathered_places, places, varlen_part
+from minka.parallel.context import gathered_places, places, varlen_segments
 from models import packed
 
 
@@ -29,7 +29,7 @@ def test_segments_give_the_attention_of_whole_rows(ways: int, seed: int) -> None
     order = gathered_places(length, ways)
     for rank in range(ways):
         mine = places(length, ways, rank)
-        starts, key_starts, take, longest = varlen_part(documents, ways, rank)
+        starts, key_starts, take, longest = varlen_segments(documents, ways, rank)
         flat = [x.movedim(1, 2).flatten(0, 1) for x in (q[:, :, mine], k[:, :, order], v[:, :, order])]
         found = segments(flat[0], flat[1][take], flat[2][take], starts, key_starts)
         expected = whole[:, :, mine].movedim(1, 2).flatten(0, 1)

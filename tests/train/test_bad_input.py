@@ -57,9 +57,7 @@ def test_no_ranks(ranks: str, tmp_path: Path) -> None:
 
 
 def test_ranks_that_do_not_fit_the_layout(tmp_path: Path) -> None:
-    assert "the layout is of 4 ranks (shard 4), and there are 3" in refused(
-        tiny(tmp_path, layout={"shard": 4}), "--ranks", "3"
-    )
+    assert "the layout (shard 4) needs 4 ranks, not 3" in refused(tiny(tmp_path, layout={"shard": 4}), "--ranks", "3")
 
 
 def test_a_vocabulary_the_data_cannot_fill(tmp_path: Path) -> None:
