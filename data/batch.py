@@ -63,7 +63,7 @@ def build_batch(
     ends = block[:, :-1] == eod
     tokens = block[:, :-1].astype(np.int64)
     targets = block[:, 1:].astype(np.int64)
-    np.putmask(targets, ends, IGNORED)  # the next token belongs to another document, or is padding
+    np.putmask(targets, ends, IGNORED)  # the next token is of a different document, or padding
     count = ends.size - int(np.count_nonzero(ends))
     for row in np.flatnonzero(real < seq_len):
         ends[row, real[row] :] = False  # padding is one document, not one a token

@@ -77,7 +77,7 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def uses_varlen(kernels: KernelsSection, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether documents are told apart by a variable-length kernel rather than by a mask.
+    """Whether a variable-length kernel separates documents, rather than a mask.
 
     Raises UserError where kernels.attention cannot run.
     """

@@ -2,7 +2,7 @@
 
 A sequence is cut into twice as many chunks as there are ranks, and rank r of c takes chunks r and 2c - 1 - r, one from
 the head and one from the tail: a causal query's work grows with its place, so the sums are even (Llama 3,
-arXiv:2407.21783, section 3.3.2). Rows of many short documents are less even, whatever the cut.
+arXiv:2407.21783, section 3.3.2). Rows of many short documents are less even under any cut.
 
 B sequences · T tokens of a sequence · K key/value heads · C head width
 """

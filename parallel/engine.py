@@ -1,4 +1,4 @@
-"""The engine: the one interface between the training loop and everything parallel, and the torch engine behind it.
+"""The engine: the one interface between the training loop and everything parallel, and its torch form.
 
 TorchEngine holds weights, gradients and optimizer state; an Executor (fsdp_engine.py, pipeline_engine.py) runs the
 passes; an InputCutter makes their inputs.
@@ -49,8 +49,7 @@ class Scorer(Protocol):
     def token_losses(self, inputs: ModelInputs) -> Tensor:
         """Nats of each target, [B, T] of whole rows, no gradient.
 
-        Of the ranks that share these sequences one has the loss of a target, and the others 0: sums over all ranks are
-        right.
+        Of the ranks that share these sequences one has the loss of a target, and the rest 0: sums over ranks are right.
         """
 
     def next_logits(self, tokens: Tensor, place: int) -> Tensor:

@@ -71,7 +71,7 @@ class InputCutter:
         return pinned
 
     def prepare_row(self, tokens: Tensor, place: int) -> tuple[ModelInputs, int | None]:
-        """A row [1, T] that is one document, and where this rank has the token at `place`; None: another rank has it.
+        """A row [1, T] that is one document, and where this rank has the token at `place`; None: not on this rank.
 
         Padded on the right, which a causal model cannot see, to a length that can be cut.
         """

@@ -32,7 +32,7 @@ class Mesh:
     """This rank's place among all ranks.
 
     `axes` has MESH_AXES; it is None for a single rank without a process group: then every collective is the identity.
-    `rank` is a position: it counts along AXES, tensor fastest, whatever number the launcher gave.
+    `rank` is a position: it counts along AXES, tensor fastest, and is not the number that the launcher gave.
     """
 
     layout: Layout

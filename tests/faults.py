@@ -94,7 +94,7 @@ def context_positions() -> None:
 
 
 def stage_order() -> None:
-    """Run the stages' layers in another order."""
+    """Run the stages' layers in a different order."""
     right: Any = vars(apply)["stages_of"]
     put(apply, "stages_of", lambda layout, model: right(layout, model)[::-1])
 
@@ -118,7 +118,7 @@ def scale_grads() -> None:
 
 
 def resharding() -> None:
-    """Free gathered weights after forward, whatever the schedule."""
+    """Free gathered weights after forward under every schedule."""
     put(shard, "frees_gathered_weights", lambda *given: True)
     put(sizing, "UNIT_BYTES", 1)
 

@@ -122,8 +122,8 @@ def test_the_probe_finds_the_largest_logit_in_bounded_memory(
     _, documents, _, _ = packed(rows, tokens, vocab=300)
     q, k = (torch.randn(rows, tokens, h, width).transpose(1, 2) for h in (heads, groups))
     one, other = 30 * torch.eye(width)[:2]
-    q[:, :, 0], k[:, :, -1] = one, one  # large, and behind the query
-    q[:, :, -1], k[:, :, 0] = other, other  # large, and in another document where there are several
+    q[:, :, 0], k[:, :, -1] = one, one  # large, and after the query
+    q[:, :, -1], k[:, :, 0] = other, other  # large, and in a different document where there are several
     at = documents[:1] * 0 if one_document else documents
     logits = q @ k.repeat_interleave(heads // groups, dim=1).transpose(2, 3) / width**0.5
     expected = logits.masked_fill(~allowed_pairs(at)[:, None], float("-inf")).amax()

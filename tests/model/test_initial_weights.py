@@ -52,7 +52,7 @@ def test_chunks_threads_strides_and_dimensions_change_no_bit(monkeypatch: pytest
 
 
 def test_numbers_do_not_change_between_versions() -> None:
-    """Written down: a checkpoint of seed 1 must be that of seed 1 for ever."""
+    """Goldens: initial weights of seed 1 must stay the same forever."""
     expected = [-0.21921072900295258, -0.40922436118125916, 0.33814921975135803, -0.12271711975336075]
     assert WHOLE.flatten()[:4].tolist() == expected
 

@@ -39,7 +39,7 @@ def test_segments_give_the_attention_of_whole_rows(ways: int, seed: int) -> None
 
 
 def segments(q_NHC: Tensor, k_MHC: Tensor, v_MHC: Tensor, starts: Tensor, key_starts: Tensor) -> Tensor:
-    """What a variable-length kernel computes: causal in each segment, the last query beside the last key."""
+    """What a variable-length kernel computes: causal in each segment, the last query aligned with the last key."""
     found = []
     for q0, q1, k0, k1 in zip(starts[:-1], starts[1:], key_starts[:-1], key_starts[1:], strict=True):
         q, k, v = q_NHC[q0:q1].movedim(1, 0), k_MHC[k0:k1].movedim(1, 0), v_MHC[k0:k1].movedim(1, 0)

@@ -1,4 +1,4 @@
-"""Layouts nobody has thought of: legal ones are drawn, and each gives the single-device run."""
+"""Random legal layouts: each gives the single-device run."""
 
 from random import Random
 from typing import Any

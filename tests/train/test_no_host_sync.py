@@ -166,9 +166,8 @@ def before(owner: Any, name: str, plant: Callable[..., object]) -> Any:
         tensor_from_a_list,
     ],
 )
-@pytest.mark.parametrize("layout", ["one rank", "context 2"])
-def test_a_planted_synchronisation_is_seen(layout: str, plant: Callable[[], Any], folder: Path) -> None:
-    config = config_of(folder, LAYOUTS[layout])
+def test_a_planted_synchronisation_is_seen(plant: Callable[[], Any], folder: Path) -> None:
+    config = config_of(folder, LAYOUTS["context 2" if plant is nonzero_in_attention else "one rank"])
     with plant(), pytest.raises((RuntimeError, NotImplementedError), match=r"meta|device"):
         run_on_meta(config, 0)
 
