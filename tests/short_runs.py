@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minka.checkpoint.restore import checkpoints, whole_tensors
+from minka.checkpoint.catalogue import checkpoints
+from minka.checkpoint.restore import whole_tensors
 from minka.data.batch import IGNORED, Batch
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.parallel.pieces import Piece, tensor_name

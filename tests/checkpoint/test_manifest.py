@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from minka.checkpoint.manifest import KEYS, load_manifest
+from minka.checkpoint.manifest import KEYS, read_header
 from minka.checkpoint.restore import restore
 from saved import ALONE, save, tensors
 
@@ -47,5 +47,5 @@ def test_a_manifest_that_is_not_as_it_was_written_is_damage(spoilt: str, tmp_pat
 def test_the_seal_of_a_manifest_holds_for_whatever_the_state_is(tmp_path: Path) -> None:
     state = {"nan": float("nan"), "tuple": (1, 2), "keys": {10: "a", 9: "b"}, "float": 0.1 + 0.2}
     path = save(tmp_path, 1, tensors(), state, ALONE).path
-    read = load_manifest(path)["state"]
+    read = read_header(path).state
     assert read == {"nan": "NaN", "tuple": [1, 2], "keys": {"10": "a", "9": "b"}, "float": 0.1 + 0.2}

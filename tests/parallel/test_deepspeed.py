@@ -12,7 +12,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from minka.checkpoint.restore import checkpoints, restore_from
+from minka.checkpoint.catalogue import checkpoints
+from minka.checkpoint.restore import restore_from
 from minka.parallel import deepspeed_engine as zero
 from minka.parallel import deepspeed_slices as zero_slices
 from minka.parallel.mesh import Mesh, start_mesh

@@ -9,7 +9,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from minka.checkpoint.restore import checkpoints, whole_tensors
+from minka.checkpoint.catalogue import checkpoints
+from minka.checkpoint.restore import whole_tensors
 from minka.model.transformer import Transformer
 from minka.parallel import fsdp as shard
 from minka.parallel.apply import build_parts, named_parameters

@@ -41,7 +41,7 @@ class Folder:
         self.since.append(dict(self.names))
 
 
-class SimDisk:
+class SimFileSystem:
     """See the module, and checkpoint/filesystem.py for the calls. `base`, the checkpoints folder, always exists.
 
     Every change is a step, and so is every look. Set `crash_at` (of the changes), or `fails`, which is asked with
@@ -63,7 +63,7 @@ class SimDisk:
         if power_lost:
             self._forget(self.root)
 
-    def make(self, folder: Path) -> None:
+    def mkdir(self, folder: Path) -> None:
         self._change()
         parent = self._folder(folder.parent)
         if folder.name in parent.names:
@@ -102,7 +102,7 @@ class SimDisk:
         parent.names[new.name] = parent.names.pop(old.name)
         parent.changed()
 
-    def remove(self, folder: Path) -> None:
+    def rmtree(self, folder: Path) -> None:
         parent = self._folder(folder.parent)
         found = parent.names.get(folder.name)
         if found is None:
@@ -118,13 +118,7 @@ class SimDisk:
         del parent.names[folder.name]
         parent.changed()
 
-    def forget(self, file: Path) -> None:
-        self._change()
-        parent = self._folder(file.parent)
-        del parent.names[file.name]
-        parent.changed()
-
-    def names(self, folder: Path) -> list[str]:
+    def listdir(self, folder: Path) -> list[str]:
         self._look()
         try:
             return sorted(self._folder(folder).names)
@@ -139,7 +133,7 @@ class SimDisk:
         self._look()
         return self.file(file).content[offset : offset + length]
 
-    def free(self, folder: Path) -> int:
+    def free_bytes(self, folder: Path) -> int:
         self._look()
         return self.room
 
