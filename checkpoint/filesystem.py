@@ -7,7 +7,6 @@ import stat
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
 
 # Errors that may pass although the file is whole. A read is tried again; a file that still cannot be read is passed
 # over without being called damaged.
@@ -17,54 +16,27 @@ PASSING = frozenset(
 PAUSES = (0.1, 1.0)  # seconds before the second and the third attempt
 
 
-class FileSystem(Protocol):
-    """Every call may raise OSError. None follows a symbolic link in the last part of a path."""
+class FileSystem:
+    """Any mounted file system with atomic renames and a reliable fsync.
+
+    Every call may raise OSError. None follows a symbolic link in the last part of a path.
+    """
 
     def mkdir(self, folder: Path) -> None:
         """Make a new, empty folder."""
-
-    def write(self, file: Path, parts: Iterable[memoryview]) -> None:
-        """Write a new file. When this returns its content is on the disk; its name is after `sync`."""
-
-    def sync(self, folder: Path) -> None:
-        """When this returns, the names in `folder` are on the disk."""
-
-    def rename(self, old: Path, new: Path) -> None:
-        """Rename atomically within a folder; FileExistsError when `new` exists."""
-
-    def rmtree(self, folder: Path) -> None:
-        """Delete a folder with everything in it, if it exists."""
-
-    def listdir(self, folder: Path) -> list[str]:
-        """Names in a folder, sorted; empty when it does not exist."""
-
-    def size(self, file: Path) -> int:
-        """Bytes of a regular file; OSError for anything else."""
-
-    def read(self, file: Path, offset: int, length: int) -> bytearray:
-        """So many bytes, or fewer at the end of the file."""
-
-    def free_bytes(self, folder: Path) -> int:
-        """Bytes that may still be written there."""
-
-
-class LocalFileSystem:
-    """Any mounted file system with atomic renames and a reliable fsync."""
-
-    def mkdir(self, folder: Path) -> None:
         folder.mkdir()
 
     def write(self, file: Path, parts: Iterable[memoryview]) -> None:
-        handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        try:
+        """Write a new file. When this returns its content is on the disk; its name is after `sync`."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(file, flags, 0o644), "wb", buffering=0) as opened:
             for part in parts:
                 while part.nbytes:  # a write may take less than it was given
-                    part = part[os.write(handle, part) :]
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+                    part = part[opened.write(part) :]
+            os.fsync(opened.fileno())
 
     def sync(self, folder: Path) -> None:
+        """When this returns, the names in `folder` are on the disk."""
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(handle)
@@ -72,23 +44,28 @@ class LocalFileSystem:
             os.close(handle)
 
     def rename(self, old: Path, new: Path) -> None:
+        """Rename atomically within a folder; FileExistsError when `new` exists."""
         if os.path.lexists(new):
             raise FileExistsError(f"{new} exists")
         os.rename(old, new)
 
     def rmtree(self, folder: Path) -> None:
+        """Delete a folder with everything in it, if it exists."""
         if folder.is_symlink():
             folder.unlink()
         elif folder.exists():
             shutil.rmtree(folder)
 
     def listdir(self, folder: Path) -> list[str]:
+        """Names in a folder, sorted; empty when it does not exist."""
         return sorted(os.listdir(folder)) if folder.is_dir() else []
 
     def size(self, file: Path) -> int:
+        """Bytes of a regular file; OSError for anything else."""
         return _regular(os.lstat(file), file).st_size
 
     def read(self, file: Path, offset: int, length: int) -> bytearray:
+        """So many bytes, or fewer at the end of the file."""
         for pause in PAUSES:
             try:
                 return self._read(file, offset, length)
@@ -99,21 +76,17 @@ class LocalFileSystem:
         return self._read(file, offset, length)
 
     def _read(self, file: Path, offset: int, length: int) -> bytearray:
-        handle = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not block
-        try:
-            size = _regular(os.fstat(handle), file).st_size
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe must not block
+        with os.fdopen(os.open(file, flags), "rb") as opened:
+            size = _regular(os.fstat(opened.fileno()), file).st_size
             content = bytearray(max(0, min(length, size - offset)))
-            view, filled = memoryview(content), 0
-            while filled < len(content):
-                got = os.preadv(handle, [view[filled:]], offset + filled)
-                if not got:
-                    raise OSError(f"{file} became shorter while it was read")
-                filled += got
+            opened.seek(offset)
+            if opened.readinto(content) != len(content):
+                raise OSError(f"{file} became shorter while it was read")
             return content
-        finally:
-            os.close(handle)
 
     def free_bytes(self, folder: Path) -> int:
+        """Bytes that may still be written there."""
         found = os.statvfs(folder)
         return found.f_bavail * found.f_frsize
 
@@ -124,4 +97,4 @@ def _regular(found: os.stat_result, file: Path) -> os.stat_result:
     return found
 
 
-LOCAL = LocalFileSystem()
+LOCAL = FileSystem()

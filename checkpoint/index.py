@@ -15,9 +15,10 @@ partition, so the index stays small. A rank looks up whose boxes overlap its own
 import math
 from array import array
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
+import torch
 from pydantic import Field, PrivateAttr, model_validator
 
 from minka.checkpoint.manifest import Count, Sealed, Sha256, StrictModel
@@ -25,9 +26,7 @@ from minka.parallel.pieces import tensor_name
 
 INDEX = "index.json"
 MAX_NUMBERS = 2**60  # in a tensor: torch takes no larger shape, even of an empty tensor
-DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
-
-Dtype = Literal["float64", "float32", "bfloat16", "float16", "int64", "int32", "uint8", "bool"]
+Dtype = Annotated[str, Field(pattern="^(float64|float32|bfloat16|float16|int64|int32|uint8|bool)$")]
 ShardName = Annotated[str, Field(pattern=r"^rank-[0-9]{5,}\.safetensors$")]
 
 
@@ -38,6 +37,10 @@ class StoredPiece(StrictModel):
     shape: list[Count]
     offset: list[Count]
     size: list[Count]
+
+    def fits(self) -> bool:
+        """Whether the box has the dimensions of the tensor."""
+        return len(self.offset) == len(self.size) == len(self.shape)
 
 
 class Table(StrictModel):
@@ -115,7 +118,7 @@ class Index(StrictModel):
 
     def nbytes(self, name: str) -> int:
         """Bytes of a whole tensor."""
-        return math.prod(self.shape(name)) * DTYPE_BYTES[self.tensors[name].dtype]
+        return math.prod(self.shape(name)) * getattr(torch, self.tensors[name].dtype).itemsize
 
     def files_with(self, name: str, offset: Sequence[int], size: Sequence[int]) -> list[str]:
         """Files that hold a part of this box of a tensor, in the order of `files`."""
@@ -129,7 +132,7 @@ def build_index(shards: Iterable[tuple[str, ShardEntry, Table]]) -> Index:
     boxes: dict[tuple[str, str, tuple[int, ...]], array[int]] = {}
     for name, entry, table in shards:
         for key, piece in table.pieces.items():
-            if not len(piece.offset) == len(piece.size) == len(piece.shape):
+            if not piece.fits():
                 raise ValueError(f"{key}: shape, offset and size differ in dimensions")
             tensor = (tensor_name(key), piece.dtype, tuple(piece.shape))
             boxes.setdefault(tensor, array("q")).extend((len(files), *piece.offset, *piece.size))
@@ -145,3 +148,8 @@ def build_index(shards: Iterable[tuple[str, ShardEntry, Table]]) -> Index:
             raise ValueError(f"{name} has different shapes or types in different files")
         tensors[name] = TensorEntry(dtype=dtype, partition=number)
     return Index(files=files, partitions=partitions, tensors=tensors)
+
+
+def table_name(shard: str) -> str:
+    """The file with the table of a shard file."""
+    return shard.replace(".safetensors", ".json")

@@ -36,6 +36,7 @@ LAST_LINE_BYTES = len(',\n"sha256": ""\n}\n') + 64
 Count = Annotated[int, Field(ge=0, lt=2**60)]  # bytes of so many numbers still fit in 64 bits
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Model = TypeVar("Model", bound=BaseModel)
+Bytes = bytes | bytearray
 
 
 class Damage(ValueError):
@@ -53,13 +54,13 @@ class Sealed(StrictModel):
     sha256: Sha256
 
     @classmethod
-    def of(cls, content: bytes | bytearray) -> "Sealed":
+    def of(cls, content: Bytes) -> "Sealed":
         """Those of a file with this content."""
         return cls(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 class Header(StrictModel):
-    """A manifest without its tables. `sha256` identifies the checkpoint: it covers every file, directly or by hashes."""
+    """What a manifest says. `sha256` identifies the checkpoint: it covers every file, by their hashes."""
 
     format: Annotated[int, Field(ge=1, le=FORMAT)]
     number: Annotated[int, Field(ge=0, lt=2**63)]
@@ -68,8 +69,9 @@ class Header(StrictModel):
     permanent: bool
     state: dict[str, Any]
     chunk_bytes: Annotated[int, Field(gt=0, le=MAX_CHUNK_BYTES)]
-    index: Sealed | None = None  # None: formats 1 and 2
     sha256: Sha256
+    index: Sealed | None = None
+    old_tables: dict[str, Any] | None = None  # formats 1 and 2, without an index: `files` and `tensors`, not checked
 
 
 def seal(values: Mapping[str, Any]) -> bytes:
@@ -86,32 +88,24 @@ def read_header(path: Path, fs: FileSystem = LOCAL) -> Header:
     Raises OSError when it cannot be read, and Damage when it is not as it was written or of an unknown format.
     """
     file = path / NAME
-    raw = read_manifest(path, fs)
+    if path.is_symlink():
+        raise Damage(f"{path} is a symbolic link; a checkpoint is a folder")
+    size = fs.size(file)
+    if size > MAX_BYTES:
+        raise Damage(f"{file} has {size:,} bytes; a manifest has at most {MAX_BYTES:,}")
+    raw = fs.read(file, 0, size)
     if raw.startswith(f'{{\n"format": {FORMAT},\n'.encode()):
         last = LAST_LINE.fullmatch(raw[-LAST_LINE_BYTES:])
         if not last or hashlib.sha256(raw[:-LAST_LINE_BYTES]).hexdigest().encode() != last[1]:
             raise Damage(f"{file} does not match its own hash")
         header = parse(Header, raw, file)
-        if header.index is None:
-            raise Damage(f"{file}: index is missing")
     else:
-        values = read_old(raw, file)
-        known = {key: values[key] for key in Header.model_fields.keys() & values.keys()}
-        header = parse(Header, OLD_DEFAULTS | known, file)
+        header = parse(Header, OLD_DEFAULTS | _read_old(raw, file), file)
+    if (header.index is None) == (header.old_tables is None):
+        raise Damage(f"{file} has no index")
     if STEP_FOLDER.fullmatch(path.name) and int(path.name.removeprefix("step-")) != header.step:
         raise Damage(f"{file} is of step {header.step}; its folder is of a different step")
     return header
-
-
-def read_manifest(path: Path, fs: FileSystem) -> bytearray:
-    """The bytes of a manifest, not checked. Raises OSError and Damage."""
-    if path.is_symlink():
-        raise Damage(f"{path} is a symbolic link; a checkpoint is a folder")
-    file = path / NAME
-    size = fs.size(file)
-    if size > MAX_BYTES:
-        raise Damage(f"{file} has {size:,} bytes; a manifest has at most {MAX_BYTES:,}")
-    return fs.read(file, 0, size)
 
 
 def read_sealed(file: Path, seal: Sealed, fs: FileSystem) -> bytearray:
@@ -125,7 +119,7 @@ def read_sealed(file: Path, seal: Sealed, fs: FileSystem) -> bytearray:
     return raw
 
 
-def parse(model: type[Model], content: bytes | bytearray | Mapping[str, Any], file: Path) -> Model:
+def parse(model: type[Model], content: Bytes | Mapping[str, Any], file: Path) -> Model:
     """JSON, or values read from it, as a model. Raises Damage that names `file` and the first wrong entry."""
     try:
         return model.model_validate(content) if isinstance(content, Mapping) else model.model_validate_json(content)
@@ -135,33 +129,25 @@ def parse(model: type[Model], content: bytes | bytearray | Mapping[str, Any], fi
         raise Damage(f"{file}: {where[:100]}: {first['msg'][:200]}") from None
 
 
-def read_old(raw: bytes | bytearray, file: Path) -> dict[str, Any]:
-    """All values of a manifest of format 1 or 2 whose hash holds. Raises Damage."""
+def _read_old(raw: bytearray, file: Path) -> dict[str, Any]:
+    """The values of a manifest of format 1 or 2 whose hash matches, its tables under `old_tables`. Raises Damage."""
     try:
         values = json.loads(raw, parse_constant=_refuse_constant)
         number = values.get("format") if isinstance(values, dict) else None
-        if number not in (1, 2):
-            raise Damage(f"{file} has format {str(number)[:40]}; this version reads 1 to {FORMAT}")
+        if number not in (1, 2, FORMAT):
+            raise ValueError(f"format {str(number)[:40]} is unknown; this version reads 1 to {FORMAT}")
         unsealed = {key: value for key, value in values.items() if key != "sha256"}
-        canonical = json.dumps(unsealed, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        canonical = json.dumps(unsealed, sort_keys=True, separators=(",", ":"))
         if values.get("sha256") != hashlib.sha256(canonical.encode()).hexdigest():
-            raise Damage(f"{file} does not match its own hash")
-        if raw != (_text_1(values) if number == 1 else _text_2(values)).encode():
-            raise Damage(f"{file} has the values that were written, in a different text")
-    except Damage:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise Damage(f"{file} is not valid JSON: {str(error)[:200]}") from None
-    return values
-
-
-def _text_1(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, indent=2, allow_nan=False) + "\n"
-
-
-def _text_2(values: Mapping[str, Any]) -> str:
-    lines = (f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in values.items())
-    return "{\n" + ",\n".join(lines) + "\n}\n"
+            raise ValueError("it does not match its own hash")
+        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in values.items())
+        written = json.dumps(values, indent=2) + "\n" if number == 1 else f"{{\n{lines}\n}}\n"
+        if raw != written.encode():
+            raise ValueError("it has the values that were written, in a different text")
+        tables = {key: values.pop(key) for key in ("files", "tensors")}
+    except (ValueError, KeyError, RecursionError) as error:
+        raise Damage(f"{file}: {str(error)[:200]}") from None
+    return {**values, "old_tables": tables}
 
 
 def _refuse_constant(word: str) -> NoReturn:

@@ -110,7 +110,7 @@ def whole_tensors(
     Reads in batches of BATCH_BYTES, since each batch goes through all files. `alive` is called for each chunk read.
     Raises DAMAGE.
     """
-    checkpoint = StoredCheckpoint(path, fs)
+    checkpoint = StoredCheckpoint(path, fs, alive)
     checkpoint.check_files()
     index = checkpoint.index
     stored_bytes = sum(entry.bytes for entry in index.files.values())
@@ -123,17 +123,15 @@ def whole_tensors(
         if size > stored_bytes:
             raise Damage(f"{path}: {name} is larger than all files together")
         if batch and size > left:
-            yield from _filled(checkpoint, batch, prefix, alive)
+            yield from _filled(checkpoint, batch, prefix)
             batch, left = {}, BATCH_BYTES
         batch[name] = Piece(torch.empty(shape, dtype=getattr(torch, entry.dtype)), (0,) * len(shape), shape)
         left -= size
-    yield from _filled(checkpoint, batch, prefix, alive)
+    yield from _filled(checkpoint, batch, prefix)
 
 
-def _filled(
-    checkpoint: StoredCheckpoint, batch: dict[str, Piece], prefix: str, alive: Callable[[], None]
-) -> Iterator[tuple[str, Tensor]]:
-    fill(checkpoint, batch, alive)
+def _filled(checkpoint: StoredCheckpoint, batch: dict[str, Piece], prefix: str) -> Iterator[tuple[str, Tensor]]:
+    fill(checkpoint, batch)
     for name in list(batch):
         yield name.removeprefix(prefix), batch.pop(name).local
 
@@ -157,13 +155,13 @@ def _try(
     state, problem, mismatch, passing = None, "", "", False
     not_here: dict[str, bool] = {}
     try:
-        checkpoint = StoredCheckpoint(path, fs, header)
+        checkpoint = StoredCheckpoint(path, fs, alive, header)
         if mesh.is_first:  # thousands of ranks need not look at thousands of files each
             checkpoint.check_files()
         index, state = checkpoint.index, checkpoint.header.state
         mismatch, not_here = _mismatch(index, tensors), _not_here(index, tensors)
         if not mismatch:
-            fill(checkpoint, {key: piece for key, piece in tensors.items() if tensor_name(key) in index.tensors}, alive)
+            fill(checkpoint, {key: piece for key, piece in tensors.items() if tensor_name(key) in index.tensors})
     except DAMAGE as error:
         reason = str(error) or type(error).__name__
         problem = reason if str(path) in reason else f"{path}: {reason}"

@@ -10,17 +10,16 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minka.checkpoint.filesystem import FileSystem
-from minka.checkpoint.index import DTYPE_BYTES, Table
+from minka.checkpoint.index import StoredPiece
 from minka.checkpoint.manifest import Damage
-from minka.parallel.pieces import Piece
+from minka.checkpoint.stored_checkpoint import StoredCheckpoint
+from minka.parallel.pieces import Piece, tensor_name
 
 CODES = {
     "float64": "F64",
@@ -38,10 +37,9 @@ ALIGNMENT = 8
 
 
 class TensorSpan(NamedTuple):
-    """Where a tensor is in its file: bytes [first, last), and their type and shape."""
+    """Where a tensor is in its file: its first byte, its type and its shape."""
 
     first: int
-    last: int
     dtype: str
     shape: tuple[int, ...]
 
@@ -129,26 +127,34 @@ class ChunkHasher:
 class ShardReader:
     """Reads one shard file; every byte that it returns was in a chunk whose hash matched. Raises OSError and Damage."""
 
-    def __init__(
-        self, fs: FileSystem, file: Path, table: Table, chunk_bytes: int, alive: Callable[[], None]
-    ) -> None:
-        self.file, self._fs, self._alive = file, fs, alive
-        self._hashes, self._bytes, self._chunk_bytes = table.sha256, table.bytes, chunk_bytes
+    def __init__(self, checkpoint: StoredCheckpoint, shard: str) -> None:
+        self.file, self.table = checkpoint.path / shard, checkpoint.table(shard)
+        self._index, self._fs, self._alive = checkpoint.index, checkpoint.fs, checkpoint.alive
+        self._chunk_bytes = checkpoint.header.chunk_bytes
         self._cached: tuple[int, bytearray] = (-1, bytearray())
-        self.spans = self._read_header()
+        self._spans = self._read_header()
 
-    def rows(self, name: str, first: int, last: int) -> Tensor:
+    def span_of(self, key: str, box: StoredPiece) -> TensorSpan:
+        """Where a piece of the table is; index, table and the file's own header must agree on it."""
+        span, name = self._spans.get(key), tensor_name(key)
+        entry = self._index.tensors.get(name)
+        if not entry or (entry.dtype, self._index.shape(name)) != (box.dtype, box.shape):
+            raise Damage(f"{self.file}: its table and the index differ in {key}")
+        if span != TensorSpan(span.first if span else 0, box.dtype, tuple(box.size)) or not box.fits():
+            raise Damage(f"{self.file}: {key} is not in the file as its table describes it")
+        return span
+
+    def rows(self, span: TensorSpan, first: int, last: int) -> Tensor:
         """Rows [first, last) of a tensor's first dimension; a scalar is one row of shape (1,)."""
-        span = self.spans[name]
-        shape = span.shape or (1,)
-        row = math.prod(shape[1:]) * DTYPE_BYTES[span.dtype]
+        dtype, shape = getattr(torch, span.dtype), span.shape or (1,)
+        row = math.prod(shape[1:]) * dtype.itemsize
         raw = self._read(span.first + first * row, span.first + last * row)
-        return torch.frombuffer(raw, dtype=getattr(torch, span.dtype)).view(last - first, *shape[1:])
+        return torch.frombuffer(raw, dtype=dtype).view(last - first, *shape[1:])
 
     def _read_header(self) -> dict[str, TensorSpan]:
         size = self._fs.size(self.file)
-        if size != self._bytes:
-            raise Damage(f"{self.file} has {size:,} bytes instead of {self._bytes:,}")
+        if size != self.table.bytes:
+            raise Damage(f"{self.file} has {size:,} bytes instead of {self.table.bytes:,}")
         length = int.from_bytes(self._read(0, 8), "little") if size >= 8 else 2**62
         if length > min(MAX_HEADER_BYTES, size - 8):
             raise Damage(f"{self.file}: its header claims {length:,} bytes")
@@ -175,8 +181,8 @@ class ShardReader:
     def _chunk(self, index: int) -> bytearray:
         if self._cached[0] != index:
             at = index * self._chunk_bytes
-            content = self._fs.read(self.file, at, min(self._chunk_bytes, self._bytes - at))
-            if hashlib.sha256(content).hexdigest() != self._hashes[index]:
+            content = self._fs.read(self.file, at, min(self._chunk_bytes, self.table.bytes - at))
+            if hashlib.sha256(content).hexdigest() != self.table.sha256[index]:
                 raise Damage(f"{self.file}: chunk {index} ({self._chunk_bytes:,} bytes each) does not match its hash")
             self._cached = (index, content)
             self._alive()
@@ -189,16 +195,16 @@ def _span(entry: Mapping[str, Any], begin: int, size: int) -> TensorSpan:
     first, last = (begin + int(n) for n in entry["data_offsets"])
     if any(n < 0 for n in shape) or not begin <= first <= last <= size:
         raise ValueError("a tensor is not within the file")
-    if last - first != math.prod(shape) * DTYPE_BYTES[dtype]:
+    if last - first != math.prod(shape) * getattr(torch, dtype).itemsize:
         raise ValueError("a tensor has more or fewer bytes than its shape")
-    return TensorSpan(first, last, dtype, shape)
+    return TensorSpan(first, dtype, shape)
 
 
 def _header(tensors: list[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, int]:
     """The first bytes of a safetensors file, and how many follow them."""
     table, at = {}, 0
     for name, dtype, shape in tensors:
-        size = math.prod(shape) * DTYPE_BYTES[dtype]
+        size = math.prod(shape) * getattr(torch, dtype).itemsize
         table[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(table, separators=(",", ":")).encode()

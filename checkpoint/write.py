@@ -9,10 +9,9 @@ from typing import NamedTuple
 from minka.checkpoint.catalogue import Catalogue
 from minka.checkpoint.commit import commit, start_writing, step_name
 from minka.checkpoint.filesystem import FileSystem
-from minka.checkpoint.index import INDEX, Index, ShardEntry, StoredPiece, Table, build_index
+from minka.checkpoint.index import INDEX, ShardEntry, StoredPiece, Table, build_index, table_name
 from minka.checkpoint.manifest import Sealed, parse, seal
 from minka.checkpoint.shard_file import ChunkHasher, dtype_name
-from minka.checkpoint.stored_checkpoint import table_name
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece
 from minka.plan.retention import Kept
@@ -113,7 +112,7 @@ def _check_space(fs: FileSystem, folder: Path, total: int) -> None:
 def _describe(pieces: Mapping[str, Piece]) -> dict[str, StoredPiece]:
     return {
         key: StoredPiece(
-            dtype=dtype_name(piece.local),  # type: ignore[arg-type]  # pydantic checks it
+            dtype=dtype_name(piece.local),
             shape=list(piece.global_shape),
             offset=list(piece.offset),
             size=list(piece.local.shape),

@@ -1,4 +1,4 @@
-"""What 16,384 ranks would write of llama3-405b (16 stages, 128 shards, tensor groups of 8), by function: no real ranks."""
+"""What 16,384 ranks would write of llama3-405b (16 stages, 128 shards, 8 tensor ranks), computed without any ranks."""
 
 from collections.abc import Iterator
 from typing import NamedTuple

@@ -8,7 +8,7 @@ import torch
 
 from minka.checkpoint.async_saver import AsyncSaver
 from minka.checkpoint.filesystem import LOCAL, FileSystem
-from minka.checkpoint.write import SaveRequest, Saved
+from minka.checkpoint.write import Saved, SaveRequest
 from minka.data.prepare import open_or_prepare
 from minka.parallel.apply import build_parts, named_parameters
 from minka.parallel.mesh import Mesh, start_mesh

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from random import Random
 
+from minka.checkpoint.filesystem import FileSystem
+
 NO_SPACE = 10**15
 
 
@@ -41,7 +43,7 @@ class Folder:
         self.since.append(dict(self.names))
 
 
-class SimFileSystem:
+class SimFileSystem(FileSystem):
     """See the module, and checkpoint/filesystem.py for the calls. `base`, the checkpoints folder, always exists.
 
     Every change is a step, and so is every look. Set `crash_at` (of the changes), or `fails`, which is asked with

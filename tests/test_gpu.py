@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minka.benchmarks.training import made_up_batch, our_step, peer_step
-from minka.checkpoint.async_saver import Outcome, AsyncSaver
+from minka.checkpoint.async_saver import AsyncSaver, Outcome
 from minka.checkpoint.restore import restore_from
 from minka.checkpoint.write import SaveRequest
 from minka.model.attention import attention, document_structure

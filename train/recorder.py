@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from minka.checkpoint.async_saver import Outcome, AsyncSaver
+from minka.checkpoint.async_saver import AsyncSaver, Outcome
 from minka.checkpoint.write import SaveRequest
 from minka.data.batch import PADDING
 from minka.data.token_store import TokenStore

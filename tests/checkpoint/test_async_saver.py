@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from minka.benchmarks.checkpoints import memory
-from minka.checkpoint.async_saver import Outcome, AsyncSaver
+from minka.checkpoint.async_saver import AsyncSaver, Outcome
 from minka.checkpoint.catalogue import Catalogue, steps_of
-from minka.checkpoint.filesystem import LocalFileSystem
+from minka.checkpoint.filesystem import FileSystem
 from minka.checkpoint.restore import restore
 from minka.checkpoint.shard_file import StagingBuffer
 from minka.checkpoint.write import SaveRequest
@@ -25,7 +25,7 @@ from saved import ALONE, silent, tensors
 TAKES = 0.3  # seconds, where something is made slow
 
 
-class GatedFileSystem(LocalFileSystem):
+class GatedFileSystem(FileSystem):
     """Writes nothing until it is let; raises what it is given to raise."""
 
     def __init__(self) -> None:

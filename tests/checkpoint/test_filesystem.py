@@ -8,13 +8,13 @@ import pytest
 
 from minka.checkpoint import filesystem
 from minka.checkpoint.catalogue import Catalogue, find_checkpoint
-from minka.checkpoint.filesystem import LOCAL, LocalFileSystem
+from minka.checkpoint.filesystem import LOCAL, FileSystem
 from minka.checkpoint.restore import restore
 from minka.plan.retention import Kept
 from saved import ALONE, save, silent, tensors
 
 
-class MoodyFileSystem(LocalFileSystem):
+class MoodyFileSystem(FileSystem):
     """Refuses the first `times` reads of files of `step`."""
 
     def __init__(self, step: str, times: int, number: int = errno.EIO) -> None:

@@ -17,7 +17,7 @@ import torch
 from minka.checkpoint.async_saver import AsyncSaver
 from minka.checkpoint.catalogue import Catalogue
 from minka.checkpoint.commit import HIDDEN, step_name, steps_among
-from minka.checkpoint.filesystem import LocalFileSystem
+from minka.checkpoint.filesystem import FileSystem
 from minka.checkpoint.manifest import NAME
 from minka.checkpoint.restore import restore, restore_from
 from minka.checkpoint.write import SaveRequest
@@ -46,7 +46,7 @@ def numbers(version: float) -> dict[str, Piece]:
     return {name: piece_of(tensor) for name, tensor in made.items()}
 
 
-class NappingFileSystem(LocalFileSystem):
+class NappingFileSystem(FileSystem):
     """The real disk, with a nap at one moment, which makes a rare one common."""
 
     def __init__(self, moment: str) -> None:

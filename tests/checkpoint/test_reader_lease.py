@@ -15,7 +15,7 @@ import pytest
 from minka.checkpoint import reader_lease as lease_module
 from minka.checkpoint.catalogue import Catalogue, steps_of
 from minka.checkpoint.commit import delete_unless_leased
-from minka.checkpoint.filesystem import LocalFileSystem
+from minka.checkpoint.filesystem import FileSystem
 from minka.checkpoint.reader_lease import LEASE_SECONDS, Lease, is_leased, is_valid, leased
 from minka.checkpoint.restore import restore_from
 from minka.plan.errors import UserError
@@ -186,7 +186,7 @@ def test_reader_and_pruner_in_every_order_never_delete_what_is_read(tmp_path: Pa
     assert outcomes == {(True, False), (False, False), (False, True)}
 
 
-class SteppingFileSystem(LocalFileSystem):
+class SteppingFileSystem(FileSystem):
     """Calls `tick` before each step of pruning."""
 
     def __init__(self, tick: Callable[[], None]) -> None:
