@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minka.checkpoint.index import StoredPiece
+from minka.checkpoint.index import Index, StoredPiece
 from minka.checkpoint.manifest import Damage
 from minka.checkpoint.shard_file import ShardReader, TensorSpan
 from minka.checkpoint.stored_checkpoint import StoredCheckpoint
@@ -30,12 +30,8 @@ def fill(checkpoint: StoredCheckpoint, tensors: Mapping[str, Piece]) -> None:
 
     Each file is read from front to back, and only the chunks that hold something wanted.
     """
-    wanted: dict[str, list[str]] = defaultdict(list)
     missing = {key: piece.local.numel() for key, piece in tensors.items()}
-    for key, piece in tensors.items():
-        for shard in checkpoint.index.files_with(tensor_name(key), piece.offset, piece.local.shape):
-            wanted[shard].append(key)
-    for shard, keys in wanted.items():
+    for shard, keys in needed_shards(checkpoint.index, tensors).items():
         reader = ShardReader(checkpoint, shard)
         stored: dict[str, list[tuple[StoredPiece, TensorSpan]]] = defaultdict(list)
         for key, box in reader.table.pieces.items():
@@ -51,6 +47,15 @@ def fill(checkpoint: StoredCheckpoint, tensors: Mapping[str, Piece]) -> None:
     for key, numbers in missing.items():
         if numbers:
             raise Damage(f"{checkpoint.path}: {tensor_name(key)} has {numbers:,} numbers too few for this rank's box")
+
+
+def needed_shards(index: Index, tensors: Mapping[str, Piece]) -> dict[str, list[str]]:
+    """The shard files that hold parts of these pieces, each with the keys of those pieces."""
+    needed: dict[str, list[str]] = defaultdict(list)
+    for key, piece in tensors.items():
+        for shard in index.files_with(tensor_name(key), piece.offset, piece.local.shape):
+            needed[shard].append(key)
+    return needed
 
 
 def _overlaps(stored: list[tuple[StoredPiece, TensorSpan]], piece: Piece) -> Iterator[PlannedRead]:

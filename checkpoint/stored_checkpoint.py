@@ -68,5 +68,5 @@ def _old_tables(old: Any, file: Path) -> tuple[Index, dict[str, Table]]:
                 pieces[key] = StoredPiece(dtype=tensor["dtype"], shape=tensor["shape"], **box)
         index = build_index((n, ShardEntry(bytes=t.bytes, table=None), t) for n, t in tables.items())
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise Damage(f"{file}: {str(error)[:200]}") from None
+        raise Damage(f"{file}: its tables are wrong: {str(error)[:200]}") from None
     return index, tables

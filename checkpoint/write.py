@@ -67,7 +67,7 @@ def write(
 
     def finish() -> None:
         if mesh.is_first:
-            index = build_index(_written_shards(fs, written, mesh.ranks)).model_dump_json().encode()
+            index = build_index(written_shards(fs, written, mesh.ranks)).model_dump_json().encode()
             fs.write(written / INDEX, [memoryview(index)])
             number = catalogue.next_number()
             header = {
@@ -121,7 +121,7 @@ def _describe(pieces: Mapping[str, Piece]) -> dict[str, StoredPiece]:
     }
 
 
-def _written_shards(fs: FileSystem, written: Path, ranks: int) -> Iterator[tuple[str, ShardEntry, Table]]:
+def written_shards(fs: FileSystem, written: Path, ranks: int) -> Iterator[tuple[str, ShardEntry, Table]]:
     """The shards of all ranks, by their tables. Raises OSError where one is not in the folder as its table says."""
     for rank in range(ranks):
         shard = written / shard_name(rank)

@@ -55,16 +55,19 @@ def weights(stage: int) -> Iterator[Weight]:
         yield Weight("head.weight", (model.vocab, d), 0)
 
 
-def boxes(rank: int, found: list[Weight]) -> dict[str, Box]:
-    """What `rank` writes of its stage's weights and moments; copies of a norm take turns."""
-    data, part = rank // TENSOR % SHARDS, rank % TENSOR
+def boxes(rank: int, found: list[Weight], shards: int = SHARDS, *, copies: bool = False) -> dict[str, Box]:
+    """What rank `rank` of a stage of `shards` x TENSOR writes of its weights and moments: copies of a norm take turns.
+
+    With `copies`, what it holds.
+    """
+    data, part = rank // TENSOR % shards, rank % TENSOR
     written = {}
     for kind in KINDS:
         for number, (name, shape, dim) in enumerate(found):
-            if dim is None and number % TENSOR != part:
+            if dim is None and number % TENSOR != part and not copies:
                 continue
             offset, size = [0] * len(shape), list(shape)
-            for cut, ways, at in ((dim, TENSOR, part), (0, SHARDS, data)):
+            for cut, ways, at in ((dim, TENSOR, part), (0, shards, data)):
                 if cut is not None:
                     each = -(-size[cut] // ways)
                     start = min(size[cut], each * at)

@@ -44,7 +44,7 @@ from resealed import (
     top,
     torch_saved,
 )
-from saved import ALONE, save, tensors
+from saved import ALONE, save, silent, tensors
 
 MOST_SECONDS, MOST_BYTES = 1.0, 8 * 2**20
 MOST_WAIT = 10.0  # on a busy machine; what would block, would block for ever
@@ -135,7 +135,7 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
     "format 1, files that are a list": old_manifest(lambda m: m.update(files=[])),
     "format 1, no files": old_manifest(lambda m: m.pop("files")),
     "format 1, a state that is a list": old_manifest(lambda m: m.update(state=[])),
-    "format 1, a file name with ..": old_manifest(
+    "format 1, a name with ..": old_manifest(
         lambda m: m.update(files={"../x.safetensors": next(iter(m["files"].values()))})
     ),
     "chunks of 2^40 bytes": top(chunk_bytes=2**40),
@@ -173,6 +173,7 @@ def run(tmp_path: Path) -> Path:
     """Two checkpoints, in a folder of their own."""
     for step in (1, 2):
         save(tmp_path / "checkpoints", step, tensors(step), {"step": step}, ALONE)
+    restore(tmp_path / "checkpoints", tensors(), ALONE, silent)  # what is allocated once is allocated here
     return tmp_path / "checkpoints"
 
 
