@@ -1,19 +1,19 @@
-"""index.json and the tables: which file of a checkpoint holds which box of which tensor.
+"""index.json and the tables: which shard file of a checkpoint holds which box of which tensor.
 
     rank-00000.json   the table of rank-00000.safetensors, written by the same rank:
         {"bytes": ..., "sha256": [one a chunk of the shard file],
-         "pieces": {key: {"dtype": "float32", "shape": [...], "offset": [...], "size": [...]}}}
-    index.json        written by rank 0, and hashed from the manifest:
-        {"files": {"rank-00000.safetensors": {"bytes": ..., "table": {"bytes": ..., "sha256": "..."}}},
-         "partitions": [{"shape": [...], "boxes": [file, *offset, *size, file, ...]}],
-         "tensors": {name: {"dtype": "float32", "partition": 0}}}
+         "groups": [{"dtype": "float32", "shape": [...], "offset": [...], "size": [...], "keys": [...]}]}
+    index.json        written by rank 0, and hashed from the manifest; the first three have an entry a rank:
+        {"bytes": [...], "table_bytes": [...], "table_sha256": [...],
+         "groups": [{"dtype": "float32", "shape": [...], "tensors": [...], "boxes": [rank, *offset, *size, rank, ...]}]}
 
-`boxes` counts files in the order of `files`. Tensors of one shape that the same files hold in the same way share a
-partition, so the index stays small. A rank looks up whose boxes overlap its own, and opens only the tables of those.
+Tensors that are cut alike form a group, so both stay small. A rank looks up in the index whose boxes overlap its own,
+and opens only the tables of those.
 """
 
 import math
 from array import array
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Annotated
 
@@ -26,47 +26,45 @@ from minka.parallel.pieces import tensor_name
 
 INDEX = "index.json"
 MAX_NUMBERS = 2**60  # in a tensor: torch takes no larger shape, even of an empty tensor
+
 Dtype = Annotated[str, Field(pattern="^(float64|float32|bfloat16|float16|int64|int32|uint8|bool)$")]
-ShardName = Annotated[str, Field(pattern=r"^rank-[0-9]{5,}\.safetensors$")]
 
 
-class StoredPiece(StrictModel):
-    """A box of a tensor of `shape`, as one file holds it."""
+class PieceGroup(StrictModel):
+    """Pieces of one shard file, `keys`, that are the same box of tensors of `shape`."""
 
     dtype: Dtype
     shape: list[Count]
     offset: list[Count]
     size: list[Count]
+    keys: list[str]
 
-    def fits(self) -> bool:
-        """Whether the box has the dimensions of the tensor."""
-        return len(self.offset) == len(self.size) == len(self.shape)
+    @model_validator(mode="after")
+    def _check(self) -> "PieceGroup":
+        if not len(self.offset) == len(self.size) == len(self.shape):
+            raise ValueError("shape, offset and size differ in dimensions")
+        return self
 
 
 class Table(StrictModel):
-    """What one shard file holds: its size, the hashes of its chunks, and its pieces by their keys in it."""
+    """What one shard file holds: its size, the hashes of its chunks, and its pieces."""
 
     bytes: Count
     sha256: list[Sha256]
-    pieces: dict[str, StoredPiece]
+    groups: list[PieceGroup]
 
 
-class ShardEntry(StrictModel):
-    """A shard file in the index; formats 1 and 2 had no file for its table."""
+class TensorGroup(StrictModel):
+    """Tensors of `shape` that are cut alike; `boxes` are records of rank, offset and size."""
 
-    bytes: Count
-    table: Sealed | None
-
-
-class Partition(StrictModel):
-    """How a tensor of `shape` is cut: `boxes` are records of file number, offset and size."""
-
+    dtype: Dtype
     shape: list[Count]
+    tensors: list[str]
     boxes: list[Count]
     _records: np.ndarray = PrivateAttr()  # [boxes, 1 + 2 * dimensions]
 
     @model_validator(mode="after")
-    def _check(self) -> "Partition":
+    def _check(self) -> "TensorGroup":
         dims = len(self.shape)
         if math.prod(max(n, 1) for n in self.shape) >= MAX_NUMBERS:
             raise ValueError("the shape is too large")
@@ -76,80 +74,96 @@ class Partition(StrictModel):
         return self
 
     @property
-    def highest_file(self) -> int:
-        """The highest number of a file; -1 without boxes."""
+    def highest_rank(self) -> int:
+        """-1 without boxes."""
         return int(self._records[:, 0].max(initial=-1))
 
     def overlapping(self, offset: Sequence[int], size: Sequence[int]) -> list[int]:
-        """Numbers of the files with a box that overlaps this one."""
-        first, dims = np.array(offset, dtype=np.int64), len(self.shape)
+        """Ranks with a box that overlaps this one."""
+        dims = len(self.shape)
+        first, last = np.array(offset, dtype=np.int64), np.array([a + n for a, n in zip(offset, size, strict=True)])
         starts, sizes = self._records[:, 1 : 1 + dims], self._records[:, 1 + dims :]
-        hit = (np.maximum(starts, first) < np.minimum(starts + sizes, first + np.array(size, dtype=np.int64))).all(1)
-        return [int(number) for number in np.unique(self._records[hit, 0])]
-
-
-class TensorEntry(StrictModel):
-    """A tensor in the index."""
-
-    dtype: Dtype
-    partition: Count
+        hit = (np.maximum(starts, first) < np.minimum(starts + sizes, last)).all(1)
+        return [int(rank) for rank in self._records[hit, 0]]
 
 
 class Index(StrictModel):
-    """All shard files and tensors of a checkpoint."""
+    """All shard files and tensors of a checkpoint. Formats 1 and 2 had no files for the tables."""
 
-    files: dict[ShardName, ShardEntry]
-    partitions: list[Partition]
-    tensors: dict[str, TensorEntry]
-    _names: list[str] = PrivateAttr()
+    bytes: list[Count]
+    table_bytes: list[Count]
+    table_sha256: list[Sha256]
+    groups: list[TensorGroup]
+    _of: dict[str, list[TensorGroup]] = PrivateAttr()
 
     @model_validator(mode="after")
     def _check(self) -> "Index":
-        self._names = list(self.files)
-        if any(partition.highest_file >= len(self.files) for partition in self.partitions):
+        if not (len(self.table_bytes) == len(self.table_sha256) in (0, len(self.bytes))):
+            raise ValueError("ranks without a table")
+        if any(group.highest_rank >= len(self.bytes) for group in self.groups):
             raise ValueError("a box is in a file that is not listed")
-        if any(entry.partition >= len(self.partitions) for entry in self.tensors.values()):
-            raise ValueError("a tensor has a partition that is not listed")
+        self._of = defaultdict(list)
+        for group in self.groups:
+            for name in group.tensors:
+                self._of[name].append(group)
+                if (group.dtype, group.shape) != (self.dtype(name), self.shape(name)):
+                    raise ValueError(f"{name} has two shapes or types")
+        self._of = dict(self._of)
         return self
+
+    @property
+    def tensors(self) -> Iterable[str]:
+        """Names of all tensors."""
+        return self._of.keys()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._of
 
     def shape(self, name: str) -> list[int]:
         """Global shape of a tensor."""
-        return self.partitions[self.tensors[name].partition].shape
+        return self._of[name][0].shape
+
+    def dtype(self, name: str) -> str:
+        """Its type as torch names it."""
+        return self._of[name][0].dtype
 
     def nbytes(self, name: str) -> int:
         """Bytes of a whole tensor."""
-        return math.prod(self.shape(name)) * getattr(torch, self.tensors[name].dtype).itemsize
+        return math.prod(self.shape(name)) * int(getattr(torch, self.dtype(name)).itemsize)
 
-    def files_with(self, name: str, offset: Sequence[int], size: Sequence[int]) -> list[str]:
-        """Files that hold a part of this box of a tensor, in the order of `files`."""
-        partition = self.partitions[self.tensors[name].partition]
-        return [self._names[number] for number in partition.overlapping(offset, size)]
-
-
-def build_index(shards: Iterable[tuple[str, ShardEntry, Table]]) -> Index:
-    """The index of these files. Tables may be made one at a time: none is kept."""
-    files: dict[str, ShardEntry] = {}
-    boxes: dict[tuple[str, str, tuple[int, ...]], array[int]] = {}
-    for name, entry, table in shards:
-        for key, piece in table.pieces.items():
-            if not piece.fits():
-                raise ValueError(f"{key}: shape, offset and size differ in dimensions")
-            tensor = (tensor_name(key), piece.dtype, tuple(piece.shape))
-            boxes.setdefault(tensor, array("q")).extend((len(files), *piece.offset, *piece.size))
-        files[name] = entry
-    tensors: dict[str, TensorEntry] = {}
-    partitions: list[Partition] = []
-    known: dict[tuple[tuple[int, ...], bytes], int] = {}
-    for (name, dtype, shape), records in boxes.items():
-        number = known.setdefault((shape, records.tobytes()), len(partitions))
-        if number == len(partitions):
-            partitions.append(Partition(shape=list(shape), boxes=records.tolist()))
-        if name in tensors:
-            raise ValueError(f"{name} has different shapes or types in different files")
-        tensors[name] = TensorEntry(dtype=dtype, partition=number)
-    return Index(files=files, partitions=partitions, tensors=tensors)
+    def ranks_with(self, name: str, offset: Sequence[int], size: Sequence[int]) -> list[int]:
+        """The ranks that have written a part of this box of a tensor, ascending."""
+        return sorted({rank for group in self._of[name] for rank in group.overlapping(offset, size)})
 
 
-def table_name(shard: str) -> str:
-    """The file with the table of a shard file."""
-    return shard.replace(".safetensors", ".json")
+def build_index(tables: Iterable[tuple[Table, Sealed | None]]) -> Index:
+    """The index of these tables, in the order of the ranks. None of the tables is kept."""
+    sizes: list[int] = []
+    sealed: list[Sealed] = []
+    boxes: dict[tuple[str, tuple[int, ...], tuple[str, ...]], array[int]] = {}
+    for table, seal in tables:
+        for group in table.groups:
+            names = tuple(dict.fromkeys(map(tensor_name, group.keys)))
+            records = boxes.setdefault((group.dtype, tuple(group.shape), names), array("q"))
+            records.extend((len(sizes), *group.offset, *group.size))
+        sizes.append(table.bytes)
+        sealed += [seal] if seal else []
+    return Index(
+        bytes=sizes,
+        table_bytes=[seal.bytes for seal in sealed],
+        table_sha256=[seal.sha256 for seal in sealed],
+        groups=[
+            TensorGroup(dtype=dtype, shape=list(shape), tensors=list(names), boxes=records.tolist())
+            for (dtype, shape, names), records in boxes.items()
+        ],
+    )
+
+
+def shard_name(rank: int) -> str:
+    """The file with the pieces that a rank has written."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def table_name(rank: int) -> str:
+    """The file with their table."""
+    return f"rank-{rank:05d}.json"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minka.checkpoint.index import Index, StoredPiece
+from minka.checkpoint.index import Index, PieceGroup
 from minka.checkpoint.manifest import Damage
 from minka.checkpoint.shard_file import ShardReader, TensorSpan
 from minka.checkpoint.stored_checkpoint import StoredCheckpoint
@@ -31,11 +31,12 @@ def fill(checkpoint: StoredCheckpoint, tensors: Mapping[str, Piece]) -> None:
     Each file is read from front to back, and only the chunks that hold something wanted.
     """
     missing = {key: piece.local.numel() for key, piece in tensors.items()}
-    for shard, keys in needed_shards(checkpoint.index, tensors).items():
-        reader = ShardReader(checkpoint, shard)
-        stored: dict[str, list[tuple[StoredPiece, TensorSpan]]] = defaultdict(list)
-        for key, box in reader.table.pieces.items():
-            stored[tensor_name(key)].append((box, reader.span_of(key, box)))
+    for rank, keys in needed_ranks(checkpoint.index, tensors).items():
+        reader = ShardReader(checkpoint, rank)
+        stored: dict[str, list[tuple[PieceGroup, TensorSpan]]] = defaultdict(list)
+        for group in reader.table.groups:
+            for key in group.keys:
+                stored[tensor_name(key)].append((group, reader.span_of(key, group)))
         reads = []
         for key in keys:
             found = list(_overlaps(stored[tensor_name(key)], tensors[key]))
@@ -46,19 +47,20 @@ def fill(checkpoint: StoredCheckpoint, tensors: Mapping[str, Piece]) -> None:
                 _copy(reader, read)
     for key, numbers in missing.items():
         if numbers:
-            raise Damage(f"{checkpoint.path}: {tensor_name(key)} has {numbers:,} numbers too few for this rank's box")
+            had = f"{tensors[key].local.numel() - numbers:,} of {tensors[key].local.numel():,}"
+            raise Damage(f"{checkpoint.path}: {tensor_name(key)} has {had} numbers of this rank's box")
 
 
-def needed_shards(index: Index, tensors: Mapping[str, Piece]) -> dict[str, list[str]]:
-    """The shard files that hold parts of these pieces, each with the keys of those pieces."""
-    needed: dict[str, list[str]] = defaultdict(list)
+def needed_ranks(index: Index, tensors: Mapping[str, Piece]) -> dict[int, list[str]]:
+    """The ranks that have written parts of these pieces, each with the keys of those pieces."""
+    needed: dict[int, list[str]] = defaultdict(list)
     for key, piece in tensors.items():
-        for shard in index.files_with(tensor_name(key), piece.offset, piece.local.shape):
-            needed[shard].append(key)
+        for rank in index.ranks_with(tensor_name(key), piece.offset, piece.local.shape):
+            needed[rank].append(key)
     return needed
 
 
-def _overlaps(stored: list[tuple[StoredPiece, TensorSpan]], piece: Piece) -> Iterator[PlannedRead]:
+def _overlaps(stored: list[tuple[PieceGroup, TensorSpan]], piece: Piece) -> Iterator[PlannedRead]:
     """What these boxes of one tensor have of a local piece."""
     for box, span in stored:
         starts = [max(*both) for both in zip(box.offset, piece.offset, strict=True)]

@@ -113,10 +113,10 @@ def whole_tensors(
     checkpoint = StoredCheckpoint(path, fs, alive)
     checkpoint.check_files()
     index = checkpoint.index
-    stored_bytes = sum(entry.bytes for entry in index.files.values())
+    stored_bytes = sum(index.bytes)
     batch: dict[str, Piece] = {}
     left = BATCH_BYTES
-    for name, entry in index.tensors.items():
+    for name in index.tensors:
         if not name.startswith(prefix):
             continue
         size, shape = index.nbytes(name), tuple(index.shape(name))
@@ -125,7 +125,7 @@ def whole_tensors(
         if batch and size > left:
             yield from _filled(checkpoint, batch, prefix)
             batch, left = {}, BATCH_BYTES
-        batch[name] = Piece(torch.empty(shape, dtype=getattr(torch, entry.dtype)), (0,) * len(shape), shape)
+        batch[name] = Piece(torch.empty(shape, dtype=getattr(torch, index.dtype(name))), (0,) * len(shape), shape)
         left -= size
     yield from _filled(checkpoint, batch, prefix)
 
@@ -161,7 +161,7 @@ def _try(
         index, state = checkpoint.index, checkpoint.header.state
         mismatch, not_here = _mismatch(index, tensors), _not_here(index, tensors)
         if not mismatch:
-            fill(checkpoint, {key: piece for key, piece in tensors.items() if tensor_name(key) in index.tensors})
+            fill(checkpoint, {key: piece for key, piece in tensors.items() if tensor_name(key) in index})
     except DAMAGE as error:
         reason = str(error) or type(error).__name__
         problem = reason if str(path) in reason else f"{path}: {reason}"
@@ -186,12 +186,11 @@ def _mismatch(index: Index, tensors: Mapping[str, Piece]) -> str:
     """The first tensor that differs from its stored one in shape or type, or is not stored; empty when none does."""
     for key, piece in tensors.items():
         name, dtype = tensor_name(key), dtype_name(piece.local)
-        entry = index.tensors.get(name)
-        if entry is None:
+        if name not in index:
             if not name.startswith(OPTIONAL):
                 return f"it has no {name}"
-        elif (index.shape(name), entry.dtype) != (list(piece.global_shape), dtype):
-            return f"{name} is {index.shape(name)} {entry.dtype} there, {list(piece.global_shape)} {dtype} here"
+        elif (index.shape(name), index.dtype(name)) != (list(piece.global_shape), dtype):
+            return f"{name} is {index.shape(name)} {index.dtype(name)} there, {list(piece.global_shape)} {dtype} here"
     return ""
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minka.checkpoint.index import StoredPiece
+from minka.checkpoint.index import PieceGroup, shard_name
 from minka.checkpoint.manifest import Damage
 from minka.checkpoint.stored_checkpoint import StoredCheckpoint
 from minka.parallel.pieces import Piece, tensor_name
@@ -127,20 +127,22 @@ class ChunkHasher:
 class ShardReader:
     """Reads one shard file; every byte that it returns was in a chunk whose hash matched. Raises OSError and Damage."""
 
-    def __init__(self, checkpoint: StoredCheckpoint, shard: str) -> None:
-        self.file, self.table = checkpoint.path / shard, checkpoint.table(shard)
+    def __init__(self, checkpoint: StoredCheckpoint, rank: int) -> None:
+        self.file, self.table = checkpoint.path / shard_name(rank), checkpoint.table(rank)
         self._index, self._fs, self._alive = checkpoint.index, checkpoint.fs, checkpoint.alive
         self._chunk_bytes = checkpoint.header.chunk_bytes
+        if len(self.table.sha256) != -(-self.table.bytes // self._chunk_bytes):
+            hashes = f"{len(self.table.sha256)} hashes for {self.table.bytes:,} bytes"
+            raise Damage(f"{self.file}: its table has {hashes} in chunks of {self._chunk_bytes:,}")
         self._cached: tuple[int, bytearray] = (-1, bytearray())
         self._spans = self._read_header()
 
-    def span_of(self, key: str, box: StoredPiece) -> TensorSpan:
-        """Where a piece of the table is; index, table and the file's own header must agree on it."""
+    def span_of(self, key: str, group: PieceGroup) -> TensorSpan:
+        """Where a piece of the table is. The index, the table and the file's own header must agree on it."""
         span, name = self._spans.get(key), tensor_name(key)
-        entry = self._index.tensors.get(name)
-        if not entry or (entry.dtype, self._index.shape(name)) != (box.dtype, box.shape):
+        if name not in self._index or (group.dtype, group.shape) != (self._index.dtype(name), self._index.shape(name)):
             raise Damage(f"{self.file}: its table and the index differ in {key}")
-        if span != TensorSpan(span.first if span else 0, box.dtype, tuple(box.size)) or not box.fits():
+        if span is None or (span.dtype, list(span.shape)) != (group.dtype, group.size):
             raise Damage(f"{self.file}: {key} is not in the file as its table describes it")
         return span
 

@@ -1,12 +1,12 @@
 """A checkpoint on the disk: its header, its index, and the tables of its shard files, each checked when read."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from minka.checkpoint.filesystem import LOCAL, FileSystem
-from minka.checkpoint.index import INDEX, Index, ShardEntry, StoredPiece, Table, build_index, table_name
-from minka.checkpoint.manifest import NAME, Damage, Header, parse, read_header, read_sealed
+from minka.checkpoint.index import INDEX, Index, PieceGroup, Table, build_index, shard_name, table_name
+from minka.checkpoint.manifest import NAME, Damage, Header, Sealed, parse, read_header, read_sealed
 
 
 class StoredCheckpoint:
@@ -24,27 +24,29 @@ class StoredCheckpoint:
     ) -> None:
         self.path, self.fs, self.alive = path, fs, alive
         self.header = header or read_header(path, fs)
-        self._old_tables: Mapping[str, Table] = {}
         if self.header.index:
             file = path / INDEX
+            self._tables: list[Table] = []
             self.index = parse(Index, read_sealed(file, self.header.index, fs), file)
         else:
-            self.index, self._old_tables = _old_tables(self.header.old_tables, path / NAME)
+            self._tables = _old_tables(self.header.old_tables, path / NAME)
+            self.index = build_index((table, None) for table in self._tables)
 
-    def table(self, shard: str) -> Table:
-        """What the shard file of this name holds."""
-        entry, file = self.index.files[shard], self.path / table_name(shard)
-        table = parse(Table, read_sealed(file, entry.table, self.fs), file) if entry.table else self._old_tables[shard]
-        chunk = self.header.chunk_bytes
-        if table.bytes != entry.bytes or len(table.sha256) != -(-table.bytes // chunk):
-            hashes = f"{len(table.sha256)} hashes for {table.bytes:,} bytes in chunks of {chunk:,}"
-            raise Damage(f"{file}: {hashes}; the index has {entry.bytes:,} bytes")
+    def table(self, rank: int) -> Table:
+        """What a rank has written."""
+        if self._tables:
+            return self._tables[rank]
+        file, index = self.path / table_name(rank), self.index
+        seal = Sealed(bytes=index.table_bytes[rank], sha256=index.table_sha256[rank])
+        table = parse(Table, read_sealed(file, seal, self.fs), file)
+        if table.bytes != index.bytes[rank]:
+            raise Damage(f"{file} is of {table.bytes:,} bytes; the index has {index.bytes[rank]:,}")
         return table
 
     def check_files(self) -> None:
         """Raises Damage (or OSError) that names a file that is missing, cut, not a regular file, or not listed."""
-        sizes = {shard: entry.bytes for shard, entry in self.index.files.items()}
-        sizes |= {table_name(s): entry.table.bytes for s, entry in self.index.files.items() if entry.table}
+        sizes = {shard_name(rank): size for rank, size in enumerate(self.index.bytes)}
+        sizes |= {table_name(rank): size for rank, size in enumerate(self.index.table_bytes)}
         listed = sizes.keys() | {NAME, *([INDEX] if self.header.index else [])}
         found = {name for name in self.fs.listdir(self.path) if not name.startswith(".")}  # .nfs0001: made by NFS
         for name in sorted(listed ^ found):
@@ -55,18 +57,16 @@ class StoredCheckpoint:
                 raise Damage(f"{self.path / name} has {size:,} bytes instead of {expected:,}")
 
 
-def _old_tables(old: Any, file: Path) -> tuple[Index, dict[str, Table]]:
-    """Index and tables of a checkpoint of format 1 or 2, from the tables in its manifest `file`. Raises Damage."""
+def _old_tables(old: Any, file: Path) -> list[Table]:
+    """The tables of a checkpoint of format 1 or 2, from those in its manifest `file`. Raises Damage."""
     try:
-        tables = {name: Table(**entry, pieces={}) for name, entry in old["files"].items()}
+        groups: dict[str, dict[str, PieceGroup]] = {shard_name(rank): {} for rank in range(len(old["files"]))}
         for name, tensor in old["tensors"].items():
             for piece in tensor["pieces"]:
-                key, pieces = piece.get("key", name), tables[piece["file"]].pieces
-                if key in pieces:
+                key, described = piece.get("key", name), {"dtype": tensor["dtype"], "shape": tensor["shape"]}
+                group = PieceGroup(**described, offset=piece["offset"], size=piece["size"], keys=[key])
+                if groups[piece["file"]].setdefault(key, group) is not group:
                     raise ValueError(f"{key} is twice in {piece['file']}")
-                box = {"offset": piece["offset"], "size": piece["size"]}
-                pieces[key] = StoredPiece(dtype=tensor["dtype"], shape=tensor["shape"], **box)
-        index = build_index((n, ShardEntry(bytes=t.bytes, table=None), t) for n, t in tables.items())
+        return [Table(**old["files"][name], groups=list(pieces.values())) for name, pieces in groups.items()]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise Damage(f"{file}: its tables are wrong: {str(error)[:200]}") from None
-    return index, tables

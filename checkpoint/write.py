@@ -9,7 +9,7 @@ from typing import NamedTuple
 from minka.checkpoint.catalogue import Catalogue
 from minka.checkpoint.commit import commit, start_writing, step_name
 from minka.checkpoint.filesystem import FileSystem
-from minka.checkpoint.index import INDEX, ShardEntry, StoredPiece, Table, build_index, table_name
+from minka.checkpoint.index import INDEX, PieceGroup, Table, build_index, shard_name, table_name
 from minka.checkpoint.manifest import Sealed, parse, seal
 from minka.checkpoint.shard_file import ChunkHasher, dtype_name
 from minka.parallel.mesh import Mesh
@@ -60,14 +60,13 @@ def write(
             _check_space(fs, folder, total)
 
     def write_shard() -> None:
-        shard = written / shard_name(mesh.rank)
-        fs.write(shard, _with_heartbeat(staged.chunks(hasher.chunk_bytes), alive))
-        table = Table(bytes=staged.buffer.numel(), sha256=hasher.result(), pieces=_describe(pieces))
-        fs.write(written / table_name(shard.name), [memoryview(table.model_dump_json().encode())])
+        fs.write(written / shard_name(mesh.rank), _with_heartbeat(staged.chunks(hasher.chunk_bytes), alive))
+        table = Table(bytes=staged.buffer.numel(), sha256=hasher.result(), groups=_groups(pieces))
+        fs.write(written / table_name(mesh.rank), [memoryview(table.model_dump_json().encode())])
 
     def finish() -> None:
         if mesh.is_first:
-            index = build_index(written_shards(fs, written, mesh.ranks)).model_dump_json().encode()
+            index = build_index(written_tables(fs, written, mesh.ranks)).model_dump_json().encode()
             fs.write(written / INDEX, [memoryview(index)])
             number = catalogue.next_number()
             header = {
@@ -92,11 +91,6 @@ def write(
     return Saved(final, total)
 
 
-def shard_name(rank: int) -> str:
-    """The file that a rank writes."""
-    return f"rank-{rank:05d}.safetensors"
-
-
 def _with_heartbeat(parts: Iterable[memoryview], alive: Callable[[], None]) -> Iterator[memoryview]:
     for part in parts:
         yield part
@@ -109,28 +103,25 @@ def _check_space(fs: FileSystem, folder: Path, total: int) -> None:
         raise OSError(28, f"No space left on device: {total:,} bytes to write, {free:,} free")
 
 
-def _describe(pieces: Mapping[str, Piece]) -> dict[str, StoredPiece]:
-    return {
-        key: StoredPiece(
-            dtype=dtype_name(piece.local),
-            shape=list(piece.global_shape),
-            offset=list(piece.offset),
-            size=list(piece.local.shape),
+def _groups(pieces: Mapping[str, Piece]) -> list[PieceGroup]:
+    groups: dict[str, PieceGroup] = {}
+    for key, (local, offset, shape, *_) in pieces.items():
+        group = PieceGroup(
+            dtype=dtype_name(local), shape=list(shape), offset=list(offset), size=list(local.shape), keys=[]
         )
-        for key, piece in pieces.items()
-    }
+        groups.setdefault(group.model_dump_json(), group).keys.append(key)
+    return list(groups.values())
 
 
-def written_shards(fs: FileSystem, written: Path, ranks: int) -> Iterator[tuple[str, ShardEntry, Table]]:
-    """The shards of all ranks, by their tables. Raises OSError where one is not in the folder as its table says."""
+def written_tables(fs: FileSystem, written: Path, ranks: int) -> Iterator[tuple[Table, Sealed]]:
+    """The tables of all ranks. Raises OSError where a shard is not in the folder as its table says."""
     for rank in range(ranks):
-        shard = written / shard_name(rank)
-        file = written / table_name(shard.name)
+        file = written / table_name(rank)
         raw = fs.read(file, 0, fs.size(file))
         table = parse(Table, raw, file)
-        if fs.size(shard) != table.bytes:
-            raise OSError(0, f"{shard} is not what rank {rank} has just written")
-        yield shard.name, ShardEntry(bytes=table.bytes, table=Sealed.of(raw)), table
+        if fs.size(written / shard_name(rank)) != table.bytes:
+            raise OSError(0, f"{written / shard_name(rank)} is not what rank {rank} has just written")
+        yield table, Sealed.of(raw)
 
 
 def _on_all_ranks(mesh: Mesh, work: Callable[[], object]) -> OSError | None:

@@ -16,6 +16,7 @@ import torch
 from minka.checkpoint.manifest import seal
 
 SHARD = "rank-00000.safetensors"
+TABLE = "rank-00000.json"
 GOLDENS = Path(__file__).resolve().parent / "goldens" / "checkpoints"
 
 
@@ -32,18 +33,16 @@ class Bomb:
 def reseal(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the values of manifest, index and table, and give all of them the hashes that they then need.
 
-    `change` gets {"files": those of the index, each with its "table", "partitions", "tensors", and the header}.
+    `change` gets those of the header, with those of "index" and "table", which are of one rank.
     """
-    header, index = (json.loads((path / name).read_text()) for name in ("manifest.json", "index.json"))
-    for name, entry in index["files"].items():
-        entry["table"] = json.loads((path / name.replace("safetensors", "json")).read_text())
-    body = {key: value for key, value in header.items() if key not in ("sha256", "format", "index")} | index
+    header, index, table = (json.loads((path / name).read_text()) for name in ("manifest.json", "index.json", TABLE))
+    body = {key: value for key, value in header.items() if key not in ("sha256", "format")}
+    body |= {"index": index, "table": table}
     change(body)
-    index = {key: body.pop(key) for key in ("files", "partitions", "tensors")}
-    for entry in index["files"].values():
-        content = json.dumps(entry["table"]).encode()
-        (path / SHARD.replace("safetensors", "json")).write_bytes(content)
-        entry["table"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    table, index = json.dumps(body.pop("table")).encode(), body["index"]
+    (path / TABLE).write_bytes(table)
+    if index.get("table_sha256"):
+        index |= {"table_bytes": [len(table)], "table_sha256": [hashlib.sha256(table).hexdigest()]}
     content = json.dumps(index).encode()
     (path / "index.json").write_bytes(content)
     (path / "manifest.json").unlink()
@@ -55,12 +54,18 @@ def shard(path: Path, content: bytes) -> None:
     """A different shard, with a table that fits it."""
     (path / SHARD).write_bytes(content)
 
-    def change(body: dict[str, Any]) -> None:
-        hashes = [hashlib.sha256(content).hexdigest()] if content else []
-        body["files"][SHARD]["bytes"] = len(content)
-        body["files"][SHARD]["table"].update(bytes=len(content), sha256=hashes)
+    hashes = [hashlib.sha256(content).hexdigest()] if content else []
+    reseal(path, sized(len(content), hashes))
 
-    reseal(path, change)
+
+def sized(size: int, hashes: list[str]) -> Callable[[dict[str, Any]], None]:
+    """A shard of so many bytes, with these hashes."""
+
+    def change(body: dict[str, Any]) -> None:
+        body["index"]["bytes"] = [size]
+        body["table"].update(bytes=size, sha256=hashes)
+
+    return change
 
 
 def header(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -88,68 +93,62 @@ def link(path: Path, target: str) -> None:
     (path / SHARD).symlink_to(target)
 
 
-def rename_shard(name: str) -> Callable[[Path], None]:
+def file_name(name: str) -> Callable[[Path], object]:
+    """A file of format 2 with this name, which is there, and whole, where it may be written."""
+
     def spoil(path: Path) -> None:
+        old_manifest(lambda m: m.update(files={name: m["files"][SHARD]}), 2)(path)
         outside = Path(name) if name.startswith("/") else path / name
-        with contextlib.suppress(OSError):  # where it may be written it is there, and whole
+        with contextlib.suppress(OSError):
             outside.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path / SHARD, outside)
-        reseal(path, lambda m: m.update(files={name: m["files"][SHARD]}))
 
     return spoil
 
 
+def index(**changed: Any) -> Callable[[Path], None]:
+    """Other entries in the index."""
+    return lambda path: reseal(path, lambda m: m["index"].update(changed))
+
+
 def table(**changed: Any) -> Callable[[Path], None]:
     """Other entries in the table."""
-    return lambda path: reseal(path, lambda m: m["files"][SHARD]["table"].update(changed))
+    return lambda path: reseal(path, lambda m: m["table"].update(changed))
 
 
-def empty_of(size: int) -> Callable[[dict[str, Any]], None]:
-    """A shard of so many bytes, without a hash."""
-
-    def change(body: dict[str, Any]) -> None:
-        body["files"][SHARD]["bytes"] = size
-        body["files"][SHARD]["table"].update(bytes=size, sha256=[])
-
-    return change
+def group(values: dict[str, Any]) -> dict[str, Any]:
+    """The one of model.w."""
+    (found,) = [one for one in values["groups"] if "model.w" in one.get("keys", one.get("tensors"))]
+    assert isinstance(found, dict)
+    return found
 
 
 def piece(**changed: Any) -> Callable[[Path], None]:
     """Other values of model.w in the table."""
-    return lambda path: reseal(path, lambda m: m["files"][SHARD]["table"]["pieces"]["model.w"].update(changed))
+    return lambda path: reseal(path, lambda m: group(m["table"]).update(changed))
 
 
-def partition(**changed: Any) -> Callable[[Path], None]:
-    """Another partition of model.w in the index."""
-    return lambda path: reseal(path, lambda m: m["partitions"][m["tensors"]["model.w"]["partition"]].update(changed))
+def tensor(**changed: Any) -> Callable[[Path], None]:
+    """Other values of model.w in the index."""
+    return lambda path: reseal(path, lambda m: group(m["index"]).update(changed))
 
 
 def both(**changed: Any) -> Callable[[Path], None]:
     """Other values of model.w, the same in table and index."""
 
     def change(body: dict[str, Any]) -> None:
-        stored = body["files"][SHARD]["table"]["pieces"]["model.w"]
+        stored = group(body["table"])
         stored.update(changed)
         boxes = [0, *stored["offset"], *stored["size"]]
-        body["partitions"][body["tensors"]["model.w"]["partition"]] = {"shape": stored["shape"], "boxes": boxes}
-        body["tensors"]["model.w"]["dtype"] = stored["dtype"]
+        group(body["index"]).update(dtype=stored["dtype"], shape=stored["shape"], boxes=boxes)
 
     return lambda path: reseal(path, change)
 
 
-def repeated(body: dict[str, Any]) -> None:
-    """model.w a hundred times, in the table and in the file's header."""
-    pieces = body["files"][SHARD]["table"]["pieces"]
-    pieces.update({f"model.w#{number}": pieces["model.w"] for number in range(1, 100)})
-
-
 def repeat_piece(path: Path) -> None:
+    """model.w a hundred times, in the table and in the file's header."""
     header(path, lambda h: h.update({f"model.w#{number}": h["model.w"] for number in range(1, 100)}))
-    reseal(path, repeated)
-
-
-def tensor(**changed: Any) -> Callable[[Path], None]:
-    return lambda path: reseal(path, lambda m: m["tensors"]["model.w"].update(changed))
+    reseal(path, lambda m: group(m["table"]).update(keys=["model.w", *(f"model.w#{n}" for n in range(1, 100))]))
 
 
 def top(**changed: Any) -> Callable[[Path], None]:
