@@ -1,4 +1,4 @@
-"""A checkpoint of every format there ever was goes on, with the losses that its own code went on with."""
+"""A checkpoint of every format there ever was resumes with the losses that its own code had."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def with_checkpoint(golden: Path, folder: Path, ranks: int) -> RunConfig:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_checkpoint_of_every_format_goes_on_as_its_own_code_did(name: str, ranks: int, tmp_path: Path) -> None:
+def test_a_checkpoint_of_every_format_resumes_as_with_its_own_code(name: str, ranks: int, tmp_path: Path) -> None:
     golden = GOLDENS / name
     config = with_checkpoint(golden, tmp_path, ranks)
     assert on_ranks(train_rank, ranks, config) == [ExitStatus.DONE] * ranks
