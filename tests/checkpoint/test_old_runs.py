@@ -21,7 +21,7 @@ def test_a_run_of_an_older_version_resumes_verifies_and_reports(
     shutil.copytree(GOLDEN.parent / "checkpoints" / "format-1" / "corpus", tmp_path / "corpus")
     monkeypatch.chdir(tmp_path)
     before = (GOLDEN / "run" / "ledger.jsonl").read_text()
-    assert len(read_ledger(Path("runs/old/ledger.jsonl"))) == before.count("\n")
+    assert len(list(read_ledger(Path("runs/old/ledger.jsonl")))) == before.count("\n")
     assert minka("data", "verify", "stores/old").returncode == 0
     done = minka("train", "runs/old", "--ranks", "1", "run.max_steps=12")
     assert done.returncode == 0, done.stderr
