@@ -162,7 +162,7 @@ def _status(name: str) -> int:
 
 
 def median_ratio(ours: Callable[[], float], other: Callable[[], float], pairs: int = PAIRS) -> float:
-    """Of our seconds to the others', by pairs, in turn first."""
+    """Median ratio of our seconds to the other's, measured in pairs that alternate in order."""
     ratios = []
     for pair in range(pairs):
         first, second = (ours, other) if pair % 2 == 0 else (other, ours)
@@ -172,16 +172,16 @@ def median_ratio(ours: Callable[[], float], other: Callable[[], float], pairs: i
 
 
 ROWS: dict[str, Callable[[], float]] = {
-    "save beside a step, stall of a synchronous one": lambda: stall(FORWARD_BACKWARD_SECONDS),
-    "save with nothing beside, stall of a synchronous one": lambda: stall(0.0),
-    "save with nothing beside, stall of DCP's": stall_against_dcp,
+    "save during a step, stall of a synchronous one": lambda: stall(FORWARD_BACKWARD_SECONDS),
+    "save with nothing to compute, stall of a synchronous one": lambda: stall(0.0),
+    "save with nothing to compute, stall of DCP's": stall_against_dcp,
     "save, what hashing adds": hashing,
-    "save, memory beside the state": memory,
+    "save, memory in addition to the state": memory,
 }
 BOUNDS: dict[str, tuple[float, bool, str]] = {
-    "save beside a step, stall of a synchronous one": (0.10, False, "x"),
-    "save with nothing beside, stall of a synchronous one": (0.25, False, "x"),
-    "save with nothing beside, stall of DCP's": (2.0, False, "x"),  # 0.34 to 1.37 from run to run (LOG.md)
+    "save during a step, stall of a synchronous one": (0.10, False, "x"),
+    "save with nothing to compute, stall of a synchronous one": (0.25, False, "x"),
+    "save with nothing to compute, stall of DCP's": (2.0, False, "x"),  # 0.34 to 1.37 from run to run (LOG.md)
     "save, what hashing adds": (0.15, False, "x"),
-    "save, memory beside the state": (1.05 + 96 / 256, False, "x"),
+    "save, memory in addition to the state": (1.05 + 96 / 256, False, "x"),
 }

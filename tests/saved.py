@@ -39,7 +39,7 @@ def save(
     alive: Callable[[], None] = lambda: None,
     fs: FileSystem = LOCAL,
 ) -> Saved:
-    """A checkpoint, and nothing beside it. Raises OSError when it could not be written."""
+    """Write a checkpoint and wait for it. Raises OSError when it could not be written."""
     saver = AsyncSaver(folder, mesh, keep, asynchronous=False, fs=fs)
     saver.save(SaveRequest(step, state, permanent), pieces, alive)
     outcome = saver.poll()

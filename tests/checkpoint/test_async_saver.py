@@ -50,7 +50,7 @@ def slow_copies(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(StagingBuffer, "copy_in", slow)
 
 
-def test_what_changes_after_settle_is_not_what_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_changes_after_the_copy_is_not_what_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow_copies(monkeypatch)
     fs, training = GatedFileSystem(), tensors(1)
     saver = AsyncSaver(tmp_path, ALONE, 2, fs=fs)

@@ -1,4 +1,4 @@
-"""Whatever happens to the files of a checkpoint is found, named and told of, and the one before is taken."""
+"""Whatever happens to the files of a checkpoint is found and named, and the one before is taken."""
 
 import json
 import os
@@ -249,10 +249,10 @@ def read_on_rank(folder: str) -> list[str]:
 def test_what_only_another_rank_reads_is_named_by_the_first(run: Path) -> None:
     """The ledger is rank 0's."""
     flip(run / "step-00000003" / SHARDS[1], -1, 0)
-    heard = on_ranks(read_on_rank, 2, str(run))
-    assert [words[0] for words in heard] == ["2", "2"]
-    assert all(SHARDS[1] in words[1] for words in heard)
-    assert heard[0][1].startswith("rank 1: ")
+    reasons = on_ranks(read_on_rank, 2, str(run))
+    assert [words[0] for words in reasons] == ["2", "2"]
+    assert all(SHARDS[1] in words[1] for words in reasons)
+    assert reasons[0][1].startswith("rank 1: ")
 
 
 def test_another_model_is_refused_and_nothing_is_set_aside(run: Path) -> None:

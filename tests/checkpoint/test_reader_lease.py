@@ -102,8 +102,8 @@ def test_a_reader_that_was_killed_holds_nothing(run: Path) -> None:
 
 
 def valid(**changed: Any) -> str:
-    told = {"checkpoint": NAME, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-    return json.dumps({**told, **changed})
+    lease = {"checkpoint": NAME, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+    return json.dumps({**lease, **changed})
 
 
 WRITTEN: dict[str, Callable[[], str]] = {
@@ -141,7 +141,7 @@ def test_where_no_lease_can_be_written_a_reader_takes_its_chance(run: Path) -> N
     assert left(run) == [2]
 
 
-def test_a_reader_that_comes_too_late_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_that_comes_too_late_gets_an_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_module, "PATIENCE_SECONDS", 0.1)
     assert left(run) == [2]
     with pytest.raises(UserError, match="deleted"), leased(run, run / "checkpoints" / NAME):
@@ -206,7 +206,7 @@ class SteppingFileSystem(FileSystem):
 
 
 @pytest.mark.parametrize("at", range(9))
-def test_a_real_reader_that_begins_at_any_step_of_pruning_reads_or_is_told(
+def test_a_real_reader_that_begins_at_any_step_of_pruning_reads_or_gets_an_error(
     at: int, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease_module, "PATIENCE_SECONDS", 0.2)
