@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minka.checkpoint.restore import checkpoints, whole_tensors
+from minka.checkpoint.catalogue import checkpoints
+from minka.checkpoint.restore import whole_tensors
 from minka.data.batch import IGNORED, Batch
 from minka.parallel.engine import Engine
 from minka.parallel.inputs import ModelInputs

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from minka.checkpoint.async_saver import Saver
-from minka.checkpoint.filesystem import LOCAL, Disk
-from minka.checkpoint.write import Contents, Saved
+from minka.checkpoint.async_saver import AsyncSaver
+from minka.checkpoint.filesystem import LOCAL, FileSystem
+from minka.checkpoint.write import Saved, SaveRequest
 from minka.data.prepare import open_or_prepare
 from minka.parallel.apply import build_parts, named_parameters
 from minka.parallel.mesh import Mesh, start_mesh
@@ -37,11 +37,11 @@ def save(
     keep: int = 100,
     permanent: bool = False,
     alive: Callable[[], None] = lambda: None,
-    disk: Disk = LOCAL,
+    fs: FileSystem = LOCAL,
 ) -> Saved:
-    """A checkpoint, and nothing beside it. Raises OSError when it could not be written."""
-    saver = Saver(folder, mesh, keep, asynchronous=False, disk=disk)
-    saver.save(Contents(step, state, permanent), pieces, alive)
+    """Write a checkpoint and wait for it. Raises OSError when it could not be written."""
+    saver = AsyncSaver(folder, mesh, keep, asynchronous=False, fs=fs)
+    saver.save(SaveRequest(step, state, permanent), pieces, alive)
     outcome = saver.poll()
     assert outcome is not None
     if outcome.error:

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from minka.benchmarks.training import our_step, peer_step, synthetic_batch
-from minka.checkpoint.async_saver import Outcome, Saver
+from minka.checkpoint.async_saver import AsyncSaver, Outcome
 from minka.checkpoint.restore import restore_from
-from minka.checkpoint.write import Contents
+from minka.checkpoint.write import SaveRequest
 from minka.model.attention import attention, document_structure, uses_varlen
 from minka.parallel.mesh import start_mesh
 from minka.parallel.pieces import piece_of
@@ -155,12 +155,12 @@ def test_a_save_during_training_holds_the_tensors_as_they_were(tmp_path: Path) -
     with start_mesh(Layout()) as mesh:
         state = {f"model.{i}": piece_of(torch.randn(1024, 4096, device="cuda")) for i in range(16)}
         truth = {name: piece.local.clone() for name, piece in state.items()}
-        saver, a = Saver(tmp_path, mesh, 2), torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+        saver, a = AsyncSaver(tmp_path, mesh, 2), torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
         outcomes: list[Outcome] = []
         for step in (1, 2):  # the first one makes the staging buffer
             for name, piece in state.items():
                 piece.local.copy_(truth[name])
-            saver.save(Contents(step, {"step": step}), state)
+            saver.save(SaveRequest(step, {"step": step}), state)
             for _ in range(50):
                 a @ a  # a forward and backward pass
             saver.wait_for_copy()

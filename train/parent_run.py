@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from minka.checkpoint.catalogue import find_checkpoint, run_and_step
 from minka.checkpoint.commit import step_name
-from minka.checkpoint.manifest import load_manifest
+from minka.checkpoint.manifest import read_header
 from minka.data.prepare import open_or_prepare, store_folder
 from minka.data.store_manifest import MANIFEST, hash_file
 from minka.data.token_store import TokenStore
@@ -218,14 +218,14 @@ def hash_hub_folder(folder: Path) -> str:
 
 def _checkpoint(run: RunFolder, path: Path) -> Parent:
     try:
-        manifest = load_manifest(path)
-        state = manifest["state"]
+        header = read_header(path)
+        state = header.state
         config = from_json(json.dumps(state["config"])) if "config" in state else run.config()
         provenance_file = run.path / "provenance.json"
         began = json.loads(provenance_file.read_text(encoding="utf-8")) if provenance_file.exists() else {}
         data = state.get("data_sha256") or began.get("data", {}).get("manifest_sha256", "")
         rate = state.get("learning_rate")
-        sha, at = manifest["sha256"], Position.of(state)
+        sha, at = header.sha256, Position.of(state)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"damaged: {error}", where=str(path), remedy="take another checkpoint (RUN@STEP)") from None
     return Parent(run.path.resolve().name, run.path, path, config, config.model, at, data, sha, rate)

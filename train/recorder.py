@@ -9,8 +9,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from minka.checkpoint.async_saver import Outcome, Saver
-from minka.checkpoint.write import Contents
+from minka.checkpoint.async_saver import AsyncSaver, Outcome
+from minka.checkpoint.write import SaveRequest
 from minka.data.batch import PADDING
 from minka.data.token_store import TokenStore
 from minka.eval.bits_per_byte import Scores, bits_per_byte
@@ -56,7 +56,7 @@ class Recorder:
         self.tokens_per_second: float | None = None
         self.lineage = lineage
         settings = config.checkpoint
-        self._saver = Saver(self.folder.checkpoints, mesh, settings.keep, asynchronous=settings.asynchronous)
+        self._saver = AsyncSaver(self.folder.checkpoints, mesh, settings.keep, asynchronous=settings.asynchronous)
         self._saved = State(step=-1)
         self.evaluated_at = -1
         self.refused_steps = 0
@@ -131,7 +131,7 @@ class Recorder:
                 return
             stays = permanent(self.config.checkpoint, state.step, self._saved.tokens, state.tokens)
             told = contents(self.config, state, self.mesh, self.store.hash, self.lineage)
-            self._saver.save(Contents(state.step, told, stays), {**tensors, **randomness()}, self._beat(state))
+            self._saver.save(SaveRequest(state.step, told, stays), {**tensors, **randomness()}, self._beat(state))
             self._saving_ended(self._saver.poll())
 
     def wait_for_copy(self, watch: Stopwatch) -> None:
@@ -149,7 +149,7 @@ class Recorder:
     def _saving_ended(self, outcome: Outcome | None) -> None:
         if outcome is None:
             return
-        state = State.from_json(outcome.contents.state)
+        state = State.from_json(outcome.request.state)
         if outcome.error:
             self._failed(state, "checkpoint", outcome.error)
             return
@@ -161,7 +161,7 @@ class Recorder:
             bytes=outcome.bytes,
             stall_seconds=outcome.stall_seconds,
             total_seconds=outcome.total_seconds,
-            permanent=outcome.contents.permanent,
+            permanent=outcome.request.permanent,
         )
 
     def _beat(self, state: State) -> Callable[[], None]:

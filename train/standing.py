@@ -4,7 +4,7 @@ from pathlib import Path
 
 from minka.checkpoint.catalogue import newest_first, steps_of
 from minka.checkpoint.commit import step_name
-from minka.checkpoint.manifest import load_manifest
+from minka.checkpoint.manifest import read_header
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.ledger import Ledger
@@ -17,7 +17,7 @@ def standing(folder: RunFolder) -> Position | None:
     """Where the run stands: its newest checkpoint whose manifest can be read; None when there is none."""
     for step in newest_first(folder.checkpoints):
         try:
-            return Position.of(load_manifest(folder.checkpoints / step_name(step))["state"])
+            return Position.of(read_header(folder.checkpoints / step_name(step)).state)
         except (OSError, ValueError, KeyError, TypeError):
             continue  # restore will say what is wrong with it
     return None

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from commands import environment, train, written
-from minka.checkpoint.restore import checkpoints, whole_tensors
+from minka.checkpoint.catalogue import checkpoints
+from minka.checkpoint.restore import whole_tensors
 from minka.launch.exit_reason import read_ending, write_ending
 from minka.launch.supervisor import (
     Ranks,

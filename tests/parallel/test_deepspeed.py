@@ -11,7 +11,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from minka.checkpoint.restore import checkpoints, restore_from, whole_tensors
+from minka.checkpoint.catalogue import checkpoints
+from minka.checkpoint.restore import restore_from, whole_tensors
 from minka.parallel import deepspeed_engine as zero
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.plan.config import RunConfig

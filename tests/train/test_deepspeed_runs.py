@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from minka.checkpoint.restore import checkpoints, whole_tensors
+from minka.checkpoint.catalogue import checkpoints
+from minka.checkpoint.restore import whole_tensors
 from minka.plan.ledger import read_ledger
 from minka.plan.run_folder import RunFolder
 from ranks import on_ranks

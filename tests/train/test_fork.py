@@ -8,7 +8,9 @@ import pytest
 
 from commands import minka
 from families import crash, fork, ledger, rank_refuses, said, samples, stable_phase, steps, trained
-from minka.checkpoint.restore import checkpoints, load_manifest, whole_tensors
+from minka.checkpoint.catalogue import checkpoints
+from minka.checkpoint.manifest import read_header
+from minka.checkpoint.restore import whole_tensors
 from minka.plan.config import RunConfig
 from minka.plan.load_config import load_run
 from minka.plan.run_folder import RunFolder
@@ -68,9 +70,9 @@ def test_another_sequence_length_goes_on_with_the_counters_and_a_new_order(base:
     assert "first sample of a new order, because data.seq_len is another" in text
     assert sorted(steps(ledger(RunFolder.of(config)))) == [16, 17, 18]
     assert samples(RunFolder.of(config))[16] == list(range(26))
-    state = load_manifest(checkpoints(RunFolder.of(config).checkpoints)[-1])["state"]
+    state = read_header(checkpoints(RunFolder.of(config).checkpoints)[-1]).state
     assert (state["step"], state["samples"]) == (18, 3 * 26)
-    assert state["tokens"] == load_manifest(base.checkpoints / "step-00000015")["state"]["tokens"] + 3 * 13 * 32
+    assert state["tokens"] == read_header(base.checkpoints / "step-00000015").state["tokens"] + 3 * 13 * 32
 
 
 def test_another_rope_base_starts_from_the_weights(base: RunFolder) -> None:
@@ -100,15 +102,15 @@ def test_lineage_is_in_the_folder_the_ledger_the_checkpoints_and_goes_back_to_th
     folder = RunFolder.of(grandchild)
     parents = folder.lineage()
     assert [(p["run"], p["step"], p["with"]) for p in parents] == [("child", 11, "weights"), ("base", 10, "all")]
-    assert parents[1]["sha256"] == load_manifest(base.checkpoints / "step-00000010")["sha256"]
-    assert parents[1]["tokens"] == load_manifest(base.checkpoints / "step-00000010")["state"]["tokens"]
+    assert parents[1]["sha256"] == read_header(base.checkpoints / "step-00000010").sha256
+    assert parents[1]["tokens"] == read_header(base.checkpoints / "step-00000010").state["tokens"]
     assert parents[1]["folder"] == str(base.path.resolve())
     assert parents[0]["changed"] == {"run.max_steps": [11, 5], "schedule.warmup": [4, 2]}
     (start,) = [e for e in events if e["event"] == "start"]
     assert start["lineage"] == parents
     assert start["config"] == grandchild.model_dump(mode="json")
     assert start["changed"] == {}
-    assert load_manifest(checkpoints(folder.checkpoints)[-1])["state"]["lineage"] == parents
+    assert read_header(checkpoints(folder.checkpoints)[-1]).state["lineage"] == parents
 
 
 def test_the_command_that_made_a_fork_goes_on_with_it_when_the_parent_is_gone(base: RunFolder, tmp_path: Path) -> None:
@@ -177,7 +179,7 @@ def test_a_run_that_crashed_before_its_first_checkpoint_begins_again_and_says_so
 
 
 def test_milestones_that_the_parent_had_passed_keep_nothing_of_the_fork(base: RunFolder) -> None:
-    passed = load_manifest(base.checkpoints / "step-00000010")["state"]["tokens"] - 1
+    passed = read_header(base.checkpoints / "step-00000010").state["tokens"] - 1
     milestones = f"checkpoint.keep_tokens=[{passed}, {passed + 13 * 32 * 2}]"
     settings = ("run.start_with=all", "run.max_steps=14", "checkpoint.every_steps=1", milestones)
     config = fork(base, "miles", "base@10", *settings)

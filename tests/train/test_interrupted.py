@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from minka.checkpoint.async_saver import Saver
+from minka.checkpoint.async_saver import AsyncSaver
 from minka.checkpoint.catalogue import checkpoints
 from minka.checkpoint.restore import whole_tensors
 from minka.data.loader import Loader
@@ -32,7 +32,7 @@ MOMENTS: dict[str, tuple[type, str]] = {  # the points of a cycle, in their orde
     "settling a save": (Recorder, "settle"),
     "update": (TorchEngine, "apply"),
     "judging": (Recorder, "judge"),
-    "beginning a save": (Saver, "save"),
+    "beginning a save": (AsyncSaver, "save"),
     "evaluation": (Recorder, "evaluate"),
 }
 AFTER_UPDATE = ("judging", "beginning a save", "evaluation")

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from faults import divisor, document_boundaries, norm_reduction
-from minka.checkpoint.restore import checkpoints, whole_tensors
+from minka.checkpoint.catalogue import checkpoints
+from minka.checkpoint.restore import whole_tensors
 from minka.plan.run_folder import RunFolder
 from parity import BOUNDS, Fault, Run, check, differences, run_of_worker, units_of_one_block
 from tiny import tiny

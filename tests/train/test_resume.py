@@ -22,7 +22,8 @@ from families import (
     train_refusing,
     trained,
 )
-from minka.checkpoint.restore import checkpoints, load_manifest
+from minka.checkpoint.catalogue import checkpoints
+from minka.checkpoint.manifest import read_header
 from minka.launch.supervisor import restarted
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
@@ -111,7 +112,7 @@ def test_changes_from_the_command_line_reach_the_ledger_and_the_reader(base: Run
 
 def test_the_rate_of_the_next_step_is_held_against_the_checkpoints(base: RunFolder) -> None:
     config = base.config()
-    saved = load_manifest(checkpoints(base.checkpoints)[1])["state"]
+    saved = read_header(checkpoints(base.checkpoints)[1]).state
     state = State.from_json(saved)
     assert saved["learning_rate"] == learning_rate(config, 10, state.tokens)
     assert check_rate(saved, base, config, state) == ""
@@ -232,7 +233,7 @@ def test_a_stopped_run_that_is_cut_to_where_it_stands_ends_there(base: RunFolder
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == ExitStatus.STOPPED
-    at = load_manifest(checkpoints(folder.checkpoints)[-1])["step"]
+    at = read_header(checkpoints(folder.checkpoints)[-1]).step
     file = str(written(config))
     less = minka("train", file, f"run.max_steps={at - 1}", "--ranks", "1")
     assert less.returncode == ExitStatus.REFUSED

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minka.checkpoint.restore import checkpoints, restore, whole_tensors
+from minka.checkpoint.catalogue import checkpoints
+from minka.checkpoint.restore import restore, whole_tensors
 from minka.data.batch import PADDING
 from minka.data.loader import Loader
 from minka.data.token_store import TokenStore
