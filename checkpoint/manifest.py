@@ -1,7 +1,7 @@
 """What a checkpoint says of itself: its manifest, sealed by a hash of its own. Nothing in it is believed unchecked.
 
     {"format": 2, "number": 7, "time": ..., "step": 500, "permanent": false,   number: grows with every save
-     "state": {...},                                                          the run's own words (train/contents.py)
+     "state": {...},                                                          the run's own words (train/state.py)
      "chunk_bytes": 4194304,
      "files": {"rank-00000.safetensors": {"bytes": ..., "sha256": [one a chunk of the file]}, ...},
      "tensors": {name: {"shape": [...], "dtype": "float32", "pieces": [{"file": ..., "offset": [...], "size": [...]}]}},

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minka.checkpoint.catalogue import checkpoints, newest_first
+from minka.checkpoint.catalogue import checkpoints, newest_first, steps_of
 from minka.checkpoint.commit import recover, set_aside, step_name
 from minka.checkpoint.filesystem import LOCAL, PASSING, Disk
 from minka.checkpoint.manifest import NAME, Damage, load_manifest, nbytes
@@ -41,6 +41,7 @@ def restore(
     note: Callable[[Path, str], None],
     *,
     alive: Callable[[], None] = lambda: None,
+    newest: int | None = None,
     disk: Disk = LOCAL,
 ) -> Any:
     """Fill `tensors` from the newest whole checkpoint and give its state, or None when there is no checkpoint.
@@ -48,14 +49,14 @@ def restore(
     Collective, and for the run's one writer: what a save that died has left is mended first. `note(path, reason)` is
     told of each checkpoint passed over because it is damaged or cannot be read; once another one has been read, damaged
     ones lose their names. `alive` is called for each chunk read. Raises UserError when there are checkpoints and none
-    is whole, or when the newest whole one is of another model.
+    is whole, or when the newest whole one is of another model. `newest` is the step of the newest checkpoint where rank
+    0 knows it: then no other manifest is read unless that checkpoint is damaged.
     """
     if mesh.is_first:
         with suppress(OSError):  # what is there is read all the same
             recover(disk, folder)
-    steps = _agreed(mesh, newest_first(folder, disk) if mesh.is_first else [])
     damaged: list[tuple[Path, _Problem]] = []
-    for step in steps:
+    for step in _newest_first(folder, mesh, newest, disk):
         path = folder / step_name(step)
         state, problem = _try(path, tensors, mesh, alive, disk)
         if problem is None:
@@ -212,6 +213,14 @@ def _unknown(manifest: Mapping[str, Any], tensors: Mapping[str, Piece]) -> dict[
     held = {tensor_name(key) for key in tensors}
     kinds = {name.split(".")[0] for name in held}
     return {name: name not in held for name in manifest["tensors"] if name.split(".")[0] in kinds}
+
+
+def _newest_first(folder: Path, mesh: Mesh, newest: int | None, disk: Disk) -> Iterator[int]:
+    """The steps to try, the same on all ranks; manifests are read for their order when `newest` has failed."""
+    known = _agreed(mesh, [newest] if newest is not None and newest in steps_of(folder, disk) else [])
+    yield from known
+    others = newest_first(folder, disk) if mesh.is_first else []
+    yield from (step for step in _agreed(mesh, others) if step not in known)
 
 
 def _agreed(mesh: Mesh, steps: list[int]) -> list[int]:

@@ -96,7 +96,7 @@ def validate(values: dict[str, Any], where: str) -> RunConfig:
         config = from_json(json.dumps(values, default=str))
     except ValidationError as error:
         raise UserError(
-            "; ".join(_explain(problem) for problem in error.errors()),
+            describe_problems(error),
             where=where,
             remedy="docs/configuration.md has every setting, and what it may be",
         ) from None
@@ -107,6 +107,11 @@ def validate(values: dict[str, Any], where: str) -> RunConfig:
 def from_json(text: str) -> RunConfig:
     """A RunConfig from JSON, where a list is the only way to write a tuple. Raises pydantic's ValidationError."""
     return RunConfig.model_validate_json(text)
+
+
+def describe_problems(error: ValidationError) -> str:
+    """Each field that is wrong, with its value and the reason, in one line."""
+    return "; ".join(_explain(problem) for problem in error.errors())
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from minka.parallel.mesh import start_mesh
 from minka.parallel.pieces import Piece, piece_of, tensor_name
 from minka.plan.config import RunConfig
 from minka.plan.load_config import validate
+from minka.train.build_engine import build_engine
 from minka.train.guard import accepts
-from minka.train.worker import build_engine
 from models import packed
 from ranks import on_ranks
 

@@ -13,7 +13,7 @@ from minka.data.batch import IGNORED, Batch
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.parallel.pieces import Piece, tensor_name
 from minka.plan.config import RunConfig
-from minka.train.worker import build_engine
+from minka.train.build_engine import build_engine
 from tiny import tiny
 
 ROWS, LENGTH, STEPS, RATE, NORM = 12, 32, 5, 3e-3, 0.05  # every gradient is clipped

@@ -60,4 +60,4 @@ def tiny(folder: Path, **sections: Mapping[str, object]) -> RunConfig:
 
 def train_rank(config: RunConfig) -> int:
     """One rank of the run, by the real worker; for on_ranks."""
-    return work(WorkerJob(config, profile="", as_json=False, threads=1, beat=None))
+    return work(WorkerJob(config, threads=1))

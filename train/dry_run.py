@@ -28,10 +28,10 @@ from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 from minka.plan.layout import Asked, Layout, micro_batches, micro_batches_refused
 from minka.plan.topology import coordinates
+from minka.train.build_engine import engine_over
 from minka.train.dry_run_fakes import AssumedFeeder, alone, fakes, gpu_ways, without_numbers
 from minka.train.guard import accepts
 from minka.train.optimizer import AdamW
-from minka.train.worker import engine_over
 
 TRACED_LAYERS = 300  # of a pipeline: layers of a rank times micro-batches that take less than a minute
 TRACED = 3  # micro-batches without a pipeline: the first, one of many, and the last are all there are

@@ -4,7 +4,7 @@ import torch
 
 from minka.benchmarks.training import BOUNDS, ROWS, Row, config_of, made_up_batch, our_step, paired, peer_step
 from minka.parallel.mesh import start_mesh
-from minka.train.worker import build_engine
+from minka.train.build_engine import build_engine
 
 
 def test_a_ratio_is_the_median_of_pairs_whoever_goes_first() -> None:

@@ -20,7 +20,7 @@ from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 from minka.plan.ledger import read_ledger
 from minka.plan.run_folder import RunFolder
-from minka.train.worker import build_engine
+from minka.train.build_engine import build_engine
 from ranks import on_ranks
 from saved import save
 from short_runs import BOUNDS, configured, differences, micro_batches, read, same, take, together, trained

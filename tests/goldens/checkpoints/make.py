@@ -33,7 +33,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # relative paths alone: the checkpoint holds the configuration, and no machine's folders
         shutil.copytree(target / "corpus", "corpus")
-        if work(WorkerJob(config, profile="", as_json=False, threads=1, beat=None)):
+        if work(WorkerJob(config, threads=1)):
             raise SystemExit("the run did not end well")
         run = RunFolder.of(config)
         shutil.copytree(run.checkpoints / f"step-{STEP:08d}", target / f"step-{STEP:08d}")
