@@ -50,8 +50,15 @@ def refusals_recorded(folder: RunFolder, *, writes: bool = True) -> Iterator[Non
 def _record_refusal(folder: RunFolder, error: UserError) -> None:
     try:
         with folder.only_writer():  # a process that trains the run writes its exit reason itself
-            events = (parse_event(line) for _, line in lines_from_end(folder.ledger_file))
-            last = next((event for event in events if event), None)
-            write_exit_reason(folder, error.status, error.what, last["step"] if last else 0)
+            write_exit_reason(folder, error.status, error.what, _last_step(folder))
     except UserError:
         return  # the refusal is reported, whether or not it could be recorded
+
+
+def _last_step(folder: RunFolder) -> int:
+    """The step of the last event in the ledger."""
+    if not folder.ledger_file.exists():
+        return 0
+    with folder.ledger_file.open("rb") as ledger:
+        events = (parse_event(line) for _, line in lines_from_end(ledger))
+        return next((int(event["step"]) for event in events if event), 0)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 EVENTS = frozenset(
     "start step save save_failed eval skip suspect rewind restore fallback restart stop refuse detail".split()
@@ -70,26 +70,23 @@ def read_ledger(path: Path, torn: Callable[[int], None] = lambda line: None) -> 
                 torn(number)
 
 
-def lines_from_end(path: Path, end: int | None = None, *, skip: bytes = b"\n") -> Iterator[tuple[int, bytes]]:
+def lines_from_end(file: BinaryIO, end: int | None = None, *, skip: bytes = b"\n") -> Iterator[tuple[int, bytes]]:
     """Yield (offset in the file, line) from the last line before `end` to the first.
 
     Lines that begin with `skip` are left out. The file is read in blocks, from its end.
     """
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        start = file.seek(0, os.SEEK_END) if end is None else end
-        rest = b""  # the beginning of the block after this one: the end of a line that begins in this one
-        while start > 0:
-            size = min(BLOCK_BYTES, start)
-            start = file.seek(start - size)
-            first, *lines = (file.read(size) + rest).split(b"\n")
-            ends = list(accumulate(map(len, lines)))
-            for i in [i for i, line in enumerate(lines) if line and not line.startswith(skip)][::-1]:
-                yield start + len(first) + 1 + ends[i] - len(lines[i]) + i, lines[i]
-            rest = first
-        if rest and not rest.startswith(skip):
-            yield 0, rest
+    start = file.seek(0, os.SEEK_END) if end is None else end
+    rest = b""  # the beginning of the block after this one: the end of a line that begins in this one
+    while start > 0:
+        size = min(BLOCK_BYTES, start)
+        start = file.seek(start - size)
+        first, *lines = (file.read(size) + rest).split(b"\n")
+        ends = list(accumulate(map(len, lines)))
+        for i in [i for i, line in enumerate(lines) if line and not line.startswith(skip)][::-1]:
+            yield start + len(first) + 1 + ends[i] - len(lines[i]) + i, lines[i]
+        rest = first
+    if rest and not rest.startswith(skip):
+        yield 0, rest
 
 
 def parse_event(line: bytes) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ The ledger is read from its end, and only as far back as its last start and its 
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 from pydantic import BaseModel, ValidationError
 
@@ -87,7 +87,9 @@ def read_run_state(
         return RunState(finished=folder.finished(), checkpoints=tuple(checkpoints), ledger_bytes=_size(folder))
     size = _size(folder)  # before the reading: what is appended meanwhile makes the state outdated
     tail = _Tail(checkpoints)
-    tail.read(folder)
+    if size:
+        with folder.ledger_file.open("rb") as ledger:
+            tail.read(ledger)
     config, problem = tail.configuration(str(folder.ledger_file))
     try:
         in_file = folder.config()
@@ -127,10 +129,10 @@ class _Tail:
         self.evaluated: set[int] = set()
         self.tokens: dict[int, int] = {}  # consumed after the step before each checkpoint
 
-    def read(self, folder: RunFolder) -> None:
+    def read(self, ledger: BinaryIO) -> None:
         """Read until the last save, a step before it, and the last start are known."""
         end = None
-        for at, line in lines_from_end(folder.ledger_file) if self._wanted else ():
+        for at, line in lines_from_end(ledger) if self._wanted else ():
             end = at
             if line.startswith(STEP):
                 if self._step(line):
@@ -139,7 +141,7 @@ class _Tail:
                 self._event(at, line)
             if self._restarted:
                 break
-        for at, line in () if self._complete() else lines_from_end(folder.ledger_file, end, skip=STEP):
+        for at, line in () if self._complete() else lines_from_end(ledger, end, skip=STEP):
             self._event(at, line)
             if self._complete():
                 break
