@@ -1,4 +1,4 @@
-"""From TOML and overrides to one RunConfig, or to one error that names field, value, reason and remedy."""
+"""Loads TOML and overrides into one RunConfig, or raises one error with field, value, reason and remedy."""
 
 import difflib
 import json
@@ -15,11 +15,11 @@ from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
-BESIDE = "provenance.json"  # what makes the folder of a run.toml a run's
+PROVENANCE = "provenance.json"  # next to a run.toml, it marks the folder of a run
 
 
 class Loaded(NamedTuple):
-    """A resolved run and which of its values were overridden: "section.key" -> (value before, value given)."""
+    """A resolved run and its overridden values: "section.key" -> (value before, value given)."""
 
     config: RunConfig
     changed: dict[str, tuple[object, object]]
@@ -32,17 +32,17 @@ def recipe_names() -> list[str]:
 
 
 def load_run(source: str, overrides: Sequence[str] = (), runs: str = "runs") -> Loaded:
-    """A run from a recipe's name, a TOML file, a run folder or a name under `runs`. Raises UserError."""
+    """Load a run from a recipe's name, a TOML file, a run folder or a name under `runs`. Raises UserError."""
     path = find(source, runs)
     values = _read(path)
-    if path.name == "run.toml" and (path.parent / BESIDE).is_file() and isinstance(values.get("run"), dict):
-        # A run is where it lies, whatever it was called when it began: it may have been moved, or be a copy.
+    if path.name == "run.toml" and (path.parent / PROVENANCE).is_file() and isinstance(values.get("run"), dict):
+        # The folder names the run, whatever it was called at first: it may have been moved, or be a copy.
         values["run"] |= {"name": path.absolute().parent.name, "folder": str(path.parent.parent)}
     before = flatten(values)
     changed = {}
     given = {_split(override)[0] for override in overrides}
     if "run.start_from" in given and "run.start_with" not in given:
-        values.get("run", {}).pop("start_with", None)  # that of the file was about another parent
+        values.get("run", {}).pop("start_with", None)  # the file's value belongs to a different parent
     for override in overrides:
         key, text = _split(override)
         _check_key(key, override)
@@ -56,9 +56,9 @@ def load_run(source: str, overrides: Sequence[str] = (), runs: str = "runs") -> 
 
 
 def find(source: str, runs: str = "runs") -> Path:
-    """The TOML file that `source` means: a file, a run's folder, a recipe, a name under `runs`, in this order.
+    """The TOML file that `source` means: a file, a run's folder, a recipe, or a name under `runs`, in this order.
 
-    A recipe's name always means the recipe, whatever was once run under it. Raises UserError with the nearest recipe.
+    A recipe's name always means the recipe, even where a run has that name. Raises UserError with the nearest recipe.
     """
     given = Path(source)
     places = (given / "run.toml", RECIPES / f"{source}.toml", Path(runs) / source / "run.toml")
@@ -75,7 +75,7 @@ def find(source: str, runs: str = "runs") -> Path:
 
 
 def dump_toml(config: RunConfig) -> str:
-    """Every value of the run as TOML; `load_run` on it gives an equal RunConfig. None (not set) is left out."""
+    """Every value of the run as TOML; `load_run` gives an equal RunConfig. None (not set) is left out."""
     return tomli_w.dumps(_without_none(config.model_dump(mode="json")))
 
 
@@ -98,7 +98,7 @@ def validate(values: dict[str, Any], where: str) -> RunConfig:
         raise UserError(
             describe_problems(error),
             where=where,
-            remedy="docs/configuration.md has every setting, and what it may be",
+            remedy="docs/configuration.md lists every setting and its values",
         ) from None
     config.check()
     return config
@@ -118,7 +118,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"this is no TOML: {error}", where=str(path), remedy="mend the file") from None
+        raise UserError(f"not a TOML file: {error}", where=str(path), remedy="correct the file") from None
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
 
@@ -127,7 +127,7 @@ def _split(override: str) -> tuple[str, str]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(
-            f"{override!r} is no override",
+            f"{override!r} is not an override",
             why="an override is section.key=value",
             remedy="for example run.max_steps=100 or data.source=stdlib",
         )
@@ -135,7 +135,7 @@ def _split(override: str) -> tuple[str, str]:
 
 
 def _value(key: str, text: str) -> object:
-    """What is written behind the equals sign: TOML, or a bare word; a single value where a list belongs is its one."""
+    """The value after the equals sign: TOML, or a bare word. For a list, a single value means a list of one."""
     annotation: Any = _field(key).annotation
     try:
         value = tomllib.loads(f"value = {text}")["value"]
@@ -153,9 +153,9 @@ def _put(values: dict[str, Any], key: str, value: object) -> None:
     for table in tables:
         inner = values.setdefault(table, {})
         if not isinstance(inner, dict):
-            raise UserError(f"{table} is {inner!r} in the file, and {key} needs it to be a table")
+            raise UserError(f"{table} is {inner!r} in the file, and must be a table for {key}")
         values = inner
-    # The two ways to say when a run ends exclude each other: the newer word replaces the older.
+    # Only one of the two may be set: the override replaces the value in the file.
     if key in ("run.max_steps", "run.max_tokens"):
         values.pop("max_tokens" if last == "max_steps" else "max_steps", None)
     values[last] = value
@@ -204,7 +204,7 @@ def _unknown(key: str, known: Sequence[str]) -> str:
     last = key.rsplit(".", 1)[-1]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     near = near or [name for name in known if name.rsplit(".", 1)[-1] == last][:1]
-    return f"{key} is no setting" + (f"; did you mean {near[0]}?" if near else "")
+    return f"{key} is not a setting" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _explain(problem: Any) -> str:

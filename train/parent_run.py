@@ -226,7 +226,7 @@ def _checkpoint(run: RunFolder, path: Path) -> Parent:
         rate = state.get("learning_rate")
         sha, at = manifest["sha256"], Position.of(state)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"damaged: {error}", where=str(path), remedy="take another checkpoint (RUN@STEP)") from None
+        raise UserError(f"damaged: {error}", where=str(path), remedy="use a different checkpoint (RUN@STEP)") from None
     return Parent(run.path.resolve().name, run.path, path, config, config.model, at, data, sha, rate)
 
 

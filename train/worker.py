@@ -93,7 +93,7 @@ def prepare_joined(config: RunConfig, command: list[str]) -> None:
     if os.environ["RANK"] == "0":
         run = RunFolder.of(config)
         if run.begun() and store.exists():
-            return  # whether it may resume is checked when all ranks can be told
+            return  # whether it may resume is checked later, when rank 0 can end all ranks
         if run.begun():
             check_start(config, read_state(run), from_scratch=False)
         open_run(config, command)
