@@ -29,17 +29,18 @@ BY_THE_RANKS = (ExitStatus.DONE, ExitStatus.REFUSED, ExitStatus.STOPPED, ExitSta
 
 
 class Job(BaseModel, frozen=True):
-    """What the forker gets on its stdin, as JSON."""
+    """What to train, for the forker (as JSON on its stdin) and for each rank."""
 
     config: RunConfig
-    state: RunState  # of the run before this start
-    ranks: int
-    profile: tuple[int, int]  # first and last step to trace
-    as_json: bool
-    from_scratch: bool
-    command: tuple[str, ...]
-    heartbeat_pipe: int = -1  # the supervisor fills in these two
-    supervisor: int = -1  # its process id
+    state: RunState | None = None  # of the run before this start; None under torchrun and Slurm: rank 0 reads it
+    ranks: int = 0  # to be started here
+    profile: tuple[int, int] = (0, 0)  # first and last step to trace
+    as_json: bool = False
+    from_scratch: bool = False  # restart at step 0, if the run has begun
+    command: tuple[str, ...] = ()
+    threads: int | None = None  # of torch in each rank; None leaves torch's choice
+    heartbeat_pipe: int | None = None  # the supervisor fills in these two
+    supervisor: int | None = None  # its process id
 
 
 class Ending(NamedTuple):

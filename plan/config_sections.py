@@ -39,7 +39,7 @@ class RunSection(Section):
 
 
 class RopeScaling(Section):
-    """Llama-3's frequency scaling (Llama 3.1 model card): long wavelengths are stretched by `factor`, short ones kept."""
+    """Llama-3's frequency scaling (Llama 3.1 model card): long wavelengths are stretched by `factor`."""
 
     factor: float = Field(8.0, ge=1)
     low_freq_factor: float = Field(1.0, gt=0)
@@ -171,7 +171,7 @@ class GuardSection(Section):
     """When a run stops by itself."""
 
     max_refused_steps: int = Field(20, ge=1, description="refused steps in a row before the run stops with status 86")
-    hang_seconds: float = Field(600.0, gt=0, description="no heartbeat from a rank for this long: write stacks, then stop")
+    hang_seconds: float = Field(600.0, gt=0, description="without a heartbeat from a rank: stacks, then stop")
 
 
 class EvalSection(Section):

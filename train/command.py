@@ -81,7 +81,9 @@ def main(argv: Sequence[str]) -> int:
         given = {"--ranks": ranks is not None, "--from-scratch": from_scratch, "--profile": bool(profile)}
         if replay is not None:
             _check_absent({**given, "--dry-run": dry_run, "overrides": bool(overrides)}, "--replay", REPLAY_WHY)
-            return _replay(source, replay, as_json)
+            from minka.train.replay import replay_command
+
+            return replay_command(source, replay, as_json)
         loaded = load_run(source, overrides or [])
         if world is not None or rank:
             _check_absent(given, "--world", WORLD_WHY)
@@ -151,10 +153,14 @@ def _start(loaded: "Loaded", ranks: int | None, window: tuple[int, int], from_sc
         raise UserError(f"--ranks cannot be given: {joins} has started the ranks", remedy="leave it out")
     # A scheduler repeats the command as it was typed, and only its first start may discard anything.
     from_scratch = from_scratch and not requeued(os.environ)
+    job = Job(config=config, profile=window, as_json=as_json, from_scratch=from_scratch, command=tuple(sys.argv))
     if joins == "slurm":
         os.environ.update(slurm_environment(os.environ))
     if joins:
-        return _join(config, window, from_scratch, as_json)
+        from minka.train.forker import run_guarded
+        from minka.train.worker import work_joined
+
+        return run_guarded(lambda: work_joined(job), as_json)
     folder = RunFolder.of(config)
     state = read_state(folder)
     from_scratch = from_scratch and state.begun
@@ -169,35 +175,12 @@ def _start(loaded: "Loaded", ranks: int | None, window: tuple[int, int], from_sc
     if not as_json and not state.begun:  # of a resumed run, the ranks print what has changed since its last start
         for key, (old, new) in loaded.changed.items():
             print(f"{key} = {new!r} (was {old!r})", flush=True)
-    ending = supervise(
-        Job(
-            config=config,
-            state=state,
-            ranks=count,
-            profile=window,
-            as_json=as_json,
-            from_scratch=from_scratch,
-            command=tuple(sys.argv),
-        )
-    )
+    ending = supervise(job.model_copy(update={"state": state, "ranks": count, "from_scratch": from_scratch}))
     if ending.rank_failed:
         position, again = read_state(folder).position, f"`minka train {folder.path}`"
         next_start = f"resumes from step {position.step:,}" if position else "begins again: nothing was saved"
         print(f"minka: training has ended, because a rank failed. {again} {next_start}.", file=sys.stderr)
     return ending.status
-
-
-def _join(config: "RunConfig", window: tuple[int, int], from_scratch: bool, as_json: bool) -> int:
-    import sys
-
-    from minka.train.forker import run_guarded
-    from minka.train.worker import WorkerJob, prepare_joined, work
-
-    def body() -> int:
-        prepare_joined(config, sys.argv)
-        return work(WorkerJob(config, profile=window, as_json=as_json, from_scratch=from_scratch))
-
-    return run_guarded(body, as_json)
 
 
 def _check_absent(given: dict[str, bool], where: str, why: str) -> None:
@@ -206,12 +189,6 @@ def _check_absent(given: dict[str, bool], where: str, why: str) -> None:
     names = [name for name, is_given in given.items() if is_given]
     if names:
         raise UserError(f"{', '.join(names)} cannot be given", where=where, why=why, remedy="leave that out")
-
-
-def _replay(source: str, step: int, as_json: bool) -> int:
-    from minka.train.replay import replay_command
-
-    return replay_command(source, step, as_json)
 
 
 def _dry_run_of(config: "RunConfig", world: int | None, rank: str, dry_run: bool, as_json: bool) -> int:

@@ -21,7 +21,7 @@ from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.run_folder import RunFolder
 from minka.train.parent_run import open_run
-from minka.train.worker import WorkerJob, work
+from minka.train.worker import work
 
 GRACE_SECONDS = 5.0
 ON_PURPOSE = (ExitStatus.STOPPED, ExitStatus.NEEDS_PERSON)
@@ -79,7 +79,7 @@ def rank_log(config: RunConfig, rank: int) -> Path:
     return RunFolder.of(config).logs / f"rank-{rank:05d}.log"
 
 
-def die_with(parent: int) -> None:
+def die_with(parent: int | None) -> None:
     """Ask Linux to kill this process when its parent ends for any reason."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -114,8 +114,7 @@ def _rank_body(job: Job, rank: int, store: str) -> Callable[[], int]:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.ranks), MINKA_STORE=store)
         if rank:
             _redirect(rank_log(job.config, rank))
-        pipe = job.heartbeat_pipe
-        return work(WorkerJob(job.config, job.state, job.profile, job.as_json, threads, pipe, job.from_scratch))
+        return work(job.model_copy(update={"threads": threads}))
 
     return body
 

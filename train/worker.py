@@ -1,7 +1,6 @@
 """One rank, from its environment to its exit status: claim the run, restore it, train, export."""
 
 import os
-import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,8 +16,8 @@ from minka.data.prepare import store_folder
 from minka.data.token_store import TokenStore
 from minka.launch.exit_reason import refusals_recorded, write_exit_reason
 from minka.launch.signals import SupervisorLink
+from minka.launch.supervisor import Job
 from minka.parallel.mesh import Mesh, start_mesh
-from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.ledger import Ledger
 from minka.plan.resume_rules import Changes, decide
@@ -41,27 +40,15 @@ from minka.train.trackers import open_trackers
 GROUP_SECONDS = 300.0  # beyond guard.hang_seconds: the supervisor must notice a hang before the process group times out
 
 
-class WorkerJob(NamedTuple):
-    """What a rank is asked to do. Its rank and world size come from the environment (parallel/mesh.py)."""
-
-    config: RunConfig
-    state: RunState | None = None  # from the supervisor; None under torchrun and Slurm, where rank 0 reads it
-    profile: tuple[int, int] = (0, 0)
-    as_json: bool = False
-    threads: int | None = None  # of torch; None leaves torch's choice
-    heartbeat_pipe: int | None = None
-    from_scratch: bool = False  # restart at step 0, if the run has begun
-
-
 class Claim(NamedTuple):
-    """A run whose one writer is now this process. Ranks other than 0 know nothing of its state."""
+    """What rank 0 knows of the run that it may now write; the other ranks know only whether it is over."""
 
     state: RunState
     changed: Changes  # against the configuration of the last start
     over: bool = False
 
 
-def work(job: WorkerJob) -> int:
+def work(job: Job) -> int:
     """Train this rank's part of the run; the exit status."""
     if job.threads is not None:
         torch.set_num_threads(job.threads)
@@ -84,19 +71,23 @@ def work(job: WorkerJob) -> int:
         return int(_finish(job, run, state, status) if mesh.is_first else status)
 
 
-def prepare_joined(config: RunConfig, command: list[str]) -> None:
-    """Prepare the data before ranks of torchrun or Slurm meet: rank 0 works, the others wait as long as it does.
+def work_joined(job: Job) -> int:
+    """`work` for a rank that torchrun or Slurm started; no supervisor has prepared the data."""
+    _prepare_joined(job)
+    return work(job)
+
+
+def _prepare_joined(job: Job) -> None:
+    """Prepare the data before the ranks meet: rank 0 works, the others wait as long as it does.
 
     Outside the process group, whose collectives time out long before a large corpus is done. Raises UserError.
     """
-    store = store_folder(config, Path())
+    store = store_folder(job.config, Path())
     if os.environ["RANK"] == "0":
-        run = RunFolder.of(config)
-        if run.begun() and store.exists():
-            return  # whether it may resume is checked later, when rank 0 can end all ranks
-        if run.begun():
-            check_start(config, read_state(run), from_scratch=False)
-        open_run(config, command)
+        folder = RunFolder.of(job.config)
+        if folder.begun() and (store.exists() or _is_over(job, read_state(folder))):
+            return  # once the ranks have met, rank 0 checks the run again and can end them all
+        open_run(job.config, job.command)
         return
     last_sign = time.monotonic()
     while not store.exists():
@@ -112,7 +103,7 @@ def prepare_joined(config: RunConfig, command: list[str]) -> None:
         time.sleep(0.2)
 
 
-def _claim(job: WorkerJob, mesh: Mesh, stack: ExitStack) -> Claim:
+def _claim(job: Job, mesh: Mesh, stack: ExitStack) -> Claim:
     """Check on rank 0 that the run may start, take its lock, and restart it if asked. A refusal reaches every rank."""
     claims: list[Claim] = []
     on_first(lambda: claims.append(_claim_run(job, stack)), mesh)
@@ -121,13 +112,13 @@ def _claim(job: WorkerJob, mesh: Mesh, stack: ExitStack) -> Claim:
     return mine._replace(over=bool(over))
 
 
-def _claim_run(job: WorkerJob, stack: ExitStack) -> Claim:
+def _claim_run(job: Job, stack: ExitStack) -> Claim:
     config, folder, state = job.config, RunFolder.of(job.config), job.state
     if state is None:
         state = read_state(folder)
         if _is_over(job, state):
             return Claim(state, {}, over=True)
-        open_run(config, sys.argv)
+        open_run(config, job.command)
     folder.check_may_start()
     stack.enter_context(folder.only_writer())
     if not state.is_current(folder, steps_of(folder.checkpoints)):  # a different process has trained it meanwhile
@@ -146,7 +137,7 @@ def _claim_run(job: WorkerJob, stack: ExitStack) -> Claim:
     return Claim(state, changed)
 
 
-def _is_over(job: WorkerJob, state: RunState) -> bool:
+def _is_over(job: Job, state: RunState) -> bool:
     if not state.begun:
         return False
     outlook = check_start(job.config, state, from_scratch=job.from_scratch)
@@ -155,7 +146,7 @@ def _is_over(job: WorkerJob, state: RunState) -> bool:
     return outlook.over
 
 
-def _start_session(job: WorkerJob, mesh: Mesh, stack: ExitStack, claim: Claim) -> tuple[Session, State]:
+def _start_session(job: Job, mesh: Mesh, stack: ExitStack, claim: Claim) -> tuple[Session, State]:
     """Everything that a rank trains with, and the state to train from. `stack` closes all of it. Collective."""
     config, folder = job.config, RunFolder.of(job.config)
     store = TokenStore.open(store_folder(config, Path()))
@@ -182,7 +173,7 @@ def _start_session(job: WorkerJob, mesh: Mesh, stack: ExitStack, claim: Claim) -
     return Session(config, mesh, engine, optimizer, loader, record, supervisor, profile, bool(missed)), state
 
 
-def _finish(job: WorkerJob, run: Session, state: State, status: ExitStatus) -> ExitStatus:
+def _finish(job: Job, run: Session, state: State, status: ExitStatus) -> ExitStatus:
     """Write the exit reason, export, and print the summary; rank 0 alone. A failed export loses no checkpoint."""
     folder, config = run.record.folder, job.config
     reason = f"step {state.step} could not be saved" if status == ExitStatus.FAILED else status.reason

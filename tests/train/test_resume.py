@@ -147,6 +147,7 @@ def test_a_checkpoint_says_the_rate_of_the_step_after_it_and_the_settings_it_was
 def test_a_schedule_that_drifted_under_a_run_stops_it_for_a_person(base: RunFolder) -> None:
     config = copy(base, "drifted")
     shutil.rmtree(checkpoints(RunFolder.of(config).checkpoints)[-1])
+    RunFolder.of(config).exit_file.unlink()  # as if it had been cut off
     for status, text in on_ranks(train_drifted, 2, config):
         assert status == ExitStatus.NEEDS_PERSON
         assert "learning rate of step 16 would be 0.0015, and the checkpoint was written for 0.003" in text
