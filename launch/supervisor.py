@@ -92,11 +92,16 @@ class Ranks:
                 os.kill(pid, number)
 
 
+@dataclass
 class Signals:
     """Counts signals instead of obeying them, until the process ends: a late one must not undo an exit status."""
 
-    def __init__(self) -> None:
-        self.received = self.passed_on = self.interrupts = 0
+    received: int = 0
+    passed_on: int = 0
+    interrupts: int = 0
+
+    def catch(self) -> None:
+        """Start to count."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._count)
 
@@ -136,6 +141,7 @@ def ending_of(returncode: int, ranks: Ranks, *, stopping: bool) -> Ending:
 def supervise(job: Job) -> Ending:
     """Run the ranks of `job` here until they end, and write the exit reason where the ranks did not."""
     folder, signals = RunFolder.of(job.config), Signals()
+    signals.catch()
     before = read_exit_reason(folder)
     read_end, write_end = os.pipe()
     os.set_blocking(read_end, False)

@@ -3,7 +3,7 @@
 import difflib
 import json
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin
 
@@ -38,17 +38,17 @@ def load_run(source: str, overrides: Sequence[str] = (), runs: str = "runs") -> 
     if path.name == "run.toml" and (path.parent / PROVENANCE).is_file() and isinstance(values.get("run"), dict):
         # The folder names the run, whatever it was called at first: it may have been moved, or be a copy.
         values["run"] |= {"name": path.absolute().parent.name, "folder": str(path.parent.parent)}
-    before = flatten(values)
-    changed = {}
+    before, known, changed = flatten(values), dict(_settings(RunConfig)), {}
     given = {_split(override)[0] for override in overrides}
     if "run.start_from" in given and "run.start_with" not in given:
         values.get("run", {}).pop("start_with", None)  # the file's value belongs to a different parent
     for override in overrides:
         key, text = _split(override)
-        _check_key(key, override)
-        value = _value(key, text)
+        if key not in known:
+            raise UserError(_unknown(key, known), where=f"override {override!r}", remedy="keys are written section.key")
+        value = _value(known[key], text)
         _put(values, key, value)
-        old = before.get(key, _default(key))
+        old = before.get(key, None if known[key].is_required() else known[key].get_default(call_default_factory=True))
         if old != value:
             changed[key] = (old, value)
     where = f"{path} with {' '.join(overrides)}" if overrides else str(path)
@@ -134,9 +134,9 @@ def _split(override: str) -> tuple[str, str]:
     return key, text
 
 
-def _value(key: str, text: str) -> object:
+def _value(field: FieldInfo, text: str) -> object:
     """The value after the equals sign: TOML, or a bare word. For a list, a single value means a list of one."""
-    annotation: Any = _field(key).annotation
+    annotation: Any = field.annotation
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -161,47 +161,22 @@ def _put(values: dict[str, Any], key: str, value: object) -> None:
     values[last] = value
 
 
-def _check_key(key: str, override: str) -> None:
-    known = list(_fields(RunConfig))
-    tables = {k.rsplit(".", 1)[0] for k in known if "." in k}
-    if key not in known and not any(key == table for table in tables if table.count(".")):
-        raise UserError(_unknown(key, known), where=f"override {override!r}", remedy="keys are written section.key")
-
-
-def _default(key: str) -> object:
-    field = _field(key)
-    return None if field.is_required() else field.get_default(call_default_factory=True)
-
-
-def _field(key: str) -> FieldInfo:
-    model: Any = RunConfig
-    *tables, last = key.split(".")
-    for table in tables:
-        model = _section(model.model_fields[table].annotation)
-    field: FieldInfo = model.model_fields[last]
-    return field
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    for kind in (annotation, *get_args(annotation)):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
-
-
-def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def _settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key that an override may have, with its field; a table that is optional may also be given whole."""
     for name, field in model.model_fields.items():
-        section = None if name == "batch_warmup" else _section(field.annotation)
-        if section is None:
-            yield prefix + name
-        else:
-            yield from _fields(section, f"{prefix}{name}.")
-            if prefix:
-                yield prefix + name  # an optional table may be given whole
+        kinds = (field.annotation, *get_args(field.annotation))
+        sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if name == "batch_warmup" or not sections:
+            yield prefix + name, field
+            continue
+        yield from _settings(sections[0], f"{prefix}{name}.")
+        if prefix:
+            yield prefix + name, field
 
 
-def _unknown(key: str, known: Sequence[str]) -> str:
+def _unknown(key: str, known: Iterable[str]) -> str:
     last = key.rsplit(".", 1)[-1]
+    known = list(known)
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     near = near or [name for name in known if name.rsplit(".", 1)[-1] == last][:1]
     return f"{key} is not a setting" + (f"; did you mean {near[0]}?" if near else "")
@@ -210,7 +185,7 @@ def _unknown(key: str, known: Sequence[str]) -> str:
 def _explain(problem: Any) -> str:
     place = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return _unknown(place, list(_fields(RunConfig)) + list(RunConfig.model_fields))
+        return _unknown(place, [*dict(_settings(RunConfig)), *RunConfig.model_fields])
     if problem["type"] == "missing":
         return f"{place} is missing"
     reason = problem["msg"].removeprefix("Value error, ")

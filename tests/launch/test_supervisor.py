@@ -32,8 +32,7 @@ def test_a_rank_is_silent_after_the_limit_and_not_before() -> None:
 
 
 def test_the_supervisor_passes_signals_on_ends_at_the_second_interrupt_and_sees_a_hang() -> None:
-    ranks, signals = Ranks(), Signals.__new__(Signals)
-    signals.received = signals.passed_on = signals.interrupts = 0
+    ranks, signals = Ranks(), Signals()
     assert next_action(ranks, signals, now=0.0, hang_seconds=3) == "wait"
     signals.received = signals.interrupts = 1
     assert next_action(ranks, signals, now=0.0, hang_seconds=3) == "pass on"

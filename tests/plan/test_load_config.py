@@ -41,7 +41,7 @@ BAD: list[tuple[dict[str, dict[str, Any]], list[str]]] = [  # what is given, wha
     ({"optimizer": {"learning_rate": 0.0}}, ["optimizer.learning_rate=0.0", "greater than 0"]),
     ({"optimizer": {"learning_rate": "fast"}}, ["optimizer.learning_rate='fast'", "number"]),
     ({"optimizer": {"betas": [0.9, 0.95]}}, ["optimizer.betas is not a setting", "did you mean optimizer.beta"]),
-    ({"schedule": {"warmup": 10}}, ["schedule.warmup=10 leaves nothing of a run of 10 steps", "give 9 or less"]),
+    ({"schedule": {"warmup": 10}}, ["schedule.warmup=10 takes all of a run of 10 steps", "give 9 or less"]),
     ({"schedule": {"kind": "cosin"}}, ["schedule.kind='cosin'", "'cosine'"]),
     ({"layout": {"tensor": 3}}, ["layout.tensor", "tensor=3 does not divide", "tensor in [1"]),
     ({"checkpoint": {"keep": 0}}, ["checkpoint.keep=0"]),

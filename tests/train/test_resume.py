@@ -26,19 +26,23 @@ from families import (
 )
 from minka.checkpoint.restore import checkpoints, load_manifest
 from minka.launch.environment import requeued
+from minka.launch.supervisor import Job
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.ledger import read_ledger
 from minka.plan.load_config import load_run
 from minka.plan.run_folder import RunFolder
+from minka.plan.run_state import RunState
 from minka.train import restore_or_init
 from minka.train.command import main
 from minka.train.restore_or_init import check_rate
 from minka.train.schedule import learning_rate
+from minka.train.start_check import read_state
 from minka.train.state import State, config_hash, manifest_state
+from minka.train.worker import work
 from ranks import on_ranks
 from saved import ALONE
-from tiny import tiny
+from tiny import tiny, train_rank
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +83,26 @@ def test_a_finished_run_without_more_steps_says_so_and_exits_0(
     assert main([str(base.path), "--json", "run.max_steps=20"]) == 0
     assert json.loads(capsys.readouterr().out)["finished"] is True
     assert {path: path.read_bytes() for path in base.path.rglob("*") if path.is_file()} == before
+
+
+def test_ranks_without_a_supervisor_learn_from_rank_0_that_the_run_is_over(base: RunFolder) -> None:
+    before = {path: path.read_bytes() for path in base.path.rglob("*") if path.is_file()}
+    assert on_ranks(train_rank, 2, base.config()) == [ExitStatus.DONE] * 2
+    assert {path: path.read_bytes() for path in base.path.rglob("*") if path.is_file()} == before
+
+
+def test_a_state_that_a_different_process_has_made_outdated_is_read_again(base: RunFolder) -> None:
+    folder = RunFolder.of(copy(base, "stale"))
+    outdated = read_state(folder)
+    for length, state in ((22, None), (24, outdated)):
+        longer = load_run(str(folder.path), [f"run.max_steps={length}"]).config
+        assert on_ranks(train_from, 1, longer, state) == [ExitStatus.DONE]
+    assert [e["step"] for e in ledger(folder) if e["event"] == "restore"] == [20, 22]
+
+
+def train_from(config: RunConfig, state: RunState | None) -> int:
+    """One rank that a supervisor has given this state."""
+    return work(Job(config=config, state=state, threads=1))
 
 
 @pytest.mark.parametrize(
