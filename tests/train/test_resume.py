@@ -100,6 +100,21 @@ def test_a_state_that_a_different_process_has_made_outdated_is_read_again(base: 
     assert [e["step"] for e in ledger(folder) if e["event"] == "restore"] == [20, 22]
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_damaged_or_missing_newest_checkpoint_is_a_fallback_in_the_ledger(lost: bool, base: RunFolder) -> None:
+    config = copy(base, f"fallback-{lost}", "run.max_steps=22")
+    folder = RunFolder.of(config)
+    if lost:
+        shutil.rmtree(folder.checkpoints / "step-00000020")
+    shard = checkpoints(folder.checkpoints)[-1] / "rank-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\7")
+    events = trained(config)
+    passed_over = [Path(e["path"]).name for e in events if e["event"] == "fallback"]
+    assert passed_over == (["step-00000015", "step-00000020"] if lost else ["step-00000020"])
+    assert [e["step"] for e in events if e["event"] == "restore"] == [10 if lost else 15]
+    assert [e["step"] for e in events if e["event"] == "step"] == list(range(1, 23))
+
+
 def train_from(config: RunConfig, state: RunState | None) -> int:
     """One rank that a supervisor has given this state."""
     return work(Job(config=config, state=state, threads=1))
