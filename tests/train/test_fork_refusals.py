@@ -61,11 +61,11 @@ def test_a_forbidden_change_is_refused_by_name_before_anything_is_made(
         (("run.name=no", "run.start_with=all"), "needs run.start_from"),
         (
             ("run.name=no", "run.start_from=base@10", "run.start_with=all", "run.max_steps=10"),
-            "is where the run begins, and run.max_steps=10 ends it there or before",
+            "run.max_steps=10 ends it there or earlier",
         ),
         (
             ("run.name=no", "run.start_from=base@10", "run.start_with=all", "run.max_tokens=1700"),
-            "run.max_tokens=1700 ends it there or before",
+            "run.max_tokens=1700 ends it there or earlier",
         ),
         (
             (
@@ -99,13 +99,13 @@ def test_a_tokenizer_that_is_not_the_parents_is_refused_and_a_copy_of_it_is_not(
     given = ["run.name=no", f"data.store={tmp_path / 'store'}", f"data.tokenizer={tmp_path / 'tokenizer'}"]
     for parent in ("base", str(base.export)):
         text = refused(capsys, str(base.path), *given, f"run.start_from={parent}")
-        assert "its ids mean other text" in text
+        assert "its token ids mean different text" in text
         # No dot sticks to what is copied from it.
         assert f" data.store= data.tokenizer={base.export if parent != 'base' else ours} " in text
         assert not (tmp_path / "store").exists()
     # Nor when a store was prepared with it before.
     open_or_prepare(load_run(str(base.path), given).config, tmp_path)
-    assert "its ids mean other text" in refused(capsys, str(base.path), *given, "run.start_from=base")
+    assert "its token ids mean different text" in refused(capsys, str(base.path), *given, "run.start_from=base")
     (base.export / "tokenizer.json").rename(tmp_path / "aside")
     try:
         text = refused(capsys, str(base.path), "run.name=no", f"run.start_from={base.export}")
