@@ -30,7 +30,7 @@ from minka.plan.config import RunConfig
 from minka.plan.hub_config import family_of, to_config
 from minka.plan.ledger import read_ledger
 from minka.plan.load_config import validate
-from minka.train.worker import build_engine
+from minka.train.build_engine import build_engine
 
 PAIRS = 5
 SEQUENCES, SEQ_LEN = 16, 256

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minka.checkpoint.catalogue import newest_first
+from minka.checkpoint.catalogue import newest_first, steps_of
 from minka.checkpoint.commit import recover, set_aside, step_name
 from minka.checkpoint.filesystem import LOCAL, PASSING, FileSystem
 from minka.checkpoint.index import Index
-from minka.checkpoint.manifest import Damage, Header
+from minka.checkpoint.manifest import Damage
 from minka.checkpoint.reshard import fill
 from minka.checkpoint.shard_file import dtype_name
 from minka.checkpoint.stored_checkpoint import StoredCheckpoint
@@ -43,27 +43,25 @@ def restore(
     mesh: Mesh,
     note: Callable[[Path, str], None],
     *,
-    steps: Sequence[int] | None = None,
-    headers: Mapping[int, Header] | None = None,
     alive: Callable[[], None] = lambda: None,
+    newest: int | None = None,
     fs: FileSystem = LOCAL,
 ) -> Any:
     """Fill `tensors` from the newest whole checkpoint and return its state, or None when there is no checkpoint.
 
-    Collective, and for the run's one writer: leftovers of a save that died are cleared first. `steps` are those to try,
-    in order (restore_order); without them rank 0 reads all manifests. `headers` are some that this rank has read
-    already. `note(path, reason)` is called for each checkpoint passed over because it is damaged or cannot be read.
-    Once a different one has been read, damaged ones are renamed. `alive` is called for each chunk read. Raises
-    UserError when there are checkpoints and none is whole, or when the newest whole one is of a different model.
+    Collective, and for the run's one writer: leftovers of a save that died are cleared first. `newest` is the step of
+    the newest checkpoint where rank 0 knows it: then no other manifest is read unless that checkpoint is damaged.
+    `note(path, reason)` is called for each checkpoint passed over because it is damaged or cannot be read. Once a
+    different one has been read, damaged ones are renamed. `alive` is called for each chunk read. Raises UserError when
+    there are checkpoints and none is whole, or when the newest whole one is of a different model.
     """
     if mesh.is_first:
         with suppress(OSError):  # what exists is read all the same
             recover(fs, folder)
-        steps = newest_first(folder, fs) if steps is None else steps
     passed_over: list[tuple[Path, _Problem]] = []
-    for step in _from_first_rank(mesh, steps or []):
+    for step in _newest_first(folder, mesh, newest, fs):
         path = folder / step_name(step)
-        state, problem = _try(path, tensors, mesh, alive, fs, (headers or {}).get(step))
+        state, problem = _try(path, tensors, mesh, alive, fs)
         if problem is None:
             for bad, (reason, passing) in passed_over:
                 if mesh.is_first and not passing:
@@ -149,13 +147,12 @@ def _try(
     mesh: Mesh,
     alive: Callable[[], None],
     fs: FileSystem,
-    header: Header | None = None,
 ) -> tuple[Any, _Problem | None]:
     """The state, or why this checkpoint cannot be read, with the same verdict on every rank."""
     state, problem, mismatch, passing = None, "", "", False
     not_here: dict[str, bool] = {}
     try:
-        checkpoint = StoredCheckpoint(path, fs, alive, header)
+        checkpoint = StoredCheckpoint(path, fs, alive)
         if mesh.is_first:  # thousands of ranks need not look at thousands of files each
             checkpoint.check_files()
         index, state = checkpoint.index, checkpoint.header.state
@@ -199,6 +196,14 @@ def _not_here(index: Index, tensors: Mapping[str, Piece]) -> dict[str, bool]:
     held = {tensor_name(key) for key in tensors}
     kinds = {name.split(".")[0] for name in held}
     return {name: name not in held for name in index.tensors if name.split(".")[0] in kinds}
+
+
+def _newest_first(folder: Path, mesh: Mesh, newest: int | None, fs: FileSystem) -> Iterator[int]:
+    """The steps to try, the same on all ranks. Manifests are read for their order only when `newest` has failed."""
+    known = _from_first_rank(mesh, [newest] if newest is not None and newest in steps_of(folder, fs) else [])
+    yield from known
+    others = newest_first(folder, fs) if mesh.is_first else []
+    yield from (step for step in _from_first_rank(mesh, others) if step not in known)
 
 
 def _from_first_rank(mesh: Mesh, steps: Sequence[int]) -> list[int]:

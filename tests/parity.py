@@ -19,8 +19,8 @@ from minka.plan.config import RunConfig
 from minka.plan.ledger import read_ledger
 from minka.plan.load_config import validate
 from minka.plan.run_folder import RunFolder
+from minka.train.build_engine import build_engine
 from minka.train.guard import accepts
-from minka.train.worker import build_engine
 from models import packed
 from ranks import on_ranks
 from tiny import train_rank

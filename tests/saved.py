@@ -58,7 +58,7 @@ def saved_run(folder: Path, *steps: int, **sections: Any) -> RunFolder:
     config = tiny(folder, **sections)
     open_or_prepare(config, folder)
     run = RunFolder.of(config)
-    run.open(config, {"data": {"store": str(config.data.store)}})
+    run.create(config, {"data": {"store": str(config.data.store)}})
     with start_mesh(config.layout) as mesh:
         parameters = named_parameters(build_parts(config, mesh))
         pieces = {f"model.{name}": parameter_piece(p) for name, p in parameters.items()}

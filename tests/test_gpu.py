@@ -23,8 +23,8 @@ from minka.plan.layout import Layout
 from minka.plan.ledger import read_ledger
 from minka.plan.load_config import dump_toml, load_run
 from minka.plan.run_folder import RunFolder
+from minka.train.build_engine import build_engine
 from minka.train.dry_run import dry_run
-from minka.train.worker import build_engine
 from tiny import tiny, train_rank
 
 pytestmark = [

@@ -20,8 +20,8 @@ from minka.parallel.traffic import Transfer
 from minka.plan import sizing
 from minka.plan.config import RunConfig
 from minka.plan.load_config import validate
+from minka.train.build_engine import engine_over
 from minka.train.dry_run import DryRun, dry_run, traced_step
-from minka.train.worker import engine_over
 from parity import packed_batch
 from ranks import on_ranks
 

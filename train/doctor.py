@@ -27,9 +27,9 @@ from minka.plan.errors import ExitStatus, UserError
 from minka.plan.flops import parameters
 from minka.plan.hardware import find
 from minka.plan.layout import Layout
+from minka.train.build_engine import build_engine
 from minka.train.layer_stats import LayerStats
 from minka.train.provenance import processor, versions
-from minka.train.worker import build_engine
 
 PACKAGES = (
     "torch numpy triton transformers datasets tokenizers deepspeed flash-attn accelerate wandb tensorboard".split()

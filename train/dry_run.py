@@ -28,10 +28,10 @@ from minka.plan.errors import UserError
 from minka.plan.layout import Layout, micro_batches, micro_batches_fit
 from minka.plan.sizing import attention_kind, compute_dtype_name
 from minka.plan.topology import coordinates
+from minka.train.build_engine import engine_over
 from minka.train.dry_run_fakes import AssumedInputs, alone, gpu_ways, tensors_in, without_numbers
 from minka.train.guard import accepts
 from minka.train.optimizer import AdamW
-from minka.train.worker import engine_over
 
 TRACED_LAYERS = 300  # in a pipeline: layers of a rank times micro-batches that take less than a minute
 TRACED = 3  # micro-batches without a pipeline: the first, one of many, and the last are all kinds there are

@@ -1,4 +1,4 @@
-"""What a run says at its end: one table for people, one JSON document for machines."""
+"""The summary at the end of a run: a table, or one JSON document."""
 
 import math
 from pathlib import Path
@@ -11,16 +11,16 @@ from minka.plan.errors import ExitStatus
 from minka.plan.ledger import parse
 from minka.plan.run_folder import RunFolder
 from minka.train.recorder import Recorder
-from minka.train.standing import standing
+from minka.train.start_check import read_state
 from minka.train.state import State
 
 MOST_DOCUMENTS = 100_000
 
 
 def summarise(record: Recorder, state: State, status: ExitStatus, *, as_json: bool) -> None:
-    """Print how the run ended, and its bits per byte beside what compressors make of the same documents."""
+    """Print how the run ended, and its bits per byte next to those of compressors on the same documents."""
     config, scores = record.config, record.scores
-    beside = _beside(record) if scores is not None else {}
+    compressors = _compressors(record) if scores is not None else {}
     bits = scores.scores["bits_per_byte"] if scores is not None else None
     saved, export = (record.folder.checkpoints / step_name(state.step)).is_dir(), _export(record.folder, state)
     if as_json:
@@ -35,7 +35,7 @@ def summarise(record: Recorder, state: State, status: ExitStatus, *, as_json: bo
                 "refused_steps": record.refused_steps,
                 "tokens_per_second": record.tokens_per_second,
                 "bits_per_byte": bits,
-                "compressors_bits_per_byte": beside,
+                "compressors_bits_per_byte": compressors,
                 "saved": saved,
                 "export": export,
             }
@@ -46,29 +46,29 @@ def summarise(record: Recorder, state: State, status: ExitStatus, *, as_json: bo
     if record.last is not None:
         lines["loss"] = f"{record.last.loss:.4f} nats a token"
     if scores is not None and bits is not None:
-        held = f"{scores.documents:,} documents, {scores.bytes:,} bytes held out"
+        held = f"{scores.documents:,} documents, {scores.bytes:,} bytes of validation"
         error = scores.stderr["bits_per_byte"]
         error_text = f"standard error {error:.4f}" if math.isfinite(error) else "one document: no standard error"
         at = f", at step {record.evaluated_at:,}" if record.evaluated_at != state.step else ""
         lines["bits per byte"] = f"{bits:.4f}  ({held}{at}; {error_text})"
-        for name, value in beside.items():
-            lines[f"  {name}"] = f"{value:.4f}  (this model takes {bits / value:.3f} of that)"
+        for name, value in compressors.items():
+            lines[f"  {name}"] = f"{value:.4f}  (this model: {bits / value:.3f} of that)"
     if record.refused_steps:
         lines["refused steps"] = f"{record.refused_steps:,}: not finite, no weight changed (see `skip` in the ledger)"
     lines["run"] = str(record.folder.path)
     if not saved:
-        place = standing(record.folder)
-        newest = f"the newest checkpoint is of step {place.step:,}" if place else "there is no checkpoint"
+        position = read_state(record.folder).position
+        newest = f"the newest checkpoint is of step {position.step:,}" if position else "there is no checkpoint"
         lines["NOT SAVED"] = f"step {state.step:,} could not be written; {newest}"
     if export is not None:
         lines["for transformers"] = export
     if not saved or status == ExitStatus.STOPPED:
-        lines["to go on"] = f"minka train {record.folder.path}"
+        lines["to resume"] = f"minka train {record.folder.path}"
     record.console.say(table(lines))
 
 
 def table(lines: dict[str, str]) -> str:
-    """Two columns, framed by rules; the same on a terminal and in a log."""
+    """Two columns between two rules, on a terminal and in a log."""
     width = max(map(len, lines))
     rows = [f"{name:<{width}}  {value}" for name, value in lines.items()]
     rule = "-" * max(map(len, rows))
@@ -76,7 +76,7 @@ def table(lines: dict[str, str]) -> str:
 
 
 def _export(folder: RunFolder, state: State) -> str | None:
-    """The run's export, if it is of the checkpoint of `state` and none of an earlier one."""
+    """The folder of the run's export, if it was made from the checkpoint of `state`."""
     try:
         source = parse((folder.export / MARKER).read_bytes())["source"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -84,7 +84,7 @@ def _export(folder: RunFolder, state: State) -> str | None:
     return str(folder.export) if Path(str(source)).name == step_name(state.step) else None
 
 
-def _beside(record: Recorder) -> dict[str, float]:
+def _compressors(record: Recorder) -> dict[str, float]:
     split = record.store.split("validation")
     count = min(record.config.eval.max_documents or split.n_documents, split.n_documents)
     if count > MOST_DOCUMENTS:

@@ -29,6 +29,7 @@ from minka.plan.layout import AXES
 from minka.plan.ledger import is_count, read_ledger
 from minka.plan.load_config import load_run, validate
 from minka.plan.run_folder import RunFolder, find_run, store_of
+from minka.train.build_engine import build_engine
 from minka.train.guard import accepts, refuse_tokens
 from minka.train.metrics import Metrics, StepRecord, Stopwatch
 from minka.train.parent_run import begins_at, pinned_parent
@@ -43,10 +44,9 @@ from minka.train.replay_compare import (
     recorded_run,
     verdicts,
 )
-from minka.train.resume import load_parent
+from minka.train.restore_or_init import load_parent
 from minka.train.schedule import learning_rate
 from minka.train.state import State
-from minka.train.worker import build_engine
 
 SHOWN_SAMPLES = 8
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}

@@ -17,7 +17,7 @@ from minka.parallel import deepspeed_engine as zero
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
-from minka.train.worker import build_engine
+from minka.train.build_engine import build_engine
 from parity import STEPS, Run, batch_of, check, config_of, differences, inputs_of, run_on, update
 from ranks import on_ranks
 from saved import save

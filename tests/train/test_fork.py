@@ -1,4 +1,4 @@
-"""Runs that start from others: each trains on and says where it came from."""
+"""Runs that start from a parent: each continues it, and records where it came from."""
 
 import shutil
 from pathlib import Path
@@ -14,7 +14,7 @@ from minka.checkpoint.restore import whole_tensors
 from minka.plan.config import RunConfig
 from minka.plan.load_config import load_run
 from minka.plan.run_folder import RunFolder
-from minka.train import resume
+from minka.train import restore_or_init
 from minka.train.command import main
 from ranks import on_ranks
 from tiny import corpus, train_rank
@@ -66,8 +66,8 @@ def test_weights_alone_begin_a_run_at_step_0_and_a_hugging_face_folder_is_the_sa
 def test_another_sequence_length_goes_on_with_the_counters_and_a_new_order(base: RunFolder) -> None:
     config = fork(base, "longer", "base@15", "run.start_with=all", "data.seq_len=16", "run.max_steps=18")
     text = said(config)
-    assert "goes on from base at step 15 (weights, optimizer, counters)" in text
-    assert "first sample of a new order, because data.seq_len is another" in text
+    assert "starts from base at step 15 (weights, optimizer, counters)" in text
+    assert "first sample of a new order, because data.seq_len differs" in text
     assert sorted(steps(ledger(RunFolder.of(config)))) == [16, 17, 18]
     assert samples(RunFolder.of(config))[16] == list(range(26))
     state = read_header(checkpoints(RunFolder.of(config).checkpoints)[-1]).state
@@ -77,7 +77,7 @@ def test_another_sequence_length_goes_on_with_the_counters_and_a_new_order(base:
 
 def test_another_rope_base_starts_from_the_weights(base: RunFolder) -> None:
     config = fork(base, "rope", "base@20", "model.rope_theta=50000", "run.max_steps=5")
-    line = "goes on from base at step 20 (weights only; optimizer, schedule and data begin anew)"
+    line = "starts from base at step 20 (weights only; optimizer, schedule and data begin at 0)"
     assert line in said(config)
     (parent,) = RunFolder.of(config).lineage()
     assert parent["changed"] == {"model.rope_theta": [10000.0, 50000.0], "run.max_steps": [20, 5]}
@@ -90,7 +90,7 @@ def test_other_data_in_the_parents_tokenizer_begin_a_new_order(base: RunFolder, 
     data = [f'data.paths=["{tmp_path / "other"}"]', f"data.store={tmp_path / 'store'}"]
     tokenizer = f"data.tokenizer={base.path.parent.parent / 'store' / 'tokenizer'}"
     config = fork(base, "data", "base@10", "run.start_with=all", "run.max_steps=12", *data, tokenizer)
-    assert "because the token store is another" in said(config)
+    assert "because the token store differs" in said(config)
     assert samples(RunFolder.of(config))[11] == list(range(13))
 
 
@@ -121,7 +121,7 @@ def test_the_command_that_made_a_fork_goes_on_with_it_when_the_parent_is_gone(ba
     assert main([str(base.path), *given]) == 0
     again = minka("train", str(base.path), *given, "run.max_steps=22", "--ranks", "1")
     assert again.returncode == 0, again.stderr
-    assert "going on from step 20" in again.stdout
+    assert "resuming from step 20" in again.stdout
 
 
 def test_a_fork_whose_parent_could_not_be_read_is_made_again_from_another(base: RunFolder, tmp_path: Path) -> None:
@@ -143,14 +143,14 @@ def test_the_parents_checkpoint_is_leased_while_it_is_read(base: RunFolder) -> N
 
 def train_watching_leases(config: RunConfig, parent: Path) -> int:
     """How many leases the parent had while it was read."""
-    right = resume.restore_from  # type: ignore[attr-defined]
+    right = restore_or_init.restore_from  # type: ignore[attr-defined]
     seen: list[Path] = []
 
     def watched(*arguments: Any, **more: Any) -> Any:
         seen.extend((parent / "leases").iterdir())
         return right(*arguments, **more)
 
-    resume.restore_from = watched  # type: ignore[attr-defined]
+    restore_or_init.restore_from = watched  # type: ignore[attr-defined]
     assert train_rank(config) == 0
     return len(seen)
 
@@ -171,7 +171,7 @@ def test_a_fork_that_crashed_goes_on_from_its_own_checkpoint_or_else_from_its_pa
 def test_a_run_that_crashed_before_its_first_checkpoint_begins_again_and_says_so(base: RunFolder) -> None:
     config = load_run(str(base.path), ["run.name=new", "checkpoint.every_steps=0"]).config
     crash(config, 7)
-    reason = "the run ended before its first checkpoint, and begins again from its initial weights"
+    reason = "the run ended before its first checkpoint, and restarts from its initial weights"
     assert reason in said(config)
     events = ledger(RunFolder.of(config))
     assert [(e["step"], e["reason"]) for e in events if e["event"] == "restart"] == [(0, reason)]

@@ -35,11 +35,11 @@ from minka.parallel.mesh import lay_mesh
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
 from minka.train import loop
+from minka.train.build_engine import engine_over
 from minka.train.dry_run_fakes import alone, without_numbers
 from minka.train.loop import Session, train
 from minka.train.metrics import Metrics
 from minka.train.state import State
-from minka.train.worker import engine_over
 from tiny import tiny
 
 META, STEPS = torch.device("meta"), 4
@@ -190,12 +190,11 @@ def run_on_meta(config: RunConfig, rank: int) -> tuple[State, ExitStatus]:
             part.to_empty(device=META)
         engine, optimizer = engine_over(parts, InputCutter(mesh, varlen=True), config)
         record, supervisor = MagicMock(), MagicMock()
-        record.evaluation_missed.return_value = False
         record.judge.side_effect = lambda metrics, state: (state, ExitStatus.DONE)
         supervisor.stop_requested.return_value = False
         loader = Loader(config, store.split("train"), mesh.data_rank, config.layout.data_ways, None, engine.prepare)
         with loader, NoBlockingCopies(), NoListsToDevice():
-            session = Session(config, mesh, engine, optimizer, loader, record, supervisor, MagicMock())
+            session = Session(config, mesh, engine, optimizer, loader, record, supervisor, MagicMock(), False)
             return train(session, State())
 
 
