@@ -58,12 +58,9 @@ def visible_gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -
 
 def choose_ranks(asked: int | None, gpus: int) -> int:
     """How many ranks to start here: `asked`, else one a GPU, else two. Raises UserError where that is not possible."""
-    if asked is not None and asked < 1:
-        raise UserError(f"--ranks {asked}: at least one rank is needed", remedy="leave it out, or give 1 or more")
-    if asked is not None and gpus and asked > gpus:
+    if asked and gpus and asked > gpus:
         raise UserError(
-            f"--ranks {asked}: there are {gpus} GPUs here",
-            why="every rank needs its own GPU",
+            f"--ranks {asked}: there are {gpus} GPUs here, and every rank needs its own",
             remedy=f"give at most {gpus}, or CUDA_VISIBLE_DEVICES= to train on the CPU",
         )
     return asked or gpus or CPU_RANKS

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from minka.plan.atomic import write_json
@@ -38,25 +38,17 @@ def write_exit_reason(folder: RunFolder, status: int, reason: str, step: int, *,
 
 @contextmanager
 def refusals_recorded(folder: RunFolder, *, writes: bool = True) -> Iterator[None]:
-    """Make a refusal that needs a person the run's exit reason."""
+    """Make a refusal that needs a person the run's exit reason. A process that trains the run writes its own."""
     try:
         yield
     except UserError as error:
         if writes and error.status == ExitStatus.NEEDS_PERSON and folder.exists():
-            _record_refusal(folder, error)
+            with suppress(UserError), folder.only_writer():
+                write_exit_reason(folder, error.status, error.what, _last_step(folder))
         raise
 
 
-def _record_refusal(folder: RunFolder, error: UserError) -> None:
-    try:
-        with folder.only_writer():  # a process that trains the run writes its exit reason itself
-            write_exit_reason(folder, error.status, error.what, _last_step(folder))
-    except UserError:
-        return  # the refusal is reported, whether or not it could be recorded
-
-
 def _last_step(folder: RunFolder) -> int:
-    """The step of the last event in the ledger."""
     if not folder.ledger_file.exists():
         return 0
     with folder.ledger_file.open("rb") as ledger:

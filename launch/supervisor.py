@@ -17,13 +17,12 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel
 
 from minka.launch.exit_reason import ExitReason, read_exit_reason, write_exit_reason
-from minka.launch.signals import STOP_SIGNALS
+from minka.launch.supervisor_link import STACKS_SIGNAL, handle_stop_signals
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
 from minka.plan.run_folder import RunFolder
 from minka.plan.run_state import RunState
 
-STACKS_SIGNAL = signal.SIGUSR2
 KILL_SECONDS = 5.0
 BY_THE_RANKS = (ExitStatus.DONE, ExitStatus.REFUSED, ExitStatus.STOPPED, ExitStatus.NEEDS_PERSON)  # they give a reason
 
@@ -85,40 +84,24 @@ class Ranks:
         """Ranks without a heartbeat for more than `seconds`."""
         return sorted(rank for rank, when in self.heard.items() if now - when > seconds)
 
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal to every rank that still exists."""
-        for pid in self.pids.values():
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-
 
 @dataclass
 class Signals:
-    """Counts signals instead of obeying them, until the process ends: a late one must not undo an exit status."""
+    """Counts stop signals instead of obeying them."""
 
     received: int = 0
     passed_on: int = 0
     interrupts: int = 0
 
-    def catch(self) -> None:
-        """Start to count."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._count)
-
-    def ignore(self) -> None:
-        """Python restores its own handlers while it exits, but it leaves ignored signals ignored."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-
-    def _count(self, number: int, frame: object) -> None:
+    def count(self, number: int, frame: object) -> None:
+        """The handler."""
         self.received += 1
         self.interrupts += number == signal.SIGINT
 
 
-Action = Literal["wait", "pass on", "end", "hung"]
-
-
-def next_action(ranks: Ranks, signals: Signals, now: float, hang_seconds: float) -> Action:
+def next_action(
+    ranks: Ranks, signals: Signals, now: float, hang_seconds: float
+) -> Literal["wait", "pass on", "end", "hung"]:
     """What the supervisor does next, given signals and heartbeats so far."""
     if signals.received > signals.passed_on:
         # Only Ctrl-C counts twice: schedulers send several signals as a matter of course.
@@ -141,7 +124,7 @@ def ending_of(returncode: int, ranks: Ranks, *, stopping: bool) -> Ending:
 def supervise(job: Job) -> Ending:
     """Run the ranks of `job` here until they end, and write the exit reason where the ranks did not."""
     folder, signals = RunFolder.of(job.config), Signals()
-    signals.catch()
+    handle_stop_signals(signals.count)
     before = read_exit_reason(folder)
     read_end, write_end = os.pipe()
     os.set_blocking(read_end, False)
@@ -156,14 +139,14 @@ def supervise(job: Job) -> Ending:
     )
     os.close(write_end)
     assert process.stdin is not None
-    process.stdin.write(job.model_dump_json())
-    process.stdin.close()
+    with process.stdin as stdin:
+        stdin.write(job.model_dump_json())
     try:
         with os.fdopen(read_end) as pipe:
             ending = _watch(process, pipe.fileno(), signals, job.config.guard.hang_seconds, folder)
     finally:
         _end(process)
-        signals.ignore()
+        handle_stop_signals(signal.SIG_IGN)
     after = read_exit_reason(folder)
     by_ranks = after if after != before else None
     if folder.exists():
@@ -175,14 +158,13 @@ def complete_exit_reason(folder: RunFolder, ending: Ending, by_ranks: ExitReason
     """Write the exit reason when the ranks could not. `by_ranks` is the one that they wrote in this session."""
     if ending.status in BY_THE_RANKS or (by_ranks and by_ranks.code != ExitStatus.DONE):
         return
-    reason = ending.reason
-    if by_ranks:  # "done": the next start would take the run for finished, and not export it
-        reason = "trained to its end and saved; then the export failed"
+    # Of "done", the next start would take the run for finished, and not export it.
+    reason = "trained to its end and saved; then the export failed" if by_ranks else ending.reason
     write_exit_reason(folder, ending.status, reason, ending.step, requeue=ending.status == ExitStatus.HUNG)
 
 
 def _watch(
-    process: "subprocess.Popen[str]", pipe: int, signals: Signals, hang_seconds: float, folder: RunFolder
+    process: subprocess.Popen[str], pipe: int, signals: Signals, hang_seconds: float, folder: RunFolder
 ) -> Ending:
     ranks = Ranks()
     selector = selectors.DefaultSelector()
@@ -202,7 +184,9 @@ def _watch(
                 return Ending(int(ExitStatus.FAILED), "interrupted twice", ranks.step)
             case "hung":
                 silent = ", ".join(map(str, ranks.silent(now, hang_seconds)))
-                ranks.signal(STACKS_SIGNAL)
+                for pid in ranks.pids.values():
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, STACKS_SIGNAL)
                 time.sleep(1.0)  # for the stacks to be written
                 reason = f"no heartbeat from rank {silent} for {hang_seconds:g} s"
                 print(f"minka: {reason}. The stacks of all ranks are in {folder.logs}.", file=sys.stderr)
@@ -213,13 +197,10 @@ def _watch(
     return ending_of(process.returncode, ranks, stopping=signals.passed_on > 0)
 
 
-def _end(process: "subprocess.Popen[str]") -> None:
+def _end(process: subprocess.Popen[str]) -> None:
     """End all processes of the forker's session: first by SIGTERM, then by SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is not None:
-            return
-        os.killpg(process.pid, number)
-        try:
-            process.wait(KILL_SECONDS)
-        except subprocess.TimeoutExpired:
-            continue
+        if process.poll() is None:
+            os.killpg(process.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(KILL_SECONDS)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from minka.launch.signals import SupervisorLink
+from minka.launch.supervisor_link import SupervisorLink
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.ledger import current, read_ledger

@@ -1,20 +1,29 @@
 """`minka train` and `minka doctor`: their arguments, and what each combination of them starts."""
 
+import os
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from minka.launch.environment import choose_ranks, launcher, requeued, slurm_environment, visible_gpus
 from minka.plan.cli import new_app, print_json, run_app
+from minka.plan.errors import UserError
 
 if TYPE_CHECKING:
-    from minka.plan.config import RunConfig
     from minka.plan.load_config import Loaded
 
-SOURCE = "recipe, run.toml, run folder, or name under runs/"
-OVERRIDES = "section.key=value, any number of them; docs/configuration.md lists the settings"
-REPLAY_WHY = "a step is run again as it was, on one process"
-WORLD_WHY = "nothing is started: the dry run is of as many ranks as --world says"
+SOURCE = typer.Argument(help="recipe, run.toml, run folder, or name under runs/")
+OVERRIDES = typer.Argument(help="section.key=value, any number of them; docs/configuration.md lists the settings")
+RANKS = typer.Option(min=1, help="processes to start here; default: one for each GPU, else two")
+DRY_RUN = typer.Option("--dry-run", help="check the run, print all its values, and exit")
+WORLD = typer.Option(min=1, help="with --dry-run: show what a rank of this many would hold and send")
+RANK = typer.Option(help='with --world: the rank, or "stages" for one of each stage (the default)')
+PROFILE = typer.Option(help="FIRST:LAST steps to trace, for example 10:13")
+FROM_SCRATCH = typer.Option("--from-scratch", help="restart at step 0; checkpoints are moved aside")
+REPLAY = typer.Option(help="run this step again, on one process, and compare")
+JSON = typer.Option("--json", help="print one JSON document on stdout")
 HELP = """Train a run: a recipe, a TOML file, or an earlier run, which is resumed.
 
 \b
@@ -44,50 +53,38 @@ def main(argv: Sequence[str]) -> int:
 
     @app.command()
     def train(
-        source: Annotated[str, typer.Argument(help=SOURCE)],
-        overrides: Annotated[list[str] | None, typer.Argument(help=OVERRIDES)] = None,
-        ranks: Annotated[
-            int | None,
-            typer.Option(help="processes to start here; default: one for each GPU, else two", show_default=False),
-        ] = None,
-        dry_run: Annotated[
-            bool, typer.Option("--dry-run", help="check the run, print all its values, and exit")
-        ] = False,
-        world: Annotated[
-            int | None,
-            typer.Option(
-                min=1, help="with --dry-run: show what a rank of this many would hold and send", show_default=False
-            ),
-        ] = None,
-        rank: Annotated[
-            str,
-            typer.Option(
-                help='with --world: the rank, or "stages" for one of each stage (the default)', show_default=False
-            ),
-        ] = "",
-        profile: Annotated[str, typer.Option(help="FIRST:LAST steps to trace, for example 10:13")] = "",
-        from_scratch: Annotated[
-            bool, typer.Option("--from-scratch", help="restart at step 0; checkpoints are moved aside")
-        ] = False,
-        replay: Annotated[
-            int | None, typer.Option(help="run this step again, on one process, and compare", show_default=False)
-        ] = None,
-        as_json: Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")] = False,
+        source: Annotated[str, SOURCE],
+        overrides: Annotated[list[str] | None, OVERRIDES] = None,
+        ranks: Annotated[int | None, RANKS] = None,
+        dry_run: Annotated[bool, DRY_RUN] = False,
+        world: Annotated[int | None, WORLD] = None,
+        rank: Annotated[str, RANK] = "",
+        profile: Annotated[str, PROFILE] = "",
+        from_scratch: Annotated[bool, FROM_SCRATCH] = False,
+        replay: Annotated[int | None, REPLAY] = None,
+        as_json: Annotated[bool, JSON] = False,
     ) -> int:
         from minka.launch.exit_reason import refusals_recorded
         from minka.plan.load_config import load_run
         from minka.plan.run_folder import RunFolder
 
-        given = {"--ranks": ranks is not None, "--from-scratch": from_scratch, "--profile": bool(profile)}
+        given: dict[str, object] = {"--ranks": ranks, "--from-scratch": from_scratch, "--profile": profile}
         if replay is not None:
-            _check_absent({**given, "--dry-run": dry_run, "overrides": bool(overrides)}, "--replay", REPLAY_WHY)
+            given |= {"--dry-run": dry_run, "overrides": overrides}
+            _check_absent(given, "--replay", "a step is run again as it was, on one process")
             from minka.train.replay import replay_command
 
             return replay_command(source, replay, as_json)
         loaded = load_run(source, overrides or [])
         if world is not None or rank:
-            _check_absent(given, "--world", WORLD_WHY)
-            return _dry_run_of(loaded.config, world, rank, dry_run, as_json)
+            _check_absent(given, "--world", "the dry run is of as many ranks as it says")
+            if not dry_run:
+                raise UserError("--world and --rank are for --dry-run", remedy="add --dry-run; to train, --ranks")
+            if world is None:
+                raise UserError("--rank needs the number of ranks", where="--rank", remedy="add --world N")
+            from minka.train.dry_run_report import dry_run_command
+
+            return dry_run_command(loaded.config, world, rank or "stages", as_json=as_json)
         window = parse_window(profile, loaded.config.total_steps)
         if dry_run:
             return _print_run(loaded, ranks, from_scratch, as_json)
@@ -104,9 +101,9 @@ def doctor(argv: Sequence[str]) -> int:
 
     @app.command()
     def check(
-        source: Annotated[str, typer.Argument(help=SOURCE, show_default=False)] = "",
-        overrides: Annotated[list[str] | None, typer.Argument(help=OVERRIDES)] = None,
-        as_json: Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")] = False,
+        source: Annotated[str, SOURCE] = "",
+        overrides: Annotated[list[str] | None, OVERRIDES] = None,
+        as_json: Annotated[bool, JSON] = False,
     ) -> int:
         from minka.plan.load_config import load_run
         from minka.train.doctor import examine
@@ -118,8 +115,6 @@ def doctor(argv: Sequence[str]) -> int:
 
 def parse_window(window: str, total_steps: int) -> tuple[int, int]:
     """ "10:13" as (10, 13), which means steps 11 to 13; "" as (0, 0). Raises UserError."""
-    from minka.plan.errors import UserError
-
     first, colon, last = window.partition(":")
     if not window:
         return 0, 0
@@ -130,26 +125,24 @@ def parse_window(window: str, total_steps: int) -> tuple[int, int]:
     return int(first), int(last)
 
 
-def _start(loaded: "Loaded", ranks: int | None, window: tuple[int, int], from_scratch: bool, as_json: bool) -> int:
-    import os
-    import sys
+def _check_absent(given: dict[str, object], where: str, why: str) -> None:
+    names = [name for name, value in given.items() if value]
+    if names:
+        raise UserError(f"{', '.join(names)} cannot be given", where=where, why=why, remedy="leave that out")
 
-    from minka.launch.environment import choose_ranks, launcher, requeued, slurm_environment, visible_gpus
+
+def _start(loaded: "Loaded", ranks: int | None, window: tuple[int, int], from_scratch: bool, as_json: bool) -> int:
     from minka.launch.supervisor import Job, supervise
-    from minka.plan.errors import UserError
     from minka.plan.run_folder import RunFolder
-    from minka.train.start_check import check_start, print_finished, read_state
+    from minka.train.start_check import print_finished, read_and_check, read_state
     from minka.train.trackers import check_trackers
 
     config, joins, gpus = loaded.config, launcher(os.environ), visible_gpus(os.environ)
     check_trackers(config)
     if config.kernels.attention == "varlen" and not gpus:
-        raise UserError(
-            "varlen attention needs a GPU, and this machine has none",
-            where="kernels.attention",
-            remedy='set it to "auto"',
-        )
-    if ranks is not None and joins:
+        what = "varlen attention needs a GPU, and this machine has none"
+        raise UserError(what, where="kernels.attention", remedy='set it to "auto"')
+    if ranks and joins:
         raise UserError(f"--ranks cannot be given: {joins} has started the ranks", remedy="leave it out")
     # A scheduler repeats the command as it was typed, and only its first start may discard anything.
     from_scratch = from_scratch and not requeued(os.environ)
@@ -161,21 +154,17 @@ def _start(loaded: "Loaded", ranks: int | None, window: tuple[int, int], from_sc
         from minka.train.worker import work_joined
 
         return run_guarded(lambda: work_joined(job), as_json)
-    folder = RunFolder.of(config)
-    state = read_state(folder)
-    from_scratch = from_scratch and state.begun
-    outlook = check_start(config, state, from_scratch=from_scratch)
-    if outlook.over:
+    folder, outlook = RunFolder.of(config), read_and_check(config, from_scratch=from_scratch)
+    if outlook.decision.over:
         print_finished(folder, outlook.decision.ignored, as_json=as_json)
         return 0
-    if state.begun:
-        folder.check_may_start()
     count = choose_ranks(ranks, gpus)
     config.check(count)
-    if not as_json and not state.begun:  # of a resumed run, the ranks print what has changed since its last start
+    if not as_json and not outlook.state.begun:  # of a resumed run, the ranks print what has changed since its start
         for key, (old, new) in loaded.changed.items():
             print(f"{key} = {new!r} (was {old!r})", flush=True)
-    ending = supervise(job.model_copy(update={"state": state, "ranks": count, "from_scratch": from_scratch}))
+    known = {"state": outlook.state, "ranks": count, "from_scratch": outlook.from_scratch}
+    ending = supervise(job.model_copy(update=known))
     if ending.rank_failed:
         position, again = read_state(folder).position, f"`minka train {folder.path}`"
         next_start = f"resumes from step {position.step:,}" if position else "begins again: nothing was saved"
@@ -183,56 +172,30 @@ def _start(loaded: "Loaded", ranks: int | None, window: tuple[int, int], from_sc
     return ending.status
 
 
-def _check_absent(given: dict[str, bool], where: str, why: str) -> None:
-    from minka.plan.errors import UserError
-
-    names = [name for name, is_given in given.items() if is_given]
-    if names:
-        raise UserError(f"{', '.join(names)} cannot be given", where=where, why=why, remedy="leave that out")
-
-
-def _dry_run_of(config: "RunConfig", world: int | None, rank: str, dry_run: bool, as_json: bool) -> int:
-    from minka.plan.errors import UserError
-
-    if not dry_run:
-        raise UserError("--world and --rank are for --dry-run", remedy="add --dry-run; to train, --ranks")
-    if world is None:
-        raise UserError("--rank needs the number of ranks", where="--rank", remedy="add --world N")
-    from minka.train.dry_run_report import dry_run_command
-
-    return dry_run_command(config, world, rank or "stages", as_json=as_json)
-
-
 def _print_run(loaded: "Loaded", ranks: int | None, from_scratch: bool, as_json: bool) -> int:
     """Print the run and what starting it would do. Nothing is asked of this machine: a different one may train it."""
-    from minka.launch.environment import choose_ranks
     from minka.plan.flops import parameters, training_flops_per_token
     from minka.plan.load_config import dump_toml
     from minka.plan.run_folder import RunFolder
-    from minka.train.start_check import check_start, read_state
+    from minka.train.start_check import read_and_check
 
-    config, folder = loaded.config, RunFolder.of(loaded.config)
-    state = read_state(folder)
-    from_scratch = from_scratch and state.begun
-    outlook = check_start(config, state, from_scratch=from_scratch)
-    if state.begun and not outlook.over:
-        folder.check_may_start()
-    if ranks is not None:
-        config.check(choose_ranks(ranks, gpus=0))
+    config = loaded.config
+    outlook = read_and_check(config, from_scratch=from_scratch)
+    if ranks:
+        config.check(ranks)
     derived = {
         "parameters": parameters(config.model),
         "total_steps": config.total_steps,
         "total_tokens": config.total_tokens,
         "training_flops": training_flops_per_token(config.model, config.data.seq_len) * config.total_tokens,
     }
-    said = outlook.describe(from_scratch=from_scratch)
+    begun, over, said = outlook.state.begun, outlook.decision.over, outlook.describe()
     if as_json:
         changed = {key: {"was": old, "is": new} for key, (old, new) in loaded.changed.items()}
-        start = {"begun": state.begun, "finished": outlook.over, "step": outlook.step, "said": said}
+        start = {"begun": begun, "finished": over, "step": outlook.step, "said": said}
         print_json({"run": config.model_dump(mode="json"), "changed": changed, "derived": derived, "start": start})
         return 0
-    print(f"# {loaded.source}")
-    print(f"# {folder.path} {said}")
+    print(f"# {loaded.source}\n# {RunFolder.of(config).path} {said}")
     for key, (old, new) in loaded.changed.items():
         print(f"# changed: {key} = {new!r} (was {old!r})")
     for name, value in derived.items():

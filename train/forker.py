@@ -12,10 +12,11 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
-from minka.launch.signals import STOP_SIGNALS
 from minka.launch.supervisor import Job
+from minka.launch.supervisor_link import STOP_SIGNALS, handle_stop_signals
 from minka.plan.cli import print_error
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
@@ -33,18 +34,20 @@ def main() -> int:
     die_with(job.supervisor)
     children = Children()
     # In a child: tokenizers and torch start threads, and a process with threads must not be forked from.
-    children.pids.append(_fork(lambda: _prepare(job), job.as_json, hold=False))
+    children.pids.append(_fork(lambda: open_run(job.config, job.command), job.as_json, hold=False))
     status = _wait(children.pids, {})
     if not status and not children.stopping:
         with tempfile.TemporaryDirectory(prefix="minka-") as folder:
-            store, logs = Path(folder) / "rendezvous", {}
-            children.take_over(signal.SIGTERM)
+            children.pids, children.signal, logs = [], signal.SIGTERM, {}
             for rank in range(job.ranks):
-                children.pids.append(_fork(_rank_body(job, rank, str(store)), job.as_json, hold=True))
-                logs[children.pids[-1]] = (rank, rank_log(job.config, rank))
+                body = partial(_rank, job, rank, f"{folder}/rendezvous")
+                children.pids.append(_fork(body, job.as_json, hold=True))
+                logs[children.pids[-1]] = (rank, _log(job.config, rank))
             status = _wait(children.pids, logs)
-    children.leave()
-    return status or (int(ExitStatus.FAILED) if children.stopping and not children.are_ranks else 0)
+    elif not status:
+        status = int(ExitStatus.FAILED)  # stopped before there were ranks
+    handle_stop_signals(signal.SIG_IGN)
+    return status
 
 
 class Children:
@@ -52,29 +55,18 @@ class Children:
 
     def __init__(self) -> None:
         self.pids: list[int] = []
-        self.stopping = self.are_ranks = False
-        self._number = signal.SIGINT  # a child that prepares data removes what it has begun
-        for stop in STOP_SIGNALS:
-            signal.signal(stop, self._pass_on)
-
-    def take_over(self, number: signal.Signals) -> None:
-        """Start with new children, the ranks, which get the signal `number`."""
-        self.pids, self._number = [], number
-        self.are_ranks = True
-
-    def leave(self) -> None:
-        """Ignore signals: a late one must not change the exit status."""
-        for stop in STOP_SIGNALS:
-            signal.signal(stop, signal.SIG_IGN)
+        self.signal = signal.SIGINT  # a child that prepares data removes what it has begun; ranks get SIGTERM
+        self.stopping = False
+        handle_stop_signals(self._pass_on)
 
     def _pass_on(self, received: int, frame: object) -> None:
         self.stopping = True
         for pid in self.pids:
             with suppress(ProcessLookupError):
-                os.kill(pid, self._number)
+                os.kill(pid, self.signal)
 
 
-def rank_log(config: RunConfig, rank: int) -> Path:
+def _log(config: RunConfig, rank: int) -> Path:
     """Where the output of a rank other than the first goes."""
     return RunFolder.of(config).logs / f"rank-{rank:05d}.log"
 
@@ -104,29 +96,18 @@ def run_guarded(body: Callable[[], int | None], as_json: bool) -> int:
         return int(ExitStatus.FAILED)
 
 
-def _prepare(job: Job) -> None:
-    open_run(job.config, job.command)
-
-
-def _rank_body(job: Job, rank: int, store: str) -> Callable[[], int]:
-    def body() -> int:
-        threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or max(1, len(os.sched_getaffinity(0)) // job.ranks)
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.ranks), MINKA_STORE=store)
-        if rank:
-            _redirect(rank_log(job.config, rank))
-        return work(job.model_copy(update={"threads": threads}))
-
-    return body
-
-
-def _redirect(path: Path) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
+def _rank(job: Job, rank: int, store: str) -> int:
+    threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or max(1, len(os.sched_getaffinity(0)) // job.ranks)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.ranks), MINKA_STORE=store)
+    if rank:
+        log = os.open(_log(job.config, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+    return work(job.model_copy(update={"threads": threads}))
 
 
 def _fork(body: Callable[[], int | None], as_json: bool, *, hold: bool) -> int:
-    """Run `body` in a child. `hold`: stop signals stay blocked until the body handles them (launch/signals.py)."""
+    """Run `body` in a child. `hold`: stop signals stay blocked until the body handles them (supervisor_link.py)."""
     sys.stdout.flush()
     sys.stderr.flush()
     me = os.getpid()
@@ -137,8 +118,8 @@ def _fork(body: Callable[[], int | None], as_json: bool, *, hold: bool) -> int:
         return pid
     status = int(ExitStatus.FAILED)
     try:
-        for number in STOP_SIGNALS:  # the forker's handlers are not the child's
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        handle_stop_signals(signal.SIG_DFL)  # the forker's handlers are not the child's
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if not hold:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         die_with(me)
@@ -174,11 +155,12 @@ def _wait(pids: list[int], logs: dict[int, tuple[int, Path]]) -> int:
 
 def _report(code: int, raw: int, rank: int, log: Path | None) -> None:
     """Print which rank failed first, and the end of its log; rank 0 has printed its own error."""
-    by_signal = f" by signal {os.WTERMSIG(raw)}" if os.WIFSIGNALED(raw) else f" with status {code}"
     if code in ON_PURPOSE:
         return
-    if os.WIFSIGNALED(raw) or rank:
-        print(f"minka: rank {rank} ended{by_signal}.", file=sys.stderr)
+    by_signal = os.WIFSIGNALED(raw)
+    if by_signal or rank:
+        how = f"by signal {os.WTERMSIG(raw)}" if by_signal else f"with status {code}"
+        print(f"minka: rank {rank} ended {how}.", file=sys.stderr)
     if rank and log is not None and log.exists():
         tail = log.read_text(errors="replace").splitlines()[-20:]
         print("\n".join(f"  {line}" for line in tail), file=sys.stderr)

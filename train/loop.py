@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from minka.data.loader import Loader
-from minka.launch.signals import SupervisorLink
+from minka.launch.supervisor_link import SupervisorLink
 from minka.parallel.engine import Engine
 from minka.parallel.mesh import Mesh
 from minka.plan.config import RunConfig
@@ -84,8 +84,7 @@ def train(run: Session, state: State) -> tuple[State, ExitStatus]:
     record.save(state, engine.tensors(), watch)
     if status == ExitStatus.DONE:
         record.evaluate(state, engine, watch)
-    if not record.saved(state, watch):  # a failure of this save would lose work: try once more
-        record.save(state, engine.tensors(), watch)
+    record.save(state, engine.tensors(), watch)  # again if that one failed, which would lose work
     saved = record.saved(state, watch)
     record.event("stop", state, reason=status.reason, seconds=watch.read())
     return state, status if saved else ExitStatus.FAILED

@@ -1,8 +1,7 @@
-"""The parent of a run: where its first weights come from when not from its seed.
+"""The parent of a run: the checkpoint of a different run, or the Hugging Face folder, that it starts from.
 
-A parent is a checkpoint of a different run, or a Hugging Face folder. It is found once, when the run is created, and
-recorded in lineage.json with its step and hash, so that a run that ended before its own first checkpoint begins from
-the very same weights again.
+It is found once, when the run is created, and recorded in lineage.json with its step and hash, so that a run that ended
+before its own first checkpoint begins from the very same weights again.
 """
 
 import hashlib
@@ -16,7 +15,6 @@ from minka.checkpoint.commit import step_name
 from minka.checkpoint.manifest import read_header
 from minka.data.prepare import open_or_prepare, store_folder
 from minka.data.store_manifest import MANIFEST, hash_file
-from minka.data.token_store import TokenStore
 from minka.data.tokenizer import bytes_tokenizer, load_hf
 from minka.plan.atomic import writing
 from minka.plan.cli import progress
@@ -24,6 +22,7 @@ from minka.plan.config import RunConfig
 from minka.plan.config_sections import ModelSection
 from minka.plan.errors import UserError
 from minka.plan.hub_config import from_config
+from minka.plan.ledger import parse
 from minka.plan.load_config import from_json
 from minka.plan.resume_rules import Changes, changes, check_batch, check_fork, model_changes
 from minka.plan.run_folder import RunFolder, find_run, store_of
@@ -52,18 +51,15 @@ class Parent(NamedTuple):
         return f"{self.run} at step {self.position.step}" if self.run else str(self.folder)
 
 
-def open_run(config: RunConfig, command: Sequence[str]) -> TokenStore:
-    """Open the run's token store, and prepare it if it is missing; then create the run's folder if it has not begun.
-
-    Raises UserError.
-    """
+def open_run(config: RunConfig, command: Sequence[str]) -> None:
+    """Prepare the run's token store if it is missing; then create its folder if it has not begun. Raises UserError."""
     folder = RunFolder.of(config)
     if folder.begun():
         store = open_or_prepare(config, Path(), progress)
         folder.check_data(store.folder, store.hash)
         with writing(folder.path):
             folder.logs.mkdir(exist_ok=True)
-        return store
+        return
     parent = find_parent(config)
     if parent:
         check_parent(parent, config)
@@ -71,7 +67,6 @@ def open_run(config: RunConfig, command: Sequence[str]) -> TokenStore:
     if parent:
         check_tokenizer(parent, config)  # the run's own may just have been trained
     folder.create(config, provenance(config, store, command), lineage_of(parent, config) if parent else ())
-    return store
 
 
 def find_parent(config: RunConfig) -> Parent | None:
@@ -85,9 +80,8 @@ def find_parent(config: RunConfig) -> Parent | None:
     try:
         found = find_run(name, config.run.folder)
     except UserError as error:
-        raise UserError(
-            f"{given!r} is neither a run nor a Hugging Face folder", where="run.start_from", why=error.why
-        ) from None
+        what = f"{given!r} is neither a run nor a Hugging Face folder"
+        raise UserError(what, where="run.start_from", why=error.why) from None
     if found.path.resolve() == RunFolder.of(config).path.resolve():
         raise UserError(
             "a run cannot start from itself",
@@ -102,8 +96,7 @@ def pinned_parent(folder: RunFolder) -> Parent | None:
     lineage = folder.lineage()
     if not lineage:
         return None
-    pin = lineage[0]
-    path = Path(pin["folder"])
+    pin, path = lineage[0], Path(lineage[0]["folder"])
     if not pin["run"]:
         return _hub_folder(path)._replace(sha256=pin["sha256"])
     checkpoint = path / "checkpoints" / step_name(pin["step"])
@@ -129,32 +122,30 @@ def check_parent(parent: Parent, config: RunConfig) -> None:
             remedy='set run.start_with="weights"',
         )
     check_fork(changes_of(parent, config), parent.name)
-    if entire and parent.config is not None:
-        step, tokens = parent.position.step, parent.position.tokens
-        if config.finished(step, tokens):
-            run = config.run
-            end = f"max_steps={run.max_steps}" if run.max_steps is not None else f"max_tokens={run.max_tokens}"
-            raise UserError(
-                f"the run begins at {parent.name} ({tokens} tokens), and run.{end} ends it there or earlier",
-                where="run.start_from",
-                why='run.start_with="all" continues the parent\'s counters',
-                remedy='give a greater length, an earlier checkpoint, or run.start_with="weights", which counts from 0',
-            )
-        check_batch(parent.config, config, step, tokens)
+    if not entire or parent.config is None:
+        return
+    run, (step, _, tokens) = config.run, parent.position
+    if config.finished(step, tokens):
+        end = f"max_steps={run.max_steps}" if run.max_steps is not None else f"max_tokens={run.max_tokens}"
+        raise UserError(
+            f"the run begins at {parent.name} ({tokens} tokens), and run.{end} ends it there or earlier",
+            where="run.start_from",
+            remedy='give a greater length, an earlier checkpoint, or run.start_with="weights", which counts from 0',
+        )
+    check_batch(parent.config, config, step, tokens)
 
 
 def check_tokenizer(parent: Parent, config: RunConfig) -> None:
     """Raises UserError when the parent's token ids mean different text than those of the run's token store."""
-    file = parent.folder / "tokenizer.json"
-    if parent.checkpoint is not None:
-        file = store_of(RunFolder(parent.folder)).tokenizer / "tokenizer.json"
+    folder = store_of(RunFolder(parent.folder)).tokenizer if parent.checkpoint else parent.folder
+    file = folder / "tokenizer.json"
     try:
         theirs = _meaning(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"the tokenizer of {parent.name} cannot be read: {error}",
             where=str(file),
-            why="without it, the token ids of the data cannot be compared with those that the weights were trained on",
+            why="it says which text the token ids mean that the weights were trained on",
             remedy="put it back; transformers' AutoTokenizer writes one with save_pretrained",
         ) from None
     ours = _tokenizer(config)
@@ -163,7 +154,7 @@ def check_tokenizer(parent: Parent, config: RunConfig) -> None:
             f"data.tokenizer={config.data.tokenizer!r} is not the tokenizer of {parent.name}",
             where="run.start_from",
             why="its token ids mean different text than those that the weights were trained on",
-            remedy=f"give data.store= data.tokenizer={file.parent} to prepare the data with the parent's",
+            remedy=f"give data.store= data.tokenizer={folder} to prepare the data with the parent's",
         )
 
 
@@ -200,9 +191,9 @@ def begins_at(parent: Parent, config: RunConfig, data_sha256: str) -> tuple[Posi
         "run.seed": old.run.seed == new.run.seed,
         "data.dropped_samples": old.data.dropped_samples == new.data.dropped_samples,
     }
-    if all(same.values()):
-        return parent.position, f"{origin} (weights, optimizer, position)"
     different = [name for name, is_same in same.items() if not is_same]
+    if not different:
+        return parent.position, f"{origin} (weights, optimizer, position)"
     return parent.position._replace(samples=0), (
         f"{origin} (weights, optimizer, counters); the data begin at the first sample of a new order, "
         f"because {' and '.join(different)} {'differs' if len(different) == 1 else 'differ'}"
@@ -218,26 +209,22 @@ def hash_hub_folder(folder: Path) -> str:
 def _checkpoint(run: RunFolder, path: Path) -> Parent:
     try:
         header = read_header(path)
-        state = header.state
+        state, at = header.state, Position.of(header.state)
         config = from_json(json.dumps(state["config"])) if "config" in state else run.config()
-        provenance_file = run.path / "provenance.json"
-        began = json.loads(provenance_file.read_text(encoding="utf-8")) if provenance_file.exists() else {}
+        began = parse(run.provenance_file.read_bytes()) if run.provenance_file.exists() else {}
         data = state.get("data_sha256") or began.get("data", {}).get("manifest_sha256", "")
-        rate = state.get("learning_rate")
-        sha, at = header.sha256, Position.of(state)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"damaged: {error}", where=str(path), remedy="use a different checkpoint (RUN@STEP)") from None
-    return Parent(run.path.resolve().name, run.path, path, config, config.model, at, data, sha, rate)
+    name, rate = run.path.resolve().name, state.get("learning_rate")
+    return Parent(name, run.path, path, config, config.model, at, data, header.sha256, rate)
 
 
 def _hub_folder(folder: Path) -> Parent:
     file = folder / "config.json"
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        values = dict(parse(file.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot be read: {error}", where=str(file), remedy="fetch the folder again") from None
-    if not isinstance(values, dict):
-        raise UserError("not a JSON object", where=str(file), remedy="fetch the folder again")
     return Parent("", folder, None, None, from_config(values, str(file)), Position(), "", "")
 
 

@@ -1,10 +1,7 @@
-"""Records a run: ledger, trackers, console, checkpoints, evaluations, samples.
-
-Every rank has a recorder, since judging, saving and evaluating are collective. Only rank 0's writes and prints.
-"""
+"""Records a run: ledger, trackers, console, checkpoints, evaluations, samples."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -16,7 +13,7 @@ from minka.data.token_store import TokenStore
 from minka.eval.bits_per_byte import Scores, bits_per_byte
 from minka.eval.continue_prompts import continue_prompts
 from minka.eval.result_file import SUITE, write_result
-from minka.launch.signals import SupervisorLink
+from minka.launch.supervisor_link import SupervisorLink
 from minka.parallel.engine import Scorer
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece
@@ -29,33 +26,27 @@ from minka.plan.run_folder import RunFolder
 from minka.train.console import Console
 from minka.train.metrics import Metrics, StepRecord, Stopwatch, memory_bytes
 from minka.train.state import State, manifest_state, random_state
-from minka.train.trackers import Tracker
+from minka.train.trackers import open_trackers
 
 
 class Recorder:
-    """`ledger` is None and `trackers` is empty on every rank but the first."""
+    """One on each rank, since judging, saving and evaluating are collective. Only rank 0's writes and prints."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        mesh: Mesh,
-        store: TokenStore,
-        supervisor: SupervisorLink,
-        ledger: Ledger | None,
-        trackers: Sequence[Tracker],
-        console: Console,
-        lineage: Sequence[Mapping[str, object]] = (),
+        self, config: RunConfig, mesh: Mesh, store: TokenStore, supervisor: SupervisorLink, *, as_json: bool
     ) -> None:
         self.config, self.mesh, self.store, self.supervisor = config, mesh, store, supervisor
-        self.ledger, self.trackers, self.console = ledger, trackers, console
         self.folder = RunFolder.of(config)
-        self.scores: Scores | None = None
-        self.last: StepRecord | None = None
-        self.tokens_per_second: float | None = None
-        self.lineage = lineage
+        self.trackers = open_trackers(config, self.folder) if mesh.is_first else []
+        self.ledger = Ledger(self.folder.ledger_file) if mesh.is_first else None
+        self.lineage = self.folder.lineage() if mesh.is_first else []
+        self.console = Console(config, speaks=mesh.is_first, as_json=as_json)
         settings = config.checkpoint
         self._saver = AsyncSaver(self.folder.checkpoints, mesh, settings.keep, asynchronous=settings.asynchronous)
-        self._saved = State(step=-1)
+        self.last_saved = State(step=-1)
+        self.last: StepRecord | None = None
+        self.tokens_per_second: float | None = None
+        self.scores: Scores | None = None
         self.evaluated_at = -1
         self.refused_steps = 0
         self._ledger_writes = True
@@ -92,8 +83,11 @@ class Recorder:
                 self.console.say(f"step {record.step}: {verdict.reason}; the step was refused, no weight changed")
             if verdict.action == "stop":
                 status = ExitStatus.NEEDS_PERSON
-        self.last, self.tokens_per_second = records[-1], speed["tokens_per_second"]
-        self._show(records[-1], speed)
+        last = self.last = records[-1]
+        self.tokens_per_second = speed["tokens_per_second"]
+        self.console.step(last, speed["tokens_per_second"] or 0.0, speed["mfu"])
+        numbers = {"loss": last.loss, "grad_norm": last.grad_norm, "learning_rate": last.learning_rate, **speed}
+        self._track(last.step, {name: value for name, value in numbers.items() if value is not None})
         return replace(state, refused_in_a_row=refused), status
 
     def samples(self, state: State, ids: Tensor) -> None:
@@ -107,27 +101,17 @@ class Recorder:
         """Record the per-layer numbers of a step."""
         self.event("detail", state, **fields)
         flat = {f"{kind}/{layer}": v for kind, by in fields.items() if isinstance(by, dict) for layer, v in by.items()}
-        for tracker in self.trackers:
-            tracker.log(state.step, flat)
-
-    def resumed(self, state: State) -> None:
-        """The run resumes from a checkpoint of its own, which need not be saved again."""
-        self._saved = state
-
-    def forked(self, state: State) -> None:
-        """The run starts from its parent's checkpoint: token milestones that the parent passed are not its own."""
-        self._saved = replace(state, step=-1)
+        self._track(state.step, flat)
 
     def save(self, state: State, tensors: Mapping[str, Piece], watch: Stopwatch) -> None:
         """Start a save, after the one before it has ended. A failure is an event and does not end the run. Collective.
 
         No tensor may change before `wait_for_copy`.
         """
+        if self.saved(state, watch):
+            return
         with watch.time("save"):
-            self._saving_ended(self._saver.wait(self._beat(state)))
-            if self._saved.step == state.step:
-                return
-            stays = permanent(self.config.checkpoint, state.step, self._saved.tokens, state.tokens)
+            stays = permanent(self.config.checkpoint, state.step, self.last_saved.tokens, state.tokens)
             contents = manifest_state(self.config, state, self.mesh, self.store.hash, self.lineage)
             self._saver.save(SaveRequest(state.step, contents, stays), {**tensors, **random_state()}, self._beat(state))
             self._saving_ended(self._saver.poll())
@@ -135,14 +119,14 @@ class Recorder:
     def wait_for_copy(self, watch: Stopwatch) -> None:
         """Return when the save under way, if any, has its own copy of every tensor: an update may change them."""
         with watch.time("save"):
-            self._saver.wait_for_copy(self._beat(self._saved))
+            self._saver.wait_for_copy(self._beat(self.last_saved))
             self._saving_ended(self._saver.poll())
 
     def saved(self, state: State, watch: Stopwatch) -> bool:
         """Wait for the save under way; return whether `state` is in a checkpoint. Collective."""
         with watch.time("save"):
             self._saving_ended(self._saver.wait(self._beat(state)))
-        return self._saved.step == state.step
+        return self.last_saved.step == state.step
 
     def _saving_ended(self, outcome: Outcome | None) -> None:
         if outcome is None:
@@ -151,7 +135,7 @@ class Recorder:
         if outcome.error:
             self._failed(state, "checkpoint", outcome.error)
             return
-        self._saved = state
+        self.last_saved = state
         self.event(
             "save",
             state,
@@ -172,9 +156,7 @@ class Recorder:
         self.evaluated_at = state.step
         split, eod = self.store.split("validation"), self.store.eod
         with watch.time("eval"):
-            self.scores = bits_per_byte(
-                scorer, split, self.config, self.mesh, eod, lambda: self.supervisor.heartbeat(state.step)
-            )
+            self.scores = bits_per_byte(scorer, split, self.config, self.mesh, eod, self._beat(state))
             tokenizer = self.store.tokenizer_folder / "tokenizer.json"
             written = continue_prompts(scorer, tokenizer, self.config, self.mesh, eod)
         if not self.mesh.is_first:
@@ -183,21 +165,19 @@ class Recorder:
             write_result(self.folder.evals, state.step, state.tokens, self.scores, written)
         except OSError as error:
             self._failed(state, "evaluation", str(error))
-        scores = {"scores": self.scores.scores, "stderr": self.scores.stderr}
-        self.event("eval", state, suite=SUITE, **scores)
+        self.event("eval", state, suite=SUITE, scores=self.scores.scores, stderr=self.scores.stderr)
         self.console.say(f"step {state.step}: {self.scores.scores['bits_per_byte']:.4f} bits per byte, held out")
         for prompt, text in written:
             self.console.say(f"  {prompt!r} -> {text!r}")
-        for tracker in self.trackers:
-            tracker.log(state.step, {f"eval/{name}": value for name, value in self.scores.scores.items()})
+        self._track(state.step, {f"eval/{name}": value for name, value in self.scores.scores.items()})
 
     def _failed(self, state: State, what: str, error: str) -> None:
         self.event("save_failed", state, reason=f"{what}: {error}")
         self.console.say(f"step {state.step}: the {what} could not be written: {error}")
 
     def close(self) -> None:
-        """Finish the save under way; close every file and every tracker."""
-        # Also after an error: the save has its copy, and the savers of the other ranks still run.
+        """Finish the save under way, also after an error: it has its copy, and other savers still run. Close all."""
+        self.console.end()
         self._saving_ended(self._saver.close(self.config.guard.hang_seconds))
         for tracker in self.trackers:
             tracker.close()
@@ -206,9 +186,6 @@ class Recorder:
         if self._samples is not None:
             self._samples.close()
 
-    def _show(self, record: StepRecord, speed: Mapping[str, float | None]) -> None:
-        self.console.step(record, speed["tokens_per_second"] or 0.0, speed["mfu"])
-        numbers = {"loss": record.loss, "grad_norm": record.grad_norm, "learning_rate": record.learning_rate}
-        numbers |= {name: value for name, value in speed.items() if value is not None}
+    def _track(self, step: int, numbers: Mapping[str, float]) -> None:
         for tracker in self.trackers:
-            tracker.log(record.step, numbers)
+            tracker.log(step, numbers)

@@ -2,9 +2,9 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,12 +50,15 @@ def restore_or_init(engine: Engine, record: Recorder, mesh: Mesh, before: RunSta
     engine.after_restore()
     torch.set_rng_state(random["rng.torch"].local)
     state = State.from_json(saved)
-    record.resumed(state)
+    record.last_saved = state
     for one in damaged:
         record.event("fallback", state, **one)
         record.console.say(f"{one['path']} is damaged ({one['reason']}); using the checkpoint before it")
-    if mesh.is_first:
-        _report_lost(record, state, before.last_save, {Path(one["path"]).name for one in damaged})
+    if before.last_save is not None and before.last_save != state.step:
+        lost = record.folder.checkpoints / step_name(before.last_save)
+        if not lost.exists() and str(lost) not in [one["path"] for one in damaged]:
+            record.event("fallback", state, path=str(lost), reason="it was saved, and is missing")
+            record.console.say(f"{lost} was saved, and is missing; using step {state.step}")
     try:
         note = check_rate(saved, before.config, record.config, state, str(record.folder.path))
     except UserError as error:
@@ -66,16 +69,6 @@ def restore_or_init(engine: Engine, record: Recorder, mesh: Mesh, before: RunSta
     if note:
         record.console.say(note)
     return state
-
-
-def _report_lost(record: Recorder, state: State, last_save: int | None, damaged: set[str]) -> None:
-    """Record a fall-back when the checkpoint that was saved last is missing."""
-    if last_save is None or last_save == state.step:
-        return
-    path = record.folder.checkpoints / step_name(last_save)
-    if path.name not in damaged and not path.exists():
-        record.event("fallback", state, path=str(path), reason="it was saved, and is missing")
-        record.console.say(f"{path} was saved, and is missing; using step {state.step}")
 
 
 def check_rate(saved: Mapping[str, Any], started: RunConfig | None, config: RunConfig, state: State, where: str) -> str:
@@ -94,14 +87,13 @@ def check_rate(saved: Mapping[str, Any], started: RunConfig | None, config: RunC
         rate, saved["learning_rate"], rel_tol=CLOSE, abs_tol=CLOSE * config.optimizer.learning_rate
     ):
         version = (saved.get("versions") or {}).get("minka", "version unknown")
+        what = f"the learning rate of step {state.step + 1} would be {rate:.6g}"
+        fork = f"run.name=NEW run.start_from={config.run.name}"
         raise UserError(
-            f"the learning rate of step {state.step + 1} would be {rate:.6g}, "
-            f"and the checkpoint was written for {saved['learning_rate']:.6g}",
+            f"{what}, and the checkpoint was written for {saved['learning_rate']:.6g}",
             where=where,
-            why="no setting that decides it has changed: this version computes a different schedule, "
-            "or the checkpoint is wrong",
-            remedy=f"resume with the minka that wrote it ({version}), "
-            f"or start a new run from it (run.name=NEW run.start_from={config.run.name})",
+            why="no setting has changed it: this version computes a different schedule, or the checkpoint is wrong",
+            remedy=f"resume with the minka that wrote it ({version}), or start a new run from it ({fork})",
             status=ExitStatus.NEEDS_PERSON,
         )
     return ""
@@ -109,25 +101,19 @@ def check_rate(saved: Mapping[str, Any], started: RunConfig | None, config: RunC
 
 def _init(engine: Engine, record: Recorder, mesh: Mesh, before: RunState) -> State:
     """Begin from the parent's tensors, or from the initial weights that the engine already has."""
-    problem: UserError | None = None
-    parent: Parent | None = None
-    try:
+    with agreed(mesh):
         parent = pinned_parent(record.folder)
-    except UserError as error:
-        problem = error
-    agree(problem, mesh)
     state = State()
     if parent:
         position, origin = begins_at(parent, record.config, record.store.hash)
         state = State(*position)
-        record.forked(state)
+        record.last_saved = replace(state, step=-1)  # it is not saved yet, and its token milestones are its parent's
         load_parent(parent, engine, record.config.run.start_with, mesh, lambda: record.supervisor.heartbeat(0))
         record.console.say(origin)
         if parent.learning_rate is not None and state.step:
             rate = learning_rate(record.config, state.step, state.tokens)
-            record.console.say(
-                f"learning rate of step {state.step + 1}: {parent.learning_rate:.4g} there, {rate:.4g} here"
-            )
+            both = f"{parent.learning_rate:.4g} there, {rate:.4g} here"
+            record.console.say(f"learning rate of step {state.step + 1}: {both}")
     if before.started:
         source = parent.name if parent else "its initial weights"
         reason = f"the run ended before its first checkpoint, and restarts from {source}"
@@ -143,49 +129,39 @@ def load_parent(
     tensors = engine.tensors()
     if start_with == "weights":
         tensors = {name: piece for name, piece in tensors.items() if name.startswith("model.")}
-    if parent.checkpoint is None:
-        _load_hub_folder(parent, tensors, mesh)
-        engine.after_restore()
-        return
     with ExitStack() as stack:
-        lease = leased(parent.folder, parent.checkpoint)
-        on_first(lambda: stack.enter_context(lease), mesh)  # before any rank reads
-        restore_from(parent.checkpoint, tensors, mesh, alive=alive)
+        if parent.checkpoint is None:
+            with agreed(mesh):
+                _load_hub_folder(parent, tensors)
+        else:
+            with agreed(mesh):  # the lease, before any rank reads
+                if mesh.is_first:
+                    stack.enter_context(leased(parent.folder, parent.checkpoint))
+            restore_from(parent.checkpoint, tensors, mesh, alive=alive)
         engine.after_restore()
         mesh.barrier()
 
 
-def on_first(work: Callable[[], object], mesh: Mesh) -> None:
-    """Do `work` on rank 0 while the other ranks wait. A UserError ends every rank."""
+@contextmanager
+def agreed(mesh: Mesh) -> Iterator[None]:
+    """End every rank when the block raises a UserError on one: with it there, with rank 0's exit status elsewhere."""
     problem: UserError | None = None
-    if mesh.is_first:
-        try:
-            work()
-        except UserError as error:
-            problem = error
-    agree(problem, mesh)
-
-
-def agree(problem: UserError | None, mesh: Mesh) -> None:
-    """End every rank when one has a problem: with the error on its own rank, with rank 0's exit status elsewhere."""
-    status, found = mesh.sum_on_host(
-        [int(problem.status) if problem and mesh.is_first else 0, int(problem is not None)]
-    )
-    if found:
+    try:
+        yield
+    except UserError as error:
+        problem = error
+    status = int(problem.status) if problem and mesh.is_first else 0
+    status, failures = mesh.sum_on_host([status, problem is not None])
+    if failures:
         raise problem or SystemExit(status or int(ExitStatus.REFUSED))
 
 
-def _load_hub_folder(parent: Parent, tensors: Mapping[str, Piece], mesh: Mesh) -> None:
-    problem: UserError | None = None
+def _load_hub_folder(parent: Parent, tensors: Mapping[str, Piece]) -> None:
     mine: dict[str, list[Piece]] = {}
     for key, piece in tensors.items():
         mine.setdefault(tensor_name(key), []).append(piece)
-    try:
-        with torch.no_grad():
-            for name, whole in read_tensors(parent.folder, parent.model):
-                for piece in mine[f"model.{name}"]:
-                    box = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.local.shape, strict=True))
-                    piece.local.copy_(whole[box])
-    except UserError as error:
-        problem = error
-    agree(problem, mesh)
+    with torch.no_grad():
+        for name, whole in read_tensors(parent.folder, parent.model):
+            for piece in mine[f"model.{name}"]:
+                box = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.local.shape, strict=True))
+                piece.local.copy_(whole[box])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,25 +22,21 @@ from minka.train.parent_run import Parent, check_parent, check_tokenizer, find_p
 class Outlook(NamedTuple):
     """What starting the run would do."""
 
-    state: RunState
+    state: RunState  # as it is now
     decision: Decision
-    parent: Parent | None  # of a new run
-
-    @property
-    def over(self) -> bool:
-        """Whether the run is finished, and would not be trained further."""
-        return self.decision.over
+    parent: Parent | None = None  # of a new run
+    from_scratch: bool = False  # a run that has begun restarts at step 0
 
     @property
     def step(self) -> int:
         """The step it would resume from; 0 for its beginning."""
-        return self.state.position.step if self.state.position else 0
+        return self.state.position.step if self.state.position and not self.from_scratch else 0
 
-    def describe(self, *, from_scratch: bool) -> str:
+    def describe(self) -> str:
         """The same in one line."""
-        if from_scratch:
+        if self.from_scratch:
             return "restarts at step 0; its checkpoints would be moved aside"
-        if self.over:
+        if self.decision.over:
             return f"is finished, at step {self.step:,}" if self.state.position else "is finished"
         if self.state.position:
             return f"resumes from step {self.step:,}"
@@ -51,6 +48,15 @@ class Outlook(NamedTuple):
 def read_state(folder: RunFolder) -> RunState:
     """The state of the run in `folder`."""
     return read_run_state(folder, steps_of(folder.checkpoints), partial(_header, folder.checkpoints))
+
+
+def read_and_check(config: RunConfig, *, from_scratch: bool) -> Outlook:
+    """`check_start` of the run as it is now; it must also have no STOP file and no process that trains it."""
+    folder = RunFolder.of(config)
+    outlook = check_start(config, read_state(folder), from_scratch=from_scratch)
+    if outlook.state.begun and not outlook.decision.over:
+        folder.check_may_start()
+    return outlook
 
 
 def check_start(config: RunConfig, state: RunState, *, from_scratch: bool) -> Outlook:
@@ -65,11 +71,15 @@ def check_start(config: RunConfig, state: RunState, *, from_scratch: bool) -> Ou
     if state.config and config.run.start_from != state.config.run.start_from:
         find_parent(config)  # it may be this very run, which has an error message of its own
     decision = decide(state, config, str(folder.path), from_scratch=from_scratch)
-    if from_scratch:
-        return Outlook(state.restarted(), decision, None)
-    if state.started and not state.position and not decision.over:
-        _check_hub_parent(folder)
-    return Outlook(state, decision, None)
+    if state.started and not state.position and not decision.over and not from_scratch:
+        parent = pinned_parent(folder)
+        if parent and not parent.run and hash_hub_folder(parent.folder) != parent.sha256:
+            raise UserError(
+                "the weights that this run starts from have changed since it was created",
+                where=str(parent.folder),
+                remedy="restore the folder, or start a run of a different name (run.name=...)",
+            )
+    return Outlook(state, decision, from_scratch=from_scratch)
 
 
 def print_finished(folder: RunFolder, ignored: Sequence[str], *, as_json: bool) -> None:
@@ -87,21 +97,17 @@ def print_finished(folder: RunFolder, ignored: Sequence[str], *, as_json: bool) 
 
 
 def restart(folder: RunFolder) -> Path | None:
-    """Set a run back to its beginning, as `--from-scratch` asks. Return where its checkpoints are now, if it had any.
-
-    For the run's one writer.
-    """
-    aside = None
+    """Set a run back to its beginning (--from-scratch); for its one writer. Return where its checkpoints are."""
+    aside, reason = None, "--from-scratch was given"
     if folder.checkpoints.exists():
-        taken = {path.name for path in folder.path.glob("checkpoints.old-*")}
-        number = next(n for n in range(1, len(taken) + 2) if f"checkpoints.old-{n}" not in taken)
+        number = next(n for n in count(1) if not (folder.path / f"checkpoints.old-{n}").exists())
         aside = folder.checkpoints.rename(folder.path / f"checkpoints.old-{number}")
+        reason += f"; its checkpoints are in {aside.name}"
         if folder.evals.exists():
             folder.evals.rename(folder.path / f"evals.old-{number}")
     folder.exit_file.unlink(missing_ok=True)
     ledger = Ledger(folder.ledger_file)
-    where = f"; its checkpoints are in {aside.name}" if aside else ""
-    ledger.append("restart", step=0, tokens=0, reason=f"--from-scratch was given{where}")
+    ledger.append("restart", step=0, tokens=0, reason=reason)
     ledger.close()
     return aside
 
@@ -112,14 +118,3 @@ def _header(checkpoints: Path, step: int) -> Header | None:
         return Header(header.number, Position.of(header.state))
     except (OSError, ValueError, KeyError, TypeError):
         return None  # the restore reports what is wrong with it
-
-
-def _check_hub_parent(folder: RunFolder) -> None:
-    """Raises UserError when the Hugging Face folder that the run begins from has changed since the run was created."""
-    parent = pinned_parent(folder)
-    if parent and not parent.run and hash_hub_folder(parent.folder) != parent.sha256:
-        raise UserError(
-            "the weights that this run starts from have changed since it was created",
-            where=str(parent.folder),
-            remedy="restore the folder, or start a run of a different name (run.name=...)",
-        )

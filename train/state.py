@@ -34,10 +34,6 @@ class State:
         """The state after a step on the batch that ends at `loader`."""
         return replace(self, step=self.step + 1, samples=loader.samples, tokens=loader.tokens)
 
-    def as_json(self) -> dict[str, int]:
-        """For a checkpoint's manifest."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, values: Any) -> "State":
         """From a checkpoint's manifest, which has more fields."""
@@ -50,7 +46,7 @@ def manifest_state(
     """The `state` of a checkpoint's manifest, plain JSON. A resume reads the numbers of `state` and checks the rest."""
     values = config.model_dump(mode="json")
     return {
-        **state.as_json(),
+        **asdict(state),
         "config": values,
         "config_sha256": config_hash(values),
         "layout": mesh.layout.model_dump(mode="json"),

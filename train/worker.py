@@ -15,33 +15,30 @@ from minka.data.loader import Loader
 from minka.data.prepare import store_folder
 from minka.data.token_store import TokenStore
 from minka.launch.exit_reason import refusals_recorded, write_exit_reason
-from minka.launch.signals import SupervisorLink
 from minka.launch.supervisor import Job
+from minka.launch.supervisor_link import SupervisorLink
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.plan.errors import ExitStatus, UserError
-from minka.plan.ledger import Ledger
 from minka.plan.resume_rules import Changes, decide
 from minka.plan.run_folder import RunFolder
 from minka.plan.run_state import RunState
 from minka.train.announce import announce
 from minka.train.build_engine import build_engine
-from minka.train.console import Console
 from minka.train.due import evaluation_missed
 from minka.train.final_summary import summarise
 from minka.train.loop import Session, train
 from minka.train.parent_run import open_run, pinned_parent
 from minka.train.profiler import Profile
 from minka.train.recorder import Recorder
-from minka.train.restore_or_init import on_first, restore_or_init
+from minka.train.restore_or_init import agreed, restore_or_init
 from minka.train.start_check import check_start, print_finished, read_state, restart
 from minka.train.state import State
-from minka.train.trackers import open_trackers
 
 GROUP_SECONDS = 300.0  # beyond guard.hang_seconds: the supervisor must notice a hang before the process group times out
 
 
 class Claim(NamedTuple):
-    """What rank 0 knows of the run that it may now write; the other ranks know only whether it is over."""
+    """What rank 0 knows of the run that it may now write."""
 
     state: RunState
     changed: Changes  # against the configuration of the last start
@@ -59,8 +56,12 @@ def work(job: Job) -> int:
         refusals_recorded(RunFolder.of(config), writes=mesh.is_first),
         ExitStack() as stack,
     ):
-        claim = _claim(job, mesh, stack)
-        if claim.over:
+        claim = Claim(RunState(), {})
+        with agreed(mesh):
+            if mesh.is_first:
+                claim = _claim_run(job, stack)
+        (over,) = mesh.sum_on_host([claim.over])
+        if over:
             return int(ExitStatus.DONE)
         run, state = _start_session(job, mesh, stack, claim)
         state, status = train(run, state)
@@ -72,47 +73,32 @@ def work(job: Job) -> int:
 
 
 def work_joined(job: Job) -> int:
-    """`work` for a rank that torchrun or Slurm started; no supervisor has prepared the data."""
-    _prepare_joined(job)
-    return work(job)
+    """`work` for a rank that torchrun or Slurm started: no supervisor has prepared the data. Raises UserError.
 
-
-def _prepare_joined(job: Job) -> None:
-    """Prepare the data before the ranks meet: rank 0 works, the others wait as long as it does.
-
-    Outside the process group, whose collectives time out long before a large corpus is done. Raises UserError.
+    Rank 0 prepares it before the ranks meet, and the others wait as long as it does: outside the process group, whose
+    collectives time out long before a large corpus is done.
     """
-    store = store_folder(job.config, Path())
-    if os.environ["RANK"] == "0":
-        folder = RunFolder.of(job.config)
-        if folder.begun() and (store.exists() or _is_over(job, read_state(folder))):
-            return  # once the ranks have met, rank 0 checks the run again and can end them all
+    store, folder = store_folder(job.config, Path()), RunFolder.of(job.config)
+    is_first, last_sign = os.environ["RANK"] == "0", time.monotonic()
+    # Of a run that is over, nothing is prepared: once the ranks have met, rank 0 checks it again and ends them all.
+    if is_first and not (folder.begun() and (store.exists() or _is_over(job, read_state(folder)))):
         open_run(job.config, job.command)
-        return
-    last_sign = time.monotonic()
-    while not store.exists():
-        if any(store.parent.glob(f".{store.name}.preparing-*")):
+    while not (is_first or store.exists()):
+        if any(store.parent.glob(f".{store.name}.*.partial")):
             last_sign = time.monotonic()
         if time.monotonic() - last_sign > GROUP_SECONDS:
             raise UserError(
-                "rank 0 has not started to prepare it",
+                f"rank 0 has not started to prepare it for {GROUP_SECONDS:.0f} s",
                 where=str(store),
-                why=f"waited {GROUP_SECONDS:.0f} s; without a file system that all ranks share, this one never sees it",
+                why="this rank sees it on a shared file system only",
                 remedy="put data.store on one; `minka data prepare` makes the store beforehand",
             )
         time.sleep(0.2)
-
-
-def _claim(job: Job, mesh: Mesh, stack: ExitStack) -> Claim:
-    """Check on rank 0 that the run may start, take its lock, and restart it if asked. A refusal reaches every rank."""
-    claims: list[Claim] = []
-    on_first(lambda: claims.append(_claim_run(job, stack)), mesh)
-    mine = claims[0] if claims else Claim(RunState(), {})
-    (over,) = mesh.sum_on_host([mine.over])
-    return mine._replace(over=bool(over))
+    return work(job)
 
 
 def _claim_run(job: Job, stack: ExitStack) -> Claim:
+    """Check that the run may start, take its lock, and restart it if asked. Raises UserError."""
     config, folder, state = job.config, RunFolder.of(job.config), job.state
     if state is None:
         state = read_state(folder)
@@ -140,10 +126,10 @@ def _claim_run(job: Job, stack: ExitStack) -> Claim:
 def _is_over(job: Job, state: RunState) -> bool:
     if not state.begun:
         return False
-    outlook = check_start(job.config, state, from_scratch=job.from_scratch)
-    if outlook.over:
-        print_finished(RunFolder.of(job.config), outlook.decision.ignored, as_json=job.as_json)
-    return outlook.over
+    decision = check_start(job.config, state, from_scratch=job.from_scratch).decision
+    if decision.over:
+        print_finished(RunFolder.of(job.config), decision.ignored, as_json=job.as_json)
+    return decision.over
 
 
 def _start_session(job: Job, mesh: Mesh, stack: ExitStack, claim: Claim) -> tuple[Session, State]:
@@ -154,22 +140,19 @@ def _start_session(job: Job, mesh: Mesh, stack: ExitStack, claim: Claim) -> tupl
     supervisor = SupervisorLink(mesh.rank, folder.stop_file, job.heartbeat_pipe, stacks)
     stack.callback(supervisor.close)
     supervisor.heartbeat(0)
-    trackers = open_trackers(config, folder) if mesh.is_first else []
-    ledger = Ledger(folder.ledger_file) if mesh.is_first else None
-    console = Console(config, speaks=mesh.is_first, as_json=job.as_json)
-    lineage = folder.lineage() if mesh.is_first else []
-    record = Recorder(config, mesh, store, supervisor, ledger, trackers, console, lineage)
+    record = Recorder(config, mesh, store, supervisor, as_json=job.as_json)
     stack.callback(record.close)
-    stack.callback(console.end)
     engine, optimizer = build_engine(config, mesh)
     state = restore_or_init(engine, record, mesh, claim.state)
-    on_first(lambda: folder.training_starts(config), mesh)
+    with agreed(mesh):
+        if mesh.is_first:
+            folder.training_starts(config)
     announce(record, state, mesh, claim.changed)
     (missed,) = mesh.sum_on_host([mesh.is_first and evaluation_missed(config, claim.state, state)])
     loader = Loader(config, store.split("train"), mesh.data_rank, mesh.layout.data_ways, state.loader, engine.prepare)
     stack.callback(loader.close)
     profile = Profile(job.profile, folder.logs / f"trace-{mesh.rank:05d}.json")
-    console.start(state.step)
+    record.console.start(state.step)
     return Session(config, mesh, engine, optimizer, loader, record, supervisor, profile, bool(missed)), state
 
 

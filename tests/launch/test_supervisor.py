@@ -102,7 +102,7 @@ def test_an_interrupt_while_preparing_leaves_nothing(tmp_path: Path) -> None:
         (tmp_path / "corpus" / f"long-{number}.txt").write_text(f"{number} {text}")
     process = train(config)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".store.preparing-*")):
+    while not list(tmp_path.glob(".store.*.partial")):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

@@ -12,7 +12,7 @@ from minka.checkpoint.async_saver import AsyncSaver
 from minka.checkpoint.catalogue import checkpoints
 from minka.checkpoint.restore import whole_tensors
 from minka.data.loader import Loader
-from minka.launch.signals import SupervisorLink
+from minka.launch.supervisor_link import SupervisorLink
 from minka.parallel.engine import TorchEngine
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus

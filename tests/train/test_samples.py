@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from minka.launch.signals import SupervisorLink
+from minka.launch.supervisor_link import SupervisorLink
 from minka.plan.config import RunConfig
 from minka.plan.run_folder import RunFolder
 from ranks import on_ranks

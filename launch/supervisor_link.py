@@ -3,9 +3,18 @@
 import faulthandler
 import os
 import signal
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP})  # each: save and stop
+STACKS_SIGNAL = signal.SIGUSR2  # a rank appends its stacks to its file in logs/
+
+
+def handle_stop_signals(handler: Callable[[int, object], None] | signal.Handlers) -> None:
+    """Set the handler of all of them. At its end a process ignores them: a late one must not change its exit status."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, handler)
 
 
 class SupervisorLink:
@@ -15,32 +24,24 @@ class SupervisorLink:
         self.rank, self.stop_file, self._pipe = rank, stop_file, pipe
         self._signalled = False
         self._stacks = stacks.open("a")
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
+        handle_stop_signals(self._note)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
+        faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True)
 
     def stop_requested(self) -> bool:
         """Whether this rank got a stop signal, or (on rank 0) the run's folder has a file called STOP."""
         return self._signalled or (self.rank == 0 and self.stop_file.exists())
 
     def heartbeat(self, step: int, *, done: bool = False) -> None:
-        """Tell the supervisor that this rank is alive. `done`: it only has to exit, which may take long.
-
-        Never waits: when the pipe is full, the heartbeat is dropped.
-        """
-        if self._pipe is None:
-            return
-        try:
-            os.write(self._pipe, f"{self.rank} {os.getpid()} {step}{' done' * done}\n".encode())
-        except (BlockingIOError, BrokenPipeError):
-            return
+        """Say that this rank is alive. `done`: it only has to exit. Never waits: a full pipe drops the heartbeat."""
+        if self._pipe is not None:
+            with suppress(BlockingIOError, BrokenPipeError):
+                os.write(self._pipe, f"{self.rank} {os.getpid()} {step}{' done' * done}\n".encode())
 
     def close(self) -> None:
-        """Ignore signals from here on: a late one must not change the exit status."""
-        faulthandler.unregister(signal.SIGUSR2)
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+        """Ignore signals from here on."""
+        faulthandler.unregister(STACKS_SIGNAL)
+        handle_stop_signals(signal.SIG_IGN)
         self._stacks.close()
 
     def _note(self, number: int, frame: object) -> None:
