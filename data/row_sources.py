@@ -17,6 +17,7 @@ from minka.data.document import Document
 from minka.data.text_sources import expand_paths, not_utf8
 from minka.plan.config_sections import DataSection
 from minka.plan.errors import UserError
+from minka.plan.read_file import first_line, reading
 
 JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson")
 # Columns in which public corpora keep provenance: the fields of Document, and one in American spelling.
@@ -36,9 +37,8 @@ def parquet_documents(data: DataSection) -> Iterator[Document]:
     """A document for each row of the files of data.paths. Raises UserError that lists the file's columns."""
     for path in expand_paths(data.paths, (".parquet",)):
         try:
-            yield from _parquet_file(path, data.text_field)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"cannot be read as Parquet: {_first_line(error)}", where=str(path)) from None
+            with reading(path, "Parquet", pa.ArrowException):
+                yield from _parquet_file(path, data.text_field)
         except UnicodeDecodeError as error:
             raise not_utf8(str(path), error) from None
 
@@ -54,7 +54,7 @@ def hub_documents(data: DataSection) -> Iterator[Document]:
         raise
     except Exception as error:  # its readers, the network and the hub raise errors without a common base
         raise UserError(
-            f"datasets could not read it{f' at row {number + 1}' if number else ''}: {_first_line(error)}",
+            f"datasets could not read it{f' at row {number + 1}' if number else ''}: {first_line(error)}",
             where=f"data.dataset: {name}",
             remedy="check data.dataset, data.dataset_config, data.dataset_split and data.paths (its data_files)",
         ) from None
@@ -81,13 +81,10 @@ def document_of_row(row: object, field: str, source: str, path: str, number: int
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    try:
-        with _open(path) as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, line
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise UserError(f"cannot be read: {_first_line(error)}", where=str(path)) from None
+    with reading(path, "", EOFError, zlib.error, zstandard.ZstdError), _open(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, line
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -142,7 +139,3 @@ def _open_dataset(data: DataSection) -> Iterator[Any]:
         streaming=True,
     )
     return iter(opened)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
