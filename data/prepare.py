@@ -136,10 +136,8 @@ def _check_free(folder: Path) -> None:
     if (folder / MANIFEST).is_file():
         raise UserError("this token store exists", where=str(folder), remedy="remove it to prepare it again")
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        what = "a file has this name" if folder.is_file() else f"this folder is not a token store: it has no {MANIFEST}"
-        raise UserError(
-            what, where=str(folder), remedy="give a different folder with data.store=FOLDER, or move this one"
-        )
+        what = "a file has this name" if folder.is_file() else f"this folder is not a token store: no {MANIFEST}"
+        raise UserError(what, where=str(folder), remedy="set a different data.store=FOLDER, or move this away")
 
 
 def _make_tokenizer(data: DataSection, vocab: int, sample: Sequence[bytes], progress: Progress) -> TextTokenizer:
@@ -181,18 +179,12 @@ def _write_splits(
         finally:
             new.done = (train.bytes + validation.bytes) / survey.size
         if checksum != survey.checksum:
-            raise UserError(
-                "the corpus changed between its two readings",
-                where=f"data.source={data.source}",
-                remedy="prepare it again when nothing writes to it",
-            )
+            what, remedy = "the corpus changed between its two readings", "prepare it again when nothing writes to it"
+            raise UserError(what, where=f"data.source={data.source}", remedy=remedy)
         for writer in writers:
             if not writer.documents:
-                raise UserError(
-                    f"the tokenizer makes no token of the {writer.name} split's documents",
-                    where=f"data.tokenizer={data.tokenizer}",
-                    remedy="give more text, or a different tokenizer",
-                )
+                what = f"the tokenizer makes no token of the {writer.name} split's documents"
+                raise UserError(what, where=f"data.tokenizer={data.tokenizer}", remedy="give more text")
         return {writer.name: writer.finish() for writer in writers}, without_tokens, exact
 
 

@@ -51,8 +51,9 @@ class SplitWriter:
         """Append a document with its tokens (without eod, which is added here)."""
         if bool((tokens == self.eod).any()):
             raise UserError(
-                f"the tokenizer made its end-of-document token (id {self.eod}) from text, which cuts the document in two",
+                f"the tokenizer made its end-of-document token (id {self.eod}) from text",
                 where=document.id,
+                why="it would cut the document in two",
                 remedy="use a tokenizer whose end-of-text token is a special token, bpe or bytes",
             )
         length = len(tokens) + 1

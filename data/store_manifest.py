@@ -21,11 +21,7 @@ DEFINING_FIELDS = frozenset(
 )
 
 
-class StrictModel(BaseModel, frozen=True, extra="forbid"):
-    """Base of the manifest's parts: frozen, and an unknown key is an error."""
-
-
-class TokenizerInfo(StrictModel):
+class TokenizerInfo(BaseModel, frozen=True, extra="forbid"):
     """kind, the name in data.tokenizer, entries (largest id + 1), and sha256 of its tokenizer.json."""
 
     kind: TokenizerKind
@@ -35,7 +31,7 @@ class TokenizerInfo(StrictModel):
     sha256: str
 
 
-class SplitTotals(StrictModel):
+class SplitTotals(BaseModel, frozen=True, extra="forbid"):
     """Totals of one split; tokens include the end-of-document tokens, bytes are of UTF-8 text."""
 
     documents: int = Field(ge=1)
@@ -43,12 +39,12 @@ class SplitTotals(StrictModel):
     bytes: int = Field(ge=1)
 
 
-class FileInfo(StrictModel):
+class FileInfo(BaseModel, frozen=True, extra="forbid"):
     bytes: int = Field(ge=0)
     sha256: str
 
 
-class Manifest(StrictModel):
+class Manifest(BaseModel, frozen=True, extra="forbid"):
     """The whole manifest. source: the DEFINING_FIELDS it was made from. cutoff: see HashedDocument.split_key."""
 
     format: Literal[1] = 1

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,14 +20,6 @@ from minka.plan.errors import UserError
 from minka.plan.read_file import reading
 
 SIDECAR_GROUP = 8_192  # rows in a row group of the sidecar: a look-up of one document reads one group
-
-
-class TokenSpan(NamedTuple):
-    """A part of a document: tokens first .. last-1 of the document numbered `document`."""
-
-    document: int
-    first: int
-    last: int
 
 
 @dataclass(frozen=True)
@@ -81,23 +73,22 @@ class Split:
                 found |= zip(numbers, rows, strict=True)
         return [found[i] for i in documents]
 
-    def spans(self, first: int, last: int) -> list[TokenSpan]:
-        """The documents of tokens first .. last-1 of the split, in order."""
-        spans, at = [], first
-        while at < min(last, self.n_tokens):
+    def trace_window(self, window: int, seq_len: int) -> list[dict[str, Any]]:
+        """The documents of window `window` (of seq_len tokens), in order.
+
+        Each is its number (document), the tokens of it that are in the window (first .. last-1), and its provenance.
+        """
+        at, end = window * seq_len, min((window + 1) * seq_len, self.n_tokens)
+        spans = []
+        while at < end:
             # Not np.searchsorted: the mapped index is not aligned, so it would copy all of it.
             i = bisect_right(self.index.pointers, at * self.tokens.itemsize) - 1
             start = int(self.index.pointers[i]) // self.tokens.itemsize
-            end = min(last, start + int(self.index.lengths[i]))
-            spans.append(TokenSpan(i, at - start, end - start))
-            at = end
-        return spans
-
-    def trace_window(self, window: int, seq_len: int) -> list[dict[str, Any]]:
-        """The documents of window `window` (of seq_len tokens), in order: the fields of TokenSpan, and provenance."""
-        spans = self.spans(window * seq_len, (window + 1) * seq_len)
-        rows = self.provenances([span.document for span in spans])
-        return [{**span._asdict(), "provenance": row} for span, row in zip(spans, rows, strict=True)]
+            last = min(end - start, int(self.index.lengths[i]))
+            spans.append({"document": i, "first": at - start, "last": last})
+            at = start + last
+        rows = self.provenances([span["document"] for span in spans])
+        return [{**span, "provenance": row} for span, row in zip(spans, rows, strict=True)]
 
     @property
     def _sidecar(self) -> Path:

@@ -112,11 +112,8 @@ def load_hf(name: str, vocab: int) -> TextTokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the hub and the parsers raise errors without a common base
-        raise UserError(
-            f"this tokenizer cannot be loaded: {first_line(error)}",
-            where=where,
-            remedy='give a folder with a tokenizer.json, a name on the hub, "bpe" (trained on the corpus) or "bytes"',
-        ) from None
+        remedy = 'give a folder with a tokenizer.json, a name on the hub, "bpe" (trained on the corpus) or "bytes"'
+        raise UserError(f"this tokenizer cannot be loaded: {first_line(error)}", where=where, remedy=remedy) from None
     if not tokenizer.is_fast:
         raise UserError("this tokenizer has no fast version (tokenizer.json)", where=where)
     if tokenizer.eos_token_id is None:
@@ -124,11 +121,9 @@ def load_hf(name: str, vocab: int) -> TextTokenizer:
         raise UserError(what, where=where, remedy='set "eos_token" in its tokenizer_config.json')
     entries = max(tokenizer.get_vocab().values()) + 1
     if entries > vocab:
-        raise UserError(
-            f"its token ids reach {entries - 1}, beyond the {vocab} rows of the model's embedding",
-            where=where,
-            remedy=f"set model.vocab to {entries} or more (a multiple of 64 is fast: {-(-entries // 64) * 64})",
-        )
+        what = f"its token ids reach {entries - 1}, beyond the {vocab} rows of the model's embedding"
+        remedy = f"set model.vocab to {entries} or more (a multiple of 64 is fast: {-(-entries // 64) * 64})"
+        raise UserError(what, where=where, remedy=remedy)
     kept = {key: tokenizer.init_kwargs[key] for key in HF_SETTINGS if key in tokenizer.init_kwargs}
     special = {key: str(token) for key, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())

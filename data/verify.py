@@ -67,7 +67,7 @@ def _token_problems(split: Split, ends: NDArray[np.int64], vocab: int) -> Iterat
         beyond = np.flatnonzero((chunk >= vocab) | (chunk < 0))
         if beyond.size:
             at = start + int(beyond[0])
-            document = split.spans(at, at + 1)[0].document
+            document = np.searchsorted(ends, at, side="right")
             yield f"token {at} (document {document}) is {split.tokens[at]}, beyond the vocabulary of {vocab}"
             return
     last = split.tokens[ends - 1]

@@ -12,9 +12,10 @@ from minka.plan.errors import UserError
 @contextmanager
 def reading(path: Path, kind: str = "", *errors: type[Exception], why: str = "", remedy: str = "") -> Iterator[None]:
     """Turn an OSError, or one of `errors`, of the block into a UserError: `path` cannot be read as `kind`."""
+    expected: tuple[type[Exception], ...] = (OSError, *errors)
     try:
         yield
-    except (OSError, *errors) as error:
+    except expected as error:
         what = f"cannot be read{f' as {kind}' if kind else ''}: {first_line(error)}"
         raise UserError(what, where=str(path), why=why, remedy=remedy) from None
 
