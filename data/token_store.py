@@ -99,7 +99,7 @@ class Split:
         return self._column("source").dictionary_encode().combine_chunks()
 
     def _column(self, name: str) -> Any:
-        with reading(self._sidecar, "the sidecar", pa.ArrowException):
+        with reading(self._sidecar, "a sidecar", pa.ArrowException):
             column = pq.read_table(self._sidecar, columns=[name])[name]
         if len(column) != self.n_documents:
             what = f"the sidecar has {len(column)} rows for {self.n_documents} documents"
@@ -108,11 +108,8 @@ class Split:
 
     def _known(self, i: int) -> int:
         if not 0 <= i < self.n_documents:
-            raise UserError(
-                f"there is no document {i}",
-                where=f"{self.folder}, split {self.name}",
-                remedy=f"documents are numbered 0 to {self.n_documents - 1}",
-            )
+            remedy = f"documents are numbered 0 to {self.n_documents - 1}"
+            raise UserError(f"there is no document {i}", where=f"{self.folder}, split {self.name}", remedy=remedy)
         return i
 
 

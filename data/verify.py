@@ -24,10 +24,11 @@ def verify(folder: Path, advance: Callable[[int], None] = lambda n: None) -> dic
     store = TokenStore.open(folder)
     problems = list(_file_problems(store, advance))
     checked: dict[str, Any] = {"store": str(folder), "ok": True, "hash": store.hash, "files": len(store.manifest.files)}
-    for name in SPLITS if not problems else ():
-        split = store.split(name)
-        problems += (f"{name}: {problem}" for problem in _split_problems(split, store))
-        checked[name] = {"documents": split.n_documents, "tokens": split.n_tokens}
+    if not problems:
+        for name in SPLITS:
+            split = store.split(name)
+            problems += (f"{name}: {problem}" for problem in _split_problems(split, store))
+            checked[name] = {"documents": split.n_documents, "tokens": split.n_tokens}
     if problems:
         raise damaged_store(folder, *problems)
     return checked
