@@ -215,7 +215,7 @@ def _samples(config: RunConfig, store: TokenStore, batch: Batch) -> list[dict[st
         {
             "sample": sample,
             "window": int(window),
-            "pieces": [span._asdict() for span in split.trace_window(int(window), config.data.seq_len)],
+            "pieces": split.trace_window(int(window), config.data.seq_len),
         }
         for sample, window in zip(ids, windows, strict=True)
     ]
