@@ -105,8 +105,6 @@ class AsyncSaver:
 
     def _wait_until(self, event: threading.Event, save: _Save, alive: Heartbeat) -> None:
         """Wait, with a heartbeat only when the save makes progress: one that hangs must be seen to hang."""
-        if event.is_set():
-            return
         started, seen = time.perf_counter(), save.progress
         while not event.wait(POLL_SECONDS):
             if save.progress != seen:
