@@ -26,6 +26,9 @@ class Piece(NamedTuple):
     copy: int = 0
 
 
+Pieces = Mapping[str, Piece]  # by name
+
+
 def piece_of(tensor: Tensor) -> Piece:
     """The piece of a DTensor that is on this rank; a plain tensor is whole, with a copy on every rank."""
     if isinstance(tensor, DTensor):

@@ -72,7 +72,7 @@ def atomic_folder(
         new.path.mkdir(parents=True)
         yield new
         for path in (*new.path.rglob("*"), new.path):
-            _sync(path)
+            sync(path)
         if check_replaceable:
             check_replaceable(folder)
         _publish(new.path, folder, replace=bool(check_replaceable))
@@ -102,18 +102,19 @@ def _publish(new: Path, folder: Path, replace: bool) -> None:
         if not replace and isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTEMPTY):
             return  # published by a different process, which renamed a whole folder, too
         raise
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def _delete_leftovers(folder: Path) -> None:
     for path in folder.parent.iterdir() if folder.parent.is_dir() else ():
         found = re.fullmatch(rf"\.{re.escape(folder.name)}\.(\d+)(\.\w+)*\.partial", path.name)
-        if found and (int(found[1]) == os.getpid() or not _runs(int(found[1]))):
+        if found and (int(found[1]) == os.getpid() or not is_running(int(found[1]))):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _runs(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether this host has a process of this number."""
     try:
         os.kill(pid, 0)
     except (OSError, OverflowError) as error:
@@ -121,7 +122,8 @@ def _runs(pid: int) -> bool:
     return True
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """When this returns, a file's content or the names in a folder are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -32,13 +32,6 @@ class Position(NamedTuple):
         return cls(*(int(state[name]) for name in cls._fields))
 
 
-class Header(NamedTuple):
-    """What a start needs of a checkpoint's manifest. `number` grows with every save of the run."""
-
-    number: int
-    position: Position
-
-
 class RunState(BaseModel, frozen=True, extra="forbid"):
     """A run as its folder describes it; plain JSON, so that it can be handed to other processes."""
 
@@ -76,12 +69,12 @@ class RunState(BaseModel, frozen=True, extra="forbid"):
 
 
 def read_run_state(
-    folder: RunFolder, checkpoints: Sequence[int], read_header: Callable[[int], Header | None]
+    folder: RunFolder, checkpoints: Sequence[int], read_position: Callable[[int], tuple[int, Position] | None]
 ) -> RunState:
     """Read the state of the run in `folder`. Raises UserError when run.toml is needed and not valid.
 
-    `checkpoints` are the steps of its checkpoint folders. `read_header` gives the header of one of them, or None where
-    its manifest cannot be read; normally it is called once.
+    `checkpoints` are the steps of its checkpoint folders. `read_position` gives the number and the position of one of
+    them, or None where its manifest cannot be read; normally it is called once.
     """
     if not folder.begun():
         return RunState(finished=folder.finished(), checkpoints=tuple(checkpoints), ledger_bytes=_size(folder))
@@ -97,7 +90,7 @@ def read_run_state(
         if config is None and not problem:
             raise
         in_file = None  # training will write it again
-    position = _newest_position(checkpoints, tail.last_save, read_header)
+    position = _newest_position(checkpoints, tail.last_save, read_position)
     step = position.step if position else 0
     return RunState(
         begun=True,
@@ -190,16 +183,16 @@ class _Tail:
 
 
 def _newest_position(
-    checkpoints: Sequence[int], last_save: int | None, read_header: Callable[[int], Header | None]
+    checkpoints: Sequence[int], last_save: int | None, read_position: Callable[[int], tuple[int, Position] | None]
 ) -> Position | None:
     # The saves that still count ascend in step, so the last of them is the newest when no checkpoint is beyond it.
     if checkpoints and last_save == max(checkpoints):
-        header = read_header(last_save)
-        if header:
-            return header.position
+        found = read_position(last_save)
+        if found:
+            return found[1]
     # A crash between a save and its event, or checkpoints of an abandoned lineage: their numbers decide.
-    headers = [header for step in checkpoints if (header := read_header(step))]
-    return max(headers, key=lambda header: (header.number, header.position.step)).position if headers else None
+    positions = [found for step in checkpoints if (found := read_position(step))]
+    return max(positions)[1] if positions else None
 
 
 def _size(folder: RunFolder) -> int:
