@@ -17,21 +17,16 @@ class ExitStatus(IntEnum):
     @property
     def reason(self) -> str:
         """The status in words."""
-        return {
-            ExitStatus.DONE: "done",
-            ExitStatus.REFUSED: "refused",
+        words = {
             ExitStatus.STOPPED: "stopped and saved",
             ExitStatus.NEEDS_PERSON: "stopped by a rule",
-            ExitStatus.HUNG: "hung",
             ExitStatus.BAD_NODE: "this machine should not be used",
-        }.get(self, "failed")
+        }
+        return words.get(self, self.name.lower())
 
 
 class UserError(Exception):
-    """An error for users: what is wrong, where, why, and what to do.
-
-    `str()` gives one paragraph. The front door prints it and exits with `status`.
-    """
+    """An error for users, one paragraph as `str()`. The front door prints it and exits with `status`."""
 
     def __init__(
         self, what: str, *, where: str = "", why: str = "", remedy: str = "", status: ExitStatus = ExitStatus.REFUSED

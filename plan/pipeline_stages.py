@@ -23,7 +23,7 @@ def costs(model: ModelSection) -> tuple[int, int]:
     The embedding multiplies nothing, but is given the head's cost: it holds as many weights and moments, and the first
     stage keeps the most activations.
     """
-    return Shape.of(model).layer_matrices, model.vocab * model.d_model
+    return Shape.of(model).layer_matrices(1), model.vocab * model.d_model
 
 
 def balanced(layers: int, stages: int, layer: int, end: int) -> tuple[int, ...]:

@@ -108,7 +108,7 @@ def device_mfu(tokens_per_second: float, config: RunConfig, mesh: Mesh) -> float
     gpu = find(torch.cuda.get_device_name(mesh.device))
     if gpu is None:
         return None
-    return mfu(tokens_per_second, config.model, config.data.seq_len, gpu.bf16_tflops * 1e12, mesh.ranks).value
+    return mfu(tokens_per_second, config.model, config.data.seq_len, gpu.bf16_tflops * 1e12, mesh.ranks)
 
 
 def memory_bytes(device: torch.device) -> int:
