@@ -12,10 +12,7 @@ Name = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class Section(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
-    """Base of every section: frozen; an unknown key is an error, and so is a value of a different type.
-
-    Only tuples are not strict: a list is accepted.
-    """
+    """Base of every section. Unknown keys and values of a different type are errors; a list is accepted for a tuple."""
 
 
 class RunSection(Section):
@@ -104,9 +101,7 @@ class DataSection(Section):
     seq_len: int = Field(ge=2, description="tokens in a sequence")
     batch_tokens: int = Field(ge=1, description="tokens in a global batch; a multiple of seq_len")
     batch_warmup: tuple[BatchStage, ...] = Field((), strict=False, description="smaller batches at the beginning")
-    dropped_samples: tuple[Range, ...] = Field(
-        (), strict=False, description="[first, last) ranges left out of the order"
-    )
+    dropped_samples: tuple[Range, ...] = Field((), strict=False, description="[first, last) ranges left out")
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -124,11 +119,9 @@ class DataSection(Section):
             raise ValueError(f'source="{self.source}" needs paths = ["..."]')
         if self.source == "datasets" and not self.dataset:
             raise ValueError('source="datasets" needs dataset = "..."')
-        last = 0
-        for first, end in self.dropped_samples:
-            if not last <= first < end:
-                raise ValueError("dropped_samples must be rising, disjoint [first, last) ranges")
-            last = end
+        edges = [0, *(edge for dropped in self.dropped_samples for edge in dropped)]
+        if edges != sorted(edges) or any(first == end for first, end in self.dropped_samples):
+            raise ValueError("dropped_samples must be rising, disjoint [first, last) ranges")
         return self
 
 
@@ -160,9 +153,7 @@ class CheckpointSection(Section):
     every_steps: int = Field(0, ge=0, description="0 = only at the end and on a stop")
     keep: int = Field(2, ge=1, description="newest checkpoints that stay")
     keep_every_steps: int = Field(0, ge=0, description="checkpoints at multiples of it are kept forever; 0 = none")
-    keep_tokens: tuple[int, ...] = Field(
-        (), strict=False, description="saved when this many tokens have been consumed, and kept forever"
-    )
+    keep_tokens: tuple[int, ...] = Field((), strict=False, description="saved after so many tokens and kept forever")
     asynchronous: bool = Field(True, description="write from a copy while training continues")
     export: bool = Field(True, description="write a Hugging Face folder at the end and on a stop")
 
