@@ -63,17 +63,14 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
 
     def batch_tokens_at(self, tokens: int) -> int:
         """Tokens in the global batch that begins after `tokens` consumed tokens (batch warm-up included)."""
-        for stage in self.data.batch_warmup:
-            if tokens < stage.until_tokens:
-                return stage.batch_tokens
-        return self.data.batch_tokens
+        stages = (stage.batch_tokens for stage in self.data.batch_warmup if tokens < stage.until_tokens)
+        return next(stages, self.data.batch_tokens)
 
     def finished(self, step: int, tokens: int) -> bool:
         """Whether a run that has begun `step` steps and consumed `tokens` tokens is over."""
-        if self.run.max_steps is not None:
-            return step >= self.run.max_steps
-        assert self.run.max_tokens is not None  # RunSection: exactly one is set
-        return tokens >= self.run.max_tokens
+        if self.run.max_tokens is not None:
+            return tokens >= self.run.max_tokens
+        return self.run.max_steps is not None and step >= self.run.max_steps
 
     @property
     def total_steps(self) -> int:

@@ -1,4 +1,4 @@
-"""Parameters and training FLOPs of a decoder, counted exactly, and what MFU means here.
+"""Parameters and training FLOPs of a decoder, counted exactly.
 
 L layers, d model width, h query heads, k key/value heads, e head width, f feed-forward width, V vocabulary, s tokens.
 A FLOP is one addition or one multiplication: a matrix product (m x n)(n x p) is 2mnp.
@@ -95,15 +95,3 @@ def training_flops_per_token(model: ModelSection | Shape, seq_len: float, conven
     matrices = 2 * shape.layer_matrices(shape.active_experts)
     attention = 4 * seq_len * shape.query_width / 2  # scores and values, 2she each, halved by the mask
     return 3 * (shape.layers * (matrices + attention) + 2 * shape.d_model * shape.vocab)
-
-
-def mfu(
-    tokens_per_second: float,
-    model: ModelSection | Shape,
-    seq_len: float,
-    peak_flops: float,
-    ranks: int,
-    convention: Convention = "causal",
-) -> float:
-    """Return the share, of 1, of the peak of `ranks` GPUs that `tokens_per_second` (over all ranks) uses."""
-    return tokens_per_second * training_flops_per_token(model, seq_len, convention) / (peak_flops * ranks)

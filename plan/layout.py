@@ -30,9 +30,8 @@ class Layout(BaseModel, frozen=True, extra="forbid", strict=True):
     recompute: Literal["none", "block"] = Field("none", description="activations that are recomputed in backward")
     reshard: Literal["auto", "always", "never"] = Field("auto", description="free gathered weights after forward")
     reduce: Literal["step", "micro_batch"] = Field("step", description="sum gradients over shard: once, or each time")
-    precision: Literal["auto", "fp32", "bf16", "fp64"] = Field(
-        "auto", description="compute dtype; weights stay fp32. fp64: weights too, to tell a fault from rounding"
-    )
+    # Weights stay fp32; fp64, which tells a fault from rounding, is for weights too.
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = Field("auto", description="compute dtype")
     engine: Literal["fsdp", "deepspeed"] = Field("fsdp", description="what shards weights and updates them")
     zero_stage: Literal[1, 2, 3] = Field(3, description="deepspeed: cut moments (1), gradients (2), weights (3)")
     offload: Literal["none", "optimizer", "all"] = Field("none", description="what is kept in host memory")

@@ -3,7 +3,7 @@
 Nothing here reads a file: run_state.py reads, these functions decide.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Literal, NamedTuple
 
@@ -121,7 +121,7 @@ def check_resume(changed: Changes, config: RunConfig, where: str, *, edited: Seq
 
     `edited` are keys that were changed in its run.toml since it was last started.
     """
-    refused = [key for key in changed if rule_of(key).resume == "refused"]
+    refused = {key: change for key, change in changed.items() if rule_of(key).resume == "refused"}
     if not refused:
         return
     name = config.run.name
@@ -135,7 +135,7 @@ def check_resume(changed: Changes, config: RunConfig, where: str, *, edited: Seq
     if typed:
         old = f"resume the old one: set {', '.join(typed)} back in {where}/run.toml, which was edited since its start"
     raise UserError(
-        f"run {name!r} exists with different settings: {_listed(changed, refused)}",
+        f"run {name!r} exists with different settings: {'; '.join(describe_changes(refused))}",
         where=where,
         why=_reasons(refused),
         remedy=f"{new}, or {old}",
@@ -144,10 +144,10 @@ def check_resume(changed: Changes, config: RunConfig, where: str, *, edited: Seq
 
 def check_fork(changed: Changes, parent: str) -> None:
     """Raises UserError naming each change with which a run cannot start from `parent`."""
-    refused = [key for key in changed if rule_of(key).fork == "refused"]
+    refused = {key: change for key, change in changed.items() if rule_of(key).fork == "refused"}
     if refused:
         raise UserError(
-            f"a run cannot start from {parent} with a different {', '.join(refused)}: {_listed(changed, refused)}",
+            f"a run cannot start from {parent} with different settings: {'; '.join(describe_changes(refused))}",
             where="run.start_from",
             why=_reasons(refused),
             remedy="use the parent's values, or leave run.start_from out to begin from new weights",
@@ -209,7 +209,8 @@ def decides_rate(changed: Mapping[str, object]) -> bool:
 
 def describe_changes(changed: Changes) -> list[str]:
     """One line for each change."""
-    return [f"{key} = {_value(new)} (was {_value(old)})" for key, (old, new) in changed.items()]
+    values = {key: ["not set" if value is None else repr(value) for value in both] for key, both in changed.items()}
+    return [f"{key} = {new} (was {old})" for key, (old, new) in values.items()]
 
 
 def _differences(one: Mapping[str, object], other: Mapping[str, object]) -> Changes:
@@ -217,13 +218,5 @@ def _differences(one: Mapping[str, object], other: Mapping[str, object]) -> Chan
     return {key: (one.get(key), other.get(key)) for key in keys if one.get(key) != other.get(key)}
 
 
-def _listed(changed: Changes, keys: list[str]) -> str:
-    return "; ".join(f"{key} was {_value(changed[key][0])} and is now {_value(changed[key][1])}" for key in keys)
-
-
-def _reasons(keys: list[str]) -> str:
+def _reasons(keys: Iterable[str]) -> str:
     return "; ".join(dict.fromkeys(rule_of(key).why for key in keys))
-
-
-def _value(value: object) -> str:
-    return "not set" if value is None else repr(value)

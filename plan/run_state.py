@@ -33,13 +33,6 @@ class Position(NamedTuple):
         return cls(*(int(state[name]) for name in cls._fields))
 
 
-class Header(NamedTuple):
-    """What a start needs of a checkpoint's manifest. `number` grows with every save of the run."""
-
-    number: int
-    position: Position
-
-
 class RunState(BaseModel, frozen=True, extra="forbid"):
     """A run as its folder describes it; plain JSON, so that it can be handed to other processes."""
 
@@ -77,12 +70,12 @@ class RunState(BaseModel, frozen=True, extra="forbid"):
 
 
 def read_run_state(
-    folder: RunFolder, checkpoints: Sequence[int], read_header: Callable[[int], Header | None]
+    folder: RunFolder, checkpoints: Sequence[int], read_header: Callable[[int], tuple[int, Position] | None]
 ) -> RunState:
     """Read the state of the run in `folder`. Raises UserError when run.toml is needed and not valid.
 
-    `checkpoints` are the steps of its checkpoint folders. `read_header` gives the header of one of them, or None where
-    its manifest cannot be read; normally it is called once.
+    `checkpoints` are the steps of its checkpoint folders. `read_header` gives the number of one of them, which grows
+    with every save of the run, and its position; None where its manifest cannot be read. Normally it is called once.
     """
     size = _size(folder)  # before the reading: what is appended meanwhile makes the state outdated
     state = RunState(finished=folder.finished(), checkpoints=tuple(checkpoints), ledger_bytes=size)
@@ -166,14 +159,14 @@ def _tokens_after(ledger: BinaryIO, step: int) -> int:
 
 
 def _newest_position(
-    checkpoints: Sequence[int], last_save: int | None, read_header: Callable[[int], Header | None]
+    checkpoints: Sequence[int], last_save: int | None, read_header: Callable[[int], tuple[int, Position] | None]
 ) -> Position | None:
     # The saves that still count ascend in step, so the last of them is the newest when no checkpoint is beyond it.
     if checkpoints and last_save == max(checkpoints) and (header := read_header(last_save)):
-        return header.position
+        return header[1]
     # A crash between a save and its event, or checkpoints of an abandoned lineage: their numbers decide.
     headers = [header for step in checkpoints if (header := read_header(step))]
-    return max(headers, key=lambda header: (header.number, header.position.step)).position if headers else None
+    return max(headers)[1] if headers else None
 
 
 def _size(folder: RunFolder) -> int:
