@@ -145,9 +145,7 @@ def start_mesh(layout: Layout, *, timeout_seconds: float = 600.0) -> Iterator[Me
     store = _store(ranks, rank, timeout)
     topology = find_topology(store, ranks, rank, device)
     check(layout, topology)
-    rank = [place.rank for place in canonical(topology.places)].index(
-        rank
-    )  # from here on a position on the mesh
+    rank = [place.rank for place in canonical(topology.places)].index(rank)  # from here on a position on the mesh
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         timeout=timeout,

@@ -159,8 +159,6 @@ class CheckpointSection(Section):
 
 
 class GuardSection(Section):
-    """When a run stops by itself."""
-
     max_refused_steps: int = Field(20, ge=1, description="refused steps in a row before the run stops with status 86")
     hang_seconds: float = Field(600.0, gt=0, description="without a heartbeat from a rank: stacks, then stop")
 
@@ -178,8 +176,6 @@ class EvalSection(Section):
 
 
 class TrackingSection(Section):
-    """What is recorded, and how often."""
-
     log_every: int = Field(10, ge=1, description="steps between two readings of the device's metrics")
     detail_every: int = Field(0, ge=0, description="steps between per-layer norms, update ratios, attention logits")
     record_samples: bool = Field(False, description="each rank writes the sample ids of every step to logs/")
@@ -189,7 +185,5 @@ class TrackingSection(Section):
 
 
 class KernelsSection(Section):
-    """Which implementations run."""
-
     attention: Literal["auto", "sdpa", "varlen"] = Field("auto", description="auto: varlen on a GPU, sdpa elsewhere")
     compile: bool = Field(False, description="torch.compile each block")

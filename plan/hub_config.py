@@ -116,11 +116,10 @@ def to_config(cfg: ModelSection, family: str, eod_token: int | None, dtype: str)
     if family not in TRAINED:
         raise _unknown(family, "family", "write", TRAINED)
     if (cfg.qkv_bias, cfg.qk_norm) != (family == "qwen2", family == "qwen3"):
+        what = f"{family} cannot represent qkv_bias={cfg.qkv_bias} with qk_norm={cfg.qk_norm}"
+        why = "only qwen2 has biases on q, k and v, and only qwen3 has norms on q and k"
         raise UserError(
-            f"{family} cannot represent qkv_bias={cfg.qkv_bias} with qk_norm={cfg.qk_norm}",
-            where="family",
-            why="qwen2 alone has biases on q, k and v, and qwen3 alone has norms on q and k",
-            remedy='set family="auto", which finds the family that fits if there is one',
+            what, where="family", why=why, remedy='set family="auto" to find one that fits, if there is one'
         )
     if family == "llama" and cfg.d_model % cfg.heads:
         what = f"transformers refuses a Llama whose d_model={cfg.d_model} is not a multiple of heads={cfg.heads}"
@@ -158,12 +157,8 @@ def _family(values: Mapping[str, Any], where: str) -> str:
 
 
 def _unknown(name: object, where: str, done: str, known: Mapping[str, object]) -> UserError:
-    return UserError(
-        f"{name!r} is not an architecture that minka can {done}",
-        where=where,
-        why="every number must be the same, and config.json does not say which biases, norms and matrices there are",
-        remedy=f"known: {', '.join(known)}",
-    )
+    what = f"{name!r} is not an architecture that minka can {done}"
+    return UserError(what, where=where, remedy=f"known: {', '.join(known)}")
 
 
 def _with_defaults(family: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,12 +191,9 @@ def _rope(known: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     part = rope.get("partial_rotary_factor") or known.get("partial_rotary_factor") or 1.0
     if kind not in ("default", "llama3") or part != 1.0:
-        raise UserError(
-            f"rope_type={kind!r} with partial_rotary_factor={part} cannot be represented",
-            where=where,
-            why="minka rotates every channel of a head, by plain or Llama-3 scaled frequencies",
-            remedy="use a model with rope_type default or llama3",
-        )
+        what = f"rope_type={kind!r} with partial_rotary_factor={part} cannot be represented"
+        why = "minka rotates every channel of a head, by plain or Llama-3 scaled frequencies"
+        raise UserError(what, where=where, why=why, remedy="use a model with rope_type default or llama3")
     found = {"rope_theta": float(rope.get("rope_theta") or known.get("rope_theta") or 10_000.0)}
     if kind == "default":
         return found

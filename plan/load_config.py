@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from minka.plan.config import RunConfig
-from minka.plan.errors import UserError
+from minka.plan.errors import UserError, reading
 
 RECIPES = Path(__file__).parent / "recipes"
 PROVENANCE = "provenance.json"  # next to a run.toml, it marks the folder of a run
@@ -34,7 +34,8 @@ def recipe_names() -> list[str]:
 def load_run(source: str, overrides: Sequence[str] = (), runs: str = "runs") -> Loaded:
     """Load a run from a recipe's name, a TOML file, a run folder or a name under `runs`. Raises UserError."""
     path = find(source, runs)
-    values = _read(path)
+    with reading(path, "it must be a TOML file"):
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     if path.name == "run.toml" and (path.parent / PROVENANCE).is_file() and isinstance(values.get("run"), dict):
         # The folder names the run, whatever it was called at first: it may have been moved, or be a copy.
         values["run"] |= {"name": path.absolute().parent.name, "folder": str(path.parent.parent)}
@@ -70,11 +71,9 @@ def find(source: str, runs: str = "runs") -> Path:
             return candidate
     names = recipe_names()
     near = difflib.get_close_matches(source, names, n=1)
-    raise UserError(
-        f"there is no run, TOML file or recipe called {source!r}",
-        why=f"did you mean {near[0]!r}?" if near else "",
-        remedy=f"recipes: {', '.join(names)}; or give a path to a .toml file or a run folder",
-    )
+    what, why = f"there is no run, TOML file or recipe called {source!r}", f"did you mean {near[0]!r}?" if near else ""
+    remedy = f"recipes: {', '.join(names)}; or give a path to a .toml file or a run folder"
+    raise UserError(what, why=why, remedy=remedy)
 
 
 def dump_toml(config: RunConfig) -> str:
@@ -104,15 +103,6 @@ def validate(values: dict[str, Any], where: str) -> RunConfig:
 def describe_problems(error: ValidationError) -> str:
     """Each field that is wrong, with its value and the reason, in one line."""
     return "; ".join(_explain(problem) for problem in error.errors())
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"not a TOML file: {error}", where=str(path), remedy="correct the file") from None
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
 
 
 def _value(field: FieldInfo, text: str) -> object:

@@ -1,7 +1,4 @@
-"""What may differ when a run is resumed, and when a run starts from it: one table, and pure checks of a run's state.
-
-Nothing here reads a file: run_state.py reads, these functions decide.
-"""
+"""What may differ when a run is resumed, and when a run starts from it: one table, and pure checks of a run's state."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -87,11 +84,9 @@ class Decision(NamedTuple):
 def decide(state: RunState, config: RunConfig, where: str, *, from_scratch: bool = False) -> Decision:
     """Decide whether the run in the folder `where` resumes as `config` describes it. Raises UserError if it cannot."""
     if state.unreadable_start and not from_scratch:
-        raise UserError(
-            state.unreadable_start,
-            why="changes are checked against the configuration in it; a newer version of minka may have written it",
-            remedy=f"resume with the version that wrote it, or restart at step 0 (minka train {where} --from-scratch)",
-        )
+        why = "changes are checked against the configuration in it; a newer version of minka may have written it"
+        remedy = f"resume with the version that wrote it, or restart at step 0 (minka train {where} --from-scratch)"
+        raise UserError(state.unreadable_start, why=why, remedy=remedy)
     changed = changes(state.config, config) if state.config else {}
     edited = changes(state.started_with, state.in_file) if state.started_with and state.in_file else {}
     check_resume(changed, config, where, edited=list(edited))
@@ -134,24 +129,17 @@ def check_resume(changed: Changes, config: RunConfig, where: str, *, edited: Seq
     typed = [key for key in edited if rule_of(key).resume == "refused"]
     if typed:
         old = f"resume the old one: set {', '.join(typed)} back in {where}/run.toml, which was edited since its start"
-    raise UserError(
-        f"run {name!r} exists with different settings: {'; '.join(describe_changes(refused))}",
-        where=where,
-        why=_reasons(refused),
-        remedy=f"{new}, or {old}",
-    )
+    what = f"run {name!r} exists with different settings: {'; '.join(describe_changes(refused))}"
+    raise UserError(what, where=where, why=_reasons(refused), remedy=f"{new}, or {old}")
 
 
 def check_fork(changed: Changes, parent: str) -> None:
     """Raises UserError naming each change with which a run cannot start from `parent`."""
     refused = {key: change for key, change in changed.items() if rule_of(key).fork == "refused"}
     if refused:
-        raise UserError(
-            f"a run cannot start from {parent} with different settings: {'; '.join(describe_changes(refused))}",
-            where="run.start_from",
-            why=_reasons(refused),
-            remedy="use the parent's values, or leave run.start_from out to begin from new weights",
-        )
+        what = f"a run cannot start from {parent} with different settings: {'; '.join(describe_changes(refused))}"
+        remedy = "use the parent's values, or leave run.start_from out to begin from new weights"
+        raise UserError(what, where="run.start_from", why=_reasons(refused), remedy=remedy)
 
 
 def check_length(changed: Mapping[str, object], config: RunConfig, step: int, tokens: int) -> None:
@@ -161,11 +149,8 @@ def check_length(changed: Mapping[str, object], config: RunConfig, step: int, to
     for key, (unit, length, at) in zip(LENGTH, lengths, strict=True):
         if key in changed and length is not None and length < at:
             earlier = f"start a new run from an earlier checkpoint (run.name=NEW run.start_from={run.name}@STEP)"
-            raise UserError(
-                f"the run is at {unit} {at} already, after {key}={length}; trained steps are not undone",
-                where=run.name,
-                remedy=f"give a greater length, or {earlier}",
-            )
+            what = f"the run is at {unit} {at} already, after {key}={length}; trained steps are not undone"
+            raise UserError(what, where=run.name, remedy=f"give a greater length, or {earlier}")
 
 
 def check_batch(old: RunConfig, new: RunConfig, step: int, tokens: int) -> None:
@@ -185,13 +170,9 @@ def check_batch(old: RunConfig, new: RunConfig, step: int, tokens: int) -> None:
         if _end_is_known(validate(values, new.run.name), step, tokens):
             remedy = f"describe the batches so far: 'data.batch_warmup=[{listed}]'; or {remedy}"
     end = LENGTH[0] if new.run.max_steps is not None else LENGTH[1]
-    raise UserError(
-        f"{end} with schedule.unit={new.schedule.unit!r} needs the batches that the run has had, and data.batch_tokens "
-        "and data.batch_warmup describe different ones",
-        where=new.run.name,
-        why=f"the end in {new.schedule.unit} would be wrong, and the learning rate with it",
-        remedy=remedy,
-    )
+    what = f"{end} with schedule.unit={new.schedule.unit!r} needs the batches that the run has had"
+    why = "data.batch_tokens and data.batch_warmup describe different ones, and would give wrong learning rates"
+    raise UserError(what, where=new.run.name, why=why, remedy=remedy)
 
 
 def _end_is_known(config: RunConfig, step: int, tokens: int) -> bool:

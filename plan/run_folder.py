@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from minka.plan.atomic import write_json, write_text, writing
 from minka.plan.config import RunConfig
-from minka.plan.errors import ExitStatus, UserError
+from minka.plan.errors import ExitStatus, UserError, reading
 from minka.plan.ledger import parse
 from minka.plan.load_config import dump_toml, load_run
 
@@ -41,8 +41,11 @@ class RunFolder:
 
     def begun(self) -> bool:
         """Whether the run has a ledger or a checkpoint. Before that, creating it again loses nothing."""
-        recorded = self.ledger_file.exists() and self.ledger_file.stat().st_size > 0
-        return self.exists() and (recorded or any(self.checkpoints.glob("step-*")))
+        return self.exists() and (self.ledger_bytes() > 0 or any(self.checkpoints.glob("step-*")))
+
+    def ledger_bytes(self) -> int:
+        """The size of the ledger; 0 where there is none."""
+        return self.ledger_file.stat().st_size if self.ledger_file.exists() else 0
 
     def config(self) -> RunConfig:
         """The configuration in run.toml. Raises UserError."""
@@ -52,7 +55,7 @@ class RunFolder:
         """The checkpoints that the run came from, nearest first; empty when it began from new weights."""
         if not self.lineage_file.exists():
             return []
-        with _reading(self.lineage_file, "repair the file"):
+        with reading(self.lineage_file, "repair the file"):
             parents = list(parse(self.lineage_file.read_bytes())["parents"])
         return parents
 
@@ -81,17 +84,16 @@ class RunFolder:
     def check_data(self, store: Path, manifest_sha256: str) -> None:
         """Raises UserError when the run began with a different token store."""
         file, began_with = self.provenance_file, None
-        with _reading(file, "repair the file, which names the run's token store, or start a new run (run.name=...)"):
+        with reading(file, "repair the file, which names the run's token store, or start a new run (run.name=...)"):
             if file.exists():
                 began_with = parse(file.read_bytes()).get("data", {}).get("manifest_sha256")
         if began_with != manifest_sha256:
-            raise UserError(
-                f"this is not the token store that the run began with (hash {str(began_with)[:8]} then, "
-                f"{manifest_sha256[:8]} now)",
-                where=str(store),
-                why="the same token ids could mean different text",
-                remedy="put the old store back, or start a new run on the new data (run.name=...)",
+            hashes = f"hash {str(began_with)[:8]} then, {manifest_sha256[:8]} now"
+            what = (
+                f"this is not the token store that the run began with ({hashes}): token ids could mean different text"
             )
+            remedy = "put the old store back, or start a new run on the new data (run.name=...)"
+            raise UserError(what, where=str(store), remedy=remedy)
 
     @contextmanager
     def only_writer(self) -> Iterator[None]:
@@ -110,12 +112,8 @@ class RunFolder:
     def check_may_start(self) -> None:
         """Raises UserError when the run's folder has a STOP file, or a different process trains the run."""
         if self.stop_file.exists():
-            raise UserError(
-                "a file called STOP asks this run to stop",
-                where=str(self.stop_file),
-                remedy="delete the file to resume the run",
-                status=ExitStatus.NEEDS_PERSON,
-            )
+            what, remedy = "a file called STOP asks this run to stop", "delete the file to resume the run"
+            raise UserError(what, where=str(self.stop_file), remedy=remedy, status=ExitStatus.NEEDS_PERSON)
         with self.only_writer():
             pass
 
@@ -151,17 +149,8 @@ class StorePlace(NamedTuple):
 def store_of(folder: RunFolder) -> StorePlace:
     """The token store of a run, by its provenance. Raises UserError when one of the files is missing."""
     remedy = "put the run's folder and its token store, which has its tokenizer, back where they were"
-    with _reading(folder.provenance_file, remedy):
+    with reading(folder.provenance_file, remedy):
         store = Path(parse(folder.provenance_file.read_bytes())["data"]["store"])
-    with _reading(store / "manifest.json", remedy):
+    with reading(store / "manifest.json", remedy):
         eod = int(parse((store / "manifest.json").read_bytes())["eod"])
     return StorePlace(store, store / "tokenizer", eod)
-
-
-@contextmanager
-def _reading(file: Path, remedy: str) -> Iterator[None]:
-    """Turn an error of the block, which parses `file`, into a UserError about it."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot be read: {error}", where=str(file), remedy=remedy) from None

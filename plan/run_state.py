@@ -1,7 +1,4 @@
-"""The state of a run: what its folder says about it, read once at a start, checked by resume_rules.py, handed down.
-
-The ledger is read from its end, no further back than needed.
-"""
+"""The state of a run: what its folder says about it, read once at a start, checked by resume_rules.py, handed down."""
 
 import json
 import re
@@ -66,7 +63,7 @@ class RunState(BaseModel, frozen=True, extra="forbid"):
 
     def is_current(self, folder: RunFolder, checkpoints: Sequence[int]) -> bool:
         """Whether nobody has trained the run since this was read: neither ledger nor checkpoints have changed."""
-        return self.ledger_bytes == _size(folder) and self.checkpoints == tuple(checkpoints)
+        return self.ledger_bytes == folder.ledger_bytes() and self.checkpoints == tuple(checkpoints)
 
 
 def read_run_state(
@@ -77,7 +74,7 @@ def read_run_state(
     `checkpoints` are the steps of its checkpoint folders. `read_header` gives the number of one of them, which grows
     with every save of the run, and its position; None where its manifest cannot be read. Normally it is called once.
     """
-    size = _size(folder)  # before the reading: what is appended meanwhile makes the state outdated
+    size = folder.ledger_bytes()  # before the reading: what is appended meanwhile makes the state outdated
     state = RunState(finished=folder.finished(), checkpoints=tuple(checkpoints), ledger_bytes=size)
     if not folder.begun():
         return state
@@ -167,7 +164,3 @@ def _newest_position(
     # A crash between a save and its event, or checkpoints of an abandoned lineage: their numbers decide.
     headers = [header for step in checkpoints if (header := read_header(step))]
     return max(headers)[1] if headers else None
-
-
-def _size(folder: RunFolder) -> int:
-    return folder.ledger_file.stat().st_size if folder.ledger_file.exists() else 0

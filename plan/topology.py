@@ -56,10 +56,7 @@ class Topology:
 
 
 def canonical(places: Iterable[Place]) -> list[Place]:
-    """Return the places by mesh position: hosts in natural order (node2 before node10), then GPUs.
-
-    A GPU's position does not depend on the launcher's ranks.
-    """
+    """Return the places by mesh position: hosts in natural order (node2 before node10), then GPUs."""
 
     def key(place: Place) -> tuple[list[int | str], str, int, int]:
         parts = enumerate(re.split(r"([0-9]+)", place.host))  # words and numbers alternate, a word first
@@ -78,12 +75,9 @@ def check(layout: Layout, topology: Topology) -> None:
         return
     for one, other in pairwise(canonical(topology.places)):
         if (one.host, one.gpu) == (other.host, other.gpu):
-            raise UserError(
-                f"ranks {one.rank} and {other.rank} are both on GPU {one.gpu}",
-                where=one.host,
-                why="every rank needs its own GPU",
-                remedy="start at most one rank a GPU (srun --ntasks-per-node, torchrun --nproc-per-node)",
-            )
+            what = f"ranks {one.rank} and {other.rank} are both on GPU {one.gpu}"
+            remedy = "start at most one rank a GPU (srun --ntasks-per-node, torchrun --nproc-per-node)"
+            raise UserError(what, where=one.host, why="every rank needs its own GPU", remedy=remedy)
     if not layout.tensor_across_domains:
         _tensor_stays_inside(layout, topology)
 
