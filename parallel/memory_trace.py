@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minka.kernels import linear_cross_entropy
-from minka.plan.memory import MEMORY_KINDS
+from minka.plan.memory_kinds import MEMORY_KINDS
 
 RANKED = ("weights", "optimizer", "gradients", "logits", "gathered", "activations", "workspace")
 FSDP_SCOPES = {"unshard": "gathered", "wait_for_unshard": "gathered", "post_backward": "gradients"}

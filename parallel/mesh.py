@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from minka.plan.hardware import nvlink_domain
 from minka.plan.layout import Layout
 from minka.plan.sizing import compute_dtype_name
-from minka.plan.topology import Place, Topology, check, coordinates, order
+from minka.plan.topology import Place, Topology, canonical, check, coordinates
 
 # Timeout of groups for saves: a slow disk must not break one. A dead rank is noticed at once, a hung one by the
 # supervisor.
@@ -145,7 +145,7 @@ def start_mesh(layout: Layout, *, timeout_seconds: float = 600.0) -> Iterator[Me
     store = _store(ranks, rank, timeout)
     topology = find_topology(store, ranks, rank, device)
     check(layout, topology)
-    rank = order(topology.places).index(rank)  # from here on, a rank is a position on the mesh
+    rank = [place.rank for place in canonical(topology.places)].index(rank)  # from here on a position on the mesh
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         timeout=timeout,

@@ -14,7 +14,7 @@ from torch import Tensor
 from minka.parallel.engine import Sums
 from minka.parallel.mesh import Mesh
 from minka.plan.config import RunConfig
-from minka.plan.flops import mfu
+from minka.plan.flops import training_flops_per_token
 from minka.plan.hardware import find
 from minka.train.state import State
 
@@ -108,7 +108,8 @@ def device_mfu(tokens_per_second: float, config: RunConfig, mesh: Mesh) -> float
     gpu = find(torch.cuda.get_device_name(mesh.device))
     if gpu is None:
         return None
-    return mfu(tokens_per_second, config.model, config.data.seq_len, gpu.bf16_tflops * 1e12, mesh.ranks).value
+    rate = tokens_per_second * training_flops_per_token(config.model, config.data.seq_len)
+    return rate / (gpu.peak_flops * mesh.ranks)
 
 
 def memory_bytes(device: torch.device) -> int:

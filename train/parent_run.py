@@ -24,7 +24,6 @@ from minka.plan.config import RunConfig
 from minka.plan.config_sections import ModelSection
 from minka.plan.errors import UserError
 from minka.plan.hub_config import from_config
-from minka.plan.load_config import from_json
 from minka.plan.resume_rules import Changes, changes, check_batch, check_fork, model_changes
 from minka.plan.run_folder import RunFolder, find_run, store_of
 from minka.plan.run_state import Position
@@ -219,7 +218,7 @@ def _checkpoint(run: RunFolder, path: Path) -> Parent:
     try:
         header = read_header(path)
         state = header.state
-        config = from_json(json.dumps(state["config"])) if "config" in state else run.config()
+        config = RunConfig.model_validate_json(json.dumps(state["config"])) if "config" in state else run.config()
         provenance_file = run.path / "provenance.json"
         began = json.loads(provenance_file.read_text(encoding="utf-8")) if provenance_file.exists() else {}
         data = state.get("data_sha256") or began.get("data", {}).get("manifest_sha256", "")

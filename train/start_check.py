@@ -50,7 +50,7 @@ class Outlook(NamedTuple):
 
 def read_state(folder: RunFolder) -> RunState:
     """The state of the run in `folder`."""
-    return read_run_state(folder, steps_of(folder.checkpoints), partial(_position, folder.checkpoints))
+    return read_run_state(folder, steps_of(folder.checkpoints), partial(_header, folder.checkpoints))
 
 
 def check_start(config: RunConfig, state: RunState, *, from_scratch: bool) -> Outlook:
@@ -106,7 +106,7 @@ def restart(folder: RunFolder) -> Path | None:
     return aside
 
 
-def _position(checkpoints: Path, step: int) -> tuple[int, Position] | None:
+def _header(checkpoints: Path, step: int) -> tuple[int, Position] | None:
     try:
         header = read_header(checkpoints / step_name(step))
         return header.number, Position.of(header.state)

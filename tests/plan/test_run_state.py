@@ -31,11 +31,11 @@ def read(folder: RunFolder, *checkpoints: int, damaged: tuple[int, ...] = (), ne
     """The state with these checkpoints; `newest` has the highest number, where it is not the highest step."""
     read.opened = []  # type: ignore[attr-defined]
 
-    def position(step: int) -> tuple[int, Position] | None:
+    def header(step: int) -> tuple[int, Position] | None:
         read.opened.append(step)  # type: ignore[attr-defined]
         return None if step in damaged else (10**6 if step == newest else step, Position(step, step, 10 * step))
 
-    return read_run_state(folder, checkpoints, position)
+    return read_run_state(folder, checkpoints, header)
 
 
 def opened() -> list[int]:
@@ -79,7 +79,7 @@ def test_a_run_toml_edited_by_hand_does_not_hide_a_change(run: RunFolder) -> Non
     where = str(run.path.parent)
     edited = load_run("demo", [f"run.folder={where}", "run.seed=1", "schedule.warmup=3"]).config
     run.config_file.write_text(dump_toml(edited))
-    with pytest.raises(UserError, match=r"run\.seed was 0 and is now 1") as caught:
+    with pytest.raises(UserError, match=r"run\.seed = 1 \(was 0\)") as caught:
         decide(read(run), edited, str(run.path))
     assert "set run.seed back" in caught.value.remedy
     run.config_file.write_text("not TOML")
