@@ -9,7 +9,6 @@ import numpy.typing as npt
 from minka.plan.ledger import number
 from minka.report.downsample import Numbers, downsample, evenly, rounded, smooth
 from minka.report.run_files import Event, RunFiles
-from minka.report.running_time import RunningTime
 
 PARTS = ("data", "compute", "save", "eval")  # of a step's seconds
 CURVES = ("loss", "grad_norm", "learning_rate", "batch_tokens", "tokens_per_second", "mfu", "data", "compute")
@@ -28,15 +27,19 @@ class StepColumns(NamedTuple):
     of: dict[str, Numbers]
 
 
-def step_columns(run: RunFiles, time: RunningTime) -> StepColumns:
+def step_columns(run: RunFiles) -> StepColumns:
     """Return the steps of `run` that count, as columns."""
     steps = [event for event in run.kept if event["event"] == "step"]
     of = {name: _column(steps, name) for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu")}
-    of |= {part: part_seconds(steps, part) for part in PARTS}
-    took = np.nansum([of[part] for part in PARTS], axis=0) if steps else np.empty(0)
+    of |= {part: _part_seconds(steps, part) for part in PARTS}
     step, tokens = _column(steps, "step"), _column(steps, "tokens")
-    of["batch_tokens"] = _batch_tokens(step, tokens, run.events)
-    return StepColumns(step, tokens, time.of_steps(steps, took), of)
+    of["batch_tokens"] = _batch_tokens(step, tokens, run.starts)
+    # Steps are written some at a time, with the time of writing. A step ended no later than it was written, and no
+    # later than the next one began.
+    took = np.cumsum(np.nansum([of[part] for part in PARTS], axis=0))
+    slack = _column(steps, "running_seconds") - took
+    seconds = np.maximum(took + np.minimum.accumulate(slack[::-1])[::-1], 0.0)
+    return StepColumns(step, tokens, seconds, of)
 
 
 def curves(steps: StepColumns, points: int) -> dict[str, dict[str, Any]]:
@@ -57,7 +60,23 @@ def curves(steps: StepColumns, points: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def part_seconds(steps: Sequence[Event], part: str) -> Numbers:
+def time_split(run: RunFiles, steps: StepColumns) -> dict[str, float]:
+    """Return running seconds by part. `repeated`: steps that count no more; `starting, waiting`: the rest."""
+    all_steps, stops = ([event for event in run.events if event["event"] == kind] for kind in ("step", "stop"))
+    split: dict[str, Any] = {}
+    repeated = 0.0
+    for part in PARTS:
+        counted = np.nansum(steps.of[part])
+        split[part] = counted + np.nansum(_part_seconds(stops, part))
+        repeated += float(np.nansum(_part_seconds(all_steps, part)) - counted)
+    if len(all_steps) > len(steps.step):
+        split["repeated"] = repeated
+    total = run.events[-1]["running_seconds"] if run.events else 0.0
+    split["starting, waiting"] = total - sum(split.values())
+    return {name: round(max(0.0, float(seconds)), 3) for name, seconds in split.items()}
+
+
+def _part_seconds(steps: Sequence[Event], part: str) -> Numbers:
     """Return one part of the seconds of each step; 0 where there is none."""
     found = (event.get("seconds") for event in steps)
     return np.array([number(seconds.get(part)) if isinstance(seconds, dict) else 0.0 for seconds in found])
@@ -76,11 +95,9 @@ def _column(steps: Sequence[Event], name: str) -> Numbers:
     return np.array([number(event.get(name)) for event in steps], dtype=np.float64)
 
 
-def _batch_tokens(step: Numbers, tokens: Numbers, events: Sequence[Event]) -> Numbers:
+def _batch_tokens(step: Numbers, tokens: Numbers, starts: Sequence[Event]) -> Numbers:
     """Return the tokens of each step's batch: the difference to the step before; over lost lines, the mean."""
-    if not len(step):
-        return np.empty(0)
-    began = next((e for e in events if e["event"] == "start" and e["step"] < step[0]), {"step": 0, "tokens": 0})
+    began = next((start for start in starts if len(step) and start["step"] < step[0]), {"step": 0, "tokens": 0})
     steps = np.diff(step, prepend=began["step"])
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(steps > 0, np.diff(tokens, prepend=began["tokens"]) / steps, np.nan)
