@@ -5,7 +5,6 @@ const count = (value) => (finite(value) ? value.toLocaleString("en-US") : "–")
 const fixed = (value, digits) => (finite(value) ? value.toFixed(digits) : setting(value ?? undefined));
 const compact = new Intl.NumberFormat("en-US", { notation: "compact", maximumSignificantDigits: 3 }); // 1.23M
 const short = (value) => (finite(value) ? compact.format(value) : "–");
-const plural = (n, word) => `${count(n)} ${word}${n === 1 ? "" : "s"}`;
 const when = (time) => new Date(time * 1000).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
 
 function duration(seconds) {

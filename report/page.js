@@ -1,7 +1,7 @@
 // The controls above the plots, and how the page starts and reloads.
 
 function setTheme() {
-  const chosen = remembered("localStorage", "minka-report-theme", {}).theme;
+  const chosen = remembered("localStorage", "minka-report-theme").theme;
   root.dataset.theme = chosen || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
 }
 
@@ -14,7 +14,7 @@ function segment(key, choices) {
 function eventChip(kind) {
   const hidden = view.hidden.includes(kind), [sign, , colour] = EVENTS[kind];
   const toggle = () => { view.hidden = hidden ? view.hidden.filter((k) => k !== kind) : [...view.hidden, kind]; controls(); draw(); };
-  return el("button", { type: "button", class: "chip", colour: `var(${colour})`, "aria-pressed": String(!hidden), onclick: toggle }, el("i", {}, sign), kind.replace("_", " "));
+  return el("button", { type: "button", class: "chip", style: `--colour: var(${colour})`, "aria-pressed": String(!hidden), onclick: toggle }, el("i", {}, sign), kind.replace("_", " "));
 }
 
 function controls() {
@@ -56,6 +56,7 @@ async function startPage() {
   });
   header();
   controls();
+  $("plots").style.setProperty("--rows", RUNS.length + 1);
   $("plots").append(...plotCards());
   if (RUNS.some((run) => run.steps > DATA.points)) $("plots").append(el("p", { class: "why wide" }, `Curves of more than ${count(DATA.points)} points are thinned: of each stretch the minimum and the maximum are drawn, so no spike is lost. ledger.jsonl has all points.`));
   $("tables").append(...[lineageCard(), checkpointCard(), planCard(), eventCard(), configCard(), provenanceCard(), sampleCard()].filter(Boolean));

@@ -66,11 +66,12 @@ class RunFiles:
     def _config(self) -> dict[str, object]:
         """Return the configuration of the last `start`, else run.toml as plain TOML, so that any version works."""
         started = [start["config"] for start in self.starts if isinstance(start.get("config"), dict)]
-        config = started[-1] if started else {}
-        if not started:
-            with self._noted(str(self.folder.config_file)):
-                config = tomllib.loads(self.folder.config_file.read_text(encoding="utf-8"))
-        return flatten(config)
+        if started:
+            return flatten(started[-1])
+        config: dict[str, object] = {}
+        with self._noted(str(self.folder.config_file)):
+            config = flatten(tomllib.loads(self.folder.config_file.read_text(encoding="utf-8")))
+        return config
 
     def _evals(self) -> Iterator[dict[str, Any]]:
         """Yield results. `suite` is the file's name where the settings were not the run's (heldout@1-HASH)."""
