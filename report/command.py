@@ -10,6 +10,7 @@ import typer
 from minka.plan.cli import new_app, print_json, run_app
 
 WATCH_SECONDS = "10"
+WATCH_HELP = f"write again every SECONDS (default {WATCH_SECONDS}) until the runs have ended; an open page reloads"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -23,16 +24,7 @@ def main(argv: Sequence[str]) -> int:
             Path | None,
             typer.Option(help="file to write (default: report.html in the run's folder; for several runs, here)"),
         ] = None,
-        seconds: Annotated[
-            float | None,
-            typer.Option(
-                "--watch",
-                min=1,
-                metavar="[SECONDS]",
-                help=f"write the page again every SECONDS (default {WATCH_SECONDS}) until the runs have ended; "
-                "an open page reloads itself",
-            ),
-        ] = None,
+        seconds: Annotated[float | None, typer.Option("--watch", min=1, metavar="[SECONDS]", help=WATCH_HELP)] = None,
         as_json: Annotated[bool, typer.Option("--json", help="print the page's numbers as one JSON document")] = False,
     ) -> int:
         from minka.report.write_report import watch_runs, write_report

@@ -15,22 +15,18 @@ TINY = 1e-9  # a weight that is only rounding
 def downsample(values: Numbers, points: int) -> npt.NDArray[np.int64]:
     """Return the indices of `values` to keep, in order: all of at most `points`, else about `points`.
 
-    Kept are the minimum, the maximum and one non-finite value of each bucket of neighbours, and the first and the last
-    of all.
+    Kept are the minimum, the maximum and one non-finite value of each bucket of neighbours, and both ends of all.
     """
     count = len(values)
     if count <= points:
         return np.arange(count)
-    edges = np.linspace(0, count, max(1, points // 2) + 1).astype(np.int64)
     keep = {0, count - 1}
-    for first, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-        part = values[first:end]
-        finite = np.isfinite(part)
+    for bucket in np.array_split(np.arange(count), max(1, points // 2)):
+        finite = np.isfinite(values[bucket])
         if not finite.all():
-            keep.add(first + int(np.argmin(finite)))
-        if finite.any():
-            keep.add(first + int(np.argmin(np.where(finite, part, np.inf))))
-            keep.add(first + int(np.argmax(np.where(finite, part, -np.inf))))
+            keep.add(int(bucket[np.argmin(finite)]))
+        keep.add(int(bucket[np.argmin(np.where(finite, values[bucket], np.inf))]))
+        keep.add(int(bucket[np.argmax(np.where(finite, values[bucket], -np.inf))]))
     return np.array(sorted(keep), dtype=np.int64)
 
 

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 
 from minka.plan.ledger import is_count, number
-from minka.report.curves import StepColumns
+from minka.report.curves import Columns
 from minka.report.downsample import rounded
 from minka.report.run_files import Event, RunFiles
 
 
-def eval_scores(run: RunFiles, steps: StepColumns) -> dict[tuple[str, str], list[Event]]:
+def eval_scores(run: RunFiles, steps: Columns) -> dict[tuple[str, str], list[Event]]:
     """Return the points of each (suite, score) by step: {"step", "tokens", "seconds", "value", "stderr"}.
 
     They come from the ledger, and from later evaluations of checkpoints (evals/).
@@ -20,10 +20,10 @@ def eval_scores(run: RunFiles, steps: StepColumns) -> dict[tuple[str, str], list
     for event in run.kept:
         if event["event"] == "eval" and isinstance(event.get("scores"), dict):
             results[str(event.get("suite", "")), event["step"]] = event
-    end = max([*steps.step.tolist(), *(step for _, step in results)], default=math.inf)
+    end = max([*steps["step"].tolist(), *(step for _, step in results)], default=math.inf)
     for result in run.evals:
         if result["step"] <= end:  # later ones are of steps that count no more
-            seconds = float(np.interp(result["step"], steps.step, steps.seconds)) if len(steps.step) else 0.0
+            seconds = float(np.interp(result["step"], steps["step"], steps["seconds"])) if len(steps["step"]) else 0.0
             results.setdefault((result["suite"], result["step"]), {**result, "running_seconds": seconds})
     points: dict[tuple[str, str], list[Event]] = {}
     for (suite, step), result in sorted(results.items(), key=lambda item: item[0]):

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from typing import Any
 
-from minka.report.curves import StepColumns
+from minka.report.curves import Columns
 from minka.report.run_files import Event, RunFiles
 
 SPEED_STEPS = 200  # newest steps that the remaining time is estimated from
@@ -12,7 +12,7 @@ SUITE, SCORE = "heldout", "bits_per_byte"
 
 
 def headline(
-    run: RunFiles, steps: StepColumns, status: dict[str, Any], scores: dict[tuple[str, str], list[Event]]
+    run: RunFiles, steps: Columns, status: dict[str, Any], scores: dict[tuple[str, str], list[Event]]
 ) -> dict[str, Any]:
     """Return the numbers at the head of the page."""
     newest = run.events[-1] if run.events else {"step": 0, "tokens": 0, "running_seconds": 0.0}
@@ -38,13 +38,13 @@ def headline(
         "running_seconds": round(newest["running_seconds"], 3),
         "plan": _plan(run, steps, at, status),
         "events": dict(sorted(counts.items())),
-        "steps_void": counts["step"] - len(steps.step),
+        "steps_void": counts["step"] - len(steps["step"]),
         "torn_lines": run.torn_lines,
         "notes": run.notes,
     }
 
 
-def _plan(run: RunFiles, steps: StepColumns, at: Event, status: dict[str, Any]) -> dict[str, Any] | None:
+def _plan(run: RunFiles, steps: Columns, at: Event, status: dict[str, Any]) -> dict[str, Any] | None:
     """Return what the configuration asks for, the share that is done, and the time left at the current speed."""
     if run.planned is None:
         return None
@@ -52,9 +52,9 @@ def _plan(run: RunFiles, steps: StepColumns, at: Event, status: dict[str, Any]) 
     by_steps = run.planned.run.max_steps is not None
     done = at["step"] / total_steps if by_steps else at["tokens"] / total_tokens
     left = source = None
-    count = min(SPEED_STEPS, len(steps.step))
+    count = min(SPEED_STEPS, len(steps["step"]))
     if done < 1 and status["kind"] in ("running", "stopped", "silent") and count > 1:
-        seconds, tokens = (float(column[-1] - column[-count]) for column in (steps.seconds, steps.tokens))
+        seconds, tokens = (float(column[-1] - column[-count]) for column in (steps["seconds"], steps["tokens"]))
         if seconds > 0 and tokens > 0:
             left = round(max(0.0, total_tokens - at["tokens"]) * seconds / tokens, 1)
             source = f"mean of the last {count:,} steps, with their saves and evaluations"

@@ -65,17 +65,19 @@ def history_rows(run: RunFiles) -> list[Row]:
             reached = max(reached, step)
         if kind not in TITLES:
             continue
-        row = _history_row(event, reached, first=not any(r["kind"] == "start" for r in rows))
+        row = _history_row(event, reached)
         if kind == "start" and rows and (rows[-1]["kind"], rows[-1]["step"]) == ("restore", step):
             rows[-1]["text"] = _join(rows[-1]["text"], row["text"])  # one resume, two events
             continue
         if kind in RETURNS:
             reached = step
         rows.append(row)
-    if rows and rows[0]["kind"] == "start" and run.parents:
-        parent, changed = run.parents[0], describe_changes(run.parents[0])
+    first = next((row for row in rows if row["kind"] == "start"), {"text": ""})
+    first["title"] = "started"
+    for parent in run.parents[:1]:
+        changed = describe_changes(parent)
         origin = f"from {parent.get('run') or parent['folder']} at step {parent.get('step')}"
-        rows[0]["text"] = _join(f"{origin}, with {changed}" if changed else origin, rows[0]["text"])
+        first["text"] = _join(f"{origin}, with {changed}" if changed else origin, first["text"])
     left = len(rows) - MAX_ROWS
     if left > 0:
         head = MAX_ROWS // 3
@@ -83,13 +85,9 @@ def history_rows(run: RunFiles) -> list[Row]:
     return rows
 
 
-def _history_row(event: Event, reached: int, *, first: bool) -> Row:
+def _history_row(event: Event, reached: int) -> Row:
     kind, step, reason = event["event"], event["step"], event.get("reason")
-    title = TITLES[kind]
-    if kind == "start" and first:
-        title = "started"
-    elif kind == "stop" and reason == "done":
-        title = "finished"
+    title = "finished" if kind == "stop" and reason == "done" else TITLES[kind]
     text = "" if kind == "restore" or reason == "done" else TEXTS[kind](event)  # the titles say it
     lost = max(0, reached - step) if kind in RETURNS else 0
     repeat = f"{lost:,} {'step' if lost == 1 else 'steps'} to repeat" if lost else ""

@@ -17,7 +17,6 @@ from minka.report.run_status import run_status
 POINTS, ALL_POINTS, MIN_POINTS = 2000, 6000, 250  # of a curve; of all runs' curves of one kind; in any case
 MAX_CHECKPOINTS = 300
 SHOWN_ELSEWHERE = frozenset({"event", "config", "changed", "lineage", "running_seconds"})  # fields of a start
-FORMAT = 1
 PageData = dict[str, Any]
 
 
@@ -26,7 +25,7 @@ def page_data(runs: Sequence[RunFiles], now: float) -> PageData:
     names = distinct_names([run.folder for run in runs])
     points = min(POINTS, max(MIN_POINTS, ALL_POINTS // len(runs)))
     return {
-        "format": FORMAT,
+        "format": 1,
         "written": now,
         "points": points,
         "runs": [_run(run, name, now, points) for run, name in zip(runs, names, strict=True)],
@@ -74,7 +73,7 @@ def _run(run: RunFiles, name: str, now: float, points: int) -> dict[str, Any]:
         "status": status,
         "headline": headline(run, steps, status, scores),
         "warnings": run.notes,
-        "steps": len(steps.step),
+        "steps": len(steps["step"]),
         "curves": curves(steps, points),
         "events": events(run.kept),
         "scores": score_curves(scores),

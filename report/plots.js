@@ -176,8 +176,7 @@ function zoomed(from, change) {
   else if (change["xaxis.autorange"]) range = null;
   if (String(range) === String(view.range)) return;
   view.range = range;
-  for (const plot of PLOTS) {
-    if (plot.own || plot === from) continue;
+  for (const plot of PLOTS.filter((other) => !other.own && other !== from)) {
     Plotly.relayout($(`plot-${plot.id}`), range ? { "xaxis.range": [...range] } : { "xaxis.autorange": true });
   }
 }

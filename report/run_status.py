@@ -18,14 +18,13 @@ ENDS: dict[int, tuple[str, str]] = {  # exit status -> kind, label
 def run_status(run: RunFiles, now: float) -> dict[str, Any]:
     """Return the status of `run` at `now`, in Unix seconds: {"kind", "label", "why", "ended"}.
 
-    `kind`: waiting, running, silent, finished, stopped, person or failed. `ended`: nothing more happens unless a person
-    acts.
+    `kind`: waiting, running, silent, finished, stopped, person or failed. `ended`: nothing more happens by itself.
     """
     events = [event for event in run.events if event["event"] != "save_failed"]  # a failed export comes after the end
-    if _exit_reason_counts(run, events):
-        code = int(run.exit_reason["code"])
+    end, code = run.exit_reason, run.exit_reason.get("code")
+    if isinstance(code, int) and (not events or _is_of_last_session(end, events[-1])):
         label = "failed" if code in set(ExitStatus) else f"exit status {code}"
-        return _status(*ENDS.get(code, ("failed", label)), str(run.exit_reason.get("reason", "")))
+        return _status(*ENDS.get(code, ("failed", label)), str(end.get("reason", "")))
     if not events:
         return _status("waiting", "not started", "the ledger is empty")
     if events[-1]["event"] == "stop":
@@ -41,16 +40,11 @@ def run_status(run: RunFiles, now: float) -> dict[str, Any]:
     return _status("running", "running")
 
 
-def _exit_reason_counts(run: RunFiles, events: list[Event]) -> bool:
-    """Whether exit_reason.json is of the last session: that of an earlier session stays until the next end."""
-    if not isinstance(run.exit_reason.get("code"), int):
-        return False
-    if not events:
-        return True
-    last, step = events[-1], run.exit_reason.get("step")
-    if run.exit_reason["written"] < last["time"] - CLOCK_SLACK_SECONDS:
-        return False
-    return not isinstance(step, int) or step >= last["step"]
+def _is_of_last_session(end: dict[str, Any], last: Event) -> bool:
+    """Whether exit_reason.json is not of an earlier session: that one stays until the next end."""
+    step = end.get("step")
+    fresh = end["written"] >= last["time"] - CLOCK_SLACK_SECONDS
+    return bool(fresh and (not isinstance(step, int) or step >= last["step"]))
 
 
 def _status(kind: str, label: str, why: str = "") -> dict[str, Any]:

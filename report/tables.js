@@ -11,9 +11,8 @@ function eachRun(part) { // a heading for each run that has the part
 
 function planCard() {
   const head = ["steps", "planned", "tokens", "planned", "done", "ends by", "left"], kinds = ["n", "n", "n", "n", "n", "who", "n"];
-  const rows = RUNS.map((run, index) => {
-    const h = run.headline, plan = h.plan, left = plan && plan.seconds_left !== null ? duration(plan.seconds_left) : "–";
-    const row = plan ? [count(h.step), count(plan.steps), short(h.tokens), short(plan.tokens), `${(100 * plan.done).toFixed(1)} %`, plan.end, left] : [count(h.step), "?", short(h.tokens), "?", "–", "–", "–"];
+  const rows = RUNS.map(({ headline: { step, tokens, plan } }, index) => {
+    const row = [count(step), count(plan?.steps), short(tokens), short(plan?.tokens), plan ? `${(100 * plan.done).toFixed(1)} %` : "–", plan?.end ?? "–", duration(plan?.seconds_left)];
     return several ? [label(index), ...row] : row;
   });
   const from = RUNS.map((run) => run.headline.plan?.seconds_left_from).find(Boolean);
