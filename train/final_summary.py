@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from minka.checkpoint.commit import step_name
-from minka.eval.compressors import compressed_bits_per_byte
+from minka.eval.bits_per_byte import compressed_bits_per_byte
 from minka.model.hub_folder import MARKER
 from minka.plan.cli import print_json
 from minka.plan.errors import ExitStatus
