@@ -14,10 +14,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from minka.model.transformer import Transformer
-from minka.parallel.apply import named_parameters
+from minka.parallel.apply import named_parameters, weight_pieces
 from minka.parallel.inputs import InputCutter, MicroBatch, ModelInputs
-from minka.parallel.mesh import Mesh
-from minka.parallel.pieces import Piece, like, parameter_piece, piece_of, squared_norm
+from minka.parallel.pieces import Piece, parameter_piece, piece_of, squared_norm
 
 
 class Sums(NamedTuple):
@@ -90,9 +89,7 @@ class Engine(Scorer, Protocol):
 class Executor(Protocol):
     """Runs the passes of this rank's parts of a model."""
 
-    @property
-    def parts(self) -> Sequence[Transformer]:
-        """Torch modules, sharded or not, in the order they run."""
+    parts: Sequence[Transformer]  # sharded or not, in the order they run
 
     def forward(self, inputs: ModelInputs, **options: object) -> Tensor | None:
         """One forward pass; None where other ranks have the end of the model. Called under no_grad."""
@@ -134,7 +131,7 @@ class TorchScorer:
 
     def weights(self) -> dict[str, Piece]:
         """This rank's pieces of the weights, under the names of a checkpoint: model.*."""
-        return {f"model.{name}": parameter_piece(p) for name, p in named_parameters(self.executor.parts).items()}
+        return {f"model.{name}": piece for name, piece in weight_pieces(self.executor.parts).items()}
 
     def _forward(self, inputs: ModelInputs, **options: object) -> Tensor | None:
         with torch.no_grad():
@@ -150,13 +147,20 @@ class TorchEngine(TorchScorer):
         super().__init__(executor, cutter)
         self.optimizer = optimizer
         self._parameters = named_parameters(executor.parts)
-        self._pieces = {name: parameter_piece(parameter) for name, parameter in self._parameters.items()}
+        self._pieces = weight_pieces(executor.parts)
         self._norm = torch.zeros((), device=self.mesh.device)
 
     def forward_backward(self, micro_batches: Sequence[ModelInputs], target_count: int) -> Sums:
         found = self.executor.forward_backward(micro_batches, max(target_count, 1))
-        self._sum_partial_gradients()
-        return sum_over_ranks(found, self.mesh)
+        for parameter in self._parameters.values():
+            gradient = parameter.grad  # of a tensor group's ranks, where FSDP has not summed their shares
+            if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
+                parameter.grad = gradient.redistribute(placements=parameter.placements)
+        total = torch.zeros(2, dtype=self.mesh.sum_dtype, device=self.mesh.device)
+        for sums in found if self.mesh.leads_tensor else ():  # the ranks of a tensor group count once
+            total += sums
+        self.mesh.sum_(total)
+        return Sums(total[0], total[1])
 
     def grad_norm(self) -> Tensor:
         squares = squared_norm(list(self.gradient_pieces().values())).to(self.mesh.device)
@@ -172,7 +176,7 @@ class TorchEngine(TorchScorer):
     def tensors(self) -> dict[str, Piece]:
         found = self.weights()
         for kind, tensors in self.optimizer.state().items():
-            found |= {f"{kind}.{name}": like(self._pieces[name], tensor) for name, tensor in tensors.items()}
+            found |= {f"{kind}.{name}": self._pieces[name]._replace(local=local) for name, local in tensors.items()}
         found["optimizer.count"] = piece_of(self.optimizer.count())
         return found
 
@@ -183,7 +187,7 @@ class TorchEngine(TorchScorer):
         return self._pieces
 
     def gradient_pieces(self) -> dict[str, Piece]:
-        return {name: like(self._pieces[name], gradient) for name, gradient in self.gradients().items()}
+        return {name: self._pieces[name]._replace(local=local) for name, local in self.gradients().items()}
 
     def gradients(self) -> dict[str, Tensor]:
         """This rank's pieces of the gradients, as plain tensors."""
@@ -194,29 +198,9 @@ class TorchEngine(TorchScorer):
             found[name] = parameter_piece(parameter.grad).local
         return found
 
-    def _sum_partial_gradients(self) -> None:
-        """Sum the gradients of which the ranks of a tensor group have shares, where FSDP has not done so."""
-        for parameter in self._parameters.values():
-            gradient = parameter.grad
-            if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
-                parameter.grad = gradient.redistribute(placements=parameter.placements)
-
-
-def sum_over_ranks(found: Sequence[Tensor], mesh: Mesh) -> Sums:
-    """Add up [loss, z_loss] of micro-batches, here and over ranks; the ranks of a tensor group count once."""
-    total = torch.zeros(2, dtype=mesh.sum_dtype, device=mesh.device)
-    for sums in found if mesh.leads_tensor else ():
-        total += sums
-    mesh.sum_(total)
-    return Sums(total[0], total[1])
-
 
 def free_gathered_weights(parts: Sequence[Transformer]) -> None:
-    """To be called after a forward pass without a backward pass.
-
-    Weights that stay gathered for a backward pass that never comes would be taken for those of the next step, even
-    after an update.
-    """
+    """After a forward pass alone: gathered weights would be taken for those of the next step, even after an update."""
     for part in parts:
         for module in part.modules():
             if isinstance(module, FSDPModule):
