@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minka.model.transformer import Transformer
 from minka.parallel.apply import initialise, recompute
 from minka.parallel.deepspeed_slices import gradient_of, slices
-from minka.parallel.engine import TorchEngine
+from minka.parallel.engine import Engine
 from minka.parallel.fsdp_engine import FsdpExecutor
 from minka.parallel.inputs import InputCutter
 from minka.parallel.mesh import Mesh
@@ -107,7 +107,7 @@ class DeepSpeedExecutor(FsdpExecutor):
         self.trained.set_gradient_accumulation_boundary(last)
 
 
-class DeepSpeedEngine(TorchEngine):
+class DeepSpeedEngine(Engine):
     """One model under ZeRO over all ranks."""
 
     def __init__(self, deepspeed: Any, optimizer: Any, cutter: InputCutter, decay: Decay) -> None:
@@ -117,6 +117,7 @@ class DeepSpeedEngine(TorchEngine):
         if self.mesh.layout.zero_stage == 3:  # the inner optimizer gets one at a time
             self._partitions = list(deepspeed.optimizer.fp32_partitioned_groups_flat)
         self._slices = slices(deepspeed.optimizer, self._partitions, deepspeed.module, self.mesh)
+        self._pieces = {s.name: s.flat_piece() for s in self._slices}
         for partition in self._partitions:  # now, so that there are moments to restore into
             flat = partition.detach().zero_()  # DeepSpeed never sets its padding
             optimizer.state[partition] = {
@@ -135,12 +136,8 @@ class DeepSpeedEngine(TorchEngine):
             group["lr"] = learning_rate
         self._deepspeed.step()
 
-    def gradient_pieces(self) -> dict[str, Piece]:
-        """Boxes of the flattened parameters."""
-        return {s.name: s.flat_piece(gradient_of(self._deepspeed.optimizer, s)) for s in self._slices}
-
-    def weight_pieces(self) -> dict[str, Piece]:
-        return {s.name: s.flat_piece(s.of(s.partition)) for s in self._slices}
+    def gradients(self) -> dict[str, Tensor]:
+        return {s.name: gradient_of(self._deepspeed.optimizer, s) for s in self._slices}
 
     def tensors(self) -> dict[str, Piece]:
         """A rank's range of a matrix is up to three boxes: NAME, NAME#1 and NAME#2."""

@@ -9,16 +9,16 @@ from torch.distributed.fsdp import FSDPModule
 
 from minka.model.transformer import Transformer
 from minka.parallel.apply import build_parts
-from minka.parallel.engine import TorchScorer
+from minka.parallel.engine import Scorer
 from minka.parallel.fsdp import frees_blocks
 from minka.parallel.inputs import InputCutter, ModelInputs
 from minka.parallel.mesh import Mesh
 from minka.plan.config import RunConfig
 
 
-def build_scorer(config: RunConfig, mesh: Mesh) -> TorchScorer:
+def build_scorer(config: RunConfig, mesh: Mesh) -> Scorer:
     """A model with its initial weights, to be scored; no pipeline."""
-    return TorchScorer(FsdpExecutor(build_parts(config, mesh), mesh), InputCutter.of(config, mesh))
+    return Scorer(FsdpExecutor(build_parts(config, mesh), mesh), InputCutter.of(config, mesh))
 
 
 class FsdpExecutor:
