@@ -28,18 +28,17 @@ def cut_tensor(model: Transformer, mesh: Mesh) -> None:
     """Cut a model or a stage, on the meta device, over the tensor axis; nothing to do where that has one rank."""
     if mesh.layout.tensor == 1 or mesh.axes is None:
         return
-    axis = mesh.axes["tensor"]
-    for block in model.blocks.values():
-        columns, rows = ColwiseParallel, lambda: RowwiseParallel(output_layouts=TOKENS)
-        plan = {
-            "attention": _all_tokens(3),
-            "attention.w[qkv]": columns(),
-            "attention.wo": rows(),
-            "mlp": _all_tokens(0),
-            "mlp.gate": columns(),
-            "mlp.up": columns(),
-            "mlp.down": rows(),
-        }
+    axis, columns, rows = mesh.axes["tensor"], ColwiseParallel(), RowwiseParallel(output_layouts=TOKENS)
+    plan = {
+        "attention": _all_tokens(3),
+        "attention.w[qkv]": columns,
+        "attention.wo": rows,
+        "mlp": _all_tokens(0),
+        "mlp.gate": columns,
+        "mlp.up": columns,
+        "mlp.down": rows,
+    }
+    for block in model.blocks.values():  # its input and output are this rank's tokens
         parallelize_module(block, axis, plan)
     for module in model.modules():
         if isinstance(module, RMSNorm):
@@ -99,15 +98,15 @@ class VocabularyHead(Head):
 
     def logits(self, hidden_BTD: Tensor, at: int | None = None) -> Tensor:
         """`at` is a place in the whole sequence."""
-        part = super().logits(self._all_tokens(hidden_BTD), at)
+        part = super().logits(self._gather(hidden_BTD), at)
         return _redistributed(part, self.axis, Shard(part.ndim - 1), Replicate())
 
     def forward(self, hidden_BTD: Tensor, targets_BT: Tensor, reduce: bool = True) -> HeadSums | Tensor:
         """The results are equal on every rank of the group."""
-        return super().forward(self._all_tokens(hidden_BTD), targets_BT, reduce)
+        return super().forward(self._gather(hidden_BTD), targets_BT, reduce)
 
-    def _all_tokens(self, x_BTD: Tensor) -> Tensor:
-        """Gradients are summed over the group, and each rank gets those of its own tokens."""
+    def _gather(self, x_BTD: Tensor) -> Tensor:
+        """All tokens; gradients are summed over the group, and each rank gets those of its own tokens."""
         return _redistributed(x_BTD, self.axis, TOKENS, Replicate(), gradient=[Partial()])
 
 
