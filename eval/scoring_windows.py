@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minka.model.transformer import IGNORED
+from minka.data.batch import IGNORED
 
 
 class ScoringWindow(NamedTuple):

@@ -5,7 +5,9 @@ B batch · T tokens · D width · H query heads · K key/value heads · C head w
 Published variants are settings of it: Llama and Mistral as they are, Qwen 2 with `qkv_bias`, Qwen 3 with `qk_norm`.
 """
 
+import math
 from collections.abc import MutableSequence
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -15,13 +17,21 @@ from minka.kernels.rms_norm import rms_norm
 from minka.kernels.rope import rotate
 from minka.kernels.swiglu import swiglu
 from minka.model.attention import Structure, attention, document_structure, largest_logit
-from minka.model.head import IGNORED, Head, HeadSums
-from minka.model.rope_table import Rope, rope_table
+from minka.model.head import Head, HeadSums
 from minka.plan.config_sections import ModelSection
 
 Probe = MutableSequence[Tensor] | None  # each attention appends its largest logit, scalar fp32
 
-__all__ = ["IGNORED", "MLP", "Attention", "Block", "RMSNorm", "Transformer"]
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary tables [B, T, 1, C] in fp32, or fp64; sin with the signs that `kernels.rope.rotate` takes.
+
+    Not a pytree, for the reasons of Structure.
+    """
+
+    cos: Tensor
+    sin: Tensor
 
 
 class Transformer(nn.Module):
@@ -62,8 +72,7 @@ class Transformer(nn.Module):
         x_BTD = self.norm(x_BTD)
         if targets is None:
             return self.head.logits(x_BTD, at)
-        sums: Tensor | HeadSums = self.head(x_BTD, targets, reduce)
-        return sums
+        return self.head(x_BTD, targets, reduce)
 
 
 class Block(nn.Module):
@@ -141,11 +150,31 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=bias, dtype=torch.float32)
 
     def reset_parameters(self) -> None:
-        """Leave the memory uninitialised."""
+        pass
 
 
 class Embedding(nn.Embedding):
     """nn.Embedding that leaves its weights to model/initial_weights.py."""
 
     def reset_parameters(self) -> None:
-        """Leave the memory uninitialised."""
+        pass
+
+
+def rope_table(positions_BT: Tensor, cfg: ModelSection, dtype: torch.dtype = torch.float32) -> Rope:
+    """The rotation of every position (Su et al. 2021), channels in Hugging Face's half-split order.
+
+    Frequencies are radians per position for each pair of channels [C/2], in fp32 and in transformers' order of
+    operations. With `rope_scaling`, Llama 3.1's rule: waves longer than the original context are slowed by `factor`,
+    short waves are kept, those between are blended.
+    """
+    exponents = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device=positions_BT.device) / cfg.head_dim
+    frequencies, scaling = 1.0 / cfg.rope_theta**exponents, cfg.rope_scaling
+    if scaling is not None:
+        waves = scaling.original_max_positions / (2 * math.pi / frequencies)  # in the original context
+        smooth = (waves - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        smooth = smooth.clamp(0, 1)
+        frequencies = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    angles = positions_BT.to(exact)[:, :, None, None] * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    return Rope(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))

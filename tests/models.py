@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minka.kernels.linear_cross_entropy import IGNORED
 from minka.model.hub_folder import read_config, read_tensors
-from minka.model.transformer import IGNORED, Transformer
+from minka.model.transformer import Transformer
 from minka.plan.config_sections import ModelSection
 from minka.plan.hub_config import to_config
 

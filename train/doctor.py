@@ -17,7 +17,6 @@ import torch
 from minka.data.batch import Batch
 from minka.data.loader import Loader
 from minka.data.prepare import open_or_prepare
-from minka.model.attention import uses_varlen
 from minka.parallel.engine import Engine
 from minka.parallel.mesh import Mesh, local_device, start_mesh
 from minka.plan.cli import print_json, print_table, progress
@@ -27,6 +26,7 @@ from minka.plan.errors import ExitStatus, UserError
 from minka.plan.flops import parameters
 from minka.plan.hardware import find
 from minka.plan.layout import Layout
+from minka.plan.sizing import attention_kind
 from minka.train.build_engine import build_engine
 from minka.train.layer_stats import LayerStats
 from minka.train.provenance import processor, versions
@@ -76,7 +76,6 @@ def this_machine(config: RunConfig | None) -> dict[str, str]:
         gpus = f"{torch.cuda.device_count()} x {name}, {peak}"
     found = versions(*PACKAGES)
     kernels = config.kernels if config is not None else KernelsSection()
-    dtype = torch.bfloat16 if on_gpu else torch.float32
     return {
         "processor": f"{processor()}, {os.cpu_count()} cores",
         "memory": f"{_memory_bytes() / 2**30:.1f} GiB",
@@ -85,8 +84,8 @@ def this_machine(config: RunConfig | None) -> dict[str, str]:
         "packages": ", ".join(f"{name} {version}" for name, version in found.items() if version),
         "not installed": ", ".join(name for name, version in found.items() if not version) or "nothing",
         "collectives": "nccl" if on_gpu else "gloo",
-        "compute": f"{str(dtype).removeprefix('torch.')} on fp32 weights",
-        "attention": ATTENTION["varlen" if uses_varlen(kernels, device, dtype) else "mask"],
+        "compute": f"{'bfloat16' if on_gpu else 'float32'} on fp32 weights",
+        "attention": ATTENTION[attention_kind(kernels.attention, device.type, "bf16" if on_gpu else "fp32")],
     }
 
 

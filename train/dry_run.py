@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minka.parallel.apply import cut
-from minka.parallel.engine import TorchEngine
+from minka.parallel.engine import Engine
 from minka.parallel.inputs import InputCutter, ModelInputs
 from minka.parallel.memory_trace import MemoryTrace, Peak
 from minka.parallel.mesh import Mesh, lay_mesh
@@ -148,7 +148,7 @@ def _traced(config: RunConfig, layout: Layout, rank: int, count: int, as_gpu: bo
 
 
 def traced_step(
-    engine: TorchEngine,
+    engine: Engine,
     optimizer: AdamW,
     batches: Sequence[ModelInputs],
     config: RunConfig,
