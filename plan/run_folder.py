@@ -98,7 +98,7 @@ class RunFolder:
         begun = self.begun()
         if begun:
             check_resume(self.changes(config), config.run.name, str(self.path))
-            self._check_data(provenance)
+            self.check_data(provenance)
         elif not self.exists() and self.path.exists() and any(self.path.iterdir()):
             raise UserError(
                 "this folder is not empty and holds no run.toml",
@@ -123,7 +123,8 @@ class RunFolder:
             if self.config_file.read_text(encoding="utf-8") != dump_toml(config):
                 write_text(self.config_file, dump_toml(config))
 
-    def _check_data(self, provenance: Mapping[str, Any]) -> None:
+    def check_data(self, provenance: Mapping[str, Any]) -> None:
+        """Raises UserError when the run began with a different token store."""
         file = self.path / "provenance.json"
         try:
             began = parse(file.read_bytes()) if file.exists() else {}

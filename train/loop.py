@@ -35,8 +35,7 @@ class Session:
 def train(run: Session, state: State) -> tuple[State, ExitStatus]:
     """Train from `state` to the run's end, a stop, or a verdict that a person is needed. Collective."""
     config, mesh, engine, record = run.config, run.mesh, run.engine, run.record
-    metrics, watch, status = Metrics(config, mesh), Stopwatch(), ExitStatus.DONE
-    metrics.start(state)
+    metrics, watch, status = Metrics(config, mesh, state), Stopwatch(), ExitStatus.DONE
     if record.evaluation_missed(state):
         record.evaluate(state, engine, watch)
     while status == ExitStatus.DONE and not config.finished(state.step, state.tokens):
