@@ -54,7 +54,6 @@ class Console:
             self.say(f"step {record.step:>{len(str(self._total))}}/{self._total}  {text}")
 
     def end(self) -> None:
-        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

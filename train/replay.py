@@ -104,6 +104,9 @@ def replay(folder: RunFolder, step: int) -> dict[str, Any]:
         dtype = str(compute_dtype(config, mesh)).removeprefix("torch.")
         device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else processor()
     replayed = {"ranks": 1, "device": device, "compute_dtype": dtype}
+    split, ids = store.split("train"), [sample for sample in batch.samples.tolist() if sample != PADDING]
+    windows = order_of(config, split).windows_at(ids).tolist()
+    traces = [split.trace_window(window, config.data.seq_len) for window in windows]
     judged = verdicts({at: compared for at, compared in steps.items() if compared}, dtype)
     verdict = max(judged.values(), key=VERDICTS.index)
     return {
@@ -117,7 +120,10 @@ def replay(folder: RunFolder, step: int) -> dict[str, Any]:
         "bounds": BOUNDS.get(dtype, BOUNDS["float32"]),
         "first_difference": next((at for at, one in judged.items() if one == "differs"), None),
         "steps": [{"step": at, **compared} for at, compared in steps.items()],
-        "samples": _samples(config, store, batch),
+        "samples": [
+            {"sample": sample, "window": window, "pieces": [span._asdict() for span in trace]}
+            for sample, window, trace in zip(ids, windows, traces, strict=True)
+        ],
     }
 
 
@@ -131,7 +137,12 @@ def _run_steps(job: Replay, mesh: Mesh) -> tuple[dict[int, dict[str, dict[str, f
         while state.step < job.step:
             settings = job.settings(state.step + 1)
             if settings != config:  # here the run was resumed with different settings
-                engine, config = _rebuilt(engine, settings, mesh), settings
+                config, before = settings, engine.tensors()
+                engine, _ = build_engine(config, mesh)
+                with torch.no_grad():
+                    for name, piece in engine.tensors().items():
+                        piece.local.copy_(before[name].local)
+                engine.after_restore()
             with Loader(config, job.store.split("train"), 0, 1, state.loader, mesh.device) as loader:
                 while state.step < job.step and job.settings(state.step + 1) == config:
                     state, record, batch = _run_step(config, engine, loader, state, mesh)
@@ -156,17 +167,6 @@ def _restore(job: Replay, config: RunConfig, engine: Engine, mesh: Mesh) -> tupl
     return State(*begins_at(parent, config, job.store.hash)[0]), f"its parent, {parent.name}"
 
 
-def _rebuilt(old: Engine, config: RunConfig, mesh: Mesh) -> Engine:
-    """Return an engine for different settings that holds the tensors of `old`."""
-    engine, _ = build_engine(config, mesh)
-    tensors = old.tensors()
-    with torch.no_grad():
-        for name, piece in engine.tensors().items():
-            piece.local.copy_(tensors[name].local)
-    engine.after_restore()
-    return engine
-
-
 def _run_step(
     config: RunConfig, engine: Engine, loader: Loader, state: State, mesh: Mesh
 ) -> tuple[State, StepRecord, Batch]:
@@ -183,21 +183,6 @@ def _run_step(
     metrics.note(state, sums, norm, rate, batch.target_count, Stopwatch())
     (record,) = metrics.flush()
     return state, record, batch
-
-
-def _samples(config: RunConfig, store: TokenStore, batch: Batch) -> list[dict[str, Any]]:
-    """Return the samples of a batch, each with the documents that it was cut from."""
-    split = store.split("train")
-    ids = [sample for sample in batch.samples.tolist() if sample != PADDING]
-    windows = order_of(config, split).windows_at(ids)
-    return [
-        {
-            "sample": sample,
-            "window": int(window),
-            "pieces": [span._asdict() for span in split.trace_window(int(window), config.data.seq_len)],
-        }
-        for sample, window in zip(ids, windows, strict=True)
-    ]
 
 
 def print_result(result: Mapping[str, Any]) -> None:
