@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from minka.benchmarks.claims import Claim, median_ratio
-from minka.checkpoint.async_saver import Saver
-from minka.checkpoint.write import Contents
+from minka.checkpoint.async_saver import AsyncSaver
+from minka.checkpoint.write import SaveRequest
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.parallel.pieces import Piece, piece_of
 from minka.plan.layout import Layout
@@ -42,8 +42,8 @@ class Saves:
     def __init__(self, folder: Path, mesh: Mesh) -> None:
         self.folder, self.state = folder, made_up_state()
         self.pieces = {name: piece_of(tensor) for name, tensor in self.state.items()}
-        self._sync = Saver(folder / "sync", mesh, 1, asynchronous=False)
-        self._async = Saver(folder / "async", mesh, 1)
+        self._sync = AsyncSaver(folder / "sync", mesh, 1, asynchronous=False)
+        self._async = AsyncSaver(folder / "async", mesh, 1)
         self._step = 0
 
     def synchronous(self) -> float:
@@ -63,12 +63,12 @@ class Saves:
         shutil.rmtree(self.folder / "dcp")
         return stall
 
-    def _next(self) -> Contents:
+    def _next(self) -> SaveRequest:
         self._step += 1
-        return Contents(self._step, {})
+        return SaveRequest(self._step, {})
 
 
-def _saved(saver: Saver, contents: Contents, pieces: dict[str, Piece], between: float) -> float:
+def _saved(saver: AsyncSaver, contents: SaveRequest, pieces: dict[str, Piece], between: float) -> float:
     saver.save(contents, pieces)
     if saver.asynchronous:
         compute(between)
@@ -148,11 +148,11 @@ def memory(size: int = STATE_BYTES, saves: int = 2) -> float:
 def _remember(pipe: Connection, size: int, saves: int) -> None:
     pieces = {name: piece_of(tensor) for name, tensor in made_up_state(size).items()}
     with tempfile.TemporaryDirectory() as folder, start_mesh(Layout(shard=1)) as mesh:
-        saver = Saver(Path(folder), mesh, 1)
+        saver = AsyncSaver(Path(folder), mesh, 1)
         before = _status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         for step in range(1, saves + 1):
-            _saved(saver, Contents(step, {}), pieces, 0.0)
+            _saved(saver, SaveRequest(step, {}), pieces, 0.0)
         pipe.send((_status("VmHWM") - before) / size)
 
 
@@ -163,9 +163,9 @@ def _status(name: str) -> int:
 
 CLAIMS = (
     Claim("save during a step, stall of a synchronous one", lambda: stall(FORWARD_BACKWARD_SECONDS), 0.10, "x"),
-    Claim("save with nothing else to do, stall of a synchronous one", lambda: stall(0.0), 0.25, "x"),
+    Claim("save with nothing to compute, stall of a synchronous one", lambda: stall(0.0), 0.25, "x"),
     # 0.34 to 1.37 from run to run (LOG.md)
-    Claim("save with nothing else to do, stall of DCP's", stall_against_dcp, 2.0, "x"),
+    Claim("save with nothing to compute, stall of DCP's", stall_against_dcp, 2.0, "x"),
     Claim("save, what hashing adds", hashing, 0.15, "x"),
-    Claim("save, memory beyond the state", memory, 1.05 + 96 / 256, "x"),
+    Claim("save, memory in addition to the state", memory, 1.05 + 96 / 256, "x"),
 )

@@ -30,7 +30,7 @@ from minka.plan.config import RunConfig
 from minka.plan.hub_config import family_of, to_config
 from minka.plan.ledger import read_ledger
 from minka.plan.load_config import validate
-from minka.train.worker import build_engine
+from minka.train.build_engine import build_engine
 
 PAIRS = 5
 SEQUENCES, SEQ_LEN = 16, 256
@@ -102,7 +102,7 @@ def our_step(engine: Engine, batch: Batch, config: RunConfig, targets: int) -> C
     """Return one whole training step of minka."""
 
     def step() -> None:
-        sums = engine.forward_backward([batch], targets)
+        sums = engine.forward_backward([engine.prepare(batch)], targets)
         norm = engine.grad_norm()
         engine.apply(1e-3, config.optimizer.max_norm, torch.isfinite(norm) & torch.isfinite(sums.loss))
 
@@ -120,10 +120,11 @@ def peer_step(
     model: Any = AutoModelForCausalLM.from_config(kind, attn_implementation="sdpa", dtype=dtype).to(device)
     model.train()
     forward = torch.compile(model) if compiled else model
+    tokens = batch.tokens.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step() -> None:
-        loss = forward(input_ids=batch.tokens, labels=batch.tokens, use_cache=False).loss
+        loss = forward(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -160,7 +161,7 @@ def one_process(shape: str, compiled: bool) -> float:
     batch = synthetic_batch(config.model.vocab, SEQUENCES)
     with start_mesh(config.layout) as mesh:
         engine, _ = build_engine(config, mesh)
-        ours = timed(our_step(engine, batch.to(mesh.device), config, batch.target_count))
+        ours = timed(our_step(engine, batch, config, batch.target_count))
         return peer_ratio(ours, timed(peer_step(config, batch, compiled=compiled)))
 
 

@@ -1,14 +1,14 @@
-"""The commit protocol of checkpoints: which names a folder may hold, and the one order in which they change.
+"""The commit protocol: which names a checkpoints folder may hold, and the one order in which they change.
 
-    .step-00000500.saving-1f3a   being written; nobody has it
+    .step-00000500.saving-1f3a   being written; nobody reads it
     step-00000500                whole: it got this name by one rename, after everything in it was on the disk
     .step-00000500.replaced      the older one of the same step, while the newer takes its name
     .step-00000500.leaving       may be deleted, if no reader holds a lease on it
     .step-00000500.deleting      no longer whole
-    step-00000500.damaged-1      failed its hashes; kept for a person to look at
+    step-00000500.damaged-1      did not match its hashes; kept for a person to look at
 
-`mend` decides what becomes of a folder in which a process died at any moment; the rest does one transition each. Only
-the run's one writer calls them. At every moment there is a whole checkpoint once there has been one.
+`recovery` decides what to do with what a process that died at any moment left; each other function does one transition.
+Only the run's one writer calls them. Once there has been a whole checkpoint, there is one at every moment.
 """
 
 import re
@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from minka.checkpoint.filesystem import Disk
+from minka.checkpoint.filesystem import FileSystem
 from minka.checkpoint.manifest import NAME as MANIFEST
 
 FINAL = re.compile(r"step-([0-9]{8,})")
@@ -43,121 +43,110 @@ def step_name(step: int) -> str:
 
 
 def steps_among(names: Iterable[str]) -> list[int]:
-    """Steps of all names that a checkpoint has, ascending."""
+    """Steps of those names that are a checkpoint's, ascending."""
     found = [(name, int(match[1])) for name in names if (match := FINAL.fullmatch(name))]
     return sorted(step for name, step in found if name == step_name(step))
 
 
-def mend(names: Iterable[str]) -> list[Rename | Remove]:
-    """What to do about leftovers. First whole ones get their name back, then what is of no use goes."""
-    there = set(names)
-    back: list[Rename | Remove] = []
-    gone: list[Rename | Remove] = []
-    for name in sorted(there):
+def recovery(names: Iterable[str]) -> list[Rename | Remove]:
+    """What to do with leftovers: first whole checkpoints get their names back, then the rest is deleted."""
+    present = set(names)
+    renames: list[Rename | Remove] = []
+    removals: list[Rename | Remove] = []
+    for name in sorted(present):
         match = HIDDEN.fullmatch(name)
         if not match:
             continue
         final, state = match.groups()
-        whole = state in ("replaced", "leaving")  # these two were renamed whole, and nothing of them was deleted since
-        if whole and final not in there:
-            back.append(Rename(name, final))
-            there.add(final)
+        whole = state in ("replaced", "leaving")  # renamed while whole, and nothing in them was deleted since
+        if whole and final not in present:
+            renames.append(Rename(name, final))
+            present.add(final)
         else:
-            gone.append(Remove(name))
-    return back + gone
+            removals.append(Remove(name))
+    return renames + removals
 
 
-def recover(disk: Disk, folder: Path) -> None:
-    """Carry out `mend`. What cannot be deleted now (a reader's open file on a network) is no reason not to save."""
-    for action in mend(disk.names(folder)):
+def recover(fs: FileSystem, folder: Path) -> None:
+    """Carry out `recovery`. What cannot be deleted now (a file that a reader has open over NFS) does not stop it."""
+    for action in recovery(fs.listdir(folder)):
         if isinstance(action, Rename):
-            disk.rename(folder / action.old, folder / action.new)
-            disk.sync(folder)
+            fs.rename(folder / action.old, folder / action.new)
+            fs.sync(folder)
         else:
             with suppress(OSError):
-                _delete(disk, folder / action.name)
+                _delete(fs, folder / action.name)
 
 
-def begin(disk: Disk, folder: Path, step: int, attempt: int) -> Path:
-    """A fresh folder to write into, once the leftovers of earlier attempts are gone."""
-    recover(disk, folder)
-    path = folder / f".{step_name(step)}.saving-{attempt:x}"
-    disk.make(path)
-    return path
+def start_writing(fs: FileSystem, written: Path) -> None:
+    """Make the folder `written`, after deleting what earlier attempts left."""
+    recover(fs, written.parent)
+    fs.mkdir(written)
 
 
-def commit(disk: Disk, written: Path, final: Path, manifest: bytes) -> None:
+def commit(fs: FileSystem, written: Path, final: Path, manifest: bytes) -> None:
     """Write the manifest into `written` and make it the checkpoint `final`. An older one of that step is replaced."""
-    disk.write(written / MANIFEST, [memoryview(manifest)])
-    disk.sync(written)  # its names must be on the disk before its own name is
+    fs.write(written / MANIFEST, [memoryview(manifest)])
+    fs.sync(written)  # the names in it must be on the disk before its own name is
     older = final.with_name(f".{final.name}.replaced")
-    replaces = final.name in disk.names(final.parent)
+    replaces = final.name in fs.listdir(final.parent)
     try:
         if replaces:
-            disk.rename(final, older)
-            disk.sync(final.parent)  # `mend` gives it back only if its new name is there to be found
-        disk.rename(written, final)
+            fs.rename(final, older)
+            fs.sync(final.parent)  # `recovery` restores it only if its hidden name can be found
+        fs.rename(written, final)
     except OSError:
         if replaces:
-            with suppress(OSError):  # then `mend` gives it back; what went wrong first is what is told
-                disk.rename(older, final)
+            with suppress(OSError):  # then `recovery` renames it; the first error is the one to report
+                fs.rename(older, final)
         raise
-    disk.sync(final.parent)
+    fs.sync(final.parent)
     if replaces:
-        with suppress(OSError):  # it is committed; the next save clears this away
-            _delete(disk, older)
+        with suppress(OSError):  # the new one is committed; the next save deletes this
+            _delete(fs, older)
 
 
-def discard(disk: Disk, written: Path) -> None:
-    """An attempt that failed."""
-    disk.remove(written)
+def delete_unless_leased(fs: FileSystem, path: Path, is_leased: Callable[[], bool]) -> bool:
+    """Delete a checkpoint unless a reader holds a lease on it. Returns whether it was deleted.
 
-
-def retire(disk: Disk, path: Path, leased: Callable[[], bool]) -> bool:
-    """Delete a checkpoint unless a reader holds it; whether it is gone.
-
-    A reader writes its lease first and looks for the checkpoint then; here the name goes first and the leases are read
-    then. Whichever comes second sees the other.
+    A reader first writes its lease and then looks for the checkpoint. Here first the name is taken away and then the
+    leases are read. So whichever comes second sees the other.
     """
-    if leased():
+    if is_leased():
         return False
     leaving = path.with_name(f".{path.name}.leaving")
     held = True
-    disk.rename(path, leaving)
+    fs.rename(path, leaving)
     try:
-        disk.sync(path.parent)
-        held = leased()
+        fs.sync(path.parent)
+        held = is_leased()
     finally:
-        if held:  # or it cannot be known
-            disk.rename(leaving, path)
+        if held:  # or leases cannot be read
+            fs.rename(leaving, path)
     if held:
-        disk.sync(path.parent)
+        fs.sync(path.parent)
         return False
-    deleting = path.with_name(f".{path.name}.deleting")
-    disk.remove(deleting)
-    disk.rename(leaving, deleting)
-    disk.sync(path.parent)  # nothing is deleted under a name that `mend` would give back
-    disk.remove(deleting)
+    _delete(fs, leaving)
     return True
 
 
-def set_aside(disk: Disk, path: Path) -> Path:
-    """Take its name from a damaged checkpoint, and keep it for a person."""
-    taken = set(disk.names(path.parent))
+def set_aside(fs: FileSystem, path: Path) -> Path:
+    """Rename a damaged checkpoint, so that it is kept for a person and never read again. Returns its new path."""
+    taken = set(fs.listdir(path.parent))
     number = next(n for n in range(1, len(taken) + 2) if f"{path.name}.damaged-{n}" not in taken)
     aside = path.with_name(f"{path.name}.damaged-{number}")
-    disk.rename(path, aside)
-    disk.sync(path.parent)
+    fs.rename(path, aside)
+    fs.sync(path.parent)
     return aside
 
 
-def _delete(disk: Disk, path: Path) -> None:
-    """Under a name first that says so, lest a crash half way leave a part under a name that means a whole."""
+def _delete(fs: FileSystem, path: Path) -> None:
+    """Delete a hidden folder. One that `recovery` would take for whole gets a different name first."""
     match = HIDDEN.fullmatch(path.name)
     if match and match[2] in ("replaced", "leaving"):
         deleting = path.with_name(f".{match[1]}.deleting")
-        disk.remove(deleting)
-        disk.rename(path, deleting)
-        disk.sync(path.parent)
+        fs.rmtree(deleting)
+        fs.rename(path, deleting)
+        fs.sync(path.parent)
         path = deleting
-    disk.remove(path)
+    fs.rmtree(path)

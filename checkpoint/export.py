@@ -1,4 +1,4 @@
-"""From a checkpoint on disk to a Hugging Face folder, one tensor at a time, in one process."""
+"""Write a checkpoint as a Hugging Face folder, in one process, one tensor at a time."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,9 +20,9 @@ def export_checkpoint(
     *,
     alive: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write `folder` anew from `checkpoint`. Raises UserError when a hash does not hold; then nothing changed.
+    """Write `folder` from `checkpoint`, replacing an earlier export. `alive` is called for each chunk read.
 
-    `alive` is called for each chunk and each tensor read. See write_folder for what is refused.
+    Raises UserError when a hash does not match, and where write_folder does; then nothing has changed.
     """
     weights = _readable(checkpoint, alive)
     write_folder(folder, model, weights, tokenizer=tokenizer, eod_token=eod, source=str(checkpoint))
@@ -32,5 +32,5 @@ def _readable(checkpoint: Path, alive: Callable[[], None]) -> Iterator[tuple[str
     try:
         yield from whole_tensors(checkpoint, "model.", alive=alive)
     except DAMAGE as error:
-        remedy = "take another checkpoint (RUN@STEP)"
+        remedy = "take a different checkpoint (RUN@STEP)"
         raise UserError(f"damaged: {error}", where=str(checkpoint), remedy=remedy) from None

@@ -1,11 +1,9 @@
-"""Leases: a reader's word that it is reading a checkpoint, in a file beside the run, so that retention leaves it alone.
+"""Leases: a reader's file in the run's folder that says which checkpoint it reads, so that retention keeps it.
 
-A lease ends with its `with` block. One left behind by a reader that died counts no more when its process is gone (on
-the same host) or after LEASE_SECONDS (on any).
+A lease ends with its `with` block. One that a killed reader left stops counting when its process is gone (on the same
+host), or after LEASE_SECONDS (on any host).
 """
 
-import json
-import math
 import os
 import socket
 import time
@@ -13,26 +11,28 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated
+
+from pydantic import BaseModel, Field, ValidationError
 
 from minka.plan.atomic import write_json
 from minka.plan.errors import UserError
 
 LEASE_SECONDS = 24 * 3600.0
-PATIENCE_SECONDS = 2.0  # a checkpoint loses its name for a moment while its leases are looked at
+PATIENCE_SECONDS = 2.0  # a checkpoint loses its name for a moment while its leases are read
 
 
-class Lease(NamedTuple):
+class Lease(BaseModel, frozen=True, strict=True, allow_inf_nan=False):
     """Who reads what, since when (Unix seconds)."""
 
     checkpoint: str
     host: str
-    pid: int
+    pid: Annotated[int, Field(gt=0, lt=2**31)]
     time: float
 
 
-def counts(lease: Lease, now: float, host: str, alive: Callable[[int], bool]) -> bool:
-    """Whether a lease still holds. One from the future holds too: clocks differ."""
+def is_valid(lease: Lease, now: float, host: str, alive: Callable[[int], bool]) -> bool:
+    """Whether a lease still holds. One from the future does too: clocks differ."""
     if now - lease.time > LEASE_SECONDS:
         return False
     return lease.host != host or alive(lease.pid)
@@ -41,20 +41,20 @@ def counts(lease: Lease, now: float, host: str, alive: Callable[[int], bool]) ->
 def is_leased(run: Path, checkpoint: str) -> bool:
     """Whether a reader holds the checkpoint of this name in the run's folder `run`."""
     host, now = socket.gethostname(), time.time()
-    return any(lease.checkpoint == checkpoint and counts(lease, now, host, _alive) for lease in _leases(run))
+    return any(lease.checkpoint == checkpoint and is_valid(lease, now, host, _alive) for lease in _leases(run))
 
 
 @contextmanager
 def leased(run: Path, checkpoint: Path) -> Iterator[None]:
-    """While this lasts the checkpoint is not deleted. Raises UserError when it is gone already.
+    """Within this context the checkpoint is not deleted. Raises UserError when it has been deleted already.
 
-    Where the run's folder may not be written, there is no lease: the reader takes its chance.
+    Where the run's folder cannot be written, there is no lease, and the checkpoint may be deleted while it is read.
     """
     file = run / "leases" / f"{checkpoint.name}-{uuid.uuid4().hex[:12]}.json"
     try:
         file.parent.mkdir(exist_ok=True)
-        lease = Lease(checkpoint.name, socket.gethostname(), os.getpid(), time.time())
-        write_json(file, lease._asdict())
+        lease = Lease(checkpoint=checkpoint.name, host=socket.gethostname(), pid=os.getpid(), time=time.time())
+        write_json(file, lease.model_dump())
     except OSError:
         yield
         return
@@ -63,42 +63,38 @@ def leased(run: Path, checkpoint: Path) -> Iterator[None]:
         while not checkpoint.is_dir():
             if time.monotonic() - waited > PATIENCE_SECONDS:
                 raise UserError(
-                    "this checkpoint is gone",
+                    "this checkpoint has been deleted",
                     where=str(checkpoint),
-                    why="the run keeps the newest ones only (checkpoint.keep)",
+                    why="the run keeps only the newest ones (checkpoint.keep)",
                     remedy="take a newer one",
                 )
             time.sleep(0.05)
         yield
     finally:
-        with suppress(OSError):  # a lease that stays counts no more once this process is gone
+        with suppress(OSError):  # a lease that stays stops counting when this process ends
             file.unlink()
 
 
 def _leases(run: Path) -> Iterator[Lease]:
     for file in sorted((run / "leases").glob("*.json")):
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            lease = Lease(str(found["checkpoint"]), str(found["host"]), int(found["pid"]), float(found["time"]))
-            if not (math.isfinite(lease.time) and 0 < lease.pid < 2**31):
-                raise ValueError("no process, or no time")
+            lease = Lease.model_validate_json(file.read_bytes())
         except FileNotFoundError:
-            continue  # ended just now
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            # Half written by a reader that died, or damaged: it holds whatever its name says, for a while.
+            continue  # it ended a moment ago
+        except (OSError, ValidationError):
+            # Half written by a reader that died, or damaged: it holds, for a day, what its name says.
             name = "-".join(file.name.split("-")[:2])
             try:
-                lease = Lease(name, "", 0, file.lstat().st_mtime)
+                lease = Lease(checkpoint=name, host="", pid=1, time=file.lstat().st_mtime)
             except FileNotFoundError:
                 continue
         yield lease
 
 
 def _alive(pid: int) -> bool:
+    """Whether a process of this host runs."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except (ProcessLookupError, PermissionError) as error:
+        return isinstance(error, PermissionError)
     return True

@@ -1,91 +1,87 @@
-"""From shards of any layout into this rank's boxes: torch.distributed.checkpoint plans, our reader reads."""
+"""Fill this rank's pieces from shard files of any layout: find the overlapping boxes, read them, copy them."""
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from minka.checkpoint.filesystem import Disk
-from minka.checkpoint.manifest import DTYPES, Damage
-from minka.checkpoint.shard_file import ShardReader
+from minka.checkpoint.index import Index, PieceGroup
+from minka.checkpoint.manifest import Damage
+from minka.checkpoint.shard_file import ShardReader, TensorSpan
+from minka.checkpoint.stored_checkpoint import StoredCheckpoint
 from minka.parallel.pieces import Piece, tensor_name
 
-BLOCK_BYTES = 32 * 2**20  # read at once: what a restore needs of memory beside the boxes it fills
+BLOCK_BYTES = 32 * 2**20  # read at once: the memory that a restore needs in addition to the pieces it fills
 
 
 class PlannedRead(NamedTuple):
-    """A box of a stored piece that goes into a box of a local tensor."""
+    """The box of a stored piece that begins at `start` and goes into `target`, a view of a local tensor."""
 
-    key: str  # of the stored piece in its file
-    dtype: str
+    span: TensorSpan
+    start: tuple[int, ...]
     target: Tensor
-    from_: tuple[int, ...]  # where it begins in the stored piece
-    size: tuple[int, ...]
-    stored: tuple[int, ...]  # the stored piece's shape
 
 
-def fill(
-    path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Piece], alive: Callable[[], None], disk: Disk
-) -> None:
-    """Copy what the checkpoint `path` holds of `tensors` into them. Raises OSError and Damage; some are filled then.
+def fill(checkpoint: StoredCheckpoint, tensors: Mapping[str, Piece]) -> None:
+    """Copy what the checkpoint has of `tensors` into them. Raises OSError and Damage; some are then filled.
 
     Each file is read from front to back, and only the chunks that hold something wanted.
     """
-    with torch.no_grad():
-        for file, parts in _plan(path, manifest, tensors).items():
-            reader = ShardReader(disk, path / file, manifest["files"][file], manifest["chunk_bytes"], alive)
-            for part in parts:
-                _check_span(reader, part)
-            for part in sorted(parts, key=lambda p: reader.spans[p.key].first):
-                _read(reader, part)
+    missing = {key: piece.local.numel() for key, piece in tensors.items()}
+    for rank, keys in needed_ranks(checkpoint.index, tensors).items():
+        reader = ShardReader(checkpoint, rank)
+        stored: dict[str, list[tuple[PieceGroup, TensorSpan]]] = defaultdict(list)
+        for group in reader.table.groups:
+            for key in group.keys:
+                stored[tensor_name(key)].append((group, reader.span_of(key, group)))
+        reads = []
+        for key in keys:
+            found = list(_overlaps(stored[tensor_name(key)], tensors[key]))
+            missing[key] -= sum(read.target.numel() for read in found)
+            reads += found
+        with torch.no_grad():
+            for read in sorted(reads, key=lambda read: read.span.first):
+                _copy(reader, read)
+    for key, numbers in missing.items():
+        if numbers:
+            had = f"{tensors[key].local.numel() - numbers:,} of {tensors[key].local.numel():,}"
+            raise Damage(f"{checkpoint.path}: {tensor_name(key)} has {had} numbers of this rank's box")
 
 
-def _plan(path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Piece]) -> dict[str, list[PlannedRead]]:
-    files: dict[str, list[PlannedRead]] = defaultdict(list)
+def needed_ranks(index: Index, tensors: Mapping[str, Piece]) -> dict[int, list[str]]:
+    """The ranks that have written parts of these pieces, each with the keys of those pieces."""
+    needed: dict[int, list[str]] = defaultdict(list)
     for key, piece in tensors.items():
-        name = tensor_name(key)
-        entry, filled = manifest["tensors"][name], 0
-        stored = [(torch.Size(p["offset"]), torch.Size(p["size"])) for p in entry["pieces"]]
-        # A scalar is one row of one: the planner wants dimensions.
-        there = [ChunkStorageMetadata(o or torch.Size([0]), s or torch.Size([1])) for o, s in stored]
-        local = piece.local if piece.local.ndim else piece.local.unsqueeze(0)
-        here = ChunkStorageMetadata(torch.Size(piece.offset) or torch.Size([0]), local.shape)
-        about = TensorStorageMetadata(TensorProperties(), torch.Size(entry["shape"]) or torch.Size([1]), there)
-        for item in create_read_items_for_chunk_list(name, about, [here]) if local.numel() else []:
-            source = item.storage_index.index
-            assert source is not None  # the planner gives each item the number of the chunk it is from
-            target = local
-            for dim, (at, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
-                target = target.narrow(dim, at, length)
-            stored_key = entry["pieces"][source].get("key", name)
-            begin, size, stored_size = tuple(item.storage_offsets), tuple(item.lengths), tuple(there[source].sizes)
-            part = PlannedRead(stored_key, entry["dtype"], target, begin, size, stored_size)
-            files[entry["pieces"][source]["file"]].append(part)
-            filled += target.numel()
-        if filled != piece.local.numel():
-            raise Damage(f"{path}: {name} has {filled:,} of {piece.local.numel():,} numbers of this rank's box")
-    return files
+        for rank in index.ranks_with(tensor_name(key), piece.offset, piece.local.shape):
+            needed[rank].append(key)
+    return needed
 
 
-def _check_span(reader: ShardReader, part: PlannedRead) -> None:
-    span = reader.spans.get(part.key)
-    if span is None or (span.shape or (1,)) != part.stored or span.dtype != part.dtype:
-        raise Damage(f"{reader.file}: {part.key} is not there as the manifest has it")
+def _overlaps(stored: list[tuple[PieceGroup, TensorSpan]], piece: Piece) -> Iterator[PlannedRead]:
+    """What these boxes of one tensor have of a local piece."""
+    for box, span in stored:
+        starts = [max(*both) for both in zip(box.offset, piece.offset, strict=True)]
+        stored_ends = (first + size for first, size in zip(box.offset, box.size, strict=True))
+        local_ends = (first + size for first, size in zip(piece.offset, piece.local.shape, strict=True))
+        ends = [min(*both) for both in zip(stored_ends, local_ends, strict=True)]
+        if all(start < end for start, end in zip(starts, ends, strict=True)):
+            target = piece.local
+            for dim, (start, end) in enumerate(zip(starts, ends, strict=True)):
+                target = target.narrow(dim, start - piece.offset[dim], end - start)
+            yield PlannedRead(span, tuple(a - b for a, b in zip(starts, box.offset, strict=True)), target)
 
 
-def _read(reader: ShardReader, part: PlannedRead) -> None:
-    """By blocks of rows; a row that is only partly wanted is read whole."""
-    row_bytes = math.prod(part.stored[1:]) * DTYPES[reader.spans[part.key].dtype]
+def _copy(reader: ShardReader, read: PlannedRead) -> None:
+    """By blocks of rows; a row that is only partly wanted is read whole. A scalar is one row of one number."""
+    target, start = (read.target, read.start) if read.start else (read.target.unsqueeze(0), (0,))
+    row_bytes = math.prod(read.span.shape[1:]) * target.element_size()
     rows = max(1, BLOCK_BYTES // max(row_bytes, 1))
-    for done in range(0, part.size[0], rows):
-        count = min(rows, part.size[0] - done)
-        block = reader.rows(part.key, part.from_[0] + done, part.from_[0] + done + count)
-        for dim in range(1, len(part.stored)):
-            block = block.narrow(dim, part.from_[dim], part.size[dim])
-        part.target.narrow(0, done, count).copy_(block)
+    for done in range(0, target.shape[0], rows):
+        count = min(rows, target.shape[0] - done)
+        block = reader.rows(read.span, start[0] + done, start[0] + done + count)
+        for dim in range(1, len(start)):
+            block = block.narrow(dim, start[dim], target.shape[dim])
+        target.narrow(0, done, count).copy_(block)

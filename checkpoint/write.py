@@ -1,19 +1,19 @@
-"""One save: all ranks write their shards into a hidden folder, the first one writes the manifest and renames it."""
+"""One save: all ranks write their shards into a hidden folder; rank 0 writes index and manifest and renames it."""
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from minka.checkpoint.catalogue import Catalogue
-from minka.checkpoint.commit import begin, commit, discard, step_name
-from minka.checkpoint.filesystem import Disk
-from minka.checkpoint.manifest import SHARD, seal
-from minka.checkpoint.shard_file import Hashes
+from minka.checkpoint.commit import commit, start_writing, step_name
+from minka.checkpoint.filesystem import FileSystem
+from minka.checkpoint.index import INDEX, PieceGroup, Table, build_index, shard_name, table_name
+from minka.checkpoint.manifest import Sealed, parse, seal
+from minka.checkpoint.shard_file import ChunkHasher, dtype_name
 from minka.parallel.mesh import Mesh
-from minka.parallel.pieces import Piece, tensor_name
+from minka.parallel.pieces import Piece
 from minka.plan.retention import Kept
 
 
@@ -24,8 +24,8 @@ class Saved(NamedTuple):
     bytes: int
 
 
-class Contents(NamedTuple):
-    """What goes into a checkpoint beside the tensors."""
+class SaveRequest(NamedTuple):
+    """What goes into a checkpoint in addition to the tensors."""
 
     step: int
     state: Mapping[str, object]
@@ -34,116 +34,98 @@ class Contents(NamedTuple):
 
 def write(
     catalogue: Catalogue,
-    contents: Contents,
-    hashes: Hashes,
+    request: SaveRequest,
+    hasher: ChunkHasher,
     pieces: Mapping[str, Piece],
     mesh: Mesh,
     *,
     alive: Callable[[], None] = lambda: None,
 ) -> Saved:
-    """Write a checkpoint from all ranks' images, whose hashes these are. Collective.
+    """Write a checkpoint from the staging buffers of all ranks. Collective.
 
-    Raises OSError on every rank when any could not write.
-
-    `catalogue` is that of the run's checkpoints folder; nothing of a failed save stays. `alive` is called for each
-    chunk.
+    `hasher` is that of this rank's buffer, `catalogue` that of the run's checkpoints folder. `alive` is called for each
+    chunk. Raises OSError on every rank when any of them could not write; nothing of a failed save stays.
     """
-    folder, disk = catalogue.folder, catalogue.disk
-    final, image = folder / step_name(contents.step), hashes.image
-    attempt, total = mesh.sum_on_host([time.time_ns() if mesh.is_first else 0, image.buffer.numel()])
-    written = folder / f".{final.name}.saving-{attempt:x}"
+    folder, fs = catalogue.folder, catalogue.fs
+    final, staged = folder / step_name(request.step), hasher.staged
+    attempt, total = mesh.sum_on_host([time.time_ns() if mesh.is_first else 0, staged.buffer.numel()])
+    written = folder / f".{final.name}.saving-{attempt:x}"  # no other attempt ever has this name
 
     def prepare() -> None:
         if mesh.is_first:
             if not folder.exists():
                 folder.mkdir(parents=True, exist_ok=True)
-                disk.sync(folder.parent)
-            begin(disk, folder, contents.step, attempt)  # first: it frees what an attempt that died has left
-            _check_space(disk, folder, total)
+                fs.sync(folder.parent)
+            start_writing(fs, written)  # first: it deletes what a killed attempt left
+            _check_space(fs, folder, total)
 
-    def write_part() -> None:
-        file = f"rank-{mesh.rank:05d}.safetensors"
-        disk.write(written / file, _beating(image.chunks(hashes.chunk), alive))
-        entry = {"bytes": image.buffer.numel(), "sha256": hashes.result()}
-        part = json.dumps({"file": file, "attempt": attempt, "entry": entry, "pieces": _table(pieces)}).encode()
-        disk.write(written / f"rank-{mesh.rank:05d}.json", [memoryview(part)])
+    def write_shard() -> None:
+        fs.write(written / shard_name(mesh.rank), _with_heartbeat(staged.chunks(hasher.chunk_bytes), alive))
+        table = Table(bytes=staged.buffer.numel(), sha256=hasher.result(), groups=_groups(pieces))
+        fs.write(written / table_name(mesh.rank), [memoryview(table.model_dump_json().encode())])
 
     def finish() -> None:
         if mesh.is_first:
-            parts = _parts(disk, written, attempt, mesh.ranks)
+            index = build_index(written_tables(fs, written, mesh.ranks)).model_dump_json().encode()
+            fs.write(written / INDEX, [memoryview(index)])
             number = catalogue.next_number()
-            body = {
+            header = {
                 "number": number,
                 "time": time.time(),
-                "step": contents.step,
-                "permanent": contents.permanent,
-                "state": dict(contents.state),
-                "chunk_bytes": hashes.chunk,
+                "step": request.step,
+                "permanent": request.permanent,
+                "state": dict(request.state),
+                "chunk_bytes": hasher.chunk_bytes,
+                "index": Sealed.of(index).model_dump(),
             }
-            commit(disk, written, final, seal(body | _merged(parts)))
-            catalogue.add(Kept(contents.step, number, contents.permanent))
+            commit(fs, written, final, seal(header))
+            catalogue.add(Kept(request.step, number, request.permanent))
 
-    for work in (prepare, write_part, finish):
-        problem = _everywhere(mesh, work)
+    for work in (prepare, write_shard, finish):
+        problem = _on_all_ranks(mesh, work)
         if problem:
             if mesh.is_first:
-                with suppress(OSError):  # what cannot be cleared now is cleared by the next save
-                    discard(disk, written)
+                with suppress(OSError):  # what cannot be deleted now is deleted by the next save
+                    fs.rmtree(written)
             raise OSError(problem.errno, problem.strerror, str(final))
     return Saved(final, total)
 
 
-def _beating(parts: Iterable[memoryview], alive: Callable[[], None]) -> Iterator[memoryview]:
+def _with_heartbeat(parts: Iterable[memoryview], alive: Callable[[], None]) -> Iterator[memoryview]:
     for part in parts:
         yield part
         alive()
 
 
-def _check_space(disk: Disk, folder: Path, total: int) -> None:
-    free = disk.free(folder)
-    if free < total:  # found out now, not when the disk is full and the ledger cannot be written either
+def _check_space(fs: FileSystem, folder: Path, total: int) -> None:
+    free = fs.free_bytes(folder)
+    if free < total:  # said now, not when the disk is full and the ledger cannot be written either
         raise OSError(28, f"No space left on device: {total:,} bytes to write, {free:,} free")
 
 
-def _table(pieces: Mapping[str, Piece]) -> dict[str, Any]:
-    return {
-        name: {
-            "shape": piece.global_shape,
-            "dtype": str(piece.local.dtype).removeprefix("torch."),
-            "offset": piece.offset,
-            "size": tuple(piece.local.shape),
-        }
-        for name, piece in pieces.items()
-    }
+def _groups(pieces: Mapping[str, Piece]) -> list[PieceGroup]:
+    groups: dict[str, PieceGroup] = {}
+    for key, (local, offset, shape, *_) in pieces.items():
+        group = PieceGroup(
+            dtype=dtype_name(local), shape=list(shape), offset=list(offset), size=list(local.shape), keys=[]
+        )
+        groups.setdefault(group.model_dump_json(), group).keys.append(key)
+    return list(groups.values())
 
 
-def _parts(disk: Disk, written: Path, attempt: int, ranks: int) -> list[dict[str, Any]]:
-    """What the ranks said they wrote, checked against what is there; then these notes are of no more use."""
-    parts = []
+def written_tables(fs: FileSystem, written: Path, ranks: int) -> Iterator[tuple[Table, Sealed]]:
+    """The tables of all ranks. Raises OSError where a shard is not in the folder as its table says."""
     for rank in range(ranks):
-        file = written / f"rank-{rank:05d}.json"
-        part = json.loads(bytes(disk.read(file, 0, disk.size(file))))
-        shard, size = written / part["file"], part["entry"]["bytes"]
-        if part["attempt"] != attempt or not SHARD.fullmatch(part["file"]) or disk.size(shard) != size:
-            raise OSError(0, f"{shard} is not what rank {rank} has just written")
-        parts.append(part)
-        disk.forget(file)
-    return parts
+        file = written / table_name(rank)
+        raw = fs.read(file, 0, fs.size(file))
+        table = parse(Table, raw, file)
+        if fs.size(written / shard_name(rank)) != table.bytes:
+            raise OSError(0, f"{written / shard_name(rank)} is not what rank {rank} has just written")
+        yield table, Sealed.of(raw)
 
 
-def _merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    tensors: dict[str, Any] = {}
-    for part in parts:
-        for key, piece in part["pieces"].items():
-            name = tensor_name(key)
-            entry = tensors.setdefault(name, {"shape": piece["shape"], "dtype": piece["dtype"], "pieces": []})
-            named = {} if key == name else {"key": key}
-            entry["pieces"].append({"file": part["file"], "offset": piece["offset"], "size": piece["size"], **named})
-    return {"files": {part["file"]: part["entry"] for part in parts}, "tensors": tensors}
-
-
-def _everywhere(mesh: Mesh, work: Callable[[], object]) -> OSError | None:
-    """Do `work` on every rank and tell all of them whether any failed; the error of this rank, or a stand-in."""
+def _on_all_ranks(mesh: Mesh, work: Callable[[], object]) -> OSError | None:
+    """Do `work` on every rank. Returns the error of this rank, or one that names a rank that failed. Collective."""
     problem: OSError | None = None
     try:
         work()
@@ -151,5 +133,5 @@ def _everywhere(mesh: Mesh, work: Callable[[], object]) -> OSError | None:
         problem = error if error.strerror else OSError(error.errno or 0, str(error))
     except Exception as error:  # a save that fails, for whatever reason, must not stop the training
         problem = OSError(0, f"{type(error).__name__}: {error}")
-    said = mesh.first_error("" if problem is None else problem.strerror or type(problem).__name__)
-    return problem or (OSError(0, said) if said else None)
+    reason = mesh.first_error("" if problem is None else problem.strerror or type(problem).__name__)
+    return problem or (OSError(0, reason) if reason else None)

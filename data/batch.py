@@ -1,9 +1,9 @@
-"""Batch: what the model is fed, dense tensors of shape [B, T], and how windows of a token stream become one.
+"""Batch: dense tensors of shape [B, T] on the host, and how windows of a token stream become one.
 
 B sequences · T tokens in a sequence
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 IGNORED = -100  # a target that counts for nothing
-PADDING = -1  # sample id of a sequence that only makes the batch divisible
+PADDING = -1  # sample id of a padding sequence, which only makes the batch divisible
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of one rank. All tensors are int64: tokens, targets, documents, positions [B, T]; samples [B].
+    """Sequences of one rank, on the host. int64 tensors: tokens, targets, documents, positions [B, T]; samples [B].
 
     targets: the next token of the same document, or IGNORED. documents: differ between the documents of a row, from 0.
     positions: restart at each document and at the row's start. samples: position in the run's order, or PADDING.
-    target_count: targets that count, a host integer.
+    target_count: targets that count.
     """
 
     tokens: Tensor
@@ -33,46 +33,21 @@ class Batch:
     target_count: int
 
     def micro_batches(self, size: int) -> list["Batch"]:
-        """The batch in pieces of `size` sequences, in order, each with its own target_count. `size` must divide B.
-
-        Cut it on the host: counting the targets of a batch on a GPU would wait for it.
-        """
+        """The batch in parts of `size` sequences, in order. `size` must divide B."""
         rows = len(self.samples)
         if rows % size:
             raise ValueError(f"{rows} sequences cannot be cut into micro-batches of {size}")
-        if rows == size:
-            return [self]
-        pieces = []
-        for start in range(0, rows, size):
-            cut = slice(start, start + size)
-            targets = self.targets[cut]
-            count = int((targets != IGNORED).sum())
-            pieces.append(
-                Batch(self.tokens[cut], targets, self.documents[cut], self.positions[cut], self.samples[cut], count)
-            )
-        return pieces
+        return [self.take(slice(start, start + size)) for start in range(0, rows, size)]
+
+    def take(self, rows: slice | Tensor) -> "Batch":
+        """The batch of some of its sequences."""
+        tensors = (self.tokens, self.targets, self.documents, self.positions, self.samples)
+        tokens, targets, documents, positions, samples = (tensor[rows] for tensor in tensors)
+        return Batch(tokens, targets, documents, positions, samples, int((targets != IGNORED).sum()))
 
     def largest_token(self) -> int:
-        """The largest id among tokens and targets, on the host."""
+        """The largest id among tokens and targets."""
         return max(int(self.tokens.max()), int(self.targets.max()))
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """The batch on a device; the copy overlaps with other work when the batch is pinned."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin(self) -> "Batch":
-        """The batch in page-locked memory (needs CUDA)."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        return Batch(
-            change(self.tokens),
-            change(self.targets),
-            change(self.documents),
-            change(self.positions),
-            change(self.samples),
-            self.target_count,
-        )
 
 
 def build_batch(
@@ -81,13 +56,14 @@ def build_batch(
     """Windows of a token stream as a Batch.
 
     stream: all tokens of a split, each document ended by `eod`, which occurs nowhere else. windows: [B], window k
-    begins at token k*seq_len; PADDING makes an empty sequence. samples: [B], their ids. What lies beyond it is padded.
+    begins at token k*seq_len; PADDING makes an empty sequence. samples: [B], their ids. Beyond the stream's end, rows
+    are padded.
     """
     block, real = _gather(stream, windows, seq_len, eod)
     ends = block[:, :-1] == eod
     tokens = block[:, :-1].astype(np.int64)
     targets = block[:, 1:].astype(np.int64)
-    np.putmask(targets, ends, IGNORED)  # the next token belongs to another document, or is padding
+    np.putmask(targets, ends, IGNORED)  # the next token is of a different document, or padding
     count = ends.size - int(np.count_nonzero(ends))
     for row in np.flatnonzero(real < seq_len):
         ends[row, real[row] :] = False  # padding is one document, not one a token

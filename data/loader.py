@@ -1,18 +1,17 @@
 """The loader: each rank's part of every global batch, in the run's one order, from a few numbers of state.
 
-Batches of one step are the samples [n, n + G) of the run, filled up to a multiple of ways * micro_batch; rank r takes
+A step's global batch is the samples [n, n + G) of the run, padded to a multiple of ways * micro_batch; rank r takes
 every ways-th. No rank, micro-batch or restart changes which samples a step has.
 """
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from minka.data.batch import PADDING, Batch, build_batch
@@ -21,12 +20,12 @@ from minka.data.token_store import Split
 from minka.plan.config import RunConfig
 
 DEPTH = 2  # batches built ahead: the next is ready while one is being trained on
-POLL_SECONDS = 0.1  # how often a waiting thread looks whether the other side is gone
+POLL_SECONDS = 0.1  # how often a waiting thread checks whether the other side has ended
 
 
 @dataclass(frozen=True)
 class LoaderState:
-    """How much of the order is consumed, the same on every rank. tokens = samples * seq_len; fillers do not count."""
+    """How much of the order is consumed, the same on every rank. tokens = samples * seq_len; padding does not count."""
 
     samples: int = 0
     tokens: int = 0
@@ -64,11 +63,19 @@ def read_batch(config: RunConfig, split: Split, order: SampleOrder, positions: N
     return build_batch(split.tokens, windows, positions, config.data.seq_len, split.eod)
 
 
-class Loader(Iterator[tuple[Batch, LoaderState]]):
-    """Endless iterator of (this rank's part of the next global batch, the state after it).
+class Loaded(NamedTuple):
+    """What one step trains on: this rank's part of the global batch, its micro-batches, and the state after it."""
 
-    One thread builds DEPTH batches ahead; whatever it raises is raised by `next`. Use it in a `with` or close it.
-    Batches are in host memory, page-locked when `device` is a CUDA device.
+    batch: Batch
+    micro_batches: list[Any]  # what `prepare` made of each
+    state: LoaderState
+
+
+class Loader(Iterator[Loaded]):
+    """Endless iterator over this rank's parts of the global batches.
+
+    A thread builds DEPTH of them ahead, and calls `prepare` for each micro-batch: host work that the training does not
+    wait for. What the thread raises is raised by `next`. Use it in a `with`, or close it.
     """
 
     def __init__(
@@ -78,13 +85,12 @@ class Loader(Iterator[tuple[Batch, LoaderState]]):
         rank: int,
         ways: int,
         state: LoaderState | None = None,
-        device: torch.device | str = "cpu",
+        prepare: Callable[[Batch], Any] = lambda micro_batch: micro_batch,
     ) -> None:
         if not 0 <= rank < ways:
             raise ValueError(f"rank {rank} of {ways} ways")
-        self.config, self.split, self.rank, self.ways = config, split, rank, ways
-        self.device = torch.device(device)
-        self._ready: queue.Queue[tuple[Batch, LoaderState] | BaseException] = queue.Queue(DEPTH)
+        self.config, self.split, self.rank, self.ways, self.prepare = config, split, rank, ways, prepare
+        self._ready: queue.Queue[Loaded | BaseException] = queue.Queue(DEPTH)
         self._closed = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(
@@ -92,7 +98,7 @@ class Loader(Iterator[tuple[Batch, LoaderState]]):
         )
         self._thread.start()
 
-    def __next__(self) -> tuple[Batch, LoaderState]:
+    def __next__(self) -> Loaded:
         if self._closed.is_set():
             raise StopIteration
         if self._failure is None:
@@ -113,28 +119,27 @@ class Loader(Iterator[tuple[Batch, LoaderState]]):
         self._closed.set()
         self._thread.join()
 
-    def _take(self) -> tuple[Batch, LoaderState] | BaseException:
+    def _take(self) -> Loaded | BaseException:
         while True:
             try:
                 return self._ready.get(timeout=POLL_SECONDS)
             except queue.Empty:
                 if not self._thread.is_alive() and self._ready.empty():
-                    return RuntimeError(f"the {self._thread.name} is gone without a word")
+                    return RuntimeError(f"the thread '{self._thread.name}' ended without an error")
 
     def _work(self, state: LoaderState) -> None:
         try:
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)  # each thread has its own current device, and pinning uses it
             order = order_of(self.config, self.split)
             while not self._closed.is_set():
                 positions = share(self.config, order, state, self.rank, self.ways)
                 batch = read_batch(self.config, self.split, order, positions)
+                prepared = [self.prepare(part) for part in batch.micro_batches(self.config.layout.micro_batch)]
                 state = state.after(global_batch(self.config, state), self.config.data.seq_len)
-                self._put((batch.pin() if self.device.type == "cuda" else batch, state))
-        except BaseException as error:  # handed to the consumer, who raises it
+                self._put(Loaded(batch, prepared, state))
+        except BaseException as error:  # handed to the consumer, which raises it
             self._put(error)
 
-    def _put(self, item: tuple[Batch, LoaderState] | BaseException) -> None:
+    def _put(self, item: Loaded | BaseException) -> None:
         while not self._closed.is_set():
             try:
                 return self._ready.put(item, timeout=POLL_SECONDS)

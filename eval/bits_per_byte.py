@@ -45,11 +45,10 @@ def bits_per_byte(
     length = config.data.seq_len
     stride = max(1, length // 2)
     nats = torch.zeros(count, dtype=torch.float64, device=mesh.device)
-    for host_batch in _batches_of_this_rank(split, count, config, mesh, eod, stride):
-        batch = host_batch.to(mesh.device)
-        losses = scorer.token_losses(batch)
-        owned = batch.owners >= 0
-        nats.index_add_(0, batch.owners[owned], losses[owned].double())
+    for batch in _batches_of_this_rank(split, count, config, mesh, eod, stride):
+        losses = scorer.token_losses(scorer.prepare(batch))
+        owners = batch.owners.clamp(min=0).flatten().to(mesh.device)  # positions without an owner have a loss of 0
+        nats.index_add_(0, owners, losses.flatten().double())
         heartbeat()
     mesh.sum_(nats)
     bits = (nats.cpu().numpy() + math.log(config.model.vocab)) / math.log(2)

@@ -18,7 +18,7 @@ def continue_prompts(
     found = []
     for prompt in config.eval.prompts:
         new = generate(
-            lambda tokens, place: scorer.next_logits(tokens.to(mesh.device), place),
+            scorer.next_logits,
             tokenizer.encode(prompt, add_special_tokens=False).ids or [eod],
             config.eval.sample_tokens,
             context=config.data.seq_len,

@@ -33,10 +33,6 @@ class ScoringBatch(NamedTuple):
     positions: Tensor
     owners: Tensor
 
-    def to(self, device: torch.device) -> "ScoringBatch":
-        """Return the same batch on `device`."""
-        return ScoringBatch(*(tensor.to(device) for tensor in self))
-
 
 def scoring_windows(document: int, tokens: np.ndarray, length: int, stride: int) -> Iterator[ScoringWindow]:
     """Yield windows of at most `length` inputs, `stride` apart. Each target is scored in the first window that has it.

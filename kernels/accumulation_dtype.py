@@ -1,4 +1,4 @@
-"""The dtype that sums and products are taken in, whatever the dtype that tensors are kept in."""
+"""The dtype of sums and products, which is at least fp32."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Linear cross-entropy: from hidden states, a vocabulary's matrix and targets to the loss, never holding all logits.
+"""Linear cross-entropy: from hidden states, a vocabulary's matrix and targets to the loss, without all logits at once.
 
 N tokens of the flattened batch · D width · V vocabulary, or the rows of it that are here
 """
@@ -13,12 +13,10 @@ from torch.autograd.function import once_differentiable
 from minka.kernels.accumulation_dtype import wide
 
 IGNORED = -100  # a target that counts for nothing
-CPU_ROWS = 512  # logits of so many tokens at once: 256 to 1024 were equal on two cores, fewer and more slower
-GPU_LOGITS = 2**28  # 1 GiB of fp32: thousands of tokens a product, which cuBLAS needs for its full rate
 
 
 class VocabShard(NamedTuple):
-    """Which rows of the vocabulary's matrix are here, and how numbers come together over all of them, in place."""
+    """The rows of the vocabulary's matrix on this rank, from `first`, and reductions over all ranks' rows, in place."""
 
     first: int
     max_: Callable[[Tensor], object]
@@ -29,35 +27,38 @@ ALL_ROWS = VocabShard(0, lambda here: here, lambda here: here)
 
 
 def linear_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_weight: float, rows: VocabShard = ALL_ROWS
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_weight: float, chunk: int, rows: VocabShard = ALL_ROWS
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(objective, loss, z_loss): sums over the targets that are not IGNORED, fp32 scalars, objective = loss + z_loss.
 
     loss is in nats; z_loss is z_weight * logsumexp^2 (Chowdhery et al. 2022, section 5). Only objective has a gradient.
-    With a part of the vocabulary's `rows` the numbers are those of all of it; the gradient of `hidden` is this part's
-    share, to be summed.
+    The logits of `chunk` tokens exist at once.
+    With a shard of the vocabulary the numbers are those of the whole vocabulary; the gradient of `hidden` is this
+    shard's term of a sum.
     """
-    objective, loss, z_loss = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, z_weight, rows)
+    objective, loss, z_loss = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, z_weight, chunk, rows)
     return objective, loss, z_loss
 
 
 @torch.no_grad()
-def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows: VocabShard = ALL_ROWS) -> Tensor:
+def token_losses(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int, rows: VocabShard = ALL_ROWS
+) -> Tensor:
     """Nats of each target, [N] fp32, 0 where ignored; no gradient."""
-    losses, _, _, _ = _chunked(hidden_ND, weight_VD, targets_N, 0.0, False, False, rows)
+    losses, _, _, _ = _chunked(hidden_ND, weight_VD, targets_N, 0.0, False, False, chunk, rows)
     return losses
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Takes the gradients in the forward pass, while a chunk's probabilities are in cache; backward only scales."""
+    """Computes the gradients in the forward pass, while a chunk's probabilities are in cache; backward only scales."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_weight: float, rows: VocabShard
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_weight: float, chunk: int, rows: VocabShard
     ) -> tuple[Tensor, Tensor, Tensor]:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         losses, z_losses, d_hidden, d_weight = _chunked(
-            hidden_ND, weight_VD, targets_N, z_weight, need_hidden, need_weight, rows
+            hidden_ND, weight_VD, targets_N, z_weight, need_hidden, need_weight, chunk, rows
         )
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtypes = hidden_ND.dtype, weight_VD.dtype
@@ -67,17 +68,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         scaled = [
             None if saved is None else (saved * grad).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return scaled[0], scaled[1], None, None, None
-
-
-def chunk_rows(vocab: int, on_gpu: bool) -> int:
-    """Tokens whose logits are made at once, of `vocab` logits each on this rank."""
-    return max(CPU_ROWS, GPU_LOGITS // vocab) if on_gpu else CPU_ROWS
+        return scaled[0], scaled[1], None, None, None, None
 
 
 def _chunked(
@@ -87,11 +83,12 @@ def _chunked(
     z_weight: float,
     need_hidden: bool,
     need_weight: bool,
+    chunk: int,
     rows: VocabShard,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Losses [N] and weighted z-losses [N] in fp32, and the gradients of their sum; those of the weight in fp32."""
     (tokens, _), vocab = hidden_ND.shape, weight_VD.shape[0]
-    chunk = max(1, min(tokens, chunk_rows(vocab, hidden_ND.is_cuda)))
+    chunk = max(1, min(tokens, chunk))
     exact = wide(hidden_ND).dtype
     losses = torch.empty(tokens, dtype=exact, device=hidden_ND.device)
     z_losses = torch.empty_like(losses)

@@ -1,8 +1,8 @@
 """RMS norm over the last dimension (Zhang & Sennrich 2019), with a backward of its own.
 
 Autograd's version reads and writes every activation four to eight times; this one two or three times, and it saves only
-its inputs. Under torch.compile the plain formula is used, which Inductor fuses better than we can. Half-precision
-inputs are computed in fp32 and rounded once, at the end.
+its inputs. On a GPU torch's own kernel runs, and under torch.compile the plain formula, which Inductor fuses better.
+Half-precision inputs are computed in fp32 and rounded once, at the end.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from minka.kernels.accumulation_dtype import wide
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019), in x's dtype."""
-    if torch.compiler.is_compiling() or x.is_cuda:
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
         return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
     return _RMSNorm.apply(x, weight, eps)
 

@@ -1,4 +1,4 @@
-"""exit_reason.json: how a run ended, for whoever starts it again, a person or a scheduler."""
+"""exit_reason.json: why a run ended, for a person or a scheduler that starts it again."""
 
 import sys
 from collections.abc import Iterator
@@ -7,29 +7,29 @@ from typing import NamedTuple
 
 from minka.plan.atomic import write_json
 from minka.plan.errors import ExitStatus, UserError
-from minka.plan.ledger import is_count, parse, read_ledger
+from minka.plan.ledger import is_count, lines_from_end, parse, parse_event
 from minka.plan.run_folder import RunFolder
 
 
-class Ending(NamedTuple):
-    """What exit_reason.json says, and which file it was: another ending is another file."""
+class ExitReason(NamedTuple):
+    """The code in an exit_reason.json, and which file it was: every exit writes a new file."""
 
     code: int
-    file: tuple[int, int]  # inode, and when it was written
+    file: tuple[int, int]  # inode, time of the last change
 
 
-def read_ending(folder: RunFolder) -> Ending | None:
-    """The run's last ending; None where there is none, or one that says nothing."""
+def read_exit_reason(folder: RunFolder) -> ExitReason | None:
+    """The run's last exit reason; None where there is none, or none that can be read."""
     try:
         stat = folder.exit_file.stat()
         code = parse(folder.exit_file.read_bytes())["code"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Ending(code, (stat.st_ino, stat.st_mtime_ns)) if is_count(code) else None
+    return ExitReason(code, (stat.st_ino, stat.st_mtime_ns)) if is_count(code) else None
 
 
-def write_ending(folder: RunFolder, status: int, reason: str, step: int, *, requeue: bool = False) -> None:
-    """Say how the run ended; on a disk that takes nothing, on stderr that this is not said."""
+def write_exit_reason(folder: RunFolder, status: int, reason: str, step: int, *, requeue: bool = False) -> None:
+    """Write why the run ended. Where the disk refuses the file, say so on stderr."""
     try:
         write_json(folder.exit_file, {"code": int(status), "reason": reason, "step": step, "requeue": requeue})
     except OSError as error:
@@ -37,20 +37,28 @@ def write_ending(folder: RunFolder, status: int, reason: str, step: int, *, requ
 
 
 @contextmanager
-def explained(folder: RunFolder, *, speaks: bool = True) -> Iterator[None]:
-    """A refusal within that needs a person is the run's ending, and stands in its folder where that may be written."""
+def refusals_recorded(folder: RunFolder, *, writes: bool = True) -> Iterator[None]:
+    """Make a refusal that needs a person the run's exit reason."""
     try:
         yield
     except UserError as error:
-        if speaks and error.status == ExitStatus.NEEDS_PERSON and folder.exists():
-            _explain(folder, error)
+        if writes and error.status == ExitStatus.NEEDS_PERSON and folder.exists():
+            _record_refusal(folder, error)
         raise
 
 
-def _explain(folder: RunFolder, error: UserError) -> None:
+def _record_refusal(folder: RunFolder, error: UserError) -> None:
     try:
-        with folder.only_writer():  # of a run that another process trains, the ending is that one's to tell
-            steps = [event["step"] for event in read_ledger(folder.ledger_file, with_steps=False)]
-            write_ending(folder, error.status, error.what, steps[-1] if steps else 0)
+        with folder.only_writer():  # a process that trains the run writes its exit reason itself
+            write_exit_reason(folder, error.status, error.what, _last_step(folder))
     except UserError:
-        return  # the refusal itself is what people are told
+        return  # the refusal is reported, whether or not it could be recorded
+
+
+def _last_step(folder: RunFolder) -> int:
+    """The step of the last event in the ledger."""
+    if not folder.ledger_file.exists():
+        return 0
+    with folder.ledger_file.open("rb") as ledger:
+        events = (parse_event(line) for _, line in lines_from_end(ledger))
+        return next((int(event["step"]) for event in events if event), 0)

@@ -1,211 +1,113 @@
 """The supervisor: owns the ranks of this machine and never imports torch.
 
-It starts one process that imports torch once and forks the ranks (train/forker.py), hands on signals, reads the ranks'
-heartbeats from a pipe, dumps stacks and ends everything when one stops beating, and decides the exit status.
+It starts one process that imports torch once and forks the ranks (train/forker.py), passes signals on, reads the ranks'
+heartbeats from a pipe, has them write their stacks and ends them when one stops beating, and decides the exit status.
 """
 
-import json
 import os
-import re
 import selectors
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Literal, NamedTuple
 
-from minka.launch.exit_reason import Ending, read_ending, write_ending
+from pydantic import BaseModel
+
+from minka.launch.exit_reason import ExitReason, read_exit_reason, write_exit_reason
+from minka.launch.signals import STOP_SIGNALS
 from minka.plan.config import RunConfig
-from minka.plan.errors import ExitStatus, UserError
+from minka.plan.errors import ExitStatus
 from minka.plan.run_folder import RunFolder
+from minka.plan.run_state import RunState
 
-HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # each asks the ranks to save and stop
 STACKS_SIGNAL = signal.SIGUSR2
-CPU_RANKS = 2
 KILL_SECONDS = 5.0
-A_RANK_FAILED = "a rank failed"
-IN_GOOD_ORDER = (ExitStatus.DONE, ExitStatus.REFUSED, ExitStatus.STOPPED, ExitStatus.NEEDS_PERSON)
+BY_THE_RANKS = (ExitStatus.DONE, ExitStatus.REFUSED, ExitStatus.STOPPED, ExitStatus.NEEDS_PERSON)  # they give a reason
 
 
-def joined(environment: Mapping[str, str]) -> str | None:
-    """Who started this process as one rank of many: torchrun, slurm, or nobody."""
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        return "torchrun"
-    # A batch script has the first of these alone, and a shell that srun started is a step of one task.
-    if "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment and _slurm_tasks(environment) > 1:
-        return "slurm"
-    return None
+class Job(BaseModel, frozen=True):
+    """What to train, for the forker (as JSON on its stdin) and for each rank."""
+
+    config: RunConfig
+    state: RunState | None = None  # of the run before this start; None under torchrun and Slurm: rank 0 reads it
+    ranks: int = 0  # to be started here
+    profile: tuple[int, int] = (0, 0)  # first and last step to trace
+    as_json: bool = False
+    from_scratch: bool = False  # restart at step 0, if the run has begun
+    command: tuple[str, ...] = ()
+    threads: int | None = None  # of torch in each rank; None leaves torch's choice
+    heartbeat_pipe: int | None = None  # the supervisor fills in these two
+    supervisor: int | None = None  # its process id
 
 
-def restarted(environment: Mapping[str, str]) -> bool:
-    """Whether a scheduler or torchrun starts this command again by itself."""
-    counts = (environment.get(name, "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
-    return any(count.isdecimal() and int(count) > 0 for count in counts)
+class Ending(NamedTuple):
+    """How the ranks ended, as far as the supervisor saw it."""
 
-
-def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """torch's names for a rank's place, from those srun gives each task."""
-    hosts = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
-    return {
-        "RANK": environment["SLURM_PROCID"],
-        "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "WORLD_SIZE": str(_slurm_tasks(environment)),
-        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(hosts),
-        # Every task must choose the same port without talking: the job's and step's numbers, above the reserved ports.
-        "MASTER_PORT": environment.get("MASTER_PORT")
-        or str(20_000 + (int(environment["SLURM_JOB_ID"]) * 31 + int(environment["SLURM_STEP_ID"])) % 40_000),
-    }
-
-
-def _slurm_tasks(environment: Mapping[str, str]) -> int:
-    return int(environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS") or 1)
-
-
-def first_host(hosts: str) -> str:
-    """The first name of a Slurm host list: "node[07-09,12],login1" gives node07."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", hosts)
-    if match is None:
-        raise UserError(f"{hosts!r} is no Slurm host list", where="SLURM_JOB_NODELIST")
-    return "".join(part or "" for part in match.groups())
-
-
-def visible_gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -> int:
-    """GPUs that this process may use, without asking torch."""
-    gpus = [p for p in devices.glob("nvidia*") if p.name.removeprefix("nvidia").isdigit()]
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is None or not gpus:
-        return len(gpus)
-    return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
-
-
-def choose_ranks(asked: int | None, gpus: int) -> int:
-    """How many ranks to start here: as asked, else one a GPU, else two. Raises UserError when that cannot be."""
-    if asked is not None and asked < 1:
-        raise UserError(f"--ranks {asked}: at least one rank is needed", remedy="leave it out, or give 1 or more")
-    if asked is not None and gpus and asked > gpus:
-        raise UserError(
-            f"--ranks {asked}: there are {gpus} GPUs here",
-            why="every rank needs a GPU of its own",
-            remedy=f"give at most {gpus}, or CUDA_VISIBLE_DEVICES= to train on the CPU",
-        )
-    return asked or gpus or CPU_RANKS
-
-
-def parse_window(window: str) -> tuple[int, int]:
-    """ "10:13" as (10, 13): three steps, the eleventh to the thirteenth; "" as (0, 0). Raises UserError."""
-    first, colon, last = window.partition(":")
-    if not window:
-        return 0, 0
-    if not (colon and first.isdigit() and last.isdigit() and int(first) < int(last)):
-        raise UserError(f"{window!r} is no window of steps", where="--profile", remedy="for example --profile 10:13")
-    return int(first), int(last)
+    status: int
+    reason: str
+    step: int
+    rank_failed: bool = False
 
 
 @dataclass
 class Ranks:
-    """What the supervisor knows of its ranks: pids, and when each was last heard of."""
+    """What the supervisor knows of its ranks, by rank."""
 
     pids: dict[int, int] = field(default_factory=dict)
-    heard: dict[int, float] = field(default_factory=dict)
+    heard: dict[int, float] = field(default_factory=dict)  # when the last heartbeat came
     steps: dict[int, int] = field(default_factory=dict)
-    rest: bytes = b""  # of a line that is not whole yet
+    rest: bytes = b""  # of an incomplete line
 
-    def listen(self, beats: int) -> None:
-        """Whatever there is in a pipe that does not block."""
+    @property
+    def step(self) -> int:
+        """The highest step that a rank has reported."""
+        return max(self.steps.values(), default=0)
+
+    def read(self, pipe: int) -> None:
+        """Read all heartbeats in a non-blocking pipe."""
         with suppress(BlockingIOError):
-            while said := os.read(beats, 65536):
-                *lines, self.rest = (self.rest + said).split(b"\n")
+            while received := os.read(pipe, 65536):
+                *lines, self.rest = (self.rest + received).split(b"\n")
                 for line in lines:
-                    self.hear(line.decode(), time.monotonic())
+                    self.heartbeat(line.decode(), time.monotonic())
 
-    def hear(self, line: str, now: float) -> None:
-        """One line of the pipe: `rank pid step`, and `done` behind it when the rank has only to end."""
+    def heartbeat(self, line: str, now: float) -> None:
+        """One line of the pipe: `rank pid step`, and `done` when the rank has nothing left but to exit."""
         rank, pid, step = (int(word) for word in line.split()[:3])
         self.pids[rank], self.heard[rank], self.steps[rank] = pid, now, step
         if line.endswith("done"):
             del self.heard[rank]
 
     def silent(self, now: float, seconds: float) -> list[int]:
-        """Ranks not heard of for so long."""
+        """Ranks without a heartbeat for more than `seconds`."""
         return sorted(rank for rank, when in self.heard.items() if now - when > seconds)
 
-
-def supervise(
-    config: RunConfig, ranks: int, profile: str, from_scratch: bool, as_json: bool, saved_step: Callable[[], int | None]
-) -> int:
-    """Run `ranks` ranks of `config` here and give the exit status of the whole.
-
-    `saved_step` tells the step of the newest checkpoint, or None: where the run can resume from after a rank failed.
-    """
-    folder, handing = RunFolder.of(config), _Handing()
-    before = read_ending(folder)
-    read_end, write_end = os.pipe()
-    os.set_blocking(read_end, False)
-    os.set_blocking(write_end, False)  # a rank never waits for a slow supervisor: it drops the beat
-    job = {
-        "config": config.model_dump(mode="json"),
-        "ranks": ranks,
-        "profile": profile,
-        "json": as_json,
-        "beat": write_end,
-        "parent": os.getpid(),
-        "command": sys.argv,
-        "from_scratch": from_scratch,
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "minka.train.forker"],
-        stdin=subprocess.PIPE,
-        pass_fds=(write_end,),
-        start_new_session=True,  # a terminal's Ctrl-C reaches the supervisor alone
-        text=True,
-    )
-    os.close(write_end)
-    assert process.stdin is not None
-    process.stdin.write(json.dumps(job))
-    process.stdin.close()
-    try:
-        with os.fdopen(read_end) as beats:
-            status, reason, step = _watch(process, beats.fileno(), handing, config.guard.hang_seconds, folder)
-    finally:
-        _end(process)
-        handing.leave()
-    after = read_ending(folder)
-    told = after if after != before else None
-    if reason == A_RANK_FAILED and not told:
-        saved, again = saved_step(), f"`minka train {folder.path}`"
-        onward = f"{again} begins again: nothing was saved" if saved is None else f"{again} goes on from step {saved:,}"
-        print(f"minka: training has ended, since a rank failed. {onward}.", file=sys.stderr)
-    if folder.exists():
-        tell_ending(folder, status, reason, step, told)
-    return status
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to every rank that still exists."""
+        for pid in self.pids.values():
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
-def tell_ending(folder: RunFolder, status: int, reason: str, step: int, told: Ending | None) -> None:
-    """The ranks write the reason of an end in good order; of any other end only the supervisor can tell.
+@dataclass
+class Signals:
+    """Counts signals instead of obeying them, until the process ends: a late one must not undo an exit status."""
 
-    `told` is what they have written in this session.
-    """
-    if status in IN_GOOD_ORDER or (told and told.code != ExitStatus.DONE):
-        return
-    if told:  # or the next start would take the run for finished, and not export it
-        reason = "trained to its end and saved; what comes after that failed: the export"
-    write_ending(folder, status, reason, step, requeue=status == ExitStatus.HUNG)
+    received: int = 0
+    passed_on: int = 0
+    interrupts: int = 0
 
-
-class _Handing:
-    """From here on signals are counted instead of obeyed, to the process's end: a late one must not undo an ending."""
-
-    def __init__(self) -> None:
-        self.received = self.interrupts = 0
-        for number in HANDED_ON:
+    def catch(self) -> None:
+        """Start to count."""
+        for number in STOP_SIGNALS:
             signal.signal(number, self._count)
 
-    def leave(self) -> None:
-        """Python puts its own handlers back while it ends, but leaves ignored signals ignored."""
-        for number in HANDED_ON:
+    def ignore(self) -> None:
+        """Python restores its own handlers while it exits, but it leaves ignored signals ignored."""
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def _count(self, number: int, frame: object) -> None:
@@ -213,50 +115,106 @@ class _Handing:
         self.interrupts += number == signal.SIGINT
 
 
+Action = Literal["wait", "pass on", "end", "hung"]
+
+
+def next_action(ranks: Ranks, signals: Signals, now: float, hang_seconds: float) -> Action:
+    """What the supervisor does next, given signals and heartbeats so far."""
+    if signals.received > signals.passed_on:
+        # Only Ctrl-C counts twice: schedulers send several signals as a matter of course.
+        return "end" if signals.interrupts > 1 else "pass on"
+    return "hung" if ranks.silent(now, hang_seconds) else "wait"
+
+
+def ending_of(returncode: int, ranks: Ranks, *, stopping: bool) -> Ending:
+    """How the ranks ended, by the exit status of the forker."""
+    if stopping and not ranks.pids:
+        return Ending(int(ExitStatus.STOPPED), "stopped before the first step", 0)
+    status = returncode if returncode >= 0 else int(ExitStatus.FAILED)
+    if status in BY_THE_RANKS:
+        return Ending(status, ExitStatus(status).reason, ranks.step)
+    if not ranks.pids:
+        return Ending(status, "failed before training began", 0)
+    return Ending(status, "a rank failed", ranks.step, rank_failed=True)
+
+
+def supervise(job: Job) -> Ending:
+    """Run the ranks of `job` here until they end, and write the exit reason where the ranks did not."""
+    folder, signals = RunFolder.of(job.config), Signals()
+    signals.catch()
+    before = read_exit_reason(folder)
+    read_end, write_end = os.pipe()
+    os.set_blocking(read_end, False)
+    os.set_blocking(write_end, False)  # a rank drops its heartbeat rather than wait for a slow supervisor
+    job = job.model_copy(update={"heartbeat_pipe": write_end, "supervisor": os.getpid()})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minka.train.forker"],
+        stdin=subprocess.PIPE,
+        pass_fds=(write_end,),
+        start_new_session=True,  # Ctrl-C in a terminal reaches the supervisor alone
+        text=True,
+    )
+    os.close(write_end)
+    assert process.stdin is not None
+    process.stdin.write(job.model_dump_json())
+    process.stdin.close()
+    try:
+        with os.fdopen(read_end) as pipe:
+            ending = _watch(process, pipe.fileno(), signals, job.config.guard.hang_seconds, folder)
+    finally:
+        _end(process)
+        signals.ignore()
+    after = read_exit_reason(folder)
+    by_ranks = after if after != before else None
+    if folder.exists():
+        complete_exit_reason(folder, ending, by_ranks)
+    return ending._replace(rank_failed=ending.rank_failed and by_ranks is None)
+
+
+def complete_exit_reason(folder: RunFolder, ending: Ending, by_ranks: ExitReason | None) -> None:
+    """Write the exit reason when the ranks could not. `by_ranks` is the one that they wrote in this session."""
+    if ending.status in BY_THE_RANKS or (by_ranks and by_ranks.code != ExitStatus.DONE):
+        return
+    reason = ending.reason
+    if by_ranks:  # "done": the next start would take the run for finished, and not export it
+        reason = "trained to its end and saved; then the export failed"
+    write_exit_reason(folder, ending.status, reason, ending.step, requeue=ending.status == ExitStatus.HUNG)
+
+
 def _watch(
-    process: "subprocess.Popen[str]", beats: int, handing: _Handing, hang_seconds: float, folder: RunFolder
-) -> tuple[int, str, int]:
-    ranks, handed = Ranks(), 0
+    process: "subprocess.Popen[str]", pipe: int, signals: Signals, hang_seconds: float, folder: RunFolder
+) -> Ending:
+    ranks = Ranks()
     selector = selectors.DefaultSelector()
-    selector.register(beats, selectors.EVENT_READ)
+    selector.register(pipe, selectors.EVENT_READ)
     while process.poll() is None:
         if selector.select(timeout=0.2):
-            ranks.listen(beats)
-        if handing.received > handed:
-            if handing.interrupts > 1:  # a person at a terminal; schedulers send several signals as a matter of course
-                print(f"stopped at once, unsaved; `minka train {folder.path}` goes on from the last checkpoint")
-                return int(ExitStatus.FAILED), "interrupted twice", max(ranks.steps.values(), default=0)
-            if not handed:
-                print("stopping after this step; Ctrl-C once more to stop at once, unsaved", file=sys.stderr)
-            handed = handing.received
-            process.terminate()  # it hands the wish on to whatever it has started
-        silent = ranks.silent(time.monotonic(), hang_seconds)
-        if silent:
-            _signal(ranks, STACKS_SIGNAL)
-            time.sleep(1.0)  # for the stacks to be written
-            reason = f"no heartbeat from rank {', '.join(map(str, silent))} for {hang_seconds:g} s"
-            print(f"minka: {reason}. The stacks of all ranks are in {folder.logs}.", file=sys.stderr)
-            return int(ExitStatus.HUNG), reason, max(ranks.steps.values(), default=0)
-    ranks.listen(beats)  # what was said last
-    if handed and not ranks.pids:
+            ranks.read(pipe)
+        now = time.monotonic()
+        match next_action(ranks, signals, now, hang_seconds):
+            case "pass on":
+                if not signals.passed_on:
+                    print("stopping after this step; Ctrl-C again to stop at once, unsaved", file=sys.stderr)
+                signals.passed_on = signals.received
+                process.terminate()  # it passes the signal on to its children
+            case "end":
+                print(f"stopped at once, unsaved; `minka train {folder.path}` resumes from the last checkpoint")
+                return Ending(int(ExitStatus.FAILED), "interrupted twice", ranks.step)
+            case "hung":
+                silent = ", ".join(map(str, ranks.silent(now, hang_seconds)))
+                ranks.signal(STACKS_SIGNAL)
+                time.sleep(1.0)  # for the stacks to be written
+                reason = f"no heartbeat from rank {silent} for {hang_seconds:g} s"
+                print(f"minka: {reason}. The stacks of all ranks are in {folder.logs}.", file=sys.stderr)
+                return Ending(int(ExitStatus.HUNG), reason, ranks.step)
+    ranks.read(pipe)
+    if signals.passed_on and not ranks.pids:
         print("stopped before the first step: there was nothing to save", file=sys.stderr)
-        return int(ExitStatus.STOPPED), "stopped before the first step", 0
-    status = process.returncode if process.returncode >= 0 else int(ExitStatus.FAILED)
-    reasons = {0: "done", 85: "stopped and saved", 86: "stopped by a rule", 2: "refused"}
-    failed = A_RANK_FAILED if ranks.pids else "failed before training began"
-    return status, reasons.get(status, failed), max(ranks.steps.values(), default=0)
-
-
-def _signal(ranks: Ranks, number: signal.Signals) -> None:
-    for pid in ranks.pids.values():
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            continue
+    return ending_of(process.returncode, ranks, stopping=signals.passed_on > 0)
 
 
 def _end(process: "subprocess.Popen[str]") -> None:
-    """End the whole session that was started, gently and then not."""
+    """End all processes of the forker's session: first by SIGTERM, then by SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             return

@@ -1,11 +1,11 @@
-"""Causal attention that never crosses a document boundary, by whichever kernel suits the device.
+"""Causal attention that never crosses a document boundary, by the kernel that suits the device.
 
 B batch · T tokens · H query heads · K key/value heads · C head width
 """
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -15,36 +15,21 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from minka.plan.config_sections import KernelsSection
-from minka.plan.errors import UserError
+from minka.plan.sizing import attention_kind
 
-HALF = (torch.bfloat16, torch.float16)
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 VARLEN: Callable[..., Any] = varlen_attn  # its signature differs between torch 2.11 and 2.13
 PROBE_BYTES = 2**24  # of logits that the probe holds at once
 VARLEN_TAKES = inspect.signature(varlen_attn).parameters
 
 
 @dataclass(frozen=True)
-class Structure:
-    """Which token may see which, computed once a forward pass and handed to every block.
-
-    No pytree on purpose: FSDP2 casts the floating tensors it finds in a module's arguments, and recompute must see
-    the very value that its own micro-batch had.
-    """
-
-    kind: Literal["causal", "mask", "varlen"]
-    documents: Tensor | None = None  # [B, T] of the whole rows; None: every row is one document
-    mask: Tensor | None = None  # [B, 1, Tq, Tk], 0 where allowed and -inf elsewhere
-    starts: Tensor | None = None  # int32 cumulative lengths over the flattened batch, padded with B*T
-    part: "ContextShard | None" = None  # None: queries and keys are whole rows
-
-
-@dataclass(frozen=True)
 class ContextShard:
-    """Of queries that are a part of each row, while the keys of the whole row are gathered from elsewhere.
+    """For queries that are some places of each row, while the keys of whole rows are gathered from other ranks.
 
-    gather: keys and values [B, K, Tq, C] of this part to those of the row [B, K, T, C], in the order `keys_at`, with
-    the gradient going back. queries_at [Tq], keys_at [T]: their places in the row. For varlen kernels: keys are taken
-    by `take` from the flattened [B * T], and `key_starts` goes with `starts` (see `varlen_part`).
+    gather: keys and values [B, K, Tq, C] of this rank to those of whole rows [B, K, T, C], in the order `keys_at`, with
+    the gradient going back. queries_at [Tq], keys_at [T]: places in the row, on the host. For varlen kernels: `take`
+    picks keys from the flattened [B * T], `key_starts` belongs to `starts`, `longest` is the longest run of keys.
     """
 
     gather: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -55,37 +40,82 @@ class ContextShard:
     longest: int = 0
 
 
-def document_structure(
-    documents_BT: Tensor | None, kernels: KernelsSection, *, device: torch.device, dtype: torch.dtype
-) -> Structure:
-    """The structure of a batch whose activations have `dtype` on `device`.
+@dataclass(frozen=True)
+class Structure:
+    """Which token may see which: made on the host, moved to the device once per micro-batch, shared by all blocks.
 
-    documents_BT: int64 ids, equal exactly within a document, whose tokens lie side by side; None: one document a row.
-    With varlen kernels, ids that are still on the CPU spare the device a synchronisation.
+    Not a pytree, on purpose: FSDP2 casts the floating tensors that it finds in a module's arguments, and recomputation
+    must see the value of its own micro-batch.
+    """
+
+    kind: Literal["causal", "mask", "varlen"]
+    documents: Tensor | None = None  # [B, T] of whole rows, stays on the host; None: every row is one document
+    starts: Tensor | None = None  # varlen: int32 cumulative lengths over the flattened batch, padded with B*T
+    shard: ContextShard | None = None  # None: queries and keys are whole rows
+    mask: Tensor | None = None  # [B, 1, Tq, Tk], 0 where allowed and -inf elsewhere; made by `to`
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Structure":
+        """The structure for activations of `dtype` on `device`; the host waits for nothing if its memory is pinned."""
+
+        def move(tensor: Tensor | None) -> Any:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        if self.kind == "mask":
+            at = (None, None) if self.shard is None else (self.shard.queries_at, self.shard.keys_at)
+            return replace(self, mask=additive(allowed_pairs(*map(move, (self.documents, *at))), dtype))
+        shard = self.shard and replace(self.shard, take=move(self.shard.take), key_starts=move(self.shard.key_starts))
+        return replace(self, starts=move(self.starts), shard=shard)
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same dataclass with `change` applied to each tensor in it, at any depth."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    return replace(value, **{f.name: map_tensors(getattr(value, f.name), change) for f in fields(value)})
+
+
+def uses_varlen(kernels: KernelsSection, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a variable-length kernel separates documents, rather than a mask.
+
     Raises UserError where kernels.attention cannot run.
+    """
+    return attention_kind(kernels.attention, device.type, NAMES[dtype]) == "varlen"
+
+
+def document_structure(documents_BT: Tensor | None, *, varlen: bool) -> Structure:
+    """The structure of whole rows.
+
+    documents_BT: int64 ids on the host, equal exactly within a document, whose tokens are consecutive; None: one
+    document a row.
     """
     if documents_BT is None:
         return Structure("causal")
-    possible = device.type == "cuda" and dtype in HALF
-    if kernels.attention == "varlen" and not possible:
-        raise UserError(
-            f"variable-length attention cannot run on {device.type} in {str(dtype).removeprefix('torch.')}",
-            where="kernels.attention",
-            why="its kernels are for CUDA devices in half precision",
-            remedy='set kernels.attention="auto", or layout.precision="bf16" on a GPU',
-        )
-    if possible and kernels.attention != "sdpa":
-        return Structure("varlen", documents_BT.to(device), starts=_starts(documents_BT).to(device, non_blocking=True))
-    if documents_BT.device.type == "cpu" and torch.equal(documents_BT[:, 1:], documents_BT[:, :-1]):
+    if varlen:
+        return Structure("varlen", documents_BT, starts=document_starts(documents_BT))
+    if torch.equal(documents_BT[:, 1:], documents_BT[:, :-1]):
         return Structure("causal")  # the causal kernel skips half of the work
-    documents_BT = documents_BT.to(device)
-    return Structure("mask", documents_BT, mask=additive(allowed_pairs(documents_BT), dtype))
+    return Structure("mask", documents_BT)
+
+
+def document_starts(documents_BT: Tensor) -> Tensor:
+    """Cumulative lengths of the documents of the flattened batch, int32, padded to a power of two by empty documents.
+
+    A size that always suffices (B*T) costs more in empty blocks of the kernel; powers of two are few sizes, so few
+    compilations.
+    """
+    first = torch.ones_like(documents_BT, dtype=torch.bool)
+    first[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+    starts = first.flatten().nonzero().flatten().to(torch.int32)
+    size = 1 << starts.numel().bit_length()  # room for the end
+    return F.pad(starts, (0, size - starts.numel()), value=documents_BT.numel())
 
 
 def attention(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, structure: Structure) -> Tensor:
     """softmax(q k' / sqrt(C)) v over the allowed pairs: [B, H, T, C]. K divides H (grouped queries)."""
-    if structure.part is not None:
-        k_BKTC, v_BKTC = structure.part.gather(k_BKTC, v_BKTC)
+    if structure.shard is not None:
+        k_BKTC, v_BKTC = structure.shard.gather(k_BKTC, v_BKTC)
     if structure.kind == "varlen":
         return _varlen(q_BHTC, k_BKTC, v_BKTC, structure)
     return F.scaled_dot_product_attention(
@@ -116,33 +146,31 @@ def additive(allowed_BQK: Tensor, dtype: torch.dtype) -> Tensor:
 def largest_logit(q_BHTC: Tensor, k_BKTC: Tensor, structure: Structure) -> Tensor:
     """The largest scaled logit of any head over the allowed pairs; scalar fp32.
 
-    Some queries of one group of heads at a time: never more than PROBE_BYTES of logits, or those of one query.
+    It takes some queries of one group of heads at a time: at most PROBE_BYTES of logits, or those of one query.
     """
-    if structure.part is not None:
-        k_BKTC, _ = structure.part.gather(k_BKTC, k_BKTC)
+    device, shard = q_BHTC.device, structure.shard
+    if shard is not None:
+        k_BKTC, _ = shard.gather(k_BKTC, k_BKTC)
     batch, heads, tokens, width = q_BHTC.shape
     groups, keys = k_BKTC.shape[1], k_BKTC.shape[2]
+    every = torch.arange(keys, device=device)
+    queries_at = every if shard is None else shard.queries_at.to(device, non_blocking=True)
+    keys_at = every if shard is None else shard.keys_at.to(device, non_blocking=True)
+    documents = structure.documents
+    documents = (
+        torch.zeros(batch, keys, device=device) if documents is None else documents.to(device, non_blocking=True)
+    )
     queries = max(1, PROBE_BYTES // (4 * keys * (heads // groups)))
-    largest = torch.full((), float("-inf"), device=q_BHTC.device)
+    largest = torch.full((), float("-inf"), device=device)
     for b in range(batch):
         q_KGTC = q_BHTC[b].unflatten(0, (groups, heads // groups))
         for first in range(0, tokens, queries):
-            hidden = ~_allowed_queries(structure, b, slice(first, first + queries), keys, q_BHTC.device)
+            some = slice(first, first + queries)
+            hidden = ~allowed_pairs(documents[b : b + 1], queries_at[some], keys_at)[0]
             for group in range(groups):
-                keys_CT = k_BKTC[b, group].float().T
-                logits_GQT = q_KGTC[group, :, first : first + queries].float() @ keys_CT
+                logits_GQT = q_KGTC[group, :, some].float() @ k_BKTC[b, group].float().T
                 largest = torch.maximum(largest, logits_GQT.masked_fill_(hidden, float("-inf")).amax())
     return largest / width**0.5
-
-
-def _allowed_queries(structure: Structure, row: int, some: slice, keys: int, device: torch.device) -> Tensor:
-    """Bool [queries, keys]: those rows of `allowed_pairs`."""
-    every = torch.arange(keys, device=device)
-    q = (every if structure.part is None else structure.part.queries_at)[some]
-    k = every if structure.part is None else structure.part.keys_at
-    if structure.documents is None:
-        return q[:, None] >= k
-    return allowed_pairs(structure.documents[row : row + 1], q, k)[0]
 
 
 def _varlen(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, structure: Structure) -> Tensor:
@@ -155,21 +183,8 @@ def _varlen(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, structure: Structure
         k_BKTC, v_BKTC = k_BKTC.repeat_interleave(groups, dim=1), v_BKTC.repeat_interleave(groups, dim=1)
     q, k, v = (rearrange(x, "b h t c -> (b t) h c") for x in (q_BHTC, k_BKTC, v_BKTC))
     starts, key_starts, longest = structure.starts, structure.starts, tokens
-    if structure.part is not None:
-        k, v = k[structure.part.take], v[structure.part.take]
-        key_starts, longest = structure.part.key_starts, structure.part.longest
+    if structure.shard is not None:
+        k, v = k[structure.shard.take], v[structure.shard.take]
+        key_starts, longest = structure.shard.key_starts, structure.shard.longest
     y: Tensor = VARLEN(q, k, v, starts, key_starts, tokens, longest, **options)
     return rearrange(y, "(b t) h c -> b h t c", b=batch)
-
-
-def _starts(documents_BT: Tensor) -> Tensor:
-    """Cumulative lengths of the documents of the flattened batch, padded to a power of two by empty documents.
-
-    The number of documents must come to the host: a size that always suffices (B*T) costs more in empty blocks of
-    the kernel than one synchronisation does, and a smaller fixed one would be wrong without a word.
-    """
-    first = torch.ones_like(documents_BT, dtype=torch.bool)
-    first[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
-    starts = first.flatten().nonzero().flatten().to(torch.int32)
-    size = 1 << starts.numel().bit_length()  # room for the end; few sizes, so few compilations
-    return F.pad(starts, (0, size - starts.numel()), value=documents_BT.numel())

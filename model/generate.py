@@ -1,4 +1,4 @@
-"""Text from a model, one token after the other; the whole context is read again for each."""
+"""Text from a model, one token after the other; the whole context is computed again for each."""
 
 from collections.abc import Callable, Sequence
 
@@ -21,11 +21,10 @@ def generate(
 ) -> list[int]:
     """The tokens that follow `prompt`: at most `max_new`; `stop`, if met, is the last.
 
-    next_logits: tokens [1, T] int64 and a place in them to the logits [V] of what follows it, causal. Every rank that
-    calls it with equal arguments makes the same calls. Inputs are padded on the right, which a causal model cannot see,
-    to powers of two up to `context`, so that few shapes occur. temperature 0 takes the likeliest token; above, `seed`
-    alone decides. `agree` turns each token that was chosen here into the one that all ranks go on with: logits may
-    differ in their last bits.
+    next_logits: from tokens [1, T] int64 and a place in them to the logits [V] of what follows it. Ranks with equal
+    arguments make the same calls. Inputs are padded on the right, which a causal model cannot see, to powers of two up
+    to `context`, so that few shapes occur. temperature 0 takes the likeliest token; above 0, `seed` alone decides.
+    `agree` replaces each token that was chosen here by the one that all ranks use: logits may differ in last bits.
     Raises ValueError for an empty prompt.
     """
     if not prompt:

@@ -1,4 +1,4 @@
-"""From hidden states and targets to the loss: the one module that knows the vocabulary's matrix.
+"""From hidden states and targets to the loss; the only module that uses the vocabulary's matrix.
 
 N tokens of the flattened batch · D width · V vocabulary
 """
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from minka.kernels.accumulation_dtype import wide
 from minka.kernels.linear_cross_entropy import IGNORED, linear_cross_entropy, token_losses
+from minka.plan.sizing import logit_rows
 
 __all__ = ["IGNORED", "Head", "HeadSums"]
 
@@ -27,11 +28,13 @@ class HeadSums(NamedTuple):
 class Head(nn.Module):
     """Projection to the vocabulary and the loss on it. `tied` shares the embedding's weights and owns none."""
 
+    device_kind = ""  # whose number of logits at once is taken; empty: that of the device of the tensors
+
     def __init__(self, d_model: int, vocab: int, z_weight: float, tied: nn.Embedding | None) -> None:
         super().__init__()
         self.z_weight = z_weight
-        # A tuple hides the embedding from nn.Module: the weight then exists once, and to_empty, FSDP2 and
-        # tensor parallelism, which replace it there, cannot untie it.
+        # A tuple hides the embedding from nn.Module: the weight then exists once, and what replaces it in the embedding
+        # (to_empty, FSDP2, tensor parallelism) cannot untie it.
         self._tied = () if tied is None else (tied,)
         if tied is None:
             self.weight = nn.Parameter(torch.empty(vocab, d_model, dtype=torch.float32))
@@ -39,6 +42,10 @@ class Head(nn.Module):
     def matrix(self) -> Tensor:
         """The weights [V, D], own or the embedding's."""
         return self._tied[0].weight if self._tied else self.weight
+
+    def chunk(self, weight_VD: Tensor) -> int:
+        """Return how many tokens' logits exist at once, [V] of them each."""
+        return logit_rows(weight_VD.shape[0], self.device_kind or weight_VD.device.type)
 
     def logits(self, hidden_BTD: Tensor, at: int | None = None) -> Tensor:
         """fp32 logits [B, T, V], or [B, 1, V] of the tokens at place `at`; for evaluation and generation only."""
@@ -50,6 +57,8 @@ class Head(nn.Module):
         The losses carry no gradient.
         """
         hidden_ND, targets_N = rearrange(hidden_BTD, "b t d -> (b t) d"), targets_BT.flatten()
+        weight_VD = self.matrix()
+        chunk = self.chunk(weight_VD)
         if reduce:
-            return HeadSums(*linear_cross_entropy(hidden_ND, self.matrix(), targets_N, self.z_weight))
-        return token_losses(hidden_ND, self.matrix(), targets_N).view(targets_BT.shape)
+            return HeadSums(*linear_cross_entropy(hidden_ND, weight_VD, targets_N, self.z_weight, chunk))
+        return token_losses(hidden_ND, weight_VD, targets_N, chunk).view(targets_BT.shape)

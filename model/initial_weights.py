@@ -1,8 +1,8 @@
 """Initial weights as a function of (seed, parameter name, global index) alone: any slice, on any device, bit for bit.
 
-A counter is hashed to 52 bits in integer arithmetic; they pick a place in a table of the normal quantile, truncated
-at three sigma, and between its entries one multiplication and one addition in fp64 interpolate. Integer operations
-and single IEEE roundings have one right answer everywhere; a library's sine, logarithm or generator has several.
+A counter is hashed to 52 bits in integer arithmetic. They pick a place in a table of the normal quantile, truncated at
+three sigma, and one multiplication and one addition in fp64 interpolate between its entries. Integer operations and
+single IEEE roundings have one right answer everywhere; a library's sine, logarithm or generator has several.
 """
 
 import functools
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from statistics import NormalDist
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minka.plan.config_sections import ModelSection
 
@@ -21,12 +21,6 @@ CELLS_LOG2 = 12
 FRACTION_BITS = 40
 CHUNK = 2**18  # elements at once: a few buffers of 2 MiB
 GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # splitmix64 (Steele et al. 2014)
-
-
-def initialise(model: nn.Module, seed: int, cfg: ModelSection) -> None:
-    """Set every parameter of a whole model on one device."""
-    for name, parameter in model.named_parameters():
-        fill_(parameter, name, seed, cfg, offset=[0] * parameter.ndim, global_shape=parameter.shape)
 
 
 @torch.no_grad()
@@ -52,7 +46,7 @@ def fill_(
 
 
 def deviation(name: str, cfg: ModelSection) -> float:
-    """Sigma of a matrix before truncation; what writes to the residual stream gets less of it the deeper the model."""
+    """Sigma of a matrix before truncation; smaller for what writes to the residual stream, the deeper the model."""
     writes_to_stream = name.endswith(("attention.wo.weight", "mlp.down.weight"))
     return cfg.init_std / math.sqrt(2 * cfg.layers) if writes_to_stream else cfg.init_std
 
@@ -101,7 +95,7 @@ def _signed(x: int) -> int:
 
 @functools.cache
 def _quantiles() -> tuple[float, ...]:
-    """Quantile function of the truncated normal at cell borders; rounded, so that a last bit of libm cannot show."""
+    """Quantile function of the truncated normal at cell borders; rounded: the last bit of libm has no effect."""
     normal = NormalDist()
     first = normal.cdf(-SIGMAS)
     cells = 2**CELLS_LOG2

@@ -11,9 +11,9 @@ from minka.plan.config_sections import ModelSection
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary tables [B, T, 1, C] in fp32, or fp64; sin with the signs that `kernels.rotate` wants.
+    """Rotary tables [B, T, 1, C] in fp32, or fp64; sin with the signs that `kernels.rope.rotate` takes.
 
-    No pytree, as Structure.
+    Not a pytree, for the reasons of Structure.
     """
 
     cos: Tensor
@@ -29,9 +29,9 @@ def rope_table(positions_BT: Tensor, cfg: ModelSection, dtype: torch.dtype = tor
 
 
 def frequencies(cfg: ModelSection, device: torch.device) -> Tensor:
-    """Radians a position for each pair of channels [C/2], in fp32 and in the order of operations of transformers.
+    """Radians per position for each pair of channels [C/2], in fp32 and in transformers' order of operations.
 
-    With `rope_scaling`, Llama 3.1's rule: waves longer than the original context are slowed by `factor`, short ones
+    With `rope_scaling`, Llama 3.1's rule: waves longer than the original context are slowed by `factor`, short waves
     are kept, those between are blended.
     """
     exponents = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device=device) / cfg.head_dim

@@ -5,6 +5,8 @@ B batch · T tokens · D width · H query heads · K key/value heads · C head w
 Published variants are settings of it: Llama and Mistral as they are, Qwen 2 with `qkv_bias`, Qwen 3 with `qk_norm`.
 """
 
+from collections.abc import MutableSequence
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -15,19 +17,19 @@ from minka.kernels.swiglu import swiglu
 from minka.model.attention import Structure, attention, document_structure, largest_logit
 from minka.model.head import IGNORED, Head, HeadSums
 from minka.model.rope_table import Rope, rope_table
-from minka.plan.config_sections import KernelsSection, ModelSection
+from minka.plan.config_sections import ModelSection
+
+Probe = MutableSequence[Tensor] | None  # each attention appends its largest logit, scalar fp32
 
 __all__ = ["IGNORED", "MLP", "Attention", "Block", "RMSNorm", "Transformer"]
-
-DEFAULT_KERNELS = KernelsSection()
 
 
 class Transformer(nn.Module):
     """Tokens to logits, or to sums of the loss. A checkpoint or initial_weights.py sets its weights."""
 
-    def __init__(self, cfg: ModelSection, kernels: KernelsSection = DEFAULT_KERNELS) -> None:
+    def __init__(self, cfg: ModelSection) -> None:
         super().__init__()
-        self.cfg, self.kernels = cfg, kernels
+        self.cfg = cfg
         self.embedding = Embedding(cfg.vocab, cfg.d_model, dtype=torch.float32)
         self.blocks = nn.ModuleDict({str(layer): Block(cfg) for layer in range(cfg.layers)})
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
@@ -41,20 +43,20 @@ class Transformer(nn.Module):
         targets: Tensor | None = None,
         *,
         reduce: bool = True,
-        probe: list[Tensor] | None = None,
+        probe: Probe = None,
         at: int | None = None,
     ) -> Tensor | HeadSums:
         """Logits [B, T, V] in fp32; with `targets` HeadSums, or with reduce=False the losses [B, T].
 
-        tokens, documents, positions, targets: int64 [B, T]; documents=None means that every row is one document, and a
-        Structure says the same as it was made. probe: each attention appends its largest logit (scalar fp32); meant
-        for passes without gradients. at: logits of the tokens at this place only, [B, 1, V].
+        tokens, documents, positions, targets: int64 [B, T]. documents: ids, or a Structure that is on the device
+        already; None: every row is one document. probe: for passes without gradients. at: logits of the tokens at this
+        place only, [B, 1, V].
         """
         x_BTD = self.embedding(tokens)
         rope = rope_table(positions, self.cfg, x_BTD.dtype)
         structure = documents
         if not isinstance(structure, Structure):
-            structure = document_structure(structure, self.kernels, device=x_BTD.device, dtype=x_BTD.dtype)
+            structure = document_structure(structure, varlen=False).to(x_BTD.device, x_BTD.dtype)
         for block in self.blocks.values():
             x_BTD = block(x_BTD, rope, structure, probe)
         x_BTD = self.norm(x_BTD)
@@ -65,7 +67,7 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+    """Attention and feed-forward, each after a norm and added to the residual stream."""
 
     def __init__(self, cfg: ModelSection) -> None:
         super().__init__()
@@ -74,7 +76,7 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x_BTD: Tensor, rope: "Rope", structure: Structure, probe: list[Tensor] | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: Rope, structure: Structure, probe: Probe = None) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, structure, probe)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
@@ -92,7 +94,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else None
         self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else None
 
-    def forward(self, x_BTD: Tensor, rope: "Rope", structure: Structure, probe: list[Tensor] | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: Rope, structure: Structure, probe: Probe = None) -> Tensor:
         split = "b t (h c) -> b t h c"  # h is inferred, so a shard of the heads needs no change
         q_BTHC = rearrange(self.wq(x_BTD), split, c=self.head_dim)
         k_BTKC = rearrange(self.wk(x_BTD), split, c=self.head_dim)
@@ -133,17 +135,17 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """nn.Linear in fp32 that spends no time on weights which model/initial_weights.py will set."""
+    """nn.Linear in fp32 that leaves its weights to model/initial_weights.py."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
         super().__init__(inputs, outputs, bias=bias, dtype=torch.float32)
 
     def reset_parameters(self) -> None:
-        """Leaves the memory as it is."""
+        """Leave the memory uninitialised."""
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding, as Linear."""
+    """nn.Embedding that leaves its weights to model/initial_weights.py."""
 
     def reset_parameters(self) -> None:
-        """Leaves the memory as it is."""
+        """Leave the memory uninitialised."""

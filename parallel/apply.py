@@ -1,4 +1,4 @@
-"""From a model on the meta device to this rank's part of it. The order here is the contract of the whole folder."""
+"""From a model on the meta device to this rank's part of it. The order of the cuts is the contract of the folder."""
 
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -10,33 +10,33 @@ from torch.utils.checkpoint import checkpoint
 
 from minka.model.initial_weights import fill_
 from minka.model.transformer import Transformer
-from minka.parallel.fsdp import home, shard_model
+from minka.parallel.fsdp import shard_model, storage_device
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import parameter_piece
-from minka.parallel.precision import compute_dtype
 from minka.parallel.tensor import cut_tensor
 from minka.plan.config import RunConfig
 from minka.plan.pipeline_stages import stages_of
+from minka.plan.sizing import compiles_full_graph
 
 
 def build_parts(config: RunConfig, mesh: Mesh) -> list[Transformer]:
-    """This rank's part of the model, with its initial weights: its stages of the pipeline, or one that is all of it."""
+    """This rank's part of the model, with its initial weights: its pipeline stages, or one part that is all of it."""
     parts = cut(config, mesh)
     for part in parts:
-        part.to_empty(device=home(mesh))
+        part.to_empty(device=storage_device(mesh))
         initialise(part, config, mesh.device)
     return parts
 
 
 def cut(config: RunConfig, mesh: Mesh) -> list[Transformer]:
-    """The same on the meta device.
+    """The same parts on the meta device.
 
-    Take the stage, cut tensors, then recompute, then compile, then shard: each step sees what the ones before left.
+    Take the stage, cut tensors, recompute, compile, shard: each of these sees what the ones before left.
     """
     parts = []
     for stage in mesh.layout.stages_of_rank(mesh.coordinate["pipeline"]):
         with torch.device("meta"):
-            model = Transformer(config.model, config.kernels)
+            model = Transformer(config.model)
         if mesh.layout.precision == "fp64":
             model.double()
         take_stage(model, stage, stages_of(mesh.layout, config.model))
@@ -46,21 +46,21 @@ def cut(config: RunConfig, mesh: Mesh) -> list[Transformer]:
             if config.layout.recompute == "block":
                 recompute(block)
             if config.kernels.compile:
-                block.compile(fullgraph=config.layout.recompute == "none" and mesh.layout.context == 1)
-        shard_model(model, blocks, mesh, compute_dtype(config, mesh))
+                block.compile(fullgraph=compiles_full_graph(mesh.layout))
+        shard_model(model, blocks, mesh, mesh.compute_dtype)
         parts.append(model)
     return parts
 
 
 def named_parameters(parts: Sequence[Transformer]) -> dict[str, nn.Parameter]:
-    """Of all of a rank's parts; a parameter has the same name in whatever part it is."""
+    """The parameters of all of a rank's parts; names do not depend on the part."""
     return {name: parameter for part in parts for name, parameter in part.named_parameters()}
 
 
 def recompute(block: nn.Module) -> None:
-    """Keep only the block's inputs for backward and run its forward again there (Chen et al. 2016).
+    """Keep only the block's inputs for backward, and run its forward again there (Chen et al. 2016).
 
-    The instance's forward is replaced rather than wrapped in a module, so parameter names stay as they are.
+    The instance's forward is replaced; a module around it would change parameter names.
     """
     forward: Callable[..., Any] = block.forward
 
@@ -74,28 +74,22 @@ def recompute(block: nn.Module) -> None:
 
 
 def initialise(model: Transformer, config: RunConfig, device: torch.device) -> None:
-    """Fill this rank's pieces; weights follow from (seed, name, global index) and from nothing else.
+    """Fill this rank's pieces; weights follow from (seed, name, global index) alone.
 
-    The numbers are made on `device`: a host would take minutes for the weights it keeps for a GPU.
+    The numbers are made on `device`: a host would take minutes for the weights that it keeps for a GPU.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             piece = parameter_piece(parameter)
             on_device = piece.local if piece.local.device == device else torch.empty_like(piece.local, device=device)
-            fill_(
-                on_device,
-                name,
-                config.run.seed,
-                config.model,
-                offset=piece.offset,
-                global_shape=piece.global_shape,
-            )
+            where = {"offset": piece.offset, "global_shape": piece.global_shape}
+            fill_(on_device, name, config.run.seed, config.model, **where)
             if on_device is not piece.local:
                 piece.local.copy_(on_device)
 
 
 def take_stage(model: Transformer, stage: int, stages: Sequence[range]) -> None:
-    """Leave of `model` (on the meta device) the layers of `stages[stage]`, embedding and head at the ends."""
+    """Reduce `model` (on the meta device) to the layers of `stages[stage]`; the end stages keep embedding and head."""
     for layer in list(model.blocks):
         if int(layer) not in stages[stage]:
             del model.blocks[layer]
@@ -103,16 +97,14 @@ def take_stage(model: Transformer, stage: int, stages: Sequence[range]) -> None:
         model.embedding = nn.Identity()  # type: ignore[assignment]  # what comes in are hidden states
     if stage < len(stages) - 1:
         model.norm = nn.Identity()  # type: ignore[assignment]
-        model.head = Onward()  # type: ignore[assignment]
+        model.head = NoHead()  # type: ignore[assignment]
 
 
-class Onward(nn.Module):
-    """In the place of a head that another stage has: hidden states go through as they are."""
+class NoHead(nn.Module):
+    """In place of a head that is on a different stage: returns hidden states unchanged."""
 
     def logits(self, hidden_BTD: Tensor, at: int | None = None) -> Tensor:
-        """As Head's, for hidden states that are not at their end."""
         return hidden_BTD
 
     def forward(self, hidden_BTD: Tensor, targets_BT: Tensor, reduce: bool = True) -> Tensor:
-        """The same where there are targets."""
         return hidden_BTD

@@ -1,68 +1,53 @@
-"""Context parallelism: each rank has a part of every sequence, and gathers the keys and values of the whole.
+"""Context parallelism: each rank has some tokens of every sequence, and gathers the keys and values of all of them.
 
 A sequence is cut into twice as many chunks as there are ranks, and rank r of c takes chunks r and 2c - 1 - r, one from
-the head and one from the tail: a causal query has work in proportion to its place, so the sums are even (Llama 3,
-arXiv:2407.21783, section 3.3.2). Rows of many short documents are less even, whatever the cut.
+the head and one from the tail: a causal query's work grows with its place, so the sums are even (Llama 3,
+arXiv:2407.21783, section 3.3.2). Rows of many short documents are less even under any cut.
 
 B sequences · T tokens of a sequence · K key/value heads · C head width
 """
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minka.model.attention import HALF, ContextShard, Structure, additive, allowed_pairs
-from minka.plan.config_sections import KernelsSection
+from minka.model.attention import ContextShard, Structure
 
-# torch 2.13 has new names for the two, and warns of the old ones, which 2.11 has alone.
+# torch 2.13 renames the two and warns about the old names; 2.11 has only those.
 _gather: Callable[..., object] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter: Callable[..., object] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def places(length: int, ways: int, rank: int) -> Tensor:
-    """Where this rank's tokens stand in a sequence of `length`, int64 [length / ways]."""
+    """Places of this rank's tokens in a sequence of `length`, int64 [length / ways]."""
     chunk = length // (2 * ways)
     every = torch.arange(length).view(2 * ways, chunk)
     return torch.cat((every[rank], every[2 * ways - 1 - rank]))
 
 
 def gathered_places(length: int, ways: int) -> Tensor:
-    """Where the tokens stand that all ranks' parts have, one after the other, int64 [length]."""
+    """Places of the tokens of all ranks, in the order in which they are gathered, int64 [length]."""
     return torch.cat([places(length, ways, rank) for rank in range(ways)])
 
 
-def part_structure(
-    documents_BT: Tensor | None,
-    length: int,
-    group: Any,
-    kernels: KernelsSection,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Structure:
-    """The structure of this rank's queries and the whole sequence's keys.
-
-    documents_BT: int64 ids of whole rows, or None for one document a row.
-    """
-    ways, rank = dist.get_world_size(group), dist.get_rank(group)
-    queries_at, keys_at = places(length, ways, rank).to(device), gathered_places(length, ways).to(device)
-    if documents_BT is None:
-        documents_BT = torch.zeros(1, length, dtype=torch.int64, device=device)
-    gather = gather_over(group)
-    if device.type == "cuda" and dtype in HALF and kernels.attention != "sdpa":
-        starts, key_starts, take, longest = varlen_part(documents_BT.cpu(), ways, rank)
-        part = ContextShard(gather, queries_at, keys_at, take.to(device), key_starts.to(device), longest)
-        return Structure("varlen", documents_BT.to(device), starts=starts.to(device), part=part)
-    documents_BT = documents_BT.to(device)
-    mask = additive(allowed_pairs(documents_BT, queries_at, keys_at), dtype)
-    return Structure("mask", documents_BT, mask=mask, part=ContextShard(gather, queries_at, keys_at))
+def shard_structure(documents_BT: Tensor, group: Any, *, varlen: bool) -> Structure:
+    """The structure of this rank's queries and the whole sequence's keys. documents_BT: int64 ids of whole rows."""
+    ways, rank, length = dist.get_world_size(group), dist.get_rank(group), documents_BT.shape[1]
+    shard = ContextShard(gather_over(group), places(length, ways, rank), gathered_places(length, ways))
+    if not varlen:
+        return Structure("mask", documents_BT, shard=shard)
+    starts, key_starts, take, longest = varlen_segments(documents_BT, ways, rank)
+    shard = replace(shard, take=take, key_starts=key_starts, longest=longest)
+    return Structure("varlen", documents_BT, starts=starts, shard=shard)
 
 
 def gather_over(group: Any) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """From this rank's keys and values to those of the whole sequence: `ContextShard.gather`."""
+    """`ContextShard.gather`: from this rank's keys and values to those of the whole sequence."""
 
     def gather(k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor]:
         both: Tensor = _GatherTokens.apply(torch.cat((k_BKTC, v_BKTC), dim=-1), group)
@@ -71,12 +56,12 @@ def gather_over(group: Any) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     return gather
 
 
-def varlen_part(documents_BT: Tensor, ways: int, rank: int) -> tuple[Tensor, Tensor, Tensor, int]:
-    """For variable-length kernels: (starts of the queries, of the keys, places of the keys, longest key segment).
+def varlen_segments(documents_BT: Tensor, ways: int, rank: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """For variable-length kernels: (starts of the queries, of the keys, places of the keys, longest run of keys).
 
     Each of this rank's two chunks [a, e) of a row meets some documents; each such pair is a segment: its queries are
-    the document's in [max(s, a), e), its keys those in [s, e), s where the document begins, so that the last query is
-    aligned with the last key. Keys are places in the gathered rows, flattened. Starts are int32 cumulative lengths.
+    the document's in [max(s, a), e), its keys those in [s, e), where the document begins at s, so that the last query
+    is aligned with the last key. Keys are places in the gathered rows, flattened. Starts are int32 cumulative lengths.
     """
     batch, length = documents_BT.shape
     chunk, where = length // (2 * ways), torch.empty(length, dtype=torch.int64)
@@ -99,7 +84,7 @@ def varlen_part(documents_BT: Tensor, ways: int, rank: int) -> tuple[Tensor, Ten
 
 
 class _GatherTokens(torch.autograd.Function):
-    """Every rank's [B, K, T/c, C], one after the other along T; backward sums the shares of all ranks."""
+    """Every rank's [B, K, T/c, C], one after the other along T; backward sums the gradients of all ranks."""
 
     @staticmethod
     def forward(ctx: Any, part_BKTC: Tensor, group: Any) -> Tensor:

@@ -1,7 +1,7 @@
 """Where ZeRO keeps a parameter: a range of the flattened parameter in a flat fp32 partition, and that range as boxes.
 
-Stages 1 and 2 put all parameters of a group behind one another and cut the row of them, so a rank may hold nothing of a
-parameter; stage 3 cuts each parameter. A cut falls anywhere within a row of a matrix. What is handed out are views.
+Stages 1 and 2 concatenate all parameters of a group and cut the result, so a rank may hold nothing of a parameter;
+stage 3 cuts each parameter. A cut falls anywhere within a row of a matrix. All tensors returned are views.
 """
 
 import math
@@ -28,7 +28,7 @@ class Slice(NamedTuple):
     """This rank's elements [first, last) of a flattened parameter: partition[at : at + last - first] of a partition."""
 
     name: str
-    parameter: Any  # with what DeepSpeed hangs on it
+    parameter: Any  # has attributes that DeepSpeed sets
     shape: tuple[int, ...]  # of the whole parameter
     first: int
     last: int
@@ -36,7 +36,7 @@ class Slice(NamedTuple):
     at: int
 
     def of(self, flat: Tensor) -> Tensor:
-        """Its elements of `flat`, a tensor laid out as the partition; a view."""
+        """The slice's elements of `flat`, a tensor laid out as the partition; a view."""
         return flat.detach().narrow(0, self.at, self.last - self.first)
 
     def flat_piece(self, local: Tensor) -> Piece:
@@ -44,7 +44,7 @@ class Slice(NamedTuple):
         return Piece(local, (self.first,), (math.prod(self.shape),))
 
     def pieces(self, kind: str, flat: Tensor) -> dict[str, Piece]:
-        """Its elements of `flat` as boxes of the whole tensor KIND.NAME; one empty box where there are none."""
+        """The slice's elements of `flat` as boxes of the whole tensor KIND.NAME; one empty box where there are none."""
         elements, found = self.of(flat), {}
         for number, box in enumerate(boxes(self.shape, self.first, self.last)):
             local = elements[box.first : box.last].view(box.size)
@@ -81,7 +81,7 @@ def boxes(shape: tuple[int, ...], first: int, last: int) -> list[Box]:
 
 def partitions(zero: Any, adamw: torch.optim.AdamW) -> list[Tensor]:
     """This rank's flat fp32 partitions, `zero` being DeepSpeed's optimizer: what the inner optimizer steps."""
-    if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3 shows them to it one at a time
+    if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3: the inner optimizer gets one at a time
         found: list[Tensor] = list(zero.fp32_partitioned_groups_flat)
         return found
     return [group["params"][0] for group in adamw.param_groups]

@@ -1,5 +1,10 @@
-"""The engine: the one interface between the training loop and everything parallel, and what its torch forms share."""
+"""The engine: the one interface between the training loop and everything parallel, and its torch form.
 
+TorchEngine holds weights, gradients and optimizer state; an Executor (fsdp_engine.py, pipeline_engine.py) runs the
+passes; an InputCutter makes their inputs.
+"""
+
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -10,22 +15,9 @@ from torch.distributed.tensor import DTensor
 
 from minka.model.transformer import Transformer
 from minka.parallel.apply import named_parameters
-from minka.parallel.inputs import Feeder
+from minka.parallel.inputs import InputCutter, MicroBatch, ModelInputs
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece, like, parameter_piece, piece_of, squared_norm
-
-
-class MicroBatch(Protocol):
-    """What a model is fed: dense int64 tensors of shape [B, T] on this rank's device."""
-
-    @property
-    def tokens(self) -> Tensor: ...
-    @property
-    def targets(self) -> Tensor: ...
-    @property
-    def documents(self) -> Tensor: ...
-    @property
-    def positions(self) -> Tensor: ...
 
 
 class Sums(NamedTuple):
@@ -36,7 +28,7 @@ class Sums(NamedTuple):
 
 
 class Optimizer(Protocol):
-    """What an engine steps: it knows local tensors only."""
+    """Updates local tensors."""
 
     def step(self, gradients: Mapping[str, Tensor], learning_rate: float, divisor: Tensor, accept: Tensor) -> None:
         """Update every parameter with gradient / divisor; change no bit where `accept` is false."""
@@ -45,39 +37,45 @@ class Optimizer(Protocol):
         """{"moment1": {parameter name: local tensor}, ...}."""
 
     def count(self) -> Tensor:
-        """Accepted steps so far; a scalar that `step` moves on and a restore overwrites."""
+        """Accepted steps so far; a scalar that `step` increments and a restore overwrites."""
 
 
 class Scorer(Protocol):
-    """A model, spread or not, that evaluation asks for losses and logits. All of it is collective."""
+    """A model on one rank or many, for evaluation. All methods but `prepare` are collective."""
 
-    def token_losses(self, micro_batch: MicroBatch) -> Tensor:
-        """Nats of each target, [B, T], no gradient.
+    def prepare(self, micro_batch: MicroBatch) -> ModelInputs:
+        """This rank's inputs of a micro-batch: host work, for any thread."""
 
-        Each stands on one of the ranks that share these sequences, with 0 on the others: sums over all ranks are right.
+    def token_losses(self, inputs: ModelInputs) -> Tensor:
+        """Nats of each target, [B, T] of whole rows, no gradient.
+
+        Of the ranks that share these sequences one has the loss of a target, and the rest 0: sums over ranks are right.
         """
 
     def next_logits(self, tokens: Tensor, place: int) -> Tensor:
-        """What follows the token at `place` of a row [1, T] that is one document: logits [V] fp32, on every rank."""
+        """Logits [V] in fp32 of what follows the token at `place` of one document [1, T] on the host; on every rank."""
 
 
 class Engine(Scorer, Protocol):
-    """Forward, backward and update of a model that may be spread over many ranks."""
+    """Forward, backward and update of a model on one rank or many."""
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], target_count: int) -> Sums:
+    def forward_backward(self, micro_batches: Sequence[ModelInputs], target_count: int) -> Sums:
         """Gradients of (sum of losses) / target_count; target_count is that of the whole global batch."""
 
     def grad_norm(self) -> Tensor:
         """Global norm of the gradients, before clipping; scalar, equal on all ranks."""
 
     def apply(self, learning_rate: float, max_norm: float, accept: Tensor) -> None:
-        """Clip, update, forget the gradients. `accept` is a scalar bool on the device: false changes no bit."""
+        """Clip by the norm of the last grad_norm(), update, drop the gradients.
+
+        `accept` is a scalar bool on the device: false changes no bit.
+        """
 
     def tensors(self) -> dict[str, Piece]:
         """All state, by name: model.*, moment1.*, moment2.*, and the optimizer's own count."""
 
     def after_restore(self) -> None:
-        """Whoever has written into tensors() says so before the next step. Collective."""
+        """To be called when tensors() have been overwritten, before the next step. Collective."""
 
     def gradient_pieces(self) -> dict[str, Piece]:
         """This rank's gradients by parameter name; valid until apply()."""
@@ -85,62 +83,106 @@ class Engine(Scorer, Protocol):
     def weight_pieces(self) -> dict[str, Piece]:
         """This rank's weights by parameter name, in the same boxes as gradient_pieces()."""
 
-    def attention_logits(self, micro_batch: MicroBatch) -> dict[int, Tensor]:
-        """The largest attention logit of each layer that is here, on this rank's rows and heads; fp32."""
+    def attention_logits(self, inputs: ModelInputs) -> dict[int, Tensor]:
+        """The largest attention logit of each of this rank's layers, over its rows and heads; scalars in fp32."""
 
 
-class ModelParts:
-    """A rank's parts of a model: torch modules, sharded or not, and what makes their inputs."""
+class Executor(Protocol):
+    """Runs the passes of this rank's parts of a model."""
 
-    def __init__(self, parts: Sequence[Transformer], mesh: Mesh, feeder: Feeder) -> None:
-        self.parts, self.mesh, self.feeder = parts, mesh, feeder
-        self._exact = torch.float64 if feeder.dtype == torch.float64 else torch.float32  # of sums and losses
+    @property
+    def parts(self) -> Sequence[Transformer]:
+        """Torch modules, sharded or not, in the order they run."""
+
+    def forward(self, inputs: ModelInputs, **options: object) -> Tensor | None:
+        """One forward pass; None where other ranks have the end of the model. Called under no_grad."""
+
+    def forward_backward(self, micro_batches: Sequence[ModelInputs], divisor: int) -> Sequence[Tensor]:
+        """Add up gradients of objective / divisor; [loss, z_loss] of each micro-batch whose end is on this rank."""
+
+
+class TorchScorer:
+    """Losses and logits of the model that an executor runs."""
+
+    def __init__(self, executor: Executor, cutter: InputCutter) -> None:
+        self.executor, self.cutter, self.mesh = executor, cutter, cutter.mesh
+
+    def prepare(self, micro_batch: MicroBatch) -> ModelInputs:
+        return self.cutter.prepare(micro_batch)
+
+    def token_losses(self, inputs: ModelInputs) -> Tensor:
+        losses = self._forward(inputs, reduce=False)
+        if losses is None or not self.mesh.leads_tensor:
+            losses = torch.zeros(inputs.tokens.shape, dtype=self.mesh.sum_dtype, device=self.mesh.device)
+        return self.cutter.whole_rows(losses, inputs.tokens.shape[1] * self.mesh.layout.context)
+
+    def next_logits(self, tokens: Tensor, place: int) -> Tensor:
+        inputs, at = self.cutter.prepare_row(tokens, place)
+        logits = self._forward(inputs, at=at or 0)
+        found = torch.zeros(self.executor.parts[0].cfg.vocab, dtype=self.mesh.sum_dtype, device=self.mesh.device)
+        # Of all ranks that have these logits, one adds them to the sum.
+        if logits is not None and at is not None and self.mesh.leads_tensor and self.mesh.data_rank == 0:
+            found += logits[0, 0]
+        return self.mesh.sum_(found)
+
+    def attention_logits(self, inputs: ModelInputs) -> dict[int, Tensor]:
+        probe: deque[Tensor] = deque()  # a list would be copied by DeepSpeed's hooks on its way down
+        with torch.compiler.set_stance("force_eager"):
+            self._forward(inputs, reduce=False, probe=probe)
+        layers = [int(layer) for part in self.executor.parts for layer in part.blocks]
+        return dict(zip(layers, probe, strict=True))
 
     def weights(self) -> dict[str, Piece]:
-        """This rank's pieces of the weights: model.*."""
-        return {f"model.{name}": parameter_piece(p) for name, p in named_parameters(self.parts).items()}
+        """This rank's pieces of the weights, under the names of a checkpoint: model.*."""
+        return {f"model.{name}": parameter_piece(p) for name, p in named_parameters(self.executor.parts).items()}
 
-    def _tells(self, at: int | None) -> bool:
-        """Whether this rank is the one that tells all others the logits of a place that is its `at`."""
-        return at is not None and self.mesh.leads_tensor and self.mesh.data_rank == 0
-
-    def _forget_gathered(self) -> None:
-        """After a forward pass without a backward one.
-
-        What stays gathered for a backward pass that never comes would be taken for the weights of the next step, even
-        after an update.
-        """
-        for part in self.parts:
-            for module in part.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+    def _forward(self, inputs: ModelInputs, **options: object) -> Tensor | None:
+        with torch.no_grad():
+            found = self.executor.forward(inputs, **options)
+        free_gathered_weights(self.executor.parts)
+        return found
 
 
-class TorchEngine(ModelParts):
-    """Gradients, their norm, the update and the state of parts of a model."""
+class TorchEngine(TorchScorer):
+    """Gradients, their norm, the update and the state of the model that an executor runs."""
 
-    def __init__(self, parts: Sequence[Transformer], mesh: Mesh, feeder: Feeder, optimizer: Optimizer) -> None:
-        super().__init__(parts, mesh, feeder)
+    def __init__(self, executor: Executor, cutter: InputCutter, optimizer: Optimizer) -> None:
+        super().__init__(executor, cutter)
         self.optimizer = optimizer
-        self._parameters = named_parameters(parts)
+        self._parameters = named_parameters(executor.parts)
         self._pieces = {name: parameter_piece(parameter) for name, parameter in self._parameters.items()}
-        self._norm = torch.zeros((), device=mesh.device)
+        self._norm = torch.zeros((), device=self.mesh.device)
+
+    def forward_backward(self, micro_batches: Sequence[ModelInputs], target_count: int) -> Sums:
+        found = self.executor.forward_backward(micro_batches, max(target_count, 1))
+        self._sum_partial_gradients()
+        return sum_over_ranks(found, self.mesh)
 
     def grad_norm(self) -> Tensor:
-        """See Engine."""
         squares = squared_norm(list(self.gradient_pieces().values())).to(self.mesh.device)
-        self._norm = self.mesh.sum_(squares).sqrt().to(self._exact)
+        self._norm = self.mesh.sum_(squares).sqrt().to(self.mesh.sum_dtype)
         return self._norm
 
     def apply(self, learning_rate: float, max_norm: float, accept: Tensor) -> None:
-        """See Engine; uses the norm of the last grad_norm(). Clipping as torch.nn.utils.clip_grad_norm_."""
-        divisor = ((self._norm + 1e-6) / max_norm).clamp(min=1.0)
+        divisor = ((self._norm + 1e-6) / max_norm).clamp(min=1.0)  # as torch.nn.utils.clip_grad_norm_
         self.optimizer.step(self.gradients(), learning_rate, divisor, accept)
         for parameter in self._parameters.values():
             parameter.grad = None
 
+    def tensors(self) -> dict[str, Piece]:
+        found = self.weights()
+        for kind, tensors in self.optimizer.state().items():
+            found |= {f"{kind}.{name}": like(self._pieces[name], tensor) for name, tensor in tensors.items()}
+        found["optimizer.count"] = piece_of(self.optimizer.count())
+        return found
+
+    def after_restore(self) -> None:
+        """Nothing to do: the tensors are those that the model computes with."""
+
+    def weight_pieces(self) -> dict[str, Piece]:
+        return self._pieces
+
     def gradient_pieces(self) -> dict[str, Piece]:
-        """See Engine."""
         return {name: like(self._pieces[name], gradient) for name, gradient in self.gradients().items()}
 
     def gradients(self) -> dict[str, Tensor]:
@@ -152,32 +194,30 @@ class TorchEngine(ModelParts):
             found[name] = parameter_piece(parameter.grad).local
         return found
 
-    def tensors(self) -> dict[str, Piece]:
-        """See Engine."""
-        found = {f"model.{name}": piece for name, piece in self._pieces.items()}
-        for kind, tensors in self.optimizer.state().items():
-            found |= {f"{kind}.{name}": like(self._pieces[name], tensor) for name, tensor in tensors.items()}
-        found["optimizer.count"] = piece_of(self.optimizer.count())
-        return found
-
-    def after_restore(self) -> None:
-        """See Engine: these tensors are what the model computes with."""
-
-    def weight_pieces(self) -> dict[str, Piece]:
-        """See Engine."""
-        return self._pieces
-
-    def _sum_up(self, sums: Sequence[Tensor]) -> Sums:
-        """Of each micro-batch that ended here [2], loss and z-loss; added up over the ranks, each of them once."""
-        total = torch.zeros(2, dtype=self._exact, device=self.mesh.device)
-        for one in sums if self.mesh.leads_tensor else ():
-            total += one
-        self.mesh.sum_(total)
-        return Sums(total[0], total[1])
-
-    def _complete_gradients(self) -> None:
-        """Sum what the ranks of a tensor group have shares of; FSDP has done so where there is one."""
+    def _sum_partial_gradients(self) -> None:
+        """Sum the gradients of which the ranks of a tensor group have shares, where FSDP has not done so."""
         for parameter in self._parameters.values():
             gradient = parameter.grad
             if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
                 parameter.grad = gradient.redistribute(placements=parameter.placements)
+
+
+def sum_over_ranks(found: Sequence[Tensor], mesh: Mesh) -> Sums:
+    """Add up [loss, z_loss] of micro-batches, here and over ranks; the ranks of a tensor group count once."""
+    total = torch.zeros(2, dtype=mesh.sum_dtype, device=mesh.device)
+    for sums in found if mesh.leads_tensor else ():
+        total += sums
+    mesh.sum_(total)
+    return Sums(total[0], total[1])
+
+
+def free_gathered_weights(parts: Sequence[Transformer]) -> None:
+    """To be called after a forward pass without a backward pass.
+
+    Weights that stay gathered for a backward pass that never comes would be taken for those of the next step, even
+    after an update.
+    """
+    for part in parts:
+        for module in part.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()

@@ -1,4 +1,4 @@
-"""The engine of a model that is whole on each data rank's group: FSDP2 or HSDP, with tensor and context parallelism."""
+"""The passes of a model that is whole on each rank's group: FSDP2 or HSDP, with tensor and context parallelism."""
 
 from collections.abc import Sequence
 
@@ -8,73 +8,45 @@ from torch.distributed.fsdp import FSDPModule
 
 from minka.model.transformer import Transformer
 from minka.parallel.apply import build_parts
-from minka.parallel.engine import MicroBatch, ModelParts, Sums, TorchEngine
-from minka.parallel.fsdp import reshards
-from minka.parallel.inputs import Fed, Feeder
+from minka.parallel.engine import TorchScorer
+from minka.parallel.fsdp import frees_blocks
+from minka.parallel.inputs import InputCutter, ModelInputs
 from minka.parallel.mesh import Mesh
 from minka.plan.config import RunConfig
 
 
-class ShardedScorer(ModelParts):
-    """Forward passes of it, for evaluation. See Scorer."""
+def build_scorer(config: RunConfig, mesh: Mesh) -> TorchScorer:
+    """A model with its initial weights, to be scored; no pipeline."""
+    return TorchScorer(FsdpExecutor(build_parts(config, mesh), mesh), InputCutter.of(config, mesh))
 
-    def __init__(self, parts: Sequence[Transformer], mesh: Mesh, feeder: Feeder) -> None:
-        super().__init__(parts, mesh, feeder)
+
+class FsdpExecutor:
+    """Runs the micro-batches of a step one after the other; a single rank without sharding runs the same code."""
+
+    def __init__(self, parts: Sequence[Transformer], mesh: Mesh) -> None:
+        self.parts, self.mesh = parts, mesh
         (self.model,) = parts
 
-    def token_losses(self, micro_batch: MicroBatch) -> Tensor:
-        """See Scorer."""
-        b = micro_batch
-        losses = self._forward(self.feeder(b.tokens, b.documents, b.positions, b.targets), reduce=False)
-        losses = losses if self.mesh.leads_tensor else torch.zeros_like(losses)
-        return self.feeder.spread(losses, b.tokens.shape[1])
-
-    def next_logits(self, tokens: Tensor, place: int) -> Tensor:
-        """See Scorer."""
-        fed, at = self.feeder.one_row(tokens, place)
-        logits = self._forward(fed, at=at or 0)[0, 0]
-        return self.mesh.sum_(logits if self._tells(at) else torch.zeros_like(logits))
-
-    def attention_logits(self, micro_batch: MicroBatch) -> dict[int, Tensor]:
-        """See Engine."""
-        probe: list[Tensor] = []
-        b = micro_batch
-        with torch.compiler.set_stance("force_eager"):
-            self._forward(self.feeder(b.tokens, b.documents, b.positions, b.targets), reduce=False, probe=probe)
-        return dict(zip(map(int, self.model.blocks), probe, strict=True))
-
-    def _forward(self, fed: Fed, **options: object) -> Tensor:
-        with torch.no_grad():
-            result: Tensor = self.model(fed.tokens, fed.structure, fed.positions, fed.targets, **options)
-        self._forget_gathered()
+    def forward(self, inputs: ModelInputs, **options: object) -> Tensor:
+        b = inputs.to(self.mesh.device, self.mesh.compute_dtype)
+        result: Tensor = self.model(b.tokens, b.structure, b.positions, b.targets, **options)
         return result
 
-
-def build_scorer(config: RunConfig, mesh: Mesh) -> ShardedScorer:
-    """A model with its initial weights, to be scored; no pipeline."""
-    return ShardedScorer(build_parts(config, mesh), mesh, Feeder(config, mesh))
-
-
-class ShardedEngine(TorchEngine, ShardedScorer):
-    """All micro-batches of a step, one after the other; the same code trains one unsharded rank. See Engine."""
-
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], target_count: int) -> Sums:
-        """See Engine."""
+    def forward_backward(self, micro_batches: Sequence[ModelInputs], divisor: int) -> list[Tensor]:
         found = []
-        for index, b in enumerate(micro_batches):
-            self._sync_gradients(index == len(micro_batches) - 1)
-            fed = self.feeder(b.tokens, b.documents, b.positions, b.targets)
-            sums = self.model(fed.tokens, fed.structure, fed.positions, fed.targets)
-            (sums.objective / max(target_count, 1)).backward()
+        for index, inputs in enumerate(micro_batches):
+            self._schedule_reduction(last=index == len(micro_batches) - 1)
+            b = inputs.to(self.mesh.device, self.mesh.compute_dtype)
+            sums = self.model(b.tokens, b.structure, b.positions, b.targets)
+            (sums.objective / divisor).backward()
             found.append(torch.stack([sums.loss, sums.z_loss]))
-        self._complete_gradients()
-        return self._sum_up(found)
+        return found
 
-    def _sync_gradients(self, last: bool) -> None:
-        """Whole gradients wait for the last micro-batch, or only this rank's pieces do; copies are summed once."""
+    def _schedule_reduction(self, *, last: bool) -> None:
+        """Reduce gradients over replicas in the last micro-batch; over shards there too, or in each (layout.reduce)."""
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(last or self.mesh.layout.reduce == "micro_batch")
             self.model.set_requires_all_reduce(last)
             self.model.set_is_last_backward(last)
-            freed = reshards(self.mesh, self.model.blocks.values(), self.feeder.dtype)
+            freed = frees_blocks(self.mesh, self.model.blocks.values(), self.mesh.compute_dtype)
             self.model.set_reshard_after_backward(last, recurse=not freed)

@@ -1,66 +1,101 @@
-"""What this rank's part of the model is fed of a micro-batch: its tokens of each sequence, and which see which."""
+"""From micro-batches to what this rank's part of the model takes: its tokens of each sequence, and their structure.
 
-from typing import NamedTuple
+Micro-batches are cut on the host, so that the loader's thread can do it and no device is waited for.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minka.model.attention import Structure, document_structure
-from minka.parallel.context import part_structure, places
+from minka.model.attention import Structure, document_structure, map_tensors, uses_varlen
+from minka.parallel.context import places, shard_structure
 from minka.parallel.mesh import Mesh
-from minka.parallel.precision import compute_dtype
 from minka.plan.config import RunConfig
 
 
-class Fed(NamedTuple):
-    """Of the sequences [B, T / context] that this rank has a part of; `targets` is None where nothing is to be lost."""
+class MicroBatch(Protocol):
+    """Whole sequences on the host: int64 tensors [B, T]."""
+
+    @property
+    def tokens(self) -> Tensor: ...
+    @property
+    def targets(self) -> Tensor: ...
+    @property
+    def documents(self) -> Tensor: ...
+    @property
+    def positions(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """This rank's tokens of some sequences, [B, T / context], on the host until `to`; targets=None asks for logits."""
 
     tokens: Tensor
     positions: Tensor
     structure: Structure
-    targets: Tensor | None
+    targets: Tensor | None = None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "ModelInputs":
+        """The inputs of a model that computes in `dtype` on `device`."""
+        tokens, positions = (t.to(device, non_blocking=True) for t in (self.tokens, self.positions))
+        targets = None if self.targets is None else self.targets.to(device, non_blocking=True)
+        return ModelInputs(tokens, positions, self.structure.to(device, dtype), targets)
 
 
-class Feeder:
-    """Cuts micro-batches for one rank, and puts together what the ranks of a sequence's parts have found."""
+class InputCutter:
+    """Cuts micro-batches for one rank, and puts losses of its tokens back into whole rows.
 
-    def __init__(self, config: RunConfig, mesh: Mesh) -> None:
-        self.kernels, self.mesh, self.dtype = config.kernels, mesh, compute_dtype(config, mesh)
-        self.ways, self.part = mesh.layout.context, mesh.coordinate["context"]
+    varlen: whether attention runs variable-length kernels.
+    """
 
-    def __call__(
-        self, tokens: Tensor, documents: Tensor | None, positions: Tensor, targets: Tensor | None = None
-    ) -> Fed:
-        """All int64 [B, T] of whole sequences, documents=None for one document a row."""
-        device, length = self.mesh.device, tokens.shape[1]
-        if self.ways == 1:
-            structure = document_structure(documents, self.kernels, device=device, dtype=self.dtype)
-            return Fed(tokens, positions, structure, targets)
-        documents = torch.zeros_like(tokens) if documents is None else documents
-        structure = part_structure(documents, length, self.mesh.context, self.kernels, device, self.dtype)
-        mine = places(length, self.ways, self.part).to(tokens.device)
-        return Fed(tokens[:, mine], positions[:, mine], structure, None if targets is None else targets[:, mine])
+    def __init__(self, mesh: Mesh, *, varlen: bool) -> None:
+        self.mesh, self.varlen = mesh, varlen
+        self.ways, self.rank = mesh.layout.context, mesh.coordinate["context"]
 
-    def spread(self, part: Tensor, length: int) -> Tensor:
-        """[B, T / context] of this rank at its places in [B, T], 0 at the others'."""
-        if self.ways == 1:
-            return part
-        whole = part.new_zeros(part.shape[0], length)
-        whole[:, places(length, self.ways, self.part).to(part.device)] = part
-        return whole
+    @classmethod
+    def of(cls, config: RunConfig, mesh: Mesh) -> "InputCutter":
+        """The cutter of a run: the one place that chooses between a mask and varlen kernels. Raises UserError."""
+        return cls(mesh, varlen=uses_varlen(config.kernels, mesh.device, mesh.compute_dtype))
 
-    def one_row(self, tokens: Tensor, place: int) -> tuple[Fed, int | None]:
-        """A row [1, T] that is one document, and where this rank has the token at `place`; None: another rank has it.
+    def prepare(self, micro_batch: MicroBatch) -> ModelInputs:
+        """The inputs on the host, page-locked where the device is a GPU. Safe to call from any thread."""
+        b = micro_batch
+        inputs = self._cut(b.tokens, b.documents, b.positions, b.targets)
+        if self.mesh.device.type != "cuda":
+            return inputs
+        with torch.cuda.device(self.mesh.device):  # each thread has its own current device, and pinning uses it
+            pinned: ModelInputs = map_tensors(inputs, Tensor.pin_memory)
+        return pinned
+
+    def prepare_row(self, tokens: Tensor, place: int) -> tuple[ModelInputs, int | None]:
+        """A row [1, T] that is one document, and where this rank has the token at `place`; None: not on this rank.
 
         Padded on the right, which a causal model cannot see, to a length that can be cut.
         """
         layout = self.mesh.layout
         tokens = F.pad(tokens, (0, -tokens.shape[1] % (2 * layout.context * layout.tensor)))
         length = tokens.shape[1]
-        positions = torch.arange(length, device=tokens.device).expand_as(tokens)
-        fed = self(tokens, None, positions)
+        inputs = self._cut(tokens, None, torch.arange(length).expand_as(tokens), None)
+        mine = places(length, self.ways, self.rank).tolist() if self.ways > 1 else range(length)
+        return inputs, mine.index(place) if place in mine else None
+
+    def whole_rows(self, mine: Tensor, length: int) -> Tensor:
+        """[B, T / context] of this rank at its places in [B, T], 0 at those of other ranks."""
         if self.ways == 1:
-            return fed, place
-        at = (places(length, self.ways, self.part) == place).nonzero().flatten().tolist()
-        return fed, at[0] if at else None
+            return mine
+        rows = mine.new_zeros(mine.shape[0], length)
+        rows[:, places(length, self.ways, self.rank).to(mine.device, non_blocking=True)] = mine
+        return rows
+
+    def _cut(self, tokens: Tensor, documents: Tensor | None, positions: Tensor, targets: Tensor | None) -> ModelInputs:
+        if self.ways == 1:
+            return ModelInputs(tokens, positions, document_structure(documents, varlen=self.varlen), targets)
+        documents = torch.zeros_like(tokens) if documents is None else documents
+        structure = shard_structure(documents, self.mesh.context, varlen=self.varlen)
+        mine = places(tokens.shape[1], self.ways, self.rank)
+        return ModelInputs(
+            tokens[:, mine], positions[:, mine], structure, None if targets is None else targets[:, mine]
+        )

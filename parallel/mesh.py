@@ -15,23 +15,24 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from minka.plan.hardware import nvlink_domain
 from minka.plan.layout import Layout
+from minka.plan.sizing import compute_dtype_name
 from minka.plan.topology import Place, Topology, check, coordinates, order
 
-# Of the groups beside the training: a slow disk is no reason to break one. A rank that died is noticed at once, and one
-# that hangs by the supervisor.
-PATIENCE = timedelta(days=1)
-# FSDP cuts weights over the ranks of a sequence's parts too: they hold the same weights and other tokens.
-MESSAGE_BYTES = 500  # of an error that travels between ranks
+# Timeout of groups for saves: a slow disk must not break one. A dead rank is noticed at once, a hung one by the
+# supervisor.
+SAVE_TIMEOUT = timedelta(days=1)
+MESSAGE_BYTES = 500  # of an error that one rank sends to all
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+# data = shard x context: FSDP cuts weights over the ranks of a sequence too, which have different tokens of it.
 MESH_AXES = ("pipeline", "replicate", "data", "tensor")
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place among the others.
+    """This rank's place among all ranks.
 
-    `axes` has MESH_AXES, where data = shard x context; it is None for a single rank without a process group: then every
-    collective is the identity. `rank` is a position: it counts along AXES, tensor fastest, whatever number the launcher
-    gave.
+    `axes` has MESH_AXES; it is None for a single rank without a process group: then every collective is the identity.
+    `rank` is a position: it counts along AXES, tensor fastest, and is not the number that the launcher gave.
     """
 
     layout: Layout
@@ -39,13 +40,23 @@ class Mesh:
     rank: int
     axes: DeviceMesh | None
     host: Any = None  # the process group of sum_on_host; None is the default one
-    context: Any = None  # the process group of the ranks that share a sequence, in order; None where nobody does
+    context: Any = None  # the group of the ranks that share a sequence, in order; None without context parallelism
     topology: Topology | None = None  # None for a single rank without a process group
 
     @property
     def ranks(self) -> int:
         """World size."""
         return self.layout.world
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of activations and products on this rank's device."""
+        return DTYPES[compute_dtype_name(self.layout, self.device.type)]
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """Of losses, norms and logits."""
+        return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
 
     @property
     def coordinate(self) -> Mapping[str, int]:
@@ -59,13 +70,13 @@ class Mesh:
 
     @property
     def leads_data(self) -> bool:
-        """Whether this rank speaks for its part of each batch; others hold the same samples."""
+        """Whether this rank counts its part of each batch; other ranks hold the same samples."""
         at = self.coordinate
         return not (at["pipeline"] or at["context"] or at["tensor"])
 
     @property
     def leads_tensor(self) -> bool:
-        """Whether a number that all ranks of a tensor group have alike is counted here."""
+        """Whether a number that is equal on all ranks of a tensor group is counted here."""
         return not self.coordinate["tensor"]
 
     @property
@@ -75,7 +86,7 @@ class Mesh:
 
     @property
     def needs_sum_on_gloo(self) -> bool:
-        """gloo has no pre-multiplied sum, which FSDP2 would use for a divide factor of its own."""
+        """gloo has no pre-multiplied sum, which FSDP2 uses for its divide factor."""
         return self.device.type == "cpu"
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -95,7 +106,7 @@ class Mesh:
     def first_error(self, problem: str) -> str:
         """This rank's problem, or that of the first rank that has one; empty when none has. Collective.
 
-        The ledger is rank 0's, and must name the file that another rank could not read.
+        Rank 0 writes the ledger, and must name a file that only a different rank could not read.
         """
         (count,) = self.sum_on_host([bool(problem)])
         if not count:
@@ -107,8 +118,8 @@ class Mesh:
         return problem or f"rank {first}: {message}"
 
     def with_own_host_group(self) -> "Mesh":
-        """The same mesh with a group of its own for sum_on_host, for a thread beside the training. Collective."""
-        return self if self.axes is None else replace(self, host=dist.new_group(backend="gloo", timeout=PATIENCE))
+        """The same mesh with a separate group for sum_on_host, for a thread alongside the training. Collective."""
+        return self if self.axes is None else replace(self, host=dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT))
 
     def barrier(self) -> None:
         """Wait for every rank, on the host."""
@@ -119,9 +130,9 @@ class Mesh:
 def start_mesh(layout: Layout, *, timeout_seconds: float = 600.0) -> Iterator[Mesh]:
     """Join the process group that the environment describes and lay the mesh over it.
 
-    Reads RANK, LOCAL_RANK and WORLD_SIZE (absent: one rank), and either MINKA_STORE, a file that nobody else uses, or
-    MASTER_ADDR and MASTER_PORT. MINKA_HOST is what this host is called, where its own name is not its alone. Raises
-    UserError when the layout does not fit the ranks, or their places.
+    Reads RANK, LOCAL_RANK and WORLD_SIZE (absent: one rank), and either MINKA_STORE, a file for this run alone, or
+    MASTER_ADDR and MASTER_PORT. MINKA_HOST names this host, where its own name is not unique. Raises UserError when the
+    layout does not fit the ranks, or their places.
     """
     ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     layout = layout.resolve(ranks)
@@ -130,31 +141,28 @@ def start_mesh(layout: Layout, *, timeout_seconds: float = 600.0) -> Iterator[Me
     if ranks == 1 and device.type == "cpu" and layout.precision != "bf16" and layout.engine == "fsdp":
         yield Mesh(layout, device, 0, None)
         return
-    patience = timedelta(seconds=timeout_seconds)
-    store = _lone_store() if ranks == 1 else _meet(ranks, rank, patience)
+    timeout = timedelta(seconds=timeout_seconds)
+    store = _store(ranks, rank, timeout)
     topology = find_topology(store, ranks, rank, device)
     check(layout, topology)
     rank = order(topology.places).index(rank)  # from here on, a rank is a position on the mesh
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        timeout=patience,
+        timeout=timeout,
         rank=rank,
         world_size=ranks,
-        store=_under("mesh", store),
+        store=dist.PrefixStore("mesh", store),  # type: ignore[attr-defined]
     )
     try:
         mesh = replace(lay_mesh(layout, device, rank), topology=topology)
-        mesh.barrier()  # a rank that is done early must not hang up on one that is still connecting
+        mesh.barrier()  # a rank that ends early must not disconnect from one that is still connecting
         yield mesh
     finally:
         dist.destroy_process_group()
 
 
 def lay_mesh(layout: Layout, device: torch.device, rank: int) -> Mesh:
-    """The mesh over the process group that is there, whose ranks are positions: groups then are in the mesh's order.
-
-    Collective.
-    """
+    """The mesh over the current process group, whose ranks are positions, in the mesh's order. Collective."""
     ranks = torch.arange(layout.world)
     shape = (layout.pipeline, layout.replicate, layout.shard * layout.context, layout.tensor)
     axes = DeviceMesh(device.type, ranks.view(shape), mesh_dim_names=MESH_AXES)
@@ -166,10 +174,10 @@ def lay_mesh(layout: Layout, device: torch.device, rank: int) -> Mesh:
 
 
 def find_topology(store: Any, ranks: int, rank: int, device: torch.device) -> Topology:
-    """Where the ranks are, by what each says of itself: host and GPU (its local rank, on a CPU). Collective.
+    """Host and GPU (on a CPU: local rank) of every rank, as each reports its own. Collective.
 
-    Through the store, since the order of the process group's ranks follows from it; the first rank puts all together,
-    or the store would be asked for each by each.
+    It goes through the store, since the order of the process group's ranks follows from it. The first rank collects
+    all reports, or each rank would ask the store for each other's.
     """
     local = device.index if device.type == "cuda" else int(os.environ.get("LOCAL_RANK", "0"))
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
@@ -178,9 +186,9 @@ def find_topology(store: Any, ranks: int, rank: int, device: torch.device) -> To
     store.set(f"place/{rank}", json.dumps([host, local, gpus, domain]))
     if rank == 0:
         store.set("places", json.dumps([json.loads(store.get(f"place/{number}")) for number in range(ranks)]))
-    said = json.loads(store.get("places"))
-    places = (Place(host, gpu, number) for number, (host, gpu, _, _) in enumerate(said))
-    return Topology(tuple(places), min(row[3] for row in said), max(row[2] for row in said))
+    reports = json.loads(store.get("places"))
+    places = (Place(host, gpu, number) for number, (host, gpu, _, _) in enumerate(reports))
+    return Topology(tuple(places), min(row[3] for row in reports), max(row[2] for row in reports))
 
 
 def local_device() -> torch.device:
@@ -192,20 +200,12 @@ def local_device() -> torch.device:
     return torch.device("cuda", index)
 
 
-def _meet(ranks: int, rank: int, patience: timedelta) -> Any:
-    """The store that all ranks share, as the environment describes it."""
+def _store(ranks: int, rank: int, timeout: timedelta) -> Any:
+    """The store that all ranks share, as the environment describes it. (Public; torch's stubs lack it.)"""
+    if ranks == 1:  # no other rank connects, so any free port will do
+        return dist.TCPStore("127.0.0.1", 0, is_master=True)  # type: ignore[attr-defined]
     file = os.environ.get("MINKA_STORE")
     url = f"file://{file}" if file else "env://"
-    store, _, _ = next(iter(dist.rendezvous(url, rank, ranks, timeout=patience)))  # type: ignore[attr-defined]
-    store.set_timeout(patience)
+    store, _, _ = next(iter(dist.rendezvous(url, rank, ranks, timeout=timeout)))  # type: ignore[attr-defined]
+    store.set_timeout(timeout)
     return store
-
-
-def _under(name: str, store: Any) -> Any:
-    """The same store with names of its own. (Public, as the others; torch's type stubs do not export them.)"""
-    return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
-
-
-def _lone_store() -> Any:
-    """For a single rank: nobody to meet, so any free port will do. (Public; torch's type stubs do not export it.)"""
-    return dist.TCPStore("127.0.0.1", 0, is_master=True)  # type: ignore[attr-defined]

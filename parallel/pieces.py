@@ -1,4 +1,4 @@
-"""A piece: the box of a global tensor that one rank holds. Checkpoints, initial weights and norms speak of pieces."""
+"""A piece: the box of a global tensor that one rank holds. Checkpoints, norms and initial weights work on pieces."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ LARGE, PART = 2**16, 2**12
 class Piece(NamedTuple):
     """`local` is the box of a tensor of `global_shape` that begins at `offset`.
 
-    `copies` ranks hold the same box, and this one is number `copy` of them.
+    `copies` ranks hold the same box; this rank's is number `copy`.
     """
 
     local: Tensor
@@ -27,7 +27,7 @@ class Piece(NamedTuple):
 
 
 def piece_of(tensor: Tensor) -> Piece:
-    """Where a tensor lies in its global one: of a DTensor its box; a plain one is whole, with a copy on every rank."""
+    """The piece of a DTensor that is on this rank; a plain tensor is whole, with a copy on every rank."""
     if isinstance(tensor, DTensor):
         return _box(tensor)
     alone = not dist.is_initialized() or dist.get_world_size() == 1
@@ -36,21 +36,21 @@ def piece_of(tensor: Tensor) -> Piece:
 
 
 def parameter_piece(parameter: Tensor) -> Piece:
-    """The same of a parameter: a plain one is whole and nobody else's, or it would be a DTensor."""
+    """The piece of a parameter; a plain parameter is whole and on this rank alone, or it would be a DTensor."""
     if isinstance(parameter, DTensor):
         return _box(parameter)
     return Piece(parameter.detach(), (0,) * parameter.ndim, tuple(parameter.shape))
 
 
 def _box(tensor: DTensor) -> Piece:
-    """A dimension that two axes cut is cut by the inner one (tensor) first: FSDP then cuts what is left of it."""
+    """A dimension that two axes cut is cut by the inner axis (tensor) first: FSDP then cuts each part."""
     coordinate = tensor.device_mesh.get_coordinate()
     assert coordinate is not None  # every rank is on the mesh
     offset, size = [0] * tensor.ndim, list(tensor.shape)
     copies, copy = 1, 0
     for axis in reversed(range(tensor.device_mesh.ndim)):
         placement, ways = tensor.placements[axis], tensor.device_mesh.size(axis)
-        if isinstance(placement, Replicate):  # not `not is_shard()`: a strided shard says it is none
+        if isinstance(placement, Replicate):  # `is_shard()` is false for a strided shard
             copy, copies = copy + copies * coordinate[axis], copies * ways
             continue
         dim = placement.dim  # type: ignore[attr-defined]  # Shard and _StridedShard; nothing else is a parameter's
@@ -58,12 +58,12 @@ def _box(tensor: DTensor) -> Piece:
         first = min(each * coordinate[axis], size[dim])
         offset[dim], size[dim] = offset[dim] + first, min(each, size[dim] - first)
     local = tensor.to_local().detach()
-    assert list(local.shape) == size, f"a shard of {size} was expected, and it is {list(local.shape)}"
+    assert list(local.shape) == size, f"expected a shard of shape {size}, found {list(local.shape)}"
     return Piece(local, tuple(offset), tuple(tensor.shape), copies, copy)
 
 
 def like(piece: Piece, local: Tensor) -> Piece:
-    """The same box with another tensor in it: an optimizer moment beside its parameter."""
+    """The same box of a different tensor, such as a parameter's optimizer moment."""
     return piece._replace(local=local)
 
 
@@ -80,8 +80,8 @@ def tensor_name(key: str) -> str:
 def to_write(pieces: Mapping[str, Piece]) -> dict[str, Piece]:
     """What this rank writes of its pieces: of each box one copy is written, and the copies share the work.
 
-    Each box goes to the copy that has the least so far. Ranks agree without a word, since all that hold copies of one
-    another go through the same names and global shapes in the same order.
+    Each box goes to the copy that has the least so far. Ranks agree without communication, since all that hold the
+    same boxes go through the same names and global shapes in the same order.
     """
     loads: dict[int, list[int]] = {}
     mine = {}
@@ -96,21 +96,18 @@ def to_write(pieces: Mapping[str, Piece]) -> dict[str, Piece]:
 
 def squared_norm(pieces: list[Piece]) -> Tensor:
     """This rank's part of the squared norm over all pieces, fp64 scalar; summed over ranks it is the whole."""
-    full = [p for p in pieces if p.local.numel()]
-    if not full:
-        return torch.zeros((), dtype=torch.float64)
-    large = [p for p in full if _is_large(p.local)]
-    small = [p for p in full if not _is_large(p.local)]
-    squares = [_squared_in_parts(p.local) / p.copies for p in large]
-    if small:
-        norms = torch.stack(torch._foreach_norm([p.local for p in small]))
-        shares = torch.tensor([1.0 / p.copies for p in small], dtype=torch.float64, device=norms.device)
-        squares.append((norms.double().square() * shares).sum())
-    return torch.stack(squares).sum()
+    squares = [_squared_in_parts(p.local) / p.copies for p in pieces if _is_large(p.local)]
+    small: dict[int, list[Tensor]] = {}
+    for p in pieces:
+        if p.local.numel() and not _is_large(p.local):
+            small.setdefault(p.copies, []).append(p.local)
+    for copies, tensors in small.items():
+        squares.append(torch.stack(torch._foreach_norm(tensors)).double().square().sum() / copies)
+    return torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
 
 
 def _is_large(tensor: Tensor) -> bool:
-    """For one norm on a CPU; a GPU adds up in many parts anyway."""
+    """Too large for one norm on a CPU; a GPU adds up in many parts anyway."""
     return tensor.device.type == "cpu" and tensor.numel() > LARGE
 
 

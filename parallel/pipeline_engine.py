@@ -1,9 +1,10 @@
-"""The engine of a pipeline: torch.distributed.pipelining's schedules over this rank's stages.
+"""The passes of a pipeline: torch.distributed.pipelining's schedules over this rank's stages.
 
-All micro-batches of a step go through one schedule. What a stage needs beside the hidden states (documents, positions,
-targets) every rank has of its own batch, so nothing but hidden states and their gradients is sent.
+All micro-batches of a step go through one schedule. Every rank has the documents, positions and targets of its own
+batch, so that only hidden states and their gradients are sent.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +22,7 @@ from torch.distributed.pipelining import (
 
 from minka.model.head import HeadSums
 from minka.model.transformer import Transformer
-from minka.parallel.engine import MicroBatch, Optimizer, Sums, TorchEngine
-from minka.parallel.inputs import Fed, Feeder
+from minka.parallel.inputs import ModelInputs
 from minka.parallel.mesh import Mesh
 
 ONE_STAGE: dict[str, Any] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
@@ -33,60 +33,51 @@ MANY_STAGES: dict[str, Any] = {
 }
 
 
-class PipelineEngine(TorchEngine):
-    """`parts` are this rank's stages in the order they run; each may be sharded and cut besides. See Engine."""
+class PipelineExecutor:
+    """Runs this rank's stages; `parts` are in the order they run, and each may be sharded and cut as well."""
 
-    def __init__(self, parts: Sequence[Transformer], mesh: Mesh, feeder: Feeder, optimizer: Optimizer) -> None:
-        super().__init__(parts, mesh, feeder, optimizer)
+    def __init__(self, parts: Sequence[Transformer], mesh: Mesh) -> None:
         assert mesh.axes is not None
+        self.parts, self.mesh = parts, mesh
         self.group = mesh.axes.get_group("pipeline")
         self.stages = mesh.layout.stages_of_rank(mesh.coordinate["pipeline"])
         self.last = mesh.layout.stage_count - 1
-        self._work = _Work()
+        self._step = _Step()
         for part in parts:
-            _feed(part, self._work)
+            _take_inputs_from(self._step, part)
         self._schedules: dict[tuple[int, torch.Size], Any] = {}
         self._sending: list[Any] = []
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], target_count: int) -> Sums:
-        """See Engine."""
-        self._work.begin([self.feeder(b.tokens, b.documents, b.positions, b.targets) for b in micro_batches])
-        self._work.divisor = max(target_count, 1)
-        schedule = self._schedule(len(micro_batches), self._work.fed[0].tokens.shape)
-        tokens = (torch.cat([fed.tokens for fed in self._work.fed]),) if 0 in self.stages else ()
-        unused = torch.zeros(len(micro_batches)) if self.last in self.stages else None  # targets come with the work
+    def forward_backward(self, micro_batches: Sequence[ModelInputs], divisor: int) -> list[Tensor]:
+        inputs = [one.to(self.mesh.device, self.mesh.compute_dtype) for one in micro_batches]
+        self._step.start(inputs, divisor)
+        schedule = self._schedule(len(inputs), inputs[0].tokens.shape)
+        tokens = (torch.cat([one.tokens for one in inputs]),) if 0 in self.stages else ()
+        unused = torch.zeros(len(inputs)) if self.last in self.stages else None  # targets are among the inputs
         schedule.step(*tokens, target=unused, return_outputs=False)
-        self._complete_gradients()
-        return self._sum_up(self._work.sums)
+        return self._step.sums
 
-    def token_losses(self, micro_batch: MicroBatch) -> Tensor:
-        """See Scorer. Ranks go on as soon as their own stages are done, so that batch follows batch."""
-        b = micro_batch
-        losses = self._through(self.feeder(b.tokens, b.documents, b.positions, b.targets), reduce=False)
-        if losses is None or not self.mesh.leads_tensor:
-            return torch.zeros(b.tokens.shape, dtype=self._exact, device=self.mesh.device)
-        return self.feeder.spread(losses, b.tokens.shape[1])
-
-    def next_logits(self, tokens: Tensor, place: int) -> Tensor:
-        """See Scorer."""
-        fed, at = self.feeder.one_row(tokens, place)
-        logits = self._through(fed._replace(targets=None), at=at or 0)
-        row = torch.zeros(self.parts[0].cfg.vocab, dtype=self._exact, device=self.mesh.device)
-        if logits is not None and self._tells(at):
-            row += logits[0, 0]
-        return self.mesh.sum_(row)
-
-    def attention_logits(self, micro_batch: MicroBatch) -> dict[int, Tensor]:
-        """See Engine."""
-        probe: list[Tensor] = []
-        b = micro_batch
-        with torch.compiler.set_stance("force_eager"):
-            self._through(self.feeder(b.tokens, b.documents, b.positions, b.targets), reduce=False, probe=probe)
-        layers = [int(layer) for part in self.parts for layer in part.blocks]
-        return dict(zip(layers, probe, strict=True))
+    def forward(self, inputs: ModelInputs, **options: object) -> Tensor | None:
+        """Stage by stage. A rank returns as soon as its own stages are done, so that batch follows batch."""
+        layout, me = self.mesh.layout, self.mesh.coordinate["pipeline"]
+        for work, _ in self._sending:
+            work.wait()
+        self._sending.clear()
+        b = inputs.to(self.mesh.device, self.mesh.compute_dtype)
+        x = b.tokens
+        for stage, part in zip(self.stages, self.parts, strict=True):
+            if stage > 0 and layout.rank_of_stage(stage - 1) != me:
+                x = self._hidden(part, b.tokens.shape, self.mesh.device)
+                dist.recv(x, group=self.group, group_src=layout.rank_of_stage(stage - 1))
+            x = part(x, b.structure, b.positions, b.targets, **options)
+            if stage < self.last and layout.rank_of_stage(stage + 1) != me:
+                hidden = x.contiguous()
+                to = layout.rank_of_stage(stage + 1)
+                self._sending.append((dist.isend(hidden, group=self.group, group_dst=to), hidden))
+        return x if self.last in self.stages else None
 
     def _schedule(self, count: int, shape: torch.Size) -> Any:
-        """The schedule for so many micro-batches of tokens [B, T / context]; the last one is kept."""
+        """The schedule for `count` micro-batches of tokens [B, T / context]; the last one is kept."""
         if (count, shape) not in self._schedules:
             self._schedules.clear()  # it has a buffer for every micro-batch
             name = self.mesh.layout.schedule
@@ -97,7 +88,7 @@ class PipelineEngine(TorchEngine):
         return self._schedules[count, shape]
 
     def _stage(self, stage: int, part: Transformer, shape: torch.Size) -> PipelineStage:
-        """Shapes are given: found out, they would cost a forward pass and be found again after each evaluation."""
+        """Shapes are given: torch would infer them with a forward pass, again after each evaluation."""
         hidden = self._hidden(part, shape, "meta").requires_grad_()
         sums = HeadSums(*(torch.empty((), device="meta", requires_grad=i == 0) for i in range(3)))
         kind = _WholeBackward if self.mesh.layout.recompute != "none" else PipelineStage
@@ -113,67 +104,46 @@ class PipelineEngine(TorchEngine):
 
     def _objective(self, sums: tuple[Tensor, Tensor, Tensor], unused: Tensor) -> Tensor:
         objective, loss, z_loss = sums
-        self._work.sums.append(torch.stack([loss.detach(), z_loss.detach()]))
-        return objective / self._work.divisor
+        self._step.sums.append(torch.stack([loss.detach(), z_loss.detach()]))
+        return objective / self._step.divisor
 
     def _hidden(self, part: Transformer, shape: torch.Size, device: Any) -> Tensor:
-        """Room for the hidden states that go from stage to stage: this rank's share of the tokens."""
+        """An empty tensor for the hidden states that go from stage to stage: this rank's share of the tokens."""
         rows, length = shape
         width = part.cfg.d_model
-        return torch.empty(rows, length // self.mesh.layout.tensor, width, dtype=self.feeder.dtype, device=device)
-
-    def _through(self, fed: Fed, **options: object) -> Tensor | None:
-        """One forward pass, stage by stage; what the last one gives, where it is."""
-        layout, me = self.mesh.layout, self.mesh.coordinate["pipeline"]
-        for work, _ in self._sending:
-            work.wait()
-        self._sending.clear()
-        x = fed.tokens
-        for stage, part in zip(self.stages, self.parts, strict=True):
-            if stage > 0 and layout.rank_of_stage(stage - 1) != me:
-                x = self._hidden(part, fed.tokens.shape, self.mesh.device)
-                dist.recv(x, group=self.group, group_src=layout.rank_of_stage(stage - 1))
-            with torch.no_grad():
-                x = part(x, fed.structure, fed.positions, fed.targets, **options)
-            if stage < self.last and layout.rank_of_stage(stage + 1) != me:
-                onward = x.contiguous()
-                to = layout.rank_of_stage(stage + 1)
-                self._sending.append((dist.isend(onward, group=self.group, group_dst=to), onward))
-        self._forget_gathered()
-        return x if self.last in self.stages else None
+        return torch.empty(rows, length // self.mesh.layout.tensor, width, dtype=self.mesh.compute_dtype, device=device)
 
 
-class _Work:
-    """The micro-batches of a step, and what became of them."""
+class _Step:
+    """The micro-batches of a step, and their sums."""
 
     def __init__(self) -> None:
-        self.fed: list[Fed] = []
+        self.start([], 1)
+
+    def start(self, inputs: list[ModelInputs], divisor: int) -> None:
+        self.inputs, self.divisor = inputs, divisor
         self.sums: list[Tensor] = []
-        self.divisor = 1
-        self._taken: dict[int, int] = {}
+        self._taken: Counter[int] = Counter()
 
-    def begin(self, fed: list[Fed]) -> None:
-        self.fed, self.sums, self._taken = fed, [], {}
-
-    def take(self, part: Transformer) -> Fed:
-        """The next one for a stage: every schedule takes them through a stage in order."""
-        index = self._taken.get(id(part), 0)
-        self._taken[id(part)] = index + 1
-        return self.fed[index]
+    def next_inputs(self, part: Transformer) -> ModelInputs:
+        """Of the next micro-batch of a stage: every schedule takes them through a stage in order."""
+        index = self._taken[id(part)]
+        self._taken[id(part)] += 1
+        return self.inputs[index]
 
 
-def _feed(part: Transformer, work: _Work) -> None:
-    """Called with hidden states alone, as a schedule does, the part takes the rest from `work`."""
+def _take_inputs_from(step: _Step, part: Transformer) -> None:
+    """Called with hidden states alone, as a schedule does, the part takes its other inputs from `step`."""
     forward: Any = part.forward
 
-    def fed(x: Tensor, *given: Any, **options: Any) -> Any:
+    def with_inputs(x: Tensor, *given: Any, **options: Any) -> Any:
         if given:
             return forward(x, *given, **options)
-        own = work.take(part)
-        found = forward(x, own.structure, own.positions, own.targets)
+        b = step.next_inputs(part)
+        found = forward(x, b.structure, b.positions, b.targets)
         return tuple(found) if isinstance(found, HeadSums) else found  # schedules know tuples only
 
-    part.forward = fed  # type: ignore[method-assign,assignment]
+    part.forward = with_inputs  # type: ignore[method-assign,assignment]
 
 
 class _WholeBackward(PipelineStage):

@@ -1,9 +1,9 @@
 """Tensor and sequence parallelism, by torch's DTensor plans (Shoeybi et al. 2019; Korthikanti et al. 2022).
 
 Attention is cut by whole heads, the feed-forward layer by columns and rows, embedding and head by rows of the
-vocabulary. Between them each rank of a tensor group has a part of every sequence's tokens: norms and the residual
-stream are cut there. Weights are DTensors over the mesh's tensor axis, so checkpoints and FSDP see how they lie;
-activations are plain tensors, so the model's own operations need no rule for DTensor.
+vocabulary. Between them each rank of a tensor group has some tokens of every sequence: norms and the residual stream
+are cut there. Weights are DTensors over the mesh's tensor axis, so checkpoints and FSDP know how they are cut;
+activations are plain tensors, so the model's own operations need no DTensor rules.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ TOKENS = Shard(1)  # of activations [B, T, D]
 
 
 def cut_tensor(model: Transformer, mesh: Mesh) -> None:
-    """Cut a model (on the meta device) or a stage of one over the tensor axis; nothing to do where it has one rank."""
+    """Cut a model or a stage, on the meta device, over the tensor axis; nothing to do where that has one rank."""
     if mesh.layout.tensor == 1 or mesh.axes is None:
         return
     axis = mesh.axes["tensor"]
@@ -44,7 +44,7 @@ def cut_tensor(model: Transformer, mesh: Mesh) -> None:
             if norm is not None:
                 parallelize_module(norm, axis, WholeWeight())
     if isinstance(model.embedding, nn.Embedding):
-        parallelize_module(model.embedding, axis, VocabularyRows())
+        parallelize_module(model.embedding, axis, VocabularyEmbedding())
     if isinstance(model.norm, RMSNorm):
         parallelize_module(model.norm, axis, WholeWeight())
     if isinstance(model.head, Head):
@@ -52,7 +52,7 @@ def cut_tensor(model: Transformer, mesh: Mesh) -> None:
 
 
 def block_plan() -> dict[str, ParallelStyle]:
-    """Of one block; its input and output are this rank's tokens."""
+    """The plan of one block, whose input and output are this rank's tokens."""
     columns, rows = ColwiseParallel, lambda: RowwiseParallel(output_layouts=TOKENS)
     return {
         "attention_norm": WholeWeight(),
@@ -70,13 +70,13 @@ def block_plan() -> dict[str, ParallelStyle]:
 
 
 def _all_tokens(others: int) -> PrepareModuleInput:
-    """Gather the first argument's tokens once, as a DTensor, so that its gradient is summed up once, too."""
+    """Gather the first argument's tokens once, as a DTensor, so that its gradient is summed once as well."""
     rest = (None,) * others
     return PrepareModuleInput(input_layouts=(TOKENS, *rest), desired_input_layouts=(Replicate(), *rest))
 
 
 class WholeWeight(ParallelStyle):
-    """A norm that every rank has whole and uses on its own part: the gradients of its weight are shares of a sum."""
+    """A norm that every rank has whole and applies to its own tokens: the gradients of its weight are partial sums."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, RMSNorm)
@@ -89,8 +89,8 @@ class WholeWeight(ParallelStyle):
         return module
 
 
-class VocabularyRows(ParallelStyle):
-    """An embedding of which each rank has some rows; what comes out are this rank's tokens of each sequence."""
+class VocabularyEmbedding(ParallelStyle):
+    """An embedding of which each rank has some rows; its output is this rank's tokens of each sequence."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, nn.Embedding)
@@ -100,7 +100,7 @@ class VocabularyRows(ParallelStyle):
 
 
 class VocabularyHead(Head):
-    """The head and the loss over a vocabulary of which each rank has some rows. Takes this rank's tokens; see Head."""
+    """Head and loss over a vocabulary of which each rank has some rows. Its input is this rank's tokens."""
 
     def __init__(self, head: Head, axis: DeviceMesh) -> None:
         nn.Module.__init__(self)
@@ -115,20 +115,21 @@ class VocabularyHead(Head):
         )
 
     def logits(self, hidden_BTD: Tensor, at: int | None = None) -> Tensor:
-        """See Head. `at` is a place in the whole sequence."""
+        """`at` is a place in the whole sequence."""
         hidden = _gather_tokens(hidden_BTD, self.axis)
         hidden = hidden if at is None else hidden[:, at : at + 1]
         part = wide(F.linear(hidden, _local(self.matrix(), Shard(0))))
-        return _whole(part, self.axis, -1)
+        return _redistributed(part, self.axis, Shard(part.ndim - 1), Replicate())
 
     def forward(self, hidden_BTD: Tensor, targets_BT: Tensor, reduce: bool = True) -> HeadSums | Tensor:
-        """See Head; the numbers are the same on every rank of the group."""
+        """The results are equal on every rank of the group."""
         weight = _local(self.matrix(), Shard(0))
+        chunk = self.chunk(weight)
         rows = VocabShard(self.axis.get_local_rank() * weight.shape[0], *self._over)
         hidden_ND = rearrange(_gather_tokens(hidden_BTD, self.axis), "b t d -> (b t) d")
         if reduce:
-            return HeadSums(*linear_cross_entropy(hidden_ND, weight, targets_BT.flatten(), self.z_weight, rows))
-        return token_losses(hidden_ND, weight, targets_BT.flatten(), rows).view(targets_BT.shape)
+            return HeadSums(*linear_cross_entropy(hidden_ND, weight, targets_BT.flatten(), self.z_weight, chunk, rows))
+        return token_losses(hidden_ND, weight, targets_BT.flatten(), chunk, rows).view(targets_BT.shape)
 
 
 def _distribute(module: nn.Module, axis: DeviceMesh, placement: Placement) -> None:
@@ -138,29 +139,25 @@ def _distribute(module: nn.Module, axis: DeviceMesh, placement: Placement) -> No
 
 
 def _local(weight: Tensor, gradient: Placement) -> Tensor:
-    """This rank's rows, or all of them; `gradient` says what the gradients of several ranks are to one another."""
+    """This rank's rows, or all of them; `gradient` is how the gradients of the ranks combine."""
     assert isinstance(weight, DTensor)
     return weight.to_local(grad_placements=[gradient])
 
 
 def _look_up(tokens_BT: Tensor, weight: Tensor, axis: DeviceMesh) -> Tensor:
-    """VocabShard of other ranks are 0 here, and the sum over the group is left where each rank's tokens are."""
+    """Rows of other ranks are 0 here; the sum over the group is scattered, and each rank gets its own tokens."""
     rows = _local(weight, Shard(0))
     at = tokens_BT - axis.get_local_rank() * rows.shape[0]
     here = (at >= 0) & (at < rows.shape[0])
     x_BTD = F.embedding(at.where(here, 0), rows).masked_fill(~here[..., None], 0)
-    # The copy makes a plain tensor of one that is still on its way: a compiled block would lose its gradient.
+    # The copy waits for the collective: a compiled block would lose the gradient of a tensor that is still in flight.
     return _redistributed(x_BTD, axis, Partial(), TOKENS).clone()
 
 
 def _gather_tokens(x_BTD: Tensor, axis: DeviceMesh) -> Tensor:
-    """All tokens of a sequence; gradients are summed over the group and each rank gets those of its own."""
+    """All tokens of a sequence; gradients are summed over the group, and each rank gets those of its own tokens."""
     whole = DTensor.from_local(x_BTD, axis, [TOKENS], run_check=False).redistribute(placements=[Replicate()])
     return whole.to_local(grad_placements=[Partial()])
-
-
-def _whole(part: Tensor, axis: DeviceMesh, dim: int) -> Tensor:
-    return _redistributed(part, axis, Shard(dim % part.ndim), Replicate())
 
 
 def _redistributed(x: Tensor, axis: DeviceMesh, old: Placement, new: Placement) -> Tensor:

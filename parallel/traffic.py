@@ -1,8 +1,8 @@
-"""Every collective and every message of this rank, by mesh axis; over real process groups or fake ones.
+"""Collectives and messages of this rank, by mesh axis; over real process groups or fake ones.
 
-payload_bytes: of the larger of what goes into a call and what comes out of it, on this rank. sent_bytes: what a ring of
-the group's n ranks has this one send: (n-1)/n of an all-gather's output or a reduce-scatter's input, twice that of an
-all-reduce; all of a message that it sends, nothing of one that it receives.
+payload_bytes: the larger of a call's input and output on this rank. sent_bytes: what this rank sends in a ring of n
+ranks: (n-1)/n of an all-gather's output or a reduce-scatter's input, twice that of an all-reduce; all of a message that
+it sends, nothing of one that it receives.
 """
 
 from collections import Counter
@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 from minka.parallel.mesh import MESH_AXES, Mesh
 
 PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
-# Beginnings of operators' names without what marks them as private, in place or the base of another.
-KINDS = {
+# By the prefix of an operator's name without leading underscores; the first that fits counts.
+COLLECTIVES = {
     "allreduce": "all_reduce",
     "all_reduce": "all_reduce",
     "allgather": "all_gather",
@@ -37,11 +37,11 @@ KINDS = {
     "recv": "receive",
 }
 ROUNDS = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}  # of (n-1)/n of the payload
-SENT = {"send": 1.0, "receive": 0.0}  # of the payload; 1.0 where neither table says
+SENT = {"send": 1.0, "receive": 0.0}  # of the payload; 1.0 for kinds that are in neither table
 
 
 class Transfer(NamedTuple):
-    """One sort of call. `axis` is of MESH_AXES, "context", or "all" where the group is no axis's."""
+    """One kind of call. `axis` is one of MESH_AXES, "context", or "all" for a group that is not an axis."""
 
     kind: str
     axis: str
@@ -50,7 +50,7 @@ class Transfer(NamedTuple):
 
 
 class Traffic(TorchDispatchMode):
-    """While it is entered, counts: `calls`, `payload_bytes` and `sent_bytes` by Transfer. Barriers move no bytes."""
+    """While entered, counts `calls` and `payload_bytes` by Transfer. Barriers move no bytes."""
 
     def __init__(self, mesh: Mesh) -> None:
         super().__init__()
@@ -58,23 +58,18 @@ class Traffic(TorchDispatchMode):
         self.calls: Counter[Transfer] = Counter()
         self.payload_bytes: Counter[Transfer] = Counter()
 
-    @property
-    def sent_bytes(self) -> dict[Transfer, int]:
-        """See the top of this file."""
-        return {transfer: sent_bytes(transfer, size) for transfer, size in self.payload_bytes.items()}
-
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if not all(kind in PLAIN for kind in types):
-            return NotImplemented  # what a DTensor does to its local tensors comes here again
+            return NotImplemented  # a DTensor: its operations on local tensors come here again
         found = func(*args, **(kwargs or {}))
         if func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
-            self._note(func._schema.name.split("::")[1].lstrip("_"), [*args, *(kwargs or {}).values()], found)
+            self._count(func._schema.name.split("::")[1].lstrip("_"), [*args, *(kwargs or {}).values()], found)
         return found
 
-    def _note(self, name: str, args: Sequence[Any], found: Any) -> None:
-        kind = next((kind for begin, kind in KINDS.items() if name.startswith(begin)), "")
+    def _count(self, name: str, args: Sequence[Any], found: Any) -> None:
+        kind = next((kind for prefix, kind in COLLECTIVES.items() if name.startswith(prefix)), "")
         group = next((group for group in map(_group, args) if group), None)
         if not kind or group is None:
             return
@@ -88,14 +83,14 @@ class Traffic(TorchDispatchMode):
 
 
 def sent_bytes(transfer: Transfer, payload: int) -> int:
-    """What this rank sends of a payload; see the top of this file."""
+    """Return what this rank sends of a payload (the top of this file)."""
     if transfer.kind in ROUNDS:
         return round(ROUNDS[transfer.kind] * payload * (transfer.ranks - 1) / transfer.ranks)
     return round(SENT.get(transfer.kind, 1.0) * payload)
 
 
 def axis_names(mesh: Mesh) -> dict[GroupName, str]:
-    """Axes by the names of their process groups. A group that spans all ranks is its axis's if it is one's."""
+    """Return the axes by the names of their process groups. A group of all ranks belongs to the axis that is cut."""
     if mesh.axes is None:
         return {}
     names = {mesh.axes.get_group(axis).group_name: axis for axis in MESH_AXES if mesh.axes[axis].size() > 1}
@@ -105,12 +100,12 @@ def axis_names(mesh: Mesh) -> dict[GroupName, str]:
 
 
 def _group(argument: Any) -> Any:
-    """The process group that an operator's argument is, as an object or by its name; None of anything else."""
+    """Return the process group that an operator's argument is or names; None for other arguments."""
     if isinstance(argument, torch.ScriptObject) and str(argument._type()).endswith("c10d.ProcessGroup"):
         return dist.ProcessGroup.unbox(argument)
     if isinstance(argument, str):
         try:
             return torch._C._distributed_c10d._resolve_process_group(GroupName(argument))
         except (RuntimeError, ValueError):
-            return None  # "sum" and its like
+            return None  # "sum" and other strings
     return None

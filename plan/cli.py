@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -82,11 +82,19 @@ def print_table(
         return
     if title:
         print(title, file=file)
-    lines = [list(head), *cells] if head else cells
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        padded = (f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True))
-        print("  ".join(padded).rstrip(), file=file)
+    for line in table_lines([list(head), *cells] if head else cells):
+        print(line, file=file)
+
+
+def table_lines(rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> list[str]:
+    """Return rows as aligned lines. The columns in `numbers` are aligned to the right.
+
+    Not by rich, which takes seconds for the thousands of hosts that a table may have.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [">" if column in numbers else "<" for column in range(len(widths))]
+    form = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
+    return [form.format(*row).rstrip() for row in rows]
 
 
 def _print_rich(cells: Sequence[Sequence[str]], head: Sequence[str], title: str, file: TextIO) -> None:

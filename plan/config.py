@@ -1,4 +1,4 @@
-"""RunConfig: everything a run is, in one frozen value, with the rules that tie its sections together."""
+"""RunConfig: the whole configuration of a run in one frozen value, with the rules across its sections."""
 
 from typing import Literal, Self
 
@@ -16,13 +16,14 @@ from minka.plan.config_sections import (
     ScheduleSection,
     TrackingSection,
 )
-from minka.plan.layout import Asked, Layout, check_layout
+from minka.plan.layout import Layout
+from minka.plan.layout_rules import Asked, check_layout
 
 FORMAT: Literal[1] = 1
 
 
 class RunConfig(BaseModel, frozen=True, extra="forbid"):
-    """A run, resolved: every value that was given or defaulted. Derived numbers are computed, never typed in."""
+    """A resolved run: every value, given or default. Derived numbers are computed from them."""
 
     format: Literal[1] = FORMAT
     run: RunSection
@@ -52,7 +53,7 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
             )
         if self.schedule.warmup >= self.horizon:
             raise ValueError(
-                f"schedule.warmup={self.schedule.warmup} leaves nothing of a run of {self.horizon} {self.schedule.unit}"
+                f"schedule.warmup={self.schedule.warmup} takes all of a run of {self.horizon} {self.schedule.unit}"
                 f"; give {self.horizon - 1} or less, or make the run longer"
             )
         return self

@@ -1,6 +1,6 @@
-"""The parts of a run's configuration: frozen values, one section each, with units in the names or the descriptions.
+"""The sections of a run's configuration: frozen values, with units in the names or the descriptions.
 
-Cross-section rules stand in config.py, next to RunConfig; rules on one section stand here, under its fields.
+Rules on one section follow its fields; rules across sections are in config.py.
 """
 
 from typing import Annotated, Literal, Self
@@ -12,9 +12,9 @@ Name = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class Section(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
-    """Base of every section: frozen, an unknown key is an error, and so is a value of another type.
+    """Base of every section: frozen; an unknown key is an error, and so is a value of a different type.
 
-    Only lists are not strict: a list will do for a tuple.
+    Only tuples are not strict: a list is accepted.
     """
 
 
@@ -39,7 +39,7 @@ class RunSection(Section):
 
 
 class RopeScaling(Section):
-    """Llama-3's frequency scaling (Llama 3.1 model card): long waves are slowed by `factor`, short ones kept."""
+    """Llama-3's frequency scaling (Llama 3.1 model card): long wavelengths are stretched by `factor`."""
 
     factor: float = Field(8.0, ge=1)
     low_freq_factor: float = Field(1.0, gt=0)
@@ -103,7 +103,7 @@ class DataSection(Section):
     max_bytes: int = Field(0, ge=0, description="read at most this much text; 0 = all")
     seq_len: int = Field(ge=2, description="tokens in a sequence")
     batch_tokens: int = Field(ge=1, description="tokens in a global batch; a multiple of seq_len")
-    batch_warmup: tuple[BatchStage, ...] = Field((), strict=False, description="smaller batches to begin with")
+    batch_warmup: tuple[BatchStage, ...] = Field((), strict=False, description="smaller batches at the beginning")
     dropped_samples: tuple[Range, ...] = Field(
         (), strict=False, description="[first, last) ranges left out of the order"
     )
@@ -116,7 +116,7 @@ class DataSection(Section):
             if tokens % self.seq_len:
                 down = tokens // self.seq_len * self.seq_len
                 near = [n for n in (down, down + self.seq_len) if n]
-                raise ValueError(f"{name}={tokens} is no multiple of seq_len={self.seq_len}; nearest: {near}")
+                raise ValueError(f"{name}={tokens} is not a multiple of seq_len={self.seq_len}; nearest: {near}")
         ends = [stage.until_tokens for stage in self.batch_warmup]
         if ends != sorted(set(ends)):
             raise ValueError("batch_warmup must be in rising order of until_tokens")
@@ -159,19 +159,19 @@ class CheckpointSection(Section):
 
     every_steps: int = Field(0, ge=0, description="0 = only at the end and on a stop")
     keep: int = Field(2, ge=1, description="newest checkpoints that stay")
-    keep_every_steps: int = Field(0, ge=0, description="checkpoints at multiples of it stay for ever; 0 = none do")
+    keep_every_steps: int = Field(0, ge=0, description="checkpoints at multiples of it are kept forever; 0 = none")
     keep_tokens: tuple[int, ...] = Field(
-        (), strict=False, description="saved as soon as so many tokens are consumed, and kept for ever"
+        (), strict=False, description="saved when this many tokens have been consumed, and kept forever"
     )
-    asynchronous: bool = Field(True, description="write beside the training, from a copy")
+    asynchronous: bool = Field(True, description="write from a copy while training continues")
     export: bool = Field(True, description="write a Hugging Face folder at the end and on a stop")
 
 
 class GuardSection(Section):
-    """When a run may not go on by itself."""
+    """When a run stops by itself."""
 
     max_refused_steps: int = Field(20, ge=1, description="refused steps in a row before the run stops with status 86")
-    hang_seconds: float = Field(600.0, gt=0, description="no heartbeat from a rank for so long: stacks, then stop")
+    hang_seconds: float = Field(600.0, gt=0, description="without a heartbeat from a rank: stacks, then stop")
 
 
 class EvalSection(Section):
@@ -181,13 +181,13 @@ class EvalSection(Section):
     every_tokens: int = Field(0, ge=0)
     max_documents: int = Field(0, ge=0, description="of the validation split, in order; 0 = all")
     batch_sequences: int = Field(8, ge=1, description="sequences a rank evaluates at once")
-    prompts: tuple[str, ...] = Field((), strict=False, description="texts that are gone on with at each evaluation")
+    prompts: tuple[str, ...] = Field((), strict=False, description="prompts that are continued at each evaluation")
     sample_tokens: int = Field(48, ge=1)
     temperature: float = Field(0.0, ge=0, description="0 = greedy")
 
 
 class TrackingSection(Section):
-    """What is written down besides the ledger, and how often."""
+    """What is recorded, and how often."""
 
     log_every: int = Field(10, ge=1, description="steps between two readings of the device's metrics")
     detail_every: int = Field(0, ge=0, description="steps between per-layer norms, update ratios, attention logits")

@@ -1,22 +1,22 @@
-"""Exit statuses and the errors that people read: one table, one paragraph, no traceback."""
+"""Exit statuses, and errors for users: one paragraph, no traceback."""
 
 from enum import IntEnum
 
 
 class ExitStatus(IntEnum):
-    """What a finished command tells its caller; schedulers and scripts act on these."""
+    """The exit status of a command; schedulers and scripts act on it."""
 
     DONE = 0
-    FAILED = 1  # something broke that was not the caller's doing
+    FAILED = 1  # something broke that the caller did not cause
     REFUSED = 2  # bad input or configuration; nothing was touched
     STOPPED = 85  # stopped and saved: run the same command again
-    NEEDS_PERSON = 86  # stopped by a rule that only a person may lift
+    NEEDS_PERSON = 86  # a person must decide
     HUNG = 88  # a rank made no progress within guard.hang_seconds
     BAD_NODE = 89  # this machine should not be used
 
     @property
     def reason(self) -> str:
-        """The same in words."""
+        """The status in words."""
         return {
             ExitStatus.DONE: "done",
             ExitStatus.REFUSED: "refused",
@@ -28,7 +28,7 @@ class ExitStatus(IntEnum):
 
 
 class UserError(Exception):
-    """An error for people: what is wrong, where, why, and what would work.
+    """An error for users: what is wrong, where, why, and what to do.
 
     `str()` gives one paragraph. The front door prints it and exits with `status`.
     """
@@ -44,7 +44,7 @@ class UserError(Exception):
         return " ".join(part if part.endswith((".", "?", "!")) else part + "." for part in parts if part)
 
     def as_dict(self) -> dict[str, object]:
-        """The same for `--json`."""
+        """For `--json`."""
         return {
             "error": self.what,
             "where": self.where,

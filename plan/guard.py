@@ -1,4 +1,4 @@
-"""What to do about a step: numbers in, decision out. train/guard.py enacts it; nothing here has effects."""
+"""Decides about a step from its numbers. train/guard.py applies the decision."""
 
 import math
 from typing import Literal, NamedTuple

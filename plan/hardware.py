@@ -1,19 +1,19 @@
-"""GPUs: peak rate and memory, each with its source. A GPU that is not listed is unknown, and has no MFU."""
+"""GPUs: peak rate and memory, each with its source. A GPU that is not listed has no MFU."""
 
 import re
 from typing import NamedTuple
 
 
 class Gpu(NamedTuple):
-    """One kind of GPU, as its maker states it."""
+    """One kind of GPU, with the figures of its data sheet."""
 
     name: str
-    pattern: str  # matches the whole device name, lower case, without the maker, words parted by single blanks
+    pattern: str  # matches the whole device name: lower case, without the maker, single blanks
     bf16_tflops: float  # dense bf16 tensor-core peak, 1e12 FLOP/s; data sheets print twice this "with sparsity"
-    memory_gb: int  # capacity on the data sheet; the driver shows some percent less
+    memory_gb: int  # on the data sheet; the driver shows a few percent less
     bandwidth_tb: float  # memory bandwidth, 1e12 bytes/s
     source: str
-    # GPUs that NVLink joins at most: 1 none, NVL72 a rack, else a board in one host; 0: machines differ (bridges).
+    # Most GPUs that NVLink connects: 1 = no NVLink, NVL72 = a rack, else a board of one host; 0 = varies (bridges).
     nvlink_domain: int = 0
 
     @property
@@ -55,9 +55,9 @@ GPUS = (
 
 
 def find(name: str) -> Gpu | None:
-    """The GPU that a driver (or a person) calls `name`; None when it is not known for certain.
+    """Return the GPU that a driver (or a person) calls `name`, or None unless it is certain.
 
-    A slice of a GPU (MIG) is none of these: its peak is not the whole one's.
+    A slice of a GPU (MIG) is not certain: its peak is not that of the whole GPU.
     """
     words = re.sub(r"[\s_-]+", " ", name.strip().lower())
     words = re.sub(r"^(nvidia|amd) ", "", words)
@@ -68,9 +68,9 @@ def find(name: str) -> Gpu | None:
 
 
 def nvlink_domain(name: str, host_gpus: int) -> int:
-    """GPUs of one NVLink domain where every host has `host_gpus` of the GPU that a driver calls `name`; 0: not known.
+    """Return the GPUs of one NVLink domain on hosts with `host_gpus` of the GPU `name`; 0 where it is not known.
 
-    Boards are taken to fill their host. A host with two of them (of four, say) has smaller domains than this tells.
+    Assumes that one board fills a host. A host with two boards (of four, say) has smaller domains than this returns.
     """
     gpu = find(name)
     if gpu is None:

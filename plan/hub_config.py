@@ -1,206 +1,254 @@
-"""Hugging Face's config.json to ModelSection and back, for the families that ModelSection can represent."""
+"""Hugging Face's config.json: as a model to train, as the shape of one that can only be counted, and back."""
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
-from minka.plan.config_sections import ModelSection, RopeScaling
+from minka.plan.config_sections import ModelSection
 from minka.plan.errors import UserError
+from minka.plan.flops import SHARED, Shape
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
+TRAINED = {family.lower(): f"{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3")}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a family's config.json leaves out: `silent` has transformers' defaults where they differ from Llama's."""
+
+    silent: Mapping[str, Any] = field(default_factory=dict)
+    biases: Literal["none", "qkv", "all"] = "none"
+    qk_norm: bool = False
+    mlp_matrices: Literal[2, 3] = 3
+    norms: int = 2
+    uncounted: tuple[str, ...] = ()  # weights that Shape does not count
+
+
+QWEN: Mapping[str, Any] = {"num_key_value_heads": 32, "sliding_window": 4096, "max_position_embeddings": 32768}
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(
+        silent={"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
+    ),
+    "qwen2": Family(silent=QWEN, biases="qkv"),
+    "qwen3": Family(silent={**QWEN, "head_dim": 128}, qk_norm=True),
+    "gpt2": Family(silent={"tie_word_embeddings": True}, biases="all", mlp_matrices=2),
+    "gpt_neox": Family(biases="all", mlp_matrices=2),
+    "gemma": Family(silent={"head_dim": 256, "tie_word_embeddings": True}),
+    "gemma2": Family(silent={"head_dim": 256, "tie_word_embeddings": True}, norms=4),
+    "phi": Family(biases="all", mlp_matrices=2, norms=1, uncounted=("the bias of the head",)),
+    "phi3": Family(),
+    "mixtral": Family(silent={"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2}),
+    "qwen3_moe": Family(silent={"num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8}, qk_norm=True),
 }
-# What transformers 5 assumes where a config.json is silent, and which would be wrong to leave out.
-SILENT: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
-    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_position_embeddings": 32768},
-    "qwen3": {
-        "num_key_value_heads": 32,
-        "sliding_window": 4096,
-        "max_position_embeddings": 32768,
-        "head_dim": 128,
-    },
+SIZES = {  # of Shape and ModelSection, with transformers' names
+    "layers": "num_hidden_layers",
+    "d_model": "hidden_size",
+    "heads": "num_attention_heads",
+    "d_ff": "intermediate_size",
+    "vocab": "vocab_size",
 }
+TRAINED_WITH = {"norm_eps": "rms_norm_eps", "max_positions": "max_position_embeddings", "init_std": "initializer_range"}
+LLAMA3_ROPE = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_positions": "original_max_position_embeddings",
+}
+ALIASES = {  # other names of the same settings
+    "n_layer": "num_hidden_layers",
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_inner": "intermediate_size",
+    "num_experts": "num_local_experts",
+    "moe_intermediate_size": "intermediate_size",
+}
+WINDOWED = ("mistral", "mixtral", "gemma2", "phi3")  # use sliding_window without being asked to
+BIASES = ("attention_bias", "mlp_bias")
+UNTRAINED = {"hidden_act": "silu", "attention_dropout": 0.0, "quantization_config": None}  # and what minka has
+DENSE_LAYERS = ("mlp_only_layers", "decoder_sparse_step")  # layers without experts among those with them
+
+
+class HubModel(NamedTuple):
+    """The shape of a model, and what the shape does not express: settings and weights, each by name."""
+
+    family: str
+    shape: Shape
+    uncovered: tuple[str, ...]
+
+
+def read_shape(values: Mapping[str, Any], where: str) -> HubModel:
+    """Return the shape in a config.json, of models that cannot be trained here, too.
+
+    Raises UserError for an unknown family and for a size that is missing.
+    """
+    name = _family(values, where)
+    family, known = FAMILIES[name], _with_defaults(name, values)
+    if name == "gpt2":
+        known.setdefault("intermediate_size", 4 * _size(known, "hidden_size", where))
+    sizes = {ours: _size(known, theirs, where) for ours, theirs in SIZES.items()}
+    experts = known.get("num_local_experts") or 1
+    shape = Shape(
+        **sizes,
+        kv_heads=known.get("num_key_value_heads") or sizes["heads"],
+        head_dim=known.get("head_dim") or sizes["d_model"] // sizes["heads"],
+        tied=known.get("tie_word_embeddings", False),
+        biases=family.biases,
+        qk_norm=family.qk_norm,
+        mlp_matrices=family.mlp_matrices,
+        learned_positions=_size(known, "n_positions", where) if name == "gpt2" else 0,
+        norms=family.norms,
+        experts=experts,
+        active_experts=_size(known, "num_experts_per_tok", where) if experts > 1 else 1,
+    )
+    return HubModel(name, shape, (*family.uncounted, *_uncovered(known, values, name)))
 
 
 def from_config(values: Mapping[str, Any], where: str) -> ModelSection:
-    """The model that a config.json describes. Raises UserError for what ModelSection cannot represent."""
-    family = _family(values, where)
-    known = SILENT[family] | {key: value for key, value in values.items() if value is not None}
-    _refuse(known, values, family, where)
-    heads, width = _need(known, "num_attention_heads", where), _need(known, "hidden_size", where)
-    theta, scaling = _rope(known, where)
-    try:
-        return ModelSection(
-            layers=_need(known, "num_hidden_layers", where),
-            d_model=width,
-            heads=heads,
-            kv_heads=known.get("num_key_value_heads", heads),
-            head_dim=known.get("head_dim") or width // heads,
-            d_ff=_need(known, "intermediate_size", where),
-            vocab=_need(known, "vocab_size", where),
-            tied=known.get("tie_word_embeddings", False),
-            qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
-            rope_theta=theta,
-            rope_scaling=scaling,
-            norm_eps=known.get("rms_norm_eps", 1e-6),
-            max_positions=known.get("max_position_embeddings", 2048),
-            init_std=known.get("initializer_range", 0.02),
+    """Return the model that a config.json describes. Raises UserError for what ModelSection cannot represent."""
+    family, shape, uncovered = read_shape(values, where)
+    if family not in TRAINED:
+        raise _unknown(family, where, "train", TRAINED)
+    known = _with_defaults(family, values)
+    uncovered += tuple(f"{key}={known[key]!r}" for key, ours in UNTRAINED.items() if known.get(key, ours) != ours)
+    if uncovered:
+        raise UserError(
+            f"this {family} cannot be represented: {'; '.join(uncovered)}",
+            where=where,
+            why="minka's model attends to the whole document and has none of these",
+            remedy="use a model without them",
         )
+    fields = {name: getattr(shape, name) for name in SHARED} | _rope(known, where)
+    fields |= {ours: known[theirs] for ours, theirs in TRAINED_WITH.items() if theirs in known}
+    fields = {"norm_eps": 1e-6, "max_positions": 2048, "qkv_bias": shape.biases == "qkv"} | fields
+    try:
+        return ModelSection.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise UserError(
-            f"{field} = {first['input']!r}: {first['msg']}", where=where, remedy="mend config.json"
-        ) from None
+        name = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{name} = {first['input']!r}: {first['msg']}", where=where, remedy="correct it") from None
 
 
 def to_config(cfg: ModelSection, family: str, eod_token: int | None, dtype: str) -> dict[str, Any]:
-    """config.json in the form of transformers 5. Raises UserError where `family` cannot represent `cfg`."""
+    """Return config.json in the form of transformers 5. Raises UserError where `family` cannot represent `cfg`."""
     family = family_of(cfg) if family == "auto" else family
-    if family not in ARCHITECTURES:
-        raise _unknown(family, "family")
+    if family not in TRAINED:
+        raise _unknown(family, "family", "write", TRAINED)
     if (cfg.qkv_bias, cfg.qk_norm) != (family == "qwen2", family == "qwen3"):
         raise UserError(
             f"{family} cannot represent qkv_bias={cfg.qkv_bias} with qk_norm={cfg.qk_norm}",
             where="family",
             why="only qwen2 has biases on q, k and v, always, and only qwen3 has norms on q and k, always",
-            remedy='family="auto" finds the one that fits, if there is one',
+            remedy='set family="auto", which finds the family that fits if there is one',
         )
     if family == "llama" and cfg.d_model % cfg.heads:
         raise UserError(
-            f"d_model={cfg.d_model} is no multiple of heads={cfg.heads}",
+            f"d_model={cfg.d_model} is not a multiple of heads={cfg.heads}",
             where="family",
             why="transformers refuses such a Llama, even with head_dim given",
-            remedy='use family="mistral", which is the same model',
+            remedy='set family="mistral", which is the same model',
         )
     config: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[family]],
+        **{theirs: getattr(cfg, ours) for ours, theirs in (SIZES | TRAINED_WITH).items()},
+        "architectures": [TRAINED[family]],
         "attention_dropout": 0.0,
         "bos_token_id": None,
         "dtype": dtype,
         "eos_token_id": eod_token,
         "head_dim": cfg.head_dim,
         "hidden_act": "silu",
-        "hidden_size": cfg.d_model,
-        "initializer_range": cfg.init_std,
-        "intermediate_size": cfg.d_ff,
-        "max_position_embeddings": cfg.max_positions,
         "model_type": family,
-        "num_attention_heads": cfg.heads,
-        "num_hidden_layers": cfg.layers,
         "num_key_value_heads": cfg.kv_heads,
         "pad_token_id": None,
-        "rms_norm_eps": cfg.norm_eps,
         "rope_parameters": _rope_parameters(cfg),
         "tie_word_embeddings": cfg.tied,
         "use_cache": True,
-        "vocab_size": cfg.vocab,
     }
-    if family == "llama":
-        config |= {"attention_bias": False, "mlp_bias": False}
-    else:
-        config |= {"sliding_window": None}
+    config |= {"attention_bias": False, "mlp_bias": False} if family == "llama" else {"sliding_window": None}
     if family.startswith("qwen"):
         config |= {"use_sliding_window": False}
     return config
 
 
 def family_of(cfg: ModelSection) -> str:
-    """The family whose layout `cfg` has; to_config refuses where none has it."""
+    """Return the family whose weights `cfg` has; to_config refuses if none has them."""
     return "qwen3" if cfg.qk_norm else "qwen2" if cfg.qkv_bias else "llama"
 
 
 def _family(values: Mapping[str, Any], where: str) -> str:
     architectures = values.get("architectures") or []
-    family = values.get("model_type") or next((f for f, name in ARCHITECTURES.items() if name in architectures), None)
-    if family not in ARCHITECTURES:
-        raise _unknown(family or architectures, where)
+    family = values.get("model_type") or next((f for f, name in TRAINED.items() if name in architectures), None)
+    if family not in FAMILIES:
+        raise _unknown(family or architectures, where, "count", FAMILIES)
     return str(family)
 
 
-def _unknown(name: object, where: str) -> UserError:
+def _unknown(name: object, where: str, done: str, known: Mapping[str, object]) -> UserError:
     return UserError(
-        f"{name!r} is no architecture that minka knows",
+        f"{name!r} is not an architecture that minka can {done}",
         where=where,
-        why="a model is read and written only where every number it computes can be the same",
-        remedy=f"known: {', '.join(ARCHITECTURES)}",
+        why="every number must be the same, and config.json does not say which biases, norms and matrices there are",
+        remedy=f"known: {', '.join(known)}",
     )
 
 
-def _refuse(known: Mapping[str, Any], values: Mapping[str, Any], family: str, where: str) -> None:
-    """Raise UserError for settings that would silently compute something else here."""
-    windowed = family == "mistral" or known.get("use_sliding_window", False)
-    window = values["sliding_window"] if "sliding_window" in values else SILENT[family].get("sliding_window")
-    unlike = []
+def _with_defaults(family: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that are not null, by their usual names, over transformers' defaults."""
+    known = {**FAMILIES[family].silent, **{key: value for key, value in values.items() if value is not None}}
+    return known | {usual: known[alias] for alias, usual in ALIASES.items() if alias in known}
+
+
+def _uncovered(known: Mapping[str, Any], values: Mapping[str, Any], family: str) -> list[str]:
+    """Return the settings that would change what is computed or counted, and that Shape does not express."""
+    found = []
+    windowed = family in WINDOWED or known.get("use_sliding_window", False)
+    window = values["sliding_window"] if "sliding_window" in values else known.get("sliding_window")
     if windowed and window is not None and window < known.get("max_position_embeddings", 0):
-        unlike.append(f"sliding_window={window} below max_position_embeddings={known['max_position_embeddings']}")
+        found.append(f"sliding_window={window} below max_position_embeddings={known['max_position_embeddings']}")
     if any(kind != "full_attention" for kind in known.get("layer_types") or []):
-        unlike.append("layer_types other than full_attention")
-    for key in ("attention_bias", "mlp_bias"):
-        if known.get(key):
-            unlike.append(f"{key}=true (biases beyond those on q, k and v)")
-    if known.get("hidden_act", "silu") != "silu":
-        unlike.append(f"hidden_act={known['hidden_act']!r}")
-    if known.get("attention_dropout"):
-        unlike.append(f"attention_dropout={known['attention_dropout']}")
-    if known.get("quantization_config"):
-        unlike.append("quantization_config")
+        found.append("layer_types other than full_attention")
+    everywhere = FAMILIES[family].biases == "all"
+    found += [f"{key}={known[key]}".lower() for key in BIASES if known.get(key, everywhere) != everywhere]
+    found += [f"{key}={known[key]}" for key in DENSE_LAYERS if known.get(key) not in (None, [], 1)]
+    return found
+
+
+def _rope(known: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return base and scaling, from transformers 5's `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
+    rope = known.get("rope_scaling") or known.get("rope_parameters") or {}
+    rope = {key: value for key, value in rope.items() if value is not None}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    unlike = "" if kind in ("default", "llama3") else f"rope_type={kind!r}"
+    if (rope.get("partial_rotary_factor") or known.get("partial_rotary_factor") or 1.0) != 1.0:
+        unlike = "partial_rotary_factor below 1"
     if unlike:
         raise UserError(
-            f"this {family} cannot be represented: {'; '.join(unlike)}",
+            f"{unlike} cannot be represented",
             where=where,
-            why="minka's model attends to the whole document and has no such part",
-            remedy="use a model without it",
+            why="minka rotates every channel of a head, by plain or Llama-3 scaled frequencies",
+            remedy="use a model with rope_type default or llama3",
         )
-
-
-def _rope(known: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, from transformers 5's `rope_parameters` or the `rope_theta` and `rope_scaling` before it."""
-    rope = dict(known.get("rope_scaling") or known.get("rope_parameters") or {})
-    theta = float(rope.get("rope_theta") or known.get("rope_theta") or 10_000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ("default", "llama3"):
-        raise _unlike_rope(f"rope_type={kind!r}", where)
-    if (rope.get("partial_rotary_factor") or known.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise _unlike_rope("partial_rotary_factor below 1", where)
+    found = {"rope_theta": float(rope.get("rope_theta") or known.get("rope_theta") or 10_000.0)}
     if kind == "default":
-        return theta, None
-    original = rope.get("original_max_position_embeddings") or known.get("original_max_position_embeddings")
-    return theta, RopeScaling(
-        factor=_need(rope, "factor", where),
-        low_freq_factor=_need(rope, "low_freq_factor", where),
-        high_freq_factor=_need(rope, "high_freq_factor", where),
-        original_max_positions=original or _need(known, "max_position_embeddings", where),
-    )
-
-
-def _unlike_rope(what: str, where: str) -> UserError:
-    return UserError(
-        f"{what} cannot be represented",
-        where=where,
-        why="minka turns every channel of a head by plain or Llama-3 scaled frequencies",
-        remedy="use a model with rope_type default or llama3",
-    )
+        return found
+    length = known.get("original_max_position_embeddings") or known.get("max_position_embeddings")
+    rope = {"original_max_position_embeddings": length, **rope}
+    return found | {"rope_scaling": {ours: _need(rope, theirs, where) for ours, theirs in LLAMA3_ROPE.items()}}
 
 
 def _rope_parameters(cfg: ModelSection) -> dict[str, Any]:
     if cfg.rope_scaling is None:
         return {"rope_theta": cfg.rope_theta, "rope_type": "default"}
-    return {
-        "factor": cfg.rope_scaling.factor,
-        "high_freq_factor": cfg.rope_scaling.high_freq_factor,
-        "low_freq_factor": cfg.rope_scaling.low_freq_factor,
-        "original_max_position_embeddings": cfg.rope_scaling.original_max_positions,
-        "rope_theta": cfg.rope_theta,
-        "rope_type": "llama3",
-    }
+    scaling = {theirs: getattr(cfg.rope_scaling, ours) for ours, theirs in LLAMA3_ROPE.items()}
+    return {"rope_theta": cfg.rope_theta, "rope_type": "llama3", **scaling}
+
+
+def _size(values: Mapping[str, Any], key: str, where: str) -> int:
+    size = _need(values, key, where)
+    if type(size) is not int or size < 1:
+        raise UserError(f"{key} is {size!r}", where=where, why="it must be an integer above 0", remedy="correct it")
+    return size
 
 
 def _need(values: Mapping[str, Any], key: str, where: str) -> Any:

@@ -1,41 +1,43 @@
-"""The ledger of a run: append-only JSON lines, one event a line; a crash costs at most one of them."""
+"""The ledger of a run: append-only JSON lines, one event a line. A crash costs at most one line."""
 
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 EVENTS = frozenset(
     "start step save save_failed eval skip suspect rewind restore fallback restart stop refuse detail".split()
 )
-# After one of these the run stands at the event's step again: what was recorded beyond it is of a lineage that ended.
+# After one of these the run is back at the event's step: per-step events beyond it belong to an abandoned lineage.
 RETURNS = frozenset({"restore", "rewind", "restart"})
 PER_STEP = frozenset({"step", "skip", "suspect", "detail", "eval"})
-SETTINGS = frozenset({"config", "changed", "lineage"})  # fields with words of people: a run may be called NaN
-STEP = b'{"event": "step"'  # as a line of a step begins
-DEEPEST = 100  # values within values; what is deeper than this nobody meant
+SETTINGS = frozenset({"config", "changed", "lineage"})  # fields that hold a user's strings: a run may be called NaN
+STEP = b'{"event": "step"'  # how the line of a step begins
+DEEPEST = 100  # levels of nesting; no event has more
+BLOCK_BYTES = 2**20
 
 
 class Ledger:
-    """Append-only JSON lines, one event a line. Opened by one process: rank 0 of the run."""
+    """Appends events. Opened by one process: rank 0 of the run."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        torn = _is_torn(path)
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        # A crash cut the last line: end it, so that the next event stands on its own.
-        self._waiting = b"\n" if torn else b""
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        size = os.fstat(self._file).st_size
+        # A crash may have cut the last line. End it, so that the next event gets a line of its own.
+        self._waiting = b"\n" if size and os.pread(self._file, 1, size - 1) != b"\n" else b""
 
     def append(self, event: str, *, step: int, tokens: int, **fields: object) -> bool:
-        """Write one event; false when the disk did not take it: then it waits and goes out with a later one.
+        """Write one event. Return False when the disk refused it; it is then written with a later one.
 
         `step` and `tokens` count what was begun on the current lineage.
         """
         if event not in EVENTS:
-            raise ValueError(f"{event!r} is no ledger event; known: {sorted(EVENTS)}")
+            raise ValueError(f"{event!r} is not a ledger event; known: {sorted(EVENTS)}")
         line = {"event": event, "time": self._clock(), "step": step, "tokens": tokens, **fields}
         self._waiting += json.dumps(finite(line), allow_nan=False).encode() + b"\n"
         try:
@@ -51,33 +53,55 @@ class Ledger:
         os.close(self._file)
 
 
-def read_ledger(
-    path: Path, torn: Callable[[int], None] = lambda line: None, *, with_steps: bool = True
-) -> Iterator[dict[str, Any]]:
-    """The events of a ledger in order, non-finite numbers as floats again.
+def read_ledger(path: Path, torn: Callable[[int], None] = lambda line: None) -> Iterator[dict[str, Any]]:
+    """Yield the events of a ledger in order, non-finite numbers as floats again.
 
-    Whatever is in the file: `event` is a word, `step` and `tokens` are counts, `time` is a number. A line that a crash
-    cut off, or a disk mangled, is left out, and `torn` is told its number (from 1). Without its steps, which are nearly
-    all of it, a ledger is read in no time.
+    In each event, `event` is a word, `step` and `tokens` are counts, and `time` is a number. Other lines (cut off by a
+    crash, damaged on the disk) are left out, and `torn` gets their numbers, from 1.
     """
     if not path.exists():
         return
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            if not with_steps and line.startswith(STEP):
-                continue
-            try:
-                event = parse(line)
-            except ValueError:
-                event = None
-            if isinstance(event, dict) and _is_event(event):
-                yield {key: value if key in SETTINGS else _floats(value) for key, value in event.items()}
+            event = parse_event(line)
+            if event is not None:
+                yield event
             elif line.strip():
                 torn(number)
 
 
+def lines_from_end(file: BinaryIO, end: int | None = None, *, skip: bytes = b"\n") -> Iterator[tuple[int, bytes]]:
+    """Yield (offset in the file, line) from the last line before `end` to the first.
+
+    Lines that begin with `skip` are left out. The file is read in blocks, from its end.
+    """
+    start = file.seek(0, os.SEEK_END) if end is None else end
+    rest = b""  # the beginning of the block after this one: the end of a line that begins in this one
+    while start > 0:
+        size = min(BLOCK_BYTES, start)
+        start = file.seek(start - size)
+        first, *lines = (file.read(size) + rest).split(b"\n")
+        ends = list(accumulate(map(len, lines)))
+        for i in [i for i, line in enumerate(lines) if line and not line.startswith(skip)][::-1]:
+            yield start + len(first) + 1 + ends[i] - len(lines[i]) + i, lines[i]
+        rest = first
+    if rest and not rest.startswith(skip):
+        yield 0, rest
+
+
+def parse_event(line: bytes) -> dict[str, Any] | None:
+    """The event of a line; None where the line does not hold one."""
+    try:
+        event = parse(line)
+    except ValueError:
+        return None
+    if not (isinstance(event, dict) and _is_event(event)):
+        return None
+    return {key: value if key in SETTINGS else _floats(value) for key, value in event.items()}
+
+
 def parse(text: str | bytes) -> Any:
-    """JSON that anybody may have written. Raises ValueError: no JSON, no UTF-8, or nested too deeply to be walked."""
+    """Parse JSON from any source. Raises ValueError where it is not JSON, not UTF-8, or nested too deeply."""
     try:
         value = json.loads(text)
     except RecursionError:
@@ -91,7 +115,7 @@ def parse(text: str | bytes) -> Any:
 
 
 def number(value: object) -> float:
-    """What stands in a ledger for a number, as a float; NaN for anything else, and for what is too large for one."""
+    """A ledger's number as a float; NaN for any other value, and for an integer too large for a float."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
     try:
@@ -101,12 +125,12 @@ def number(value: object) -> float:
 
 
 def is_count(value: object) -> bool:
-    """Whether it can be a number of steps or of tokens."""
+    """Whether `value` can be a number of steps or of tokens."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def current(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What counts of a ledger: per-step events that a later return to an earlier step made void are left out."""
+    """The events that still count: per-step events beyond the step of a later return are left out."""
     kept: list[dict[str, Any]] = []
     for event in events:
         if event["event"] in RETURNS:
@@ -116,7 +140,7 @@ def current(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def finite(value: Any) -> Any:
-    """`value` with non-finite floats as the strings NaN, Infinity, -Infinity (JSON has no word for them)."""
+    """`value` with non-finite floats as the strings NaN, Infinity, -Infinity, which JSON lacks."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
     if isinstance(value, Mapping):
@@ -131,15 +155,6 @@ def _is_event(event: dict[str, Any]) -> bool:
     if not (isinstance(kind, str) and kind.isidentifier() and is_count(event.get("step"))):
         return False
     return is_count(event.get("tokens")) and abs(number(at)) < 1e15
-
-
-def _is_torn(path: Path) -> bool:
-    """Whether a file's last line has no end; the rest of it, which may be large, is not read."""
-    if not path.exists() or not path.stat().st_size:
-        return False
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) != b"\n"
 
 
 def _inside(value: Any) -> Iterable[Any]:

@@ -1,9 +1,9 @@
-"""From TOML and overrides to one RunConfig, or to one error that names field, value, reason and remedy."""
+"""Loads TOML and overrides into one RunConfig, or raises one error with field, value, reason and remedy."""
 
 import difflib
 import json
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin
 
@@ -15,11 +15,11 @@ from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
-BESIDE = "provenance.json"  # what makes the folder of a run.toml a run's
+PROVENANCE = "provenance.json"  # next to a run.toml, it marks the folder of a run
 
 
 class Loaded(NamedTuple):
-    """A resolved run and which of its values were overridden: "section.key" -> (value before, value given)."""
+    """A resolved run and its overridden values: "section.key" -> (value before, value given)."""
 
     config: RunConfig
     changed: dict[str, tuple[object, object]]
@@ -32,23 +32,23 @@ def recipe_names() -> list[str]:
 
 
 def load_run(source: str, overrides: Sequence[str] = (), runs: str = "runs") -> Loaded:
-    """A run from a recipe's name, a TOML file, a run folder or a name under `runs`. Raises UserError."""
+    """Load a run from a recipe's name, a TOML file, a run folder or a name under `runs`. Raises UserError."""
     path = find(source, runs)
     values = _read(path)
-    if path.name == "run.toml" and (path.parent / BESIDE).is_file() and isinstance(values.get("run"), dict):
-        # A run is where it lies, whatever it was called when it began: it may have been moved, or be a copy.
+    if path.name == "run.toml" and (path.parent / PROVENANCE).is_file() and isinstance(values.get("run"), dict):
+        # The folder names the run, whatever it was called at first: it may have been moved, or be a copy.
         values["run"] |= {"name": path.absolute().parent.name, "folder": str(path.parent.parent)}
-    before = flatten(values)
-    changed = {}
+    before, known, changed = flatten(values), dict(_settings(RunConfig)), {}
     given = {_split(override)[0] for override in overrides}
     if "run.start_from" in given and "run.start_with" not in given:
-        values.get("run", {}).pop("start_with", None)  # that of the file was about another parent
+        values.get("run", {}).pop("start_with", None)  # the file's value belongs to a different parent
     for override in overrides:
         key, text = _split(override)
-        _check_key(key, override)
-        value = _value(key, text)
+        if key not in known:
+            raise UserError(_unknown(key, known), where=f"override {override!r}", remedy="keys are written section.key")
+        value = _value(known[key], text)
         _put(values, key, value)
-        old = before.get(key, _default(key))
+        old = before.get(key, None if known[key].is_required() else known[key].get_default(call_default_factory=True))
         if old != value:
             changed[key] = (old, value)
     where = f"{path} with {' '.join(overrides)}" if overrides else str(path)
@@ -56,9 +56,9 @@ def load_run(source: str, overrides: Sequence[str] = (), runs: str = "runs") -> 
 
 
 def find(source: str, runs: str = "runs") -> Path:
-    """The TOML file that `source` means: a file, a run's folder, a recipe, a name under `runs`, in this order.
+    """The TOML file that `source` means: a file, a run's folder, a recipe, or a name under `runs`, in this order.
 
-    A recipe's name always means the recipe, whatever was once run under it. Raises UserError with the nearest recipe.
+    A recipe's name always means the recipe, even where a run has that name. Raises UserError with the nearest recipe.
     """
     given = Path(source)
     places = (given / "run.toml", RECIPES / f"{source}.toml", Path(runs) / source / "run.toml")
@@ -75,7 +75,7 @@ def find(source: str, runs: str = "runs") -> Path:
 
 
 def dump_toml(config: RunConfig) -> str:
-    """Every value of the run as TOML; `load_run` on it gives an equal RunConfig. None (not set) is left out."""
+    """Every value of the run as TOML; `load_run` gives an equal RunConfig. None (not set) is left out."""
     return tomli_w.dumps(_without_none(config.model_dump(mode="json")))
 
 
@@ -96,9 +96,9 @@ def validate(values: dict[str, Any], where: str) -> RunConfig:
         config = from_json(json.dumps(values, default=str))
     except ValidationError as error:
         raise UserError(
-            "; ".join(_explain(problem) for problem in error.errors()),
+            describe_problems(error),
             where=where,
-            remedy="docs/configuration.md has every setting, and what it may be",
+            remedy="docs/configuration.md lists every setting and its values",
         ) from None
     config.check()
     return config
@@ -109,11 +109,16 @@ def from_json(text: str) -> RunConfig:
     return RunConfig.model_validate_json(text)
 
 
+def describe_problems(error: ValidationError) -> str:
+    """Each field that is wrong, with its value and the reason, in one line."""
+    return "; ".join(_explain(problem) for problem in error.errors())
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"this is no TOML: {error}", where=str(path), remedy="mend the file") from None
+        raise UserError(f"not a TOML file: {error}", where=str(path), remedy="correct the file") from None
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
 
@@ -122,16 +127,16 @@ def _split(override: str) -> tuple[str, str]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(
-            f"{override!r} is no override",
+            f"{override!r} is not an override",
             why="an override is section.key=value",
             remedy="for example run.max_steps=100 or data.source=stdlib",
         )
     return key, text
 
 
-def _value(key: str, text: str) -> object:
-    """What is written behind the equals sign: TOML, or a bare word; a single value where a list belongs is its one."""
-    annotation: Any = _field(key).annotation
+def _value(field: FieldInfo, text: str) -> object:
+    """The value after the equals sign: TOML, or a bare word. For a list, a single value means a list of one."""
+    annotation: Any = field.annotation
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -148,64 +153,39 @@ def _put(values: dict[str, Any], key: str, value: object) -> None:
     for table in tables:
         inner = values.setdefault(table, {})
         if not isinstance(inner, dict):
-            raise UserError(f"{table} is {inner!r} in the file, and {key} needs it to be a table")
+            raise UserError(f"{table} is {inner!r} in the file, and must be a table for {key}")
         values = inner
-    # The two ways to say when a run ends exclude each other: the newer word replaces the older.
+    # Only one of the two may be set: the override replaces the value in the file.
     if key in ("run.max_steps", "run.max_tokens"):
         values.pop("max_tokens" if last == "max_steps" else "max_steps", None)
     values[last] = value
 
 
-def _check_key(key: str, override: str) -> None:
-    known = list(_fields(RunConfig))
-    tables = {k.rsplit(".", 1)[0] for k in known if "." in k}
-    if key not in known and not any(key == table for table in tables if table.count(".")):
-        raise UserError(_unknown(key, known), where=f"override {override!r}", remedy="keys are written section.key")
-
-
-def _default(key: str) -> object:
-    field = _field(key)
-    return None if field.is_required() else field.get_default(call_default_factory=True)
-
-
-def _field(key: str) -> FieldInfo:
-    model: Any = RunConfig
-    *tables, last = key.split(".")
-    for table in tables:
-        model = _section(model.model_fields[table].annotation)
-    field: FieldInfo = model.model_fields[last]
-    return field
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    for kind in (annotation, *get_args(annotation)):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
-
-
-def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def _settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key that an override may have, with its field; a table that is optional may also be given whole."""
     for name, field in model.model_fields.items():
-        section = None if name == "batch_warmup" else _section(field.annotation)
-        if section is None:
-            yield prefix + name
-        else:
-            yield from _fields(section, f"{prefix}{name}.")
-            if prefix:
-                yield prefix + name  # an optional table may be given whole
+        kinds = (field.annotation, *get_args(field.annotation))
+        sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if name == "batch_warmup" or not sections:
+            yield prefix + name, field
+            continue
+        yield from _settings(sections[0], f"{prefix}{name}.")
+        if prefix:
+            yield prefix + name, field
 
 
-def _unknown(key: str, known: Sequence[str]) -> str:
+def _unknown(key: str, known: Iterable[str]) -> str:
     last = key.rsplit(".", 1)[-1]
+    known = list(known)
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     near = near or [name for name in known if name.rsplit(".", 1)[-1] == last][:1]
-    return f"{key} is no setting" + (f"; did you mean {near[0]}?" if near else "")
+    return f"{key} is not a setting" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _explain(problem: Any) -> str:
     place = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return _unknown(place, list(_fields(RunConfig)) + list(RunConfig.model_fields))
+        return _unknown(place, [*dict(_settings(RunConfig)), *RunConfig.model_fields])
     if problem["type"] == "missing":
         return f"{place} is missing"
     reason = problem["msg"].removeprefix("Value error, ")

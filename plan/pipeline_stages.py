@@ -1,4 +1,4 @@
-"""Which layers a pipeline's stages hold: as balanced as consecutive layers allow, or as the layout says."""
+"""Which layers a pipeline's stages hold: balanced by cost, or as `layout.stages` says."""
 
 from functools import cache
 
@@ -8,7 +8,7 @@ from minka.plan.layout import Layout
 
 
 def stages_of(layout: Layout, model: ModelSection) -> list[range]:
-    """Layers of each stage, in order. The first stage has the embedding besides, the last the final norm and head."""
+    """Return the layers of each stage. The first also has the embedding, the last the final norm and the head."""
     if layout.stages and layout.pipeline > 1:
         counts = [int(count) for count in layout.stages.split(",")]
     else:
@@ -18,34 +18,34 @@ def stages_of(layout: Layout, model: ModelSection) -> list[range]:
 
 
 def costs(model: ModelSection) -> tuple[int, int]:
-    """(a layer, embedding or head) in multiplications a token, attention left out.
+    """Return the cost of a layer, and of embedding or head, in multiplications a token without attention.
 
-    The embedding multiplies nothing, but counts as the head does: it holds as many weights and moments, and the first
+    The embedding multiplies nothing, but is given the head's cost: it holds as many weights and moments, and the first
     stage keeps the most activations.
     """
     return Shape.of(model).layer_matrices, model.vocab * model.d_model
 
 
 def balanced(layers: int, stages: int, layer: int, end: int) -> tuple[int, ...]:
-    """Counts of consecutive layers, none of them 0, whose dearest stage is as cheap as can be.
+    """Return the layers of each stage, at least one, that make the most expensive stage cheapest.
 
-    Of the splits that are equally good, the one whose stages differ least from one another in cost.
+    Of equally good splits, it is the one with the smallest sum of squared costs.
     """
-    ends = [end * ((stage == 0) + (stage == stages - 1)) for stage in range(stages)]
+    at_end = [end * ((stage == 0) + (stage == stages - 1)) for stage in range(stages)]
 
     @cache
     def best(stage: int, left: int) -> tuple[int, int, tuple[int, ...]]:
-        """(dearest, sum of squares, counts) of the stages from `stage` on, which share `left` layers."""
+        """Return (largest cost, sum of squares, counts) of the stages from `stage` on, which share `left` layers."""
         if stage == stages - 1:
-            cost = left * layer + ends[stage]
+            cost = left * layer + at_end[stage]
             return cost, cost * cost, (left,)
         found = None
         for count in range(1, left - (stages - stage - 1) + 1):
-            cost = count * layer + ends[stage]
-            dearest, squares, counts = best(stage + 1, left - count)
-            candidate = (max(cost, dearest), squares + cost * cost, (count, *counts))
+            cost = count * layer + at_end[stage]
+            largest, squares, counts = best(stage + 1, left - count)
+            candidate = (max(cost, largest), squares + cost * cost, (count, *counts))
             found = candidate if found is None or candidate < found else found
-        assert found is not None  # stages <= layers (plan/layout.py)
+        assert found is not None  # stages <= layers (plan/layout_rules.py)
         return found
 
     return best(0, layers)[2]

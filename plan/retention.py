@@ -1,4 +1,4 @@
-"""Which checkpoints are worth keeping, and which may go: values in, steps out."""
+"""Which checkpoints are kept, and which may be deleted."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,20 +16,20 @@ class Kept(NamedTuple):
 
 
 def permanent(settings: CheckpointSection, step: int, tokens_before: int, tokens: int) -> bool:
-    """Whether the checkpoint after `step` stays for ever: a multiple of keep_every_steps, or the first at a milestone.
+    """Whether the checkpoint after `step` is kept forever: a multiple of keep_every_steps, or the first at a milestone.
 
-    `tokens_before` is what the save before it had consumed.
+    `tokens_before` had been consumed at the save before it.
     """
     every = settings.keep_every_steps
     return (every > 0 and step % every == 0) or milestone_passed(settings, tokens_before, tokens)
 
 
 def milestone_passed(settings: CheckpointSection, tokens_before: int, tokens: int) -> bool:
-    """Whether a number of checkpoint.keep_tokens lies in (tokens_before, tokens]."""
+    """Whether a number of checkpoint.keep_tokens is in (tokens_before, tokens]."""
     return any(tokens_before < milestone <= tokens for milestone in settings.keep_tokens)
 
 
-def expendable(there: Sequence[Kept], newest: int) -> list[int]:
-    """Steps that may be deleted, oldest first: neither among the `newest` saved last nor permanent."""
-    by_age = sorted(there, key=lambda kept: (kept.number, kept.step))
+def expendable(checkpoints: Sequence[Kept], newest: int) -> list[int]:
+    """Return the steps that may be deleted, oldest first: neither permanent nor among the `newest` last saved."""
+    by_age = sorted(checkpoints, key=lambda kept: (kept.number, kept.step))
     return [kept.step for kept in by_age[:-newest] if not kept.permanent]

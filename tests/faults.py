@@ -1,18 +1,20 @@
 """Faults that parallel training is known to have had, to be planted in a rank: the comparison must see each of them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import Replicate
 
-from minka.parallel import apply, context, engine, tensor
+from minka.parallel import apply, engine, inputs, tensor
 from minka.parallel import fsdp as shard
 from minka.parallel import pipeline_engine as pipeline
-from minka.parallel.fsdp_engine import ShardedEngine
-from minka.parallel.inputs import Fed, Feeder
+from minka.parallel.inputs import InputCutter, ModelInputs
+from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece, squared_norm
+from minka.plan import sizing
 
 
 def put(owner: Any, name: str, new: Any) -> None:
@@ -23,13 +25,34 @@ def put(owner: Any, name: str, new: Any) -> None:
 
 def divisor() -> None:
     """Divide by this rank's targets times the ranks: right only where every rank has equally many."""
-    right = ShardedEngine.forward_backward
+    right = engine.TorchEngine.forward_backward
 
-    def wrong(self: ShardedEngine, micro_batches: Any, target_count: int) -> Any:
+    def wrong(self: engine.TorchEngine, micro_batches: Any, target_count: int) -> Any:
         mine = sum(int((batch.targets != -100).sum()) for batch in micro_batches)
         return right(self, micro_batches, mine * self.mesh.ranks)
 
-    put(ShardedEngine, "forward_backward", wrong)
+    put(engine.TorchEngine, "forward_backward", wrong)
+
+
+def norm_reduction() -> None:
+    """Give each rank the gradient norm of its own pieces."""
+    right = engine.TorchEngine.grad_norm
+
+    def wrong(self: engine.TorchEngine) -> Tensor:
+        summed = Mesh.sum_
+        Mesh.sum_ = lambda mesh, tensor: tensor  # type: ignore[method-assign,assignment]
+        try:
+            return right(self)
+        finally:
+            Mesh.sum_ = summed  # type: ignore[method-assign]
+
+    put(engine.TorchEngine, "grad_norm", wrong)
+
+
+def document_boundaries() -> None:
+    """Take each row for one document."""
+    right: Any = vars(inputs)["document_structure"]
+    put(inputs, "document_structure", lambda documents, varlen: right(None, varlen=varlen))
 
 
 def norm_weight_reduction() -> None:
@@ -55,23 +78,23 @@ def tied_gradient() -> None:
 
 def document_leak() -> None:
     """Let tokens see earlier documents of their row."""
-    right: Any = vars(context)["allowed_pairs"]
-    put(context, "allowed_pairs", lambda documents, q, k: right(torch.zeros_like(documents), q, k))
+    right: Any = vars(inputs)["shard_structure"]
+    put(inputs, "shard_structure", lambda ids, group, varlen: right(torch.zeros_like(ids), group, varlen=varlen))
 
 
 def context_positions() -> None:
     """Give each rank the positions at the head of its sequences."""
-    right = Feeder.__call__
+    right = InputCutter.prepare
 
-    def wrong(self: Feeder, *given: Any, **more: Any) -> Fed:
-        fed = right(self, *given, **more)
-        return fed._replace(positions=given[2][:, : fed.positions.shape[1]])
+    def wrong(self: InputCutter, micro_batch: Any) -> ModelInputs:
+        found = right(self, micro_batch)
+        return replace(found, positions=micro_batch.positions[:, : found.positions.shape[1]])
 
-    put(Feeder, "__call__", wrong)
+    put(InputCutter, "prepare", wrong)
 
 
 def stage_order() -> None:
-    """Run the stages' layers in another order."""
+    """Run the stages' layers in a different order."""
     right: Any = vars(apply)["stages_of"]
     put(apply, "stages_of", lambda layout, model: right(layout, model)[::-1])
 
@@ -95,9 +118,9 @@ def scale_grads() -> None:
 
 
 def resharding() -> None:
-    """Free gathered weights after forward, whatever the schedule."""
-    put(shard, "reshards", lambda *given: True)
-    put(shard, "UNIT_BYTES", 1)
+    """Free gathered weights after forward under every schedule."""
+    put(shard, "frees_gathered_weights", lambda *given: True)
+    put(sizing, "UNIT_BYTES", 1)
 
 
 def dropped_all_reduce() -> None:
@@ -108,7 +131,7 @@ def dropped_all_reduce() -> None:
 
 def stale_gather() -> None:
     """Keep what an evaluation has gathered."""
-    put(engine.ModelParts, "_forget_gathered", lambda self: None)
+    put(engine, "free_gathered_weights", lambda parts: None)
 
 
 MUTANTS: dict[str, tuple[Callable[[], None], dict[str, Any], dict[str, Any]]] = {

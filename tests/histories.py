@@ -14,12 +14,13 @@ import torch
 
 from minka.checkpoint import catalogue as shelf
 from minka.checkpoint.commit import FINAL, step_name
+from minka.checkpoint.index import INDEX
 from minka.checkpoint.manifest import NAME
 from minka.checkpoint.restore import restore, restore_from
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece
 from saved import ALONE, save
-from simdisk import Crash, File, Folder, SimDisk, never
+from sim_filesystem import Crash, File, Folder, SimFileSystem, never
 from turns import Turns
 
 ROWS = 3
@@ -44,7 +45,7 @@ class History:
     """What was done, and what must therefore be there. `keep` as in checkpoint.keep."""
 
     def __init__(self, base: Path, dice: Random, keep: int, *, power: bool, ranks: int = 1) -> None:
-        self.disk, self.dice, self.keep, self.power, self.ranks = SimDisk(base, dice), dice, keep, power, ranks
+        self.fs, self.dice, self.keep, self.power, self.ranks = SimFileSystem(base, dice), dice, keep, power, ranks
         self.base, self.step, self.version = base, 0, 0
         self.attempted: dict[int, set[int]] = {}  # step: versions that may be there
         self.returned: dict[int, tuple[int, bool]] = {}  # step: (version, permanent) of its last good save
@@ -65,7 +66,7 @@ class History:
         def one(mesh: Mesh) -> str:
             state, how = {"step": step, "version": version}, {"keep": self.keep, "permanent": permanent}
             try:
-                save(self.base, step, tensors(mesh, version), state, mesh, disk=self.disk, **how)  # type: ignore[arg-type]
+                save(self.base, step, tensors(mesh, version), state, mesh, fs=self.fs, **how)  # type: ignore[arg-type]
             except OSError as error:
                 return str(error) or "an error without words"
             return ""
@@ -76,21 +77,21 @@ class History:
             if older:  # a replacement that failed: the older one counts still, unless the newer one is there
                 there = self.there(step)
                 self.returned[step] = (version, permanent) if there == version else older
-                hidden = f".{step_name(step)}.replaced" in self.disk.root.names  # nothing could be renamed any more
+                hidden = f".{step_name(step)}.replaced" in self.fs.root.names  # nothing could be renamed any more
                 assert there in (older[0], version) or hidden
             return str(problems[0])
         self.returned[step] = (version, permanent)
         self.attempted[step] = {version}
         self.sure, self.step = version, step
         if not self.faulty:
-            assert not [name for name in self.disk.root.names if name.startswith(".")], list(self.disk.root.names)
+            assert not [name for name in self.fs.root.names if name.startswith(".")], list(self.fs.root.names)
         self.check()
         return ""
 
     def restore(self) -> None:
         """As a process that has just begun would; and what it gives must be one of what was saved, and recent."""
         read, passed = tensors(ALONE, -1), []
-        state = restore(self.base, read, ALONE, lambda path, reason: passed.append(path.name), disk=self.disk)
+        state = restore(self.base, read, ALONE, lambda path, reason: passed.append(path.name), fs=self.fs)
         if state is None:
             assert self.sure == 0, f"version {self.sure} had been saved, and there is nothing"
             self.step = 0
@@ -114,7 +115,7 @@ class History:
         for step, (version, _) in self.returned.items():
             if step_name(step) not in self.damaged:
                 read = tensors(ALONE, -1)
-                assert restore_from(self.base / step_name(step), read, ALONE, disk=self.disk)["version"] == version
+                assert restore_from(self.base / step_name(step), read, ALONE, fs=self.fs)["version"] == version
                 assert all(bool((piece.local == version).all()) for piece in read.values())
 
     def check(self) -> None:
@@ -129,14 +130,14 @@ class History:
 
     def check_names(self) -> None:
         """No part stands under a name that means a whole, whatever the process was at when it died."""
-        for name, folder in self.disk.root.names.items():
+        for name, folder in self.fs.root.names.items():
             if FINAL.fullmatch(name) or name.endswith((".replaced", ".leaving")):
                 assert isinstance(folder, Folder)
-                assert sorted(folder.names) == [NAME, "rank-00000.safetensors"], name
+                assert sorted(folder.names) == [INDEX, NAME, "rank-00000.json", "rank-00000.safetensors"], name
 
     def there(self, step: int) -> int:
         """The version of a step's checkpoint; -1 where there is none. Straight from the disk: nothing here can fail."""
-        folder = self.disk.root.names.get(step_name(step))
+        folder = self.fs.root.names.get(step_name(step))
         file = folder.names.get(NAME) if isinstance(folder, Folder) else None
         found = VERSION.search(file.content) if isinstance(file, File) else None
         return int(found[1]) if found else -1
@@ -144,8 +145,8 @@ class History:
     def damage(self, name: str) -> None:
         """Flip a bit of a shard or the manifest."""
         path = self.base / name
-        file = self.dice.choice(self.disk.names(path))
-        content = self.disk.file(path / file).content
+        file = self.dice.choice(self.fs.listdir(path))
+        content = self.fs.file(path / file).content
         content[self.dice.randrange(len(content))] ^= 1 << self.dice.randrange(8)
         self.damaged.add(name)
         if self.returned[int(name[5:])][0] >= self.sure:
@@ -154,31 +155,31 @@ class History:
 
     def crashing(self, work: Callable[[], Any], at: int) -> bool:
         """Do `work` with the machine dying at the `at`-th change from now; whether it did."""
-        self.disk.crash_at = self.disk.changes + at
+        self.fs.crash_at = self.fs.changes + at
         try:
             work()
         except Crash:
-            self.disk.reboot(power_lost=self.power)
+            self.fs.reboot(power_lost=self.power)
             return True
-        self.disk.crash_at = None
+        self.fs.crash_at = None
         return False
 
     def failing(self, work: Callable[[], Any], at: int, *, kind: str, lasting: bool, code: int = errno.EIO) -> Any:
         """Do `work` with the `at`-th change or look from now failing; all those after it too when it is `lasting`."""
-        first = at + (self.disk.changes if kind == "change" else self.disk.looks)
+        first = at + (self.fs.changes if kind == "change" else self.fs.looks)
 
         def fails(what: str, number: int) -> OSError | None:
             hit = what == kind and (number >= first if lasting else number == first)
             return OSError(code, "on purpose") if hit else None
 
-        self.disk.fails, self.faulty = fails, True
+        self.fs.fails, self.faulty = fails, True
         try:
             return work()
         finally:
-            self.disk.fails, self.faulty = never, False
+            self.fs.fails, self.faulty = never, False
 
     def _names(self) -> list[str]:
-        return [name for name in self.disk.root.names if FINAL.fullmatch(name)]
+        return [name for name in self.fs.root.names if FINAL.fullmatch(name)]
 
 
 def random_history(base: Path, seed: int, events: int = 8) -> Mapping[str, int]:

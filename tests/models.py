@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from minka.model.hub_folder import hf_config, read_config, read_tensors
-from minka.model.transformer import DEFAULT_KERNELS, IGNORED, Transformer
-from minka.plan.config_sections import KernelsSection, ModelSection
+from minka.model.transformer import IGNORED, Transformer
+from minka.plan.config_sections import ModelSection
 
 SHAPE: dict[str, Any] = {
     "layers": 2,
@@ -27,9 +27,9 @@ def section(**fields: Any) -> ModelSection:
     return ModelSection(**SHAPE | fields)
 
 
-def model(cfg: ModelSection, kernels: KernelsSection = DEFAULT_KERNELS) -> Transformer:
+def model(cfg: ModelSection) -> Transformer:
     """A model every weight of which is random: norms and biases too, so that none can be left out unseen."""
-    built = Transformer(cfg, kernels)
+    built = Transformer(cfg)
     perturb(built)
     return built
 

@@ -1,4 +1,4 @@
-"""A few steps of a small model under any layout, and how far they are from one process: what law 2 is measured with."""
+"""The harness for law 2: a small model under any layout for a few steps, and how far that is from one process."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -7,15 +7,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minka.parallel import fsdp as shard
-from minka.parallel.mesh import start_mesh
+from minka.checkpoint.catalogue import checkpoints
+from minka.checkpoint.restore import whole_tensors
+from minka.data.batch import IGNORED, Batch
+from minka.parallel.engine import Engine
+from minka.parallel.inputs import ModelInputs
+from minka.parallel.mesh import Mesh, start_mesh
 from minka.parallel.pieces import Piece, piece_of, tensor_name
+from minka.plan import sizing
 from minka.plan.config import RunConfig
+from minka.plan.ledger import read_ledger
 from minka.plan.load_config import validate
+from minka.plan.run_folder import RunFolder
+from minka.train.build_engine import build_engine
 from minka.train.guard import accepts
-from minka.train.worker import build_engine
 from models import packed
 from ranks import on_ranks
+from tiny import train_rank
 
 ROWS, LENGTH, VOCAB, STEPS = 8, 32, 256, 5
 SHAPE = {"layers": 4, "d_model": 64, "heads": 8, "kv_heads": 4, "head_dim": 8, "d_ff": 96, "vocab": VOCAB}
@@ -23,15 +31,8 @@ SHAPE = {"layers": 4, "d_model": 64, "heads": 8, "kv_heads": 4, "head_dim": 8, "
 BOUNDS = {"gradient": 2e-6, "loss": 2e-6, "grad_norm": 2e-5, "model": 2e-5, "moment1": 1e-4, "moment2": 1e-4}
 BOUNDS |= {"evaluated": 2e-6, "logits": 2e-5}  # losses by place, and what follows a token
 EXACT = dict.fromkeys(BOUNDS, 1e-10)
-
-
-class Fed(NamedTuple):
-    """A micro-batch of packed rows."""
-
-    tokens: torch.Tensor
-    documents: torch.Tensor
-    positions: torch.Tensor
-    targets: torch.Tensor
+Fault = Callable[[], object] | None  # planted on each rank before it starts
+Boxes = dict[str, tuple[NDArray[Any], tuple[int, ...], tuple[int, ...]]]
 
 
 class Run(NamedTuple):
@@ -42,24 +43,24 @@ class Run(NamedTuple):
     tensors: dict[str, NDArray[np.float64]]
 
 
-def config_of(layout: Mapping[str, Any], model: Mapping[str, Any] | None = None, **sections: Any) -> RunConfig:
-    """A run of packed rows under `layout`, eight of them a step, two micro-batches a rank or eight in a pipeline."""
+def config_of(
+    layout: Mapping[str, Any], model: Mapping[str, Any] | None = None, *, rows: int = ROWS, **sections: Any
+) -> RunConfig:
+    """A run of packed rows under `layout`: two micro-batches a rank, or one row at a time in a pipeline."""
     ways = layout.get("replicate", 1) * layout.get("shard", 1)
-    micro_batch = 1 if layout.get("pipeline", 1) > 1 else ROWS // ways // 2
+    micro_batch = 1 if layout.get("pipeline", 1) > 1 else rows // ways // 2
     values = {
         "run": {"name": "parity", "seed": 3, "max_steps": STEPS},
         "model": {**SHAPE, "z_loss": 1e-4, **(model or {})},
-        "data": {"tokenizer": "bytes", "seq_len": LENGTH, "batch_tokens": ROWS * LENGTH},
+        "data": {"tokenizer": "bytes", "seq_len": LENGTH, "batch_tokens": rows * LENGTH},
         "optimizer": {"learning_rate": 1e-3, "eps": 1e-5, "max_norm": 0.5},
         "layout": {"shard": 1, "micro_batch": micro_batch, **layout},
     }
     return validate(values | sections, "tests/parity.py")
 
 
-def run_on(
-    config: RunConfig, fault: Callable[[], object] | None = None, steps: int = STEPS, seconds: float = 120
-) -> Run:
-    """The run on as many ranks as its layout has; `fault` is planted on each of them first."""
+def run_on(config: RunConfig, fault: Fault = None, steps: int = STEPS, seconds: float = 120) -> Run:
+    """The run by the engine, on as many ranks as its layout has."""
     found = on_ranks(rank_of, config.layout.world, config, fault, steps, seconds=seconds)
     for rank, other in enumerate(found):
         assert other["loss"] == found[0]["loss"], f"losses of ranks 0 and {rank} differ"
@@ -68,59 +69,97 @@ def run_on(
     return Run(np.array(found[0]["loss"]), np.array(found[0]["grad_norm"]), whole)
 
 
-def rank_of(config: RunConfig, fault: Callable[[], object] | None, steps: int) -> dict[str, Any]:
-    """One rank of it. Every block is a unit of FSDP's, as in models that are worth cutting: else nothing reshards."""
-    shard.UNIT_BYTES = 1
+def run_of_worker(config: RunConfig, fault: Fault = None, seconds: float = 120) -> Run:
+    """A run by the real worker on real data, from its ledger and its last checkpoint."""
+    assert set(on_ranks(_worker, config.layout.world, config, fault, seconds=seconds)) == {0}
+    folder = RunFolder.of(config)
+    steps = [line for line in read_ledger(folder.ledger_file) if line["event"] == "step"]
+    assert len(steps) == config.total_steps
+    saved = whole_tensors(checkpoints(folder.checkpoints)[-1], "")
+    tensors = {name: tensor.double().numpy() for name, tensor in saved if name != "rng.torch"}
+    return Run(np.array([s["loss"] for s in steps]), np.array([s["grad_norm"] for s in steps]), tensors)
+
+
+def _worker(config: RunConfig, fault: Fault) -> int:
     if fault is not None:
         fault()
-    losses, norms, pieces = [], [], {}
+    return train_rank(config)
+
+
+def rank_of(config: RunConfig, fault: Fault, steps: int) -> dict[str, Any]:
+    """One rank of `run_on`. Every block is a unit of FSDP's, as in larger models: else nothing would reshard."""
+    units_of_one_block()
+    if fault is not None:
+        fault()
+    losses, norms = [], []
     with start_mesh(config.layout) as mesh:
         engine, _ = build_engine(config, mesh)
-        evaluated, logits = torch.zeros(ROWS, LENGTH, dtype=torch.float64), torch.zeros(VOCAB)
+        pieces = _boxes("initial.", {k: p for k, p in engine.tensors().items() if k.startswith("model.")})
         for step in range(steps):
-            mine = micro_batches(config, step, mesh.data_rank)
-            count = sum(int((part.targets != -100).sum()) for part in every(step, 1))
-            sums = engine.forward_backward(mine, count)
-            norm = engine.grad_norm()
+            inputs, count = inputs_of(config, step, engine, mesh)
+            sums = engine.forward_backward(inputs, count)
             if step == 0:
-                pieces = {f"gradient.{name}": plain(piece) for name, piece in engine.gradient_pieces().items()}
+                pieces |= _boxes("gradient.", engine.gradient_pieces())
                 # Between backward and update, as a run may: what it gathers must not outlive it.
-                for index, part in enumerate(whole_micro_batches(config, step, mesh.data_rank)):
-                    evaluated[index * config.layout.data_ways + mesh.data_rank] += engine.token_losses(part)[0].double()
-                logits = engine.next_logits(every(step, 1)[0].tokens[:, :13], 9)
-            engine.apply(config.optimizer.learning_rate, config.optimizer.max_norm, accepts(sums, norm))
+                pieces |= _boxes("", evaluated(config, engine, mesh))
+            norm = update(config, step, engine, accept=accepts(sums, engine.grad_norm()))
             losses.append(float(sums.loss) / count)
             norms.append(float(norm))
-        pieces |= {name: plain(piece) for name, piece in engine.tensors().items()}
-        pieces |= {"evaluated.losses": plain(piece_of(mesh.sum_(evaluated))), "logits.next": plain(piece_of(logits))}
+        pieces |= _boxes("", engine.tensors() if steps else {})
     return {"loss": losses, "grad_norm": norms, "pieces": pieces}
 
 
-def every(step: int, size: int) -> list[Fed]:
-    """All rows of a step, `size` at once."""
-    rows = packed(ROWS, LENGTH, VOCAB, seed=step)
-    return [Fed(*(tensor[first : first + size] for tensor in rows)) for first in range(0, ROWS, size)]
+def units_of_one_block() -> None:
+    """Make every block a unit of FSDP."""
+    sizing.UNIT_BYTES = 1
 
 
-def micro_batches(config: RunConfig, step: int, data_rank: int) -> list[Fed]:
-    """A data rank's rows, every so manieth of all."""
-    ways, size = config.layout.data_ways, config.layout.micro_batch
-    rows = packed(ROWS, LENGTH, VOCAB, seed=step)
-    mine = [tensor[data_rank::ways] for tensor in rows]
-    return [Fed(*(tensor[first : first + size] for tensor in mine)) for first in range(0, ROWS // ways, size)]
+def batch_of(config: RunConfig, step: int) -> Batch:
+    """All packed rows of a step."""
+    return packed_batch(config.data.batch_tokens // LENGTH, LENGTH, config.model.vocab, seed=step)
 
 
-def whole_micro_batches(config: RunConfig, step: int, data_rank: int) -> list[Fed]:
-    """A data rank's rows, one at a time."""
-    return every(step, 1)[data_rank :: config.layout.data_ways]
+def packed_batch(rows: int, length: int, vocab: int, seed: int) -> Batch:
+    """Rows of uneven documents, some of one token; a fifth of the targets is ignored."""
+    tokens, documents, positions, targets = packed(rows, length, vocab, seed=seed)
+    return Batch(tokens, targets, documents, positions, torch.arange(rows), int((targets != IGNORED).sum()))
 
 
-def plain(piece: Piece) -> tuple[NDArray[Any], tuple[int, ...], tuple[int, ...]]:
-    """A piece that can be sent: (local numbers, offset, global shape)."""
-    return piece.local.double().numpy().copy(), piece.offset, piece.global_shape
+def inputs_of(config: RunConfig, step: int, engine: Engine, mesh: Mesh) -> tuple[list[ModelInputs], int]:
+    """This rank's micro-batches of a step (every so many rows are its own), and the targets of all ranks."""
+    whole = batch_of(config, step)
+    mine = whole.take(slice(mesh.data_rank, None, config.layout.data_ways))
+    return [engine.prepare(part) for part in mine.micro_batches(config.layout.micro_batch)], whole.target_count
 
 
-def put_together(ranks: list[dict[str, Any]]) -> dict[str, NDArray[np.float64]]:
+def update(config: RunConfig, step: int, engine: Engine, accept: torch.Tensor | bool = True) -> torch.Tensor:
+    """The second half of a step, at a rate that rises; the gradient norm."""
+    norm = engine.grad_norm()
+    settings = config.optimizer
+    engine.apply(settings.learning_rate * (step + 1) / STEPS, settings.max_norm, torch.as_tensor(accept))
+    return norm
+
+
+def evaluated(config: RunConfig, engine: Engine, mesh: Mesh) -> dict[str, Piece]:
+    """Losses of the first step's rows by place, and what follows a token."""
+    rows = batch_of(config, 0)
+    losses = torch.zeros(rows.tokens.shape, dtype=torch.float64)
+    for row in range(mesh.data_rank, len(losses), config.layout.data_ways):
+        losses[row] += engine.token_losses(engine.prepare(rows.take(slice(row, row + 1))))[0].double()
+    logits = engine.next_logits(rows.tokens[:1, :13], 9)
+    return {"evaluated.losses": piece_of(mesh.sum_(losses)), "logits.next": piece_of(logits)}
+
+
+def boxes_of(pieces: Mapping[str, Piece]) -> Boxes:
+    """Pieces that can be sent: (local numbers, offset, global shape) by name."""
+    return {name: (p.local.double().numpy().copy(), p.offset, p.global_shape) for name, p in pieces.items()}
+
+
+def _boxes(prefix: str, pieces: Mapping[str, Piece]) -> Boxes:
+    return {prefix + name: box for name, box in boxes_of(pieces).items()}
+
+
+def put_together(ranks: list[Boxes]) -> dict[str, NDArray[np.float64]]:
     """Whole tensors; copies must be equal bit for bit."""
     whole: dict[str, NDArray[np.float64]] = {}
     for pieces in ranks:
@@ -139,16 +178,22 @@ def put_together(ranks: list[dict[str, Any]]) -> dict[str, NDArray[np.float64]]:
 
 
 def differences(one: Run, other: Run) -> dict[str, float]:
-    """Worst relative difference by kind."""
-    worst = {
-        "loss": float(np.abs(one.loss / other.loss - 1).max()),
-        "grad_norm": float(np.abs(one.grad_norm / other.grad_norm - 1).max()),
-    }
+    """Worst relative difference by kind. Initial weights and counts must be equal bit for bit."""
+    worst = {key: float(np.abs(getattr(one, key) / getattr(other, key) - 1).max()) for key in ("loss", "grad_norm")}
     assert one.tensors.keys() == other.tensors.keys()
     for name, tensor in one.tensors.items():
         kind = name.split(".")[0]
+        reference = other.tensors[name].reshape(tensor.shape)  # DeepSpeed's gradients are flat
         if kind in BOUNDS:
-            reference = other.tensors[name].reshape(tensor.shape)  # DeepSpeed's gradients are flat
             error = float(np.linalg.norm(tensor - reference)) / max(float(np.linalg.norm(reference)), 1e-30)
             worst[kind] = float(np.maximum(worst.get(kind, 0.0), error))  # NaN stays
+        else:  # where one process is in fp64, what the layout has is its rounding
+            assert np.array_equal(tensor, reference) or np.array_equal(tensor, reference.astype(np.float32)), name
     return worst
+
+
+def check(found: Mapping[str, float], title: str, bounds: Mapping[str, float] = BOUNDS) -> None:
+    """Print the differences, and hold each of them to its bound."""
+    print(f"{title}:", ", ".join(f"{kind} {error:.1e}" for kind, error in found.items()))
+    for kind, error in found.items():
+        assert error <= bounds[kind], (kind, title)

@@ -55,7 +55,7 @@ def _collect(pipes: list[Connection], processes: list[Any], deadline: float) -> 
             try:
                 good, value = pipe.recv()
             except EOFError:
-                good, value = False, f"ended with exit code {processes[rank].exitcode} and without a word"
+                good, value = False, f"ended with exit code {processes[rank].exitcode} and without an error"
             (results if good else failures)[rank] = value
         if failures:
             deadline = min(deadline, time.monotonic() + 3.0)  # the others wait for the one that failed

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from minka.checkpoint.async_saver import Saver
-from minka.checkpoint.filesystem import LOCAL, Disk
-from minka.checkpoint.write import Contents, Saved
+from minka.checkpoint.async_saver import AsyncSaver
+from minka.checkpoint.filesystem import LOCAL, FileSystem
+from minka.checkpoint.write import Saved, SaveRequest
 from minka.data.prepare import open_or_prepare
 from minka.parallel.apply import build_parts, named_parameters
 from minka.parallel.mesh import Mesh, start_mesh
@@ -37,11 +37,11 @@ def save(
     keep: int = 100,
     permanent: bool = False,
     alive: Callable[[], None] = lambda: None,
-    disk: Disk = LOCAL,
+    fs: FileSystem = LOCAL,
 ) -> Saved:
-    """A checkpoint, and nothing beside it. Raises OSError when it could not be written."""
-    saver = Saver(folder, mesh, keep, asynchronous=False, disk=disk)
-    saver.save(Contents(step, state, permanent), pieces, alive)
+    """Write a checkpoint and wait for it. Raises OSError when it could not be written."""
+    saver = AsyncSaver(folder, mesh, keep, asynchronous=False, fs=fs)
+    saver.save(SaveRequest(step, state, permanent), pieces, alive)
     outcome = saver.poll()
     assert outcome is not None
     if outcome.error:
@@ -58,7 +58,7 @@ def saved_run(folder: Path, *steps: int, **sections: Any) -> RunFolder:
     config = tiny(folder, **sections)
     open_or_prepare(config, folder)
     run = RunFolder.of(config)
-    run.open(config, {"data": {"store": str(config.data.store)}})
+    run.create(config, {"data": {"store": str(config.data.store)}})
     with start_mesh(config.layout) as mesh:
         parameters = named_parameters(build_parts(config, mesh))
         pieces = {f"model.{name}": parameter_piece(p) for name, p in parameters.items()}

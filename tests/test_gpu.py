@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from minka.benchmarks.training import our_step, peer_step, synthetic_batch
-from minka.checkpoint.async_saver import Outcome, Saver
+from minka.checkpoint.async_saver import AsyncSaver, Outcome
 from minka.checkpoint.restore import restore_from
-from minka.checkpoint.write import Contents
-from minka.model.attention import attention, document_structure
+from minka.checkpoint.write import SaveRequest
+from minka.model.attention import attention, document_structure, uses_varlen
 from minka.parallel.mesh import start_mesh
 from minka.parallel.pieces import piece_of
 from minka.plan.config_sections import KernelsSection
@@ -23,8 +23,8 @@ from minka.plan.layout import Layout
 from minka.plan.ledger import read_ledger
 from minka.plan.load_config import dump_toml, load_run
 from minka.plan.run_folder import RunFolder
+from minka.train.build_engine import build_engine
 from minka.train.dry_run import dry_run
-from minka.train.worker import build_engine
 from tiny import tiny, train_rank
 
 pytestmark = [
@@ -35,7 +35,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("kv_heads", [8, 2])
 def test_varlen_attention_is_masked_attention(kv_heads: int) -> None:
-    documents = torch.zeros(2, 512, dtype=torch.int64, device="cuda")
+    documents = torch.zeros(2, 512, dtype=torch.int64)
     documents[0, 100:] = 1
     documents[0, 101:] = 2  # a document of one token
     documents[1, 300:] = 1
@@ -47,7 +47,8 @@ def test_varlen_attention_is_masked_attention(kv_heads: int) -> None:
         ("sdpa", KernelsSection(attention="sdpa"), torch.bfloat16),
         ("truth", KernelsSection(attention="sdpa"), torch.float32),
     ):
-        structure = document_structure(documents, kernels, device=torch.device("cuda"), dtype=dtype)
+        varlen = uses_varlen(kernels, torch.device("cuda"), dtype)
+        structure = document_structure(documents, varlen=varlen).to(torch.device("cuda"), dtype)
         q, k, v = (x.to(dtype) for x in inputs)
         y = attention(q, k, v, structure)
         gradients = torch.autograd.grad(y.float().square().sum(), inputs)
@@ -111,7 +112,7 @@ def test_offloaded_weights_leave_room_on_the_device() -> None:
     peaks, batch = {}, None
     for offload in ("none", "all"):
         config = load_run("dense-125m", [*small, f"layout.offload={offload}", "kernels.compile=false"]).config
-        batch = batch or synthetic_batch(config.model.vocab, 4, 1024).to("cuda")
+        batch = batch or synthetic_batch(config.model.vocab, 4, 1024)
         with start_mesh(config.layout) as mesh:
             engine, _ = build_engine(config, mesh)
             kept = {piece.local.device.type for piece in engine.tensors().values()}
@@ -128,7 +129,7 @@ def test_a_dry_run_predicts_what_the_allocator_of_the_device_counts() -> None:
     small = ["data.seq_len=2048", "layout.micro_batch=4", "data.batch_tokens=8192", "data.batch_warmup=[]"]
     config = load_run("dense-125m", [*small, "kernels.compile=false"]).config
     predicted = dry_run(config, 1, 0)
-    batch = synthetic_batch(config.model.vocab, 4, 2048).to("cuda")
+    batch = synthetic_batch(config.model.vocab, 4, 2048)
     with start_mesh(config.layout) as mesh:
         engine, _ = build_engine(config, mesh)
         real = peak_of(our_step(engine, batch, config, batch.target_count))
@@ -138,7 +139,7 @@ def test_a_dry_run_predicts_what_the_allocator_of_the_device_counts() -> None:
 
 def test_a_step_of_dense_125m_is_faster_than_that_of_transformers() -> None:
     config = load_run("dense-125m", ["data.seq_len=2048", "layout.micro_batch=8", "kernels.compile=true"]).config
-    batch = synthetic_batch(config.model.vocab, 8, 2048).to("cuda")
+    batch = synthetic_batch(config.model.vocab, 8, 2048)
     with start_mesh(config.layout) as mesh:
         engine, _ = build_engine(config, mesh)
         ours = our_step(engine, batch, config, batch.target_count)
@@ -154,12 +155,12 @@ def test_a_save_during_training_holds_the_tensors_as_they_were(tmp_path: Path) -
     with start_mesh(Layout()) as mesh:
         state = {f"model.{i}": piece_of(torch.randn(1024, 4096, device="cuda")) for i in range(16)}
         truth = {name: piece.local.clone() for name, piece in state.items()}
-        saver, a = Saver(tmp_path, mesh, 2), torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+        saver, a = AsyncSaver(tmp_path, mesh, 2), torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
         outcomes: list[Outcome] = []
         for step in (1, 2):  # the first one makes the staging buffer
             for name, piece in state.items():
                 piece.local.copy_(truth[name])
-            saver.save(Contents(step, {"step": step}), state)
+            saver.save(SaveRequest(step, {"step": step}), state)
             for _ in range(50):
                 a @ a  # a forward and backward pass
             saver.wait_for_copy()

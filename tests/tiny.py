@@ -4,9 +4,10 @@ import random
 from collections.abc import Mapping
 from pathlib import Path
 
+from minka.launch.supervisor import Job
 from minka.plan.config import RunConfig
 from minka.plan.load_config import validate
-from minka.train.worker import WorkerJob, work
+from minka.train.worker import work
 
 WORDS = "the loss of a run is one number and the data are many so look at both before you change the model".split()
 
@@ -60,4 +61,4 @@ def tiny(folder: Path, **sections: Mapping[str, object]) -> RunConfig:
 
 def train_rank(config: RunConfig) -> int:
     """One rank of the run, by the real worker; for on_ranks."""
-    return work(WorkerJob(config, profile="", as_json=False, threads=1, beat=None))
+    return work(Job(config=config, threads=1))

@@ -12,23 +12,22 @@ from unittest.mock import patch
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minka.parallel import fsdp as shard
 from minka.parallel.apply import build_parts
-from minka.parallel.inputs import Feeder
+from minka.parallel.inputs import InputCutter
 from minka.parallel.memory_trace import MemoryTrace, Peak
 from minka.parallel.mesh import start_mesh
 from minka.parallel.traffic import Transfer
+from minka.plan import sizing
 from minka.plan.config import RunConfig
 from minka.plan.load_config import validate
+from minka.train.build_engine import engine_over
 from minka.train.dry_run import DryRun, dry_run, traced_step
-from minka.train.worker import engine_over
-from models import packed
-from parity import Fed
+from parity import packed_batch
 from ranks import on_ranks
 
 SHAPE = {"layers": 4, "d_model": 256, "heads": 8, "kv_heads": 4, "head_dim": 32, "d_ff": 512, "vocab": 512}
 LENGTH, ROWS = 128, 16
-UNIT_BYTES = shard.UNIT_BYTES
+UNIT_BYTES = sizing.UNIT_BYTES
 
 
 class Patient(TorchDispatchMode):
@@ -70,19 +69,22 @@ def real(config: RunConfig, *, unit_bytes: int = UNIT_BYTES, seconds: float = 20
 
 def dry(config: RunConfig, rank: int, *, unit_bytes: int = UNIT_BYTES) -> DryRun:
     """The dry run of one of them."""
-    with patch.object(shard, "UNIT_BYTES", unit_bytes):
+    with patch.object(sizing, "UNIT_BYTES", unit_bytes):
         return dry_run(config, config.layout.world, rank, as_gpu=False)
 
 
 def _rank(config: RunConfig, unit_bytes: int) -> tuple[Any, ...]:
-    shard.UNIT_BYTES = unit_bytes
+    sizing.UNIT_BYTES = unit_bytes
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen, start_mesh(config.layout) as mesh:
-        engine, optimizer = engine_over(build_parts(config, mesh), Feeder(config, mesh), config, mesh)
+        engine, optimizer = engine_over(build_parts(config, mesh), InputCutter(mesh, varlen=False), config)
         ways, size = config.layout.data_ways, config.layout.micro_batch
         count, memory = ROWS // ways // size, MemoryTrace()
         with Patient(), record_function("both steps"):
             for step in range(2):
-                batches = [_batch(size, config.model.vocab, seed=step * count + n) for n in range(count)]
+                batches = [
+                    engine.prepare(packed_batch(size, LENGTH, config.model.vocab, seed=step * count + n))
+                    for n in range(count)
+                ]
                 peak, traffic = traced_step(engine, optimizer, batches, config, memory=memory)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
@@ -113,7 +115,3 @@ def allocated_peak(trace: Mapping[str, Any], within: str) -> int:
         if span["ts"] <= when <= span["ts"] + span["dur"]:
             peak = max(peak, now)
     return peak
-
-
-def _batch(size: int, vocab: int, seed: int) -> Fed:
-    return Fed(*(tensor.clone() for tensor in packed(size, LENGTH, vocab, seed=seed)))  # none is a view of another

@@ -1,4 +1,4 @@
-"""`minka train` and `minka doctor`: arguments only."""
+"""`minka train` and `minka doctor`: their arguments, and what each combination of them starts."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -8,16 +8,18 @@ import typer
 from minka.plan.cli import new_app, print_json, run_app
 
 if TYPE_CHECKING:
+    from minka.plan.config import RunConfig
     from minka.plan.load_config import Loaded
-    from minka.plan.run_folder import RunFolder
 
 SOURCE = "recipe, run.toml, run folder, or name under runs/"
-OVERRIDES = "section.key=value, as many as you like; docs/configuration.md lists the settings"
-HELP = """Train a run: a recipe, a TOML file, or one that was begun before, which goes on where it stopped.
+OVERRIDES = "section.key=value, any number of them; docs/configuration.md lists the settings"
+REPLAY_WHY = "a step is run again as it was, on one process"
+WORLD_WHY = "nothing is started: the dry run is of as many ranks as --world says"
+HELP = """Train a run: a recipe, a TOML file, or an earlier run, which is resumed.
 
 \b
-minka train demo                      begin; the same again: go on
-minka train RUN run.max_steps=2000    go on and make it longer
+minka train demo                      begin; the same again resumes it
+minka train RUN run.max_steps=2000    resume it and make it longer
 minka train RUN run.name=NEW          a new run with its settings
 minka train RUN run.name=NEW run.start_from=RUN@500
                                       and from its weights at step 500
@@ -30,8 +32,8 @@ Ctrl-C, SIGTERM, or a file called STOP in the run's folder: save and stop.
 A second Ctrl-C stops at once, unsaved. STOP holds until it is deleted.
 
 \b
-exit status  0 done     1 failed: the same command goes on from what is saved
-             2 refused  85 stopped and saved: the same command goes on
+exit status  0 done     1 failed: the same command resumes from the last save
+             2 refused  85 stopped and saved: the same command resumes
              88 hung    86 needs a person: exit_reason.json, docs/failures.md
 """
 
@@ -45,46 +47,52 @@ def main(argv: Sequence[str]) -> int:
         source: Annotated[str, typer.Argument(help=SOURCE)],
         overrides: Annotated[list[str] | None, typer.Argument(help=OVERRIDES)] = None,
         ranks: Annotated[
-            int | None, typer.Option(help="processes to start here; default: one a GPU, else two", show_default=False)
+            int | None,
+            typer.Option(help="processes to start here; default: one for each GPU, else two", show_default=False),
         ] = None,
         dry_run: Annotated[
             bool, typer.Option("--dry-run", help="check the run, print all its values, and exit")
         ] = False,
         world: Annotated[
             int | None,
-            typer.Option(min=1, help="with --dry-run: on so many ranks, what one holds and sends", show_default=False),
+            typer.Option(
+                min=1, help="with --dry-run: show what a rank of this many would hold and send", show_default=False
+            ),
         ] = None,
         rank: Annotated[
             str,
             typer.Option(
-                help='with --world: which one, or "stages": one of each stage (the default)', show_default=False
+                help='with --world: the rank, or "stages" for one of each stage (the default)', show_default=False
             ),
         ] = "",
         profile: Annotated[str, typer.Option(help="FIRST:LAST steps to trace, for example 10:13")] = "",
         from_scratch: Annotated[
-            bool, typer.Option("--from-scratch", help="begin again at step 0; checkpoints are moved aside")
+            bool, typer.Option("--from-scratch", help="restart at step 0; checkpoints are moved aside")
         ] = False,
         replay: Annotated[
             int | None, typer.Option(help="run this step again, on one process, and compare", show_default=False)
         ] = None,
         as_json: Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")] = False,
     ) -> int:
-        from minka.launch.exit_reason import explained
+        from minka.launch.exit_reason import refusals_recorded
         from minka.plan.load_config import load_run
         from minka.plan.run_folder import RunFolder
 
+        given = {"--ranks": ranks is not None, "--from-scratch": from_scratch, "--profile": bool(profile)}
         if replay is not None:
-            others = {"--ranks": ranks is not None, "--dry-run": dry_run, "--from-scratch": from_scratch}
-            others |= {"--profile": bool(profile), "overrides": bool(overrides)}
-            return _replay(source, [name for name, given in others.items() if given], replay, as_json)
+            _check_absent({**given, "--dry-run": dry_run, "overrides": bool(overrides)}, "--replay", REPLAY_WHY)
+            from minka.train.replay import replay_command
+
+            return replay_command(source, replay, as_json)
         loaded = load_run(source, overrides or [])
         if world is not None or rank:
-            others = {"--ranks": ranks is not None, "--from-scratch": from_scratch, "--profile": bool(profile)}
-            return _dry_run_of(loaded, world, rank, dry_run, [name for name, given in others.items() if given], as_json)
+            _check_absent(given, "--world", WORLD_WHY)
+            return _dry_run_of(loaded.config, world, rank, dry_run, as_json)
+        window = parse_window(profile, loaded.config.total_steps)
         if dry_run:
-            return _print_run(loaded, ranks, profile, from_scratch, as_json)
-        with explained(RunFolder.of(loaded.config)):
-            return _start(loaded, ranks, profile, from_scratch, as_json)
+            return _print_run(loaded, ranks, from_scratch, as_json)
+        with refusals_recorded(RunFolder.of(loaded.config)):
+            return _start(loaded, ranks, window, from_scratch, as_json)
 
     return run_app(app, argv, "minka train")
 
@@ -108,135 +116,106 @@ def doctor(argv: Sequence[str]) -> int:
     return run_app(app, argv, "minka doctor")
 
 
-def _start(loaded: "Loaded", ranks: int | None, profile: str, from_scratch: bool, as_json: bool) -> int:
-    import os
+def parse_window(window: str, total_steps: int) -> tuple[int, int]:
+    """ "10:13" as (10, 13), which means steps 11 to 13; "" as (0, 0). Raises UserError."""
+    from minka.plan.errors import UserError
 
-    from minka.launch.supervisor import choose_ranks, joined, restarted, slurm_environment, supervise, visible_gpus
+    first, colon, last = window.partition(":")
+    if not window:
+        return 0, 0
+    if not (colon and first.isdigit() and last.isdigit() and int(first) < int(last)):
+        raise UserError(f"{window!r} is not a range of steps", where="--profile", remedy="for example --profile 10:13")
+    if int(first) >= total_steps:
+        raise UserError(f"{window} starts after the last step ({total_steps:,})", where="--profile")
+    return int(first), int(last)
+
+
+def _start(loaded: "Loaded", ranks: int | None, window: tuple[int, int], from_scratch: bool, as_json: bool) -> int:
+    import os
+    import sys
+
+    from minka.launch.environment import choose_ranks, launcher, requeued, slurm_environment, visible_gpus
+    from minka.launch.supervisor import Job, supervise
     from minka.plan.errors import UserError
     from minka.plan.run_folder import RunFolder
-    from minka.train.standing import standing
-    from minka.train.start import look
+    from minka.train.start_check import check_start, print_finished, read_state
     from minka.train.trackers import check_trackers
 
-    config, joins, gpus = loaded.config, joined(os.environ), visible_gpus(os.environ)
-    _check_profile(profile, loaded)
+    config, joins, gpus = loaded.config, launcher(os.environ), visible_gpus(os.environ)
     check_trackers(config)
     if config.kernels.attention == "varlen" and not gpus:
         raise UserError(
-            "varlen attention needs a GPU, and there is none here",
+            "varlen attention needs a GPU, and this machine has none",
             where="kernels.attention",
             remedy='set it to "auto"',
         )
     if ranks is not None and joins:
         raise UserError(f"--ranks cannot be given: {joins} has started the ranks", remedy="leave it out")
-    folder = RunFolder.of(config)
-    # A scheduler repeats the command as it was typed: only the first start may throw away what there is.
-    from_scratch = from_scratch and folder.begun() and not restarted(os.environ)
-    outlook = look(config, from_scratch=from_scratch)
-    if outlook.over:
-        _say_finished(folder, outlook.ignored, as_json)
-        return 0
-    if outlook.begun and not joins:
-        folder.check_may_start()
+    # A scheduler repeats the command as it was typed, and only its first start may discard anything.
+    from_scratch = from_scratch and not requeued(os.environ)
+    job = Job(config=config, profile=window, as_json=as_json, from_scratch=from_scratch, command=tuple(sys.argv))
     if joins == "slurm":
         os.environ.update(slurm_environment(os.environ))
     if joins:
-        return _join(loaded, profile, from_scratch, as_json)
+        from minka.train.forker import run_guarded
+        from minka.train.worker import work_joined
+
+        return run_guarded(lambda: work_joined(job), as_json)
+    folder = RunFolder.of(config)
+    state = read_state(folder)
+    from_scratch = from_scratch and state.begun
+    outlook = check_start(config, state, from_scratch=from_scratch)
+    if outlook.over:
+        print_finished(folder, outlook.decision.ignored, as_json=as_json)
+        return 0
+    if state.begun:
+        folder.check_may_start()
     count = choose_ranks(ranks, gpus)
-    config.check(count)  # refuses here, before anything is started
-    if not as_json and not outlook.begun:  # of a run that goes on, the ranks say what is another than before
+    config.check(count)
+    if not as_json and not state.begun:  # of a resumed run, the ranks print what has changed since its last start
         for key, (old, new) in loaded.changed.items():
             print(f"{key} = {new!r} (was {old!r})", flush=True)
+    ending = supervise(job.model_copy(update={"state": state, "ranks": count, "from_scratch": from_scratch}))
+    if ending.rank_failed:
+        position, again = read_state(folder).position, f"`minka train {folder.path}`"
+        next_start = f"resumes from step {position.step:,}" if position else "begins again: nothing was saved"
+        print(f"minka: training has ended, because a rank failed. {again} {next_start}.", file=sys.stderr)
+    return ending.status
 
-    def saved_step() -> int | None:
-        place = standing(folder)
-        return place.step if place else None
 
-    return supervise(config, count, profile, from_scratch, as_json, saved_step)
-
-
-def _check_profile(profile: str, loaded: "Loaded") -> None:
-    from minka.launch.supervisor import parse_window
+def _check_absent(given: dict[str, bool], where: str, why: str) -> None:
     from minka.plan.errors import UserError
 
-    if parse_window(profile)[0] >= loaded.config.total_steps:
-        raise UserError(f"{profile} lies behind the run's end, step {loaded.config.total_steps:,}", where="--profile")
+    names = [name for name, is_given in given.items() if is_given]
+    if names:
+        raise UserError(f"{', '.join(names)} cannot be given", where=where, why=why, remedy="leave that out")
 
 
-def _say_finished(folder: "RunFolder", ignored: list[str], as_json: bool) -> None:
-    export = folder.export if folder.export.is_dir() else None
-    if as_json:
-        print_json({"run": str(folder.path), "status": 0, "finished": True, "export": export and str(export)})
-        return
-    print(
-        f"{folder.path} is finished. {f'Its export: {export}. ' if export else ''}To go on, make it longer "
-        "(run.max_steps=...); a new run needs a name (run.name=...)"
-    )
-    if ignored:
-        print(f"Without more steps, {', '.join(ignored)} changes nothing in it.")
-
-
-def _replay(source: str, others: list[str], step: int, as_json: bool) -> int:
-    from minka.plan.errors import UserError
-    from minka.train.replay import replay_command
-
-    if others:
-        raise UserError(
-            f"{', '.join(others)} cannot be given",
-            where="--replay",
-            why="a step is run again as it was, on one process",
-            remedy="leave that out",
-        )
-    return replay_command(source, step, as_json)
-
-
-def _join(loaded: "Loaded", profile: str, from_scratch: bool, as_json: bool) -> int:
-    import sys
-
-    from minka.train.forker import run_guarded
-    from minka.train.worker import WorkerJob, prepare_joined, work
-
-    job = WorkerJob(loaded.config, profile, as_json, threads=None, beat=None, from_scratch=from_scratch)
-
-    def body() -> int:
-        prepare_joined(loaded.config, sys.argv)
-        return work(job)
-
-    return run_guarded(body, as_json)
-
-
-def _dry_run_of(loaded: "Loaded", world: int | None, rank: str, dry_run: bool, others: list[str], as_json: bool) -> int:
+def _dry_run_of(config: "RunConfig", world: int | None, rank: str, dry_run: bool, as_json: bool) -> int:
     from minka.plan.errors import UserError
 
     if not dry_run:
         raise UserError("--world and --rank are for --dry-run", remedy="add --dry-run; to train, --ranks")
     if world is None:
-        raise UserError("--rank needs to know of how many", where="--rank", remedy="add --world N")
-    if others:
-        raise UserError(
-            f"{', '.join(others)} cannot be given",
-            where="--world",
-            why="nothing is started: a dry run is of ranks that are not there, as many as --world says",
-            remedy="leave that out",
-        )
+        raise UserError("--rank needs the number of ranks", where="--rank", remedy="add --world N")
     from minka.train.dry_run_report import dry_run_command
 
-    return dry_run_command(loaded.config, world, rank or "stages", as_json=as_json)
+    return dry_run_command(config, world, rank or "stages", as_json=as_json)
 
 
-def _print_run(loaded: "Loaded", ranks: int | None, profile: str, from_scratch: bool, as_json: bool) -> int:
-    """The run and what would become of it. What this machine lacks is no matter: it need not be the one that trains."""
-    from minka.launch.supervisor import choose_ranks
+def _print_run(loaded: "Loaded", ranks: int | None, from_scratch: bool, as_json: bool) -> int:
+    """Print the run and what starting it would do. Nothing is asked of this machine: a different one may train it."""
+    from minka.launch.environment import choose_ranks
     from minka.plan.flops import parameters, training_flops_per_token
     from minka.plan.load_config import dump_toml
     from minka.plan.run_folder import RunFolder
-    from minka.train.start import look
+    from minka.train.start_check import check_start, read_state
 
     config, folder = loaded.config, RunFolder.of(loaded.config)
-    _check_profile(profile, loaded)
-    from_scratch = from_scratch and folder.begun()
-    outlook = look(config, from_scratch=from_scratch)
-    if outlook.begun and not outlook.over:
+    state = read_state(folder)
+    from_scratch = from_scratch and state.begun
+    outlook = check_start(config, state, from_scratch=from_scratch)
+    if state.begun and not outlook.over:
         folder.check_may_start()
     if ranks is not None:
         config.check(choose_ranks(ranks, gpus=0))
@@ -246,14 +225,14 @@ def _print_run(loaded: "Loaded", ranks: int | None, profile: str, from_scratch: 
         "total_tokens": config.total_tokens,
         "training_flops": training_flops_per_token(config.model, config.data.seq_len) * config.total_tokens,
     }
-    told = outlook.told(from_scratch=from_scratch)
+    said = outlook.describe(from_scratch=from_scratch)
     if as_json:
         changed = {key: {"was": old, "is": new} for key, (old, new) in loaded.changed.items()}
-        start = {"begun": outlook.begun, "finished": outlook.over, "step": outlook.step, "said": told}
+        start = {"begun": state.begun, "finished": outlook.over, "step": outlook.step, "said": said}
         print_json({"run": config.model_dump(mode="json"), "changed": changed, "derived": derived, "start": start})
         return 0
     print(f"# {loaded.source}")
-    print(f"# {folder.path} {told}")
+    print(f"# {folder.path} {said}")
     for key, (old, new) in loaded.changed.items():
         print(f"# changed: {key} = {new!r} (was {old!r})")
     for name, value in derived.items():

@@ -18,7 +18,7 @@ import torch
 from minka.data.batch import Batch
 from minka.data.loader import Loader
 from minka.data.prepare import open_or_prepare
-from minka.model.attention import document_structure
+from minka.model.attention import uses_varlen
 from minka.parallel.mesh import Mesh, local_device, start_mesh
 from minka.plan.cli import print_json, print_table, progress
 from minka.plan.config import RunConfig
@@ -27,9 +27,9 @@ from minka.plan.errors import ExitStatus, UserError
 from minka.plan.flops import parameters
 from minka.plan.hardware import find
 from minka.plan.layout import Layout
+from minka.train.build_engine import build_engine
 from minka.train.layer_stats import layer_of, layers_of
 from minka.train.provenance import processor, versions
-from minka.train.worker import build_engine
 
 PACKAGES = (
     "torch numpy triton transformers datasets tokenizers deepspeed flash-attn accelerate wandb tensorboard".split()
@@ -76,8 +76,6 @@ def this_machine(config: RunConfig | None) -> dict[str, str]:
         gpus = f"{torch.cuda.device_count()} x {name}, {peak}"
     found = versions(*PACKAGES)
     kernels = config.kernels if config is not None else KernelsSection()
-    two_documents = torch.tensor([[0, 1]], device=device)
-    structure = document_structure(two_documents, kernels, device=device, dtype=dtype)
     return {
         "processor": f"{processor()}, {os.cpu_count()} cores",
         "memory": f"{MEMORY_BYTES / 2**30:.1f} GiB",
@@ -87,7 +85,7 @@ def this_machine(config: RunConfig | None) -> dict[str, str]:
         "not installed": ", ".join(name for name, version in found.items() if not version) or "nothing",
         "collectives": collectives,
         "compute": f"{str(dtype).removeprefix('torch.')} on fp32 weights",
-        "attention": ATTENTION[structure.kind],
+        "attention": ATTENTION["varlen" if uses_varlen(kernels, device, dtype) else "mask"],
     }
 
 
@@ -105,9 +103,9 @@ def run_checks(config: RunConfig) -> Iterator[Check]:
     layout = Layout(micro_batch=1, recompute=config.layout.recompute, precision=config.layout.precision)
     config = config.model_copy(update={"layout": layout})
     with start_mesh(layout) as mesh:
-        with Loader(config, store.split("train"), 0, 1, None, mesh.device) as loader:
-            batch, _ = next(loader)
-        few = batch.micro_batches(math.gcd(len(batch.samples), SEQUENCES))[0].to(mesh.device)
+        with Loader(config, store.split("train"), 0, 1) as loader:
+            batch = next(loader).batch
+        few = batch.micro_batches(math.gcd(len(batch.samples), SEQUENCES))[0]
         share = few.target_count / few.targets.numel()
         yield Check("data flow", share > 0.5, f"{len(few.samples)} sequences, {100 * share:.0f} % of targets count")
         yield from _first_step(config, mesh, few)
@@ -117,7 +115,7 @@ def run_checks(config: RunConfig) -> Iterator[Check]:
 
 def _first_step(config: RunConfig, mesh: Mesh, batch: Batch) -> Iterator[Check]:
     engine, _ = build_engine(config, mesh)
-    sums = engine.forward_backward([batch], batch.target_count)
+    sums = engine.forward_backward([engine.prepare(batch)], batch.target_count)
     loss, uniform = float(sums.loss) / batch.target_count, math.log(config.model.vocab)
     near = abs(loss - uniform) < 0.1 * uniform
     yield Check("first loss is that of uniform guessing", near, f"{loss:.3f} nats, ln(vocab) is {uniform:.3f}")
@@ -148,7 +146,7 @@ def _overfit(config: RunConfig, mesh: Mesh, batch: Batch) -> Check:
 
 def _range_test(config: RunConfig, mesh: Mesh, batch: Batch) -> Check:
     """Raise the learning rate each step until the loss diverges. The run's rate should be below that point."""
-    parts = [part.to(mesh.device) for part in batch.micro_batches(1)]
+    parts = batch.micro_batches(1)
     growth = (RANGE_HIGH / RANGE_LOW) ** (1 / (RANGE_STEPS - 1))
     rates = [RANGE_LOW * growth**step for step in range(RANGE_STEPS)]
     best, best_rate, diverges = math.inf, RANGE_LOW, math.inf
@@ -170,7 +168,7 @@ def _losses(
     engine, _ = build_engine(config, mesh)
     with progress(len(rates), what, "steps") as advance:
         for batch, rate in zip(cycle(batches), rates, strict=False):
-            sums = engine.forward_backward([batch], batch.target_count)
+            sums = engine.forward_backward([engine.prepare(batch)], batch.target_count)
             norm = engine.grad_norm()
             engine.apply(rate, config.optimizer.max_norm, torch.isfinite(norm))
             advance(1)

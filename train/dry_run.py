@@ -1,11 +1,11 @@
 """One rank's part of a run of any size, built and stepped without its memory and without its peers.
 
 The build is training's own, under torch's fake process group and on fake tensors, which have shapes and no numbers. So
-are forward, backward and update; what they would hold and send is written down as it is of a real step.
+are forward, backward and update; what they hold and send is traced as in a real step.
 
-`as_gpu` takes what a GPU would take of the ways that our operations know: bf16, variable-length attention, the fused
-RMS norm, larger chunks of logits. The tensors are fake CPU tensors all the same: autograd asks for a device's driver
-even where tensors are fake. Blocks run eagerly; compiled, they hold less workspace and choose what they save.
+`as_gpu` computes as on a GPU: bf16, variable-length attention, the fused RMS norm, larger chunks of logits. The tensors
+are fake CPU tensors all the same: autograd asks for a device's driver even for fake tensors. Blocks run eagerly;
+compiled, they hold less workspace and choose what they save.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,27 +14,27 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minka.parallel.apply import cut
-from minka.parallel.fsdp_engine import ShardedEngine
+from minka.parallel.engine import TorchEngine
+from minka.parallel.inputs import InputCutter, ModelInputs
 from minka.parallel.memory_trace import MemoryTrace, Peak
 from minka.parallel.mesh import Mesh, lay_mesh
 from minka.parallel.pieces import Piece
-from minka.parallel.pipeline_engine import PipelineEngine
 from minka.parallel.traffic import Traffic, Transfer
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
-from minka.plan.layout import Asked, Layout, micro_batches, micro_batches_refused
+from minka.plan.layout import Layout, micro_batches, micro_batches_fit
+from minka.plan.sizing import attention_kind, compute_dtype_name
 from minka.plan.topology import coordinates
-from minka.train.dry_run_fakes import AssumedFeeder, alone, fakes, gpu_ways, without_numbers
+from minka.train.build_engine import engine_over
+from minka.train.dry_run_fakes import AssumedInputs, alone, gpu_ways, tensors_in, without_numbers
 from minka.train.guard import accepts
 from minka.train.optimizer import AdamW
-from minka.train.worker import engine_over
 
-TRACED_LAYERS = 300  # of a pipeline: layers of a rank times micro-batches that take less than a minute
-TRACED = 3  # micro-batches without a pipeline: the first, one of many, and the last are all there are
+TRACED_LAYERS = 300  # in a pipeline: layers of a rank times micro-batches that take less than a minute
+TRACED = 3  # micro-batches without a pipeline: the first, one of many, and the last are all kinds there are
 
 
 class Shard(NamedTuple):
@@ -63,47 +63,47 @@ class DryRun(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a step held and sent, or how two steps differ."""
+    """What a step holds and sends, or the difference of two steps."""
 
     memory: Peak
     calls: Mapping[Transfer, int]
     payload_bytes: Mapping[Transfer, int]
 
-    def plus(self, by: "Step", times: float) -> "Step":
-        """This and so many times that."""
-        total = round(self.memory.total + times * by.memory.total)
-        memory = Peak(total, *(_plus(*pair, times) for pair in zip(self.memory[1:], by.memory[1:], strict=True)))
-        return Step(memory, *(_plus(*pair, times) for pair in zip(self[1:], by[1:], strict=True)))
+    def plus(self, other: "Step", times: float) -> "Step":
+        """Return this step and `times` times the other."""
+        total = round(self.memory.total + times * other.memory.total)
+        memory = Peak(total, *(_plus(*pair, times) for pair in zip(self.memory[1:], other.memory[1:], strict=True)))
+        return Step(memory, *(_plus(*pair, times) for pair in zip(self[1:], other[1:], strict=True)))
 
     def minus(self, other: "Step") -> "Step":
-        """What this has beyond that."""
+        """Return what this step has beyond the other."""
         return self.plus(other, -1)
 
 
 class Traced(NamedTuple):
-    """A step, what one more micro-batch in the middle of it would add (without a pipeline), and the rank's shards."""
+    """A step, what one more micro-batch in its middle would add (without a pipeline), and the rank's shards."""
 
     step: Step
-    middle: Step  # it holds nothing beyond its tokens
+    middle: Step  # holds nothing beyond its tokens
     shards: dict[str, Shard]
     layers: tuple[int, ...]
 
 
 def dry_run(config: RunConfig, world: int, rank: int, *, as_gpu: bool = True) -> DryRun:
-    """A step of the rank, after the batch warm-up.
+    """Return a step of the rank, after the batch warm-up.
 
-    Raises UserError for a layout that is not legal on `world` ranks, for a rank that is not among them, for DeepSpeed,
-    and where a process group is up already: the fake one would take its place.
+    Raises UserError for a layout that is not legal on `world` ranks, a rank that is not among them, DeepSpeed, offload,
+    and where a process group exists: the fake one would replace it.
     """
-    config = _eager(after_warmup(config), as_gpu)
-    layout = _checked(config, world, rank)
-    whole = max(micro_batches(Asked(layout, config.model, config.data, config.kernels)))
+    config = _as_traced(after_warmup(config), "cuda" if as_gpu else "cpu")
+    layout = _check(config, world, rank)
+    whole = max(micro_batches(layout, config.data))
     traced = _enough(config, layout, whole)
     found = _traced(config, layout, rank, traced, as_gpu)
     step = found.step
     if traced < whole and layout.pipeline == 1:
         step = step.plus(found.middle, whole - traced)
-    elif traced < whole:  # a pipeline has a buffer for each; built anew, for the first step finds nothing gathered
+    elif traced < whole:  # a pipeline has a buffer for each; built again, because a first step finds nothing gathered
         count = _after(layout, traced, whole)
         more = _traced(config, layout, rank, count, as_gpu).step
         step = step.plus(more.minus(step), (whole - traced) / (count - traced))
@@ -111,56 +111,60 @@ def dry_run(config: RunConfig, world: int, rank: int, *, as_gpu: bool = True) ->
 
 
 def stage_ranks(layout: Layout) -> list[int]:
-    """The first rank of each place along the pipeline: one of each kind, but for uneven cuts along other axes."""
-    return [place * (layout.world // layout.pipeline) for place in range(layout.pipeline)]
+    """Return the first rank of each pipeline coordinate; its other ranks differ only where other cuts are uneven."""
+    return list(range(0, layout.world, layout.world // layout.pipeline))
 
 
 def after_warmup(config: RunConfig) -> RunConfig:
-    """The run with its last size of batch alone."""
+    """Return the run without its batch warm-up."""
     return config.model_copy(update={"data": config.data.model_copy(update={"batch_warmup": ()})})
 
 
-def _traced(config: RunConfig, layout: Layout, rank: int, count: int, as_gpu: bool) -> "Traced":
-    """The rank's part, built, and a step of `count` micro-batches."""
+def _traced(config: RunConfig, layout: Layout, rank: int, count: int, as_gpu: bool) -> Traced:
+    """Build the rank's part and trace a step of `count` micro-batches."""
     with alone(layout.world, rank), ExitStack() as stack:
         mesh = _mesh(layout, rank)
         parts = cut(config, mesh)
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        for part in parts:
+            part.head.device_kind = "cuda" if as_gpu else ""
+        mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(gpu_ways() if as_gpu else ExitStack())
         for part in parts:
             part.to_empty(device=mesh.device)
         stack.enter_context(without_numbers())
-        feeder = AssumedFeeder(config, mesh, as_gpu=as_gpu)
-        engine, optimizer = engine_over(parts, feeder, config, mesh)
+        kind = attention_kind(config.kernels.attention, "cuda" if as_gpu else "cpu", layout.precision)
+        cutter = InputCutter(mesh, varlen=kind == "varlen")
+        engine, optimizer = engine_over(parts, cutter, config)
+        inputs = AssumedInputs(config, cutter)
         shards = {name: _shard(piece) for name, piece in engine.tensors().items()}
-        batches = [fakes(config) for _ in range(count)]
-        memory, traffic = traced_step(engine, optimizer, batches, config, feeder.note)
+        batches = [inputs.make(mode) for _ in range(count)]
+        memory, traffic = traced_step(engine, optimizer, batches, config, inputs.watch)
         step = Step(memory, dict(traffic.calls), dict(traffic.payload_bytes))
         layers = tuple(int(layer) for part in parts for layer in part.blocks)
-        given = sum(tensor.nbytes for tensor in batches[0])
+        given = sum(tensor.nbytes for tensor in tensors_in(batches[0]))
         held = Peak(given, {"workspace": given}, {"workspace": given})
-        middle = Step(held, *(feeder.middle() if count >= TRACED and layout.pipeline == 1 else ({}, {})))
+        middle = Step(held, *(inputs.middle() if count >= TRACED and layout.pipeline == 1 else ({}, {})))
         return Traced(step, middle, shards, layers)
 
 
 def traced_step(
-    engine: PipelineEngine | ShardedEngine,
+    engine: TorchEngine,
     optimizer: AdamW,
-    batches: Sequence[Any],
+    batches: Sequence[ModelInputs],
     config: RunConfig,
-    begin: Callable[[Traffic], None] = lambda _: None,
+    start: Callable[[Traffic], None] = lambda _: None,
     memory: MemoryTrace | None = None,
 ) -> tuple[Peak, Traffic]:
-    """A step of training, and what it held and sent: of real ranks or of a fake one.
+    """Run a step of training on real ranks or a fake one, and return what it held and sent.
 
-    `begin` is handed the counts before the step. `memory` goes on with the trace of the steps before.
+    `start` gets the counts before the step. `memory` continues the trace of earlier steps.
     """
     memory, traffic = memory or MemoryTrace(), Traffic(engine.mesh)
-    begin(traffic)
-    memory.watch("weights", [piece.local for piece in engine.weights().values()])
+    start(traffic)
+    memory.watch("weights", [piece.local for piece in engine.weight_pieces().values()])
     moments = [tensor for tensors in optimizer.state().values() for tensor in tensors.values()]
     memory.watch("optimizer", [*moments, optimizer.count()])
-    memory.watch("workspace", [tensor for batch in batches for tensor in batch if isinstance(tensor, Tensor)])
+    memory.watch("workspace", [tensor for inputs in batches for tensor in tensors_in(inputs)])
     with memory, traffic:
         sums = engine.forward_backward(batches, len(batches) * config.data.seq_len)
         memory.watch("gradients", engine.gradients().values())
@@ -170,40 +174,34 @@ def traced_step(
 
 
 def _mesh(layout: Layout, rank: int) -> Mesh:
-    """As start_mesh has it for these ranks; alone, only mixed precision needs a process group."""
+    """Return what start_mesh returns on these ranks; a single rank has a process group only for bf16."""
     device = torch.device("cpu")
     if layout.world == 1 and layout.precision != "bf16":
         return Mesh(layout, device, rank, None)
     return lay_mesh(layout, device, rank)
 
 
-def _checked(config: RunConfig, world: int, rank: int) -> Layout:
+def _check(config: RunConfig, world: int, rank: int) -> Layout:
     if dist.is_initialized():
-        raise UserError("a dry run cannot be made while training", why="its process group would take the other's place")
+        raise UserError("a dry run cannot be made while training", why="its process group would replace the other one")
     if config.layout.engine == "deepspeed":
         raise UserError(
-            'engine="deepspeed" has no dry run on ranks that do not exist',
+            'engine="deepspeed" has no dry run with --world',
             where="layout.engine",
             why="DeepSpeed allocates and communicates while it starts",
-            remedy='set layout.engine="fsdp"; ZeRO stage 3 is much like it with reshard="always"',
+            remedy='set layout.engine="fsdp"; ZeRO stage 3 is similar to reshard="always"',
         )
     if config.layout.offload != "none":
         raise UserError(
-            f"offload={config.layout.offload!r} has no dry run",
+            f"offload={config.layout.offload!r} has no dry run with --world",
             where="layout.offload",
-            why="it counts one device's memory, and cannot tell what has been moved to the host's",
-            remedy='set layout.offload="none"; of its peak, weights and optimizer are what would move',
-        )
-    if config.kernels.attention == "varlen" and config.layout.precision != "bf16":
-        raise UserError(
-            f"varlen attention does not compute in {config.layout.precision}",
-            where="kernels.attention",
-            remedy='set it to "auto", or layout.precision to "bf16"',
+            why="it counts the memory of one device, and cannot tell what was moved to the host",
+            remedy='set layout.offload="none"; weights and optimizer of its peak are what would move',
         )
     layout = config.check(world)
     if not 0 <= rank < world:
         raise UserError(
-            f"there is no rank {rank:,} among {world:,}", where="--rank", remedy=f"0 to {world - 1:,}, or stages"
+            f"rank {rank:,} is not among {world:,}", where="--rank", remedy=f"give 0 to {world - 1:,}, or stages"
         )
     return layout
 
@@ -213,20 +211,21 @@ def _shard(piece: Piece) -> Shard:
     return Shard(tuple(piece.local.shape), piece.offset, piece.global_shape, dtype, piece.local.nbytes)
 
 
-def _eager(config: RunConfig, as_gpu: bool) -> RunConfig:
-    precision = config.layout.precision
-    precision = "bf16" if precision == "auto" and as_gpu else precision
+def _as_traced(config: RunConfig, device_kind: str) -> RunConfig:
+    """Return the run with eager blocks and its compute dtype. Raises UserError where attention cannot run."""
+    precision = compute_dtype_name(config.layout, device_kind)
+    attention_kind(config.kernels.attention, device_kind, precision)
     layout = config.layout.model_copy(update={"precision": precision})
     return config.model_copy(update={"layout": layout, "kernels": config.kernels.model_copy(update={"compile": False})})
 
 
 def _enough(config: RunConfig, layout: Layout, whole: int) -> int:
-    """So many micro-batches have all phases of a step; what more of them add is the same for each."""
+    """Return how many micro-batches have all phases of a step; each further one adds the same."""
     if layout.pipeline == 1:
         return min(whole, TRACED)
     if whole * config.model.layers / layout.pipeline <= TRACED_LAYERS:
         return whole
-    if layout.schedule == "interleaved":  # taken in rounds: others than of one micro-batch a rank are not alike
+    if layout.schedule == "interleaved":  # runs in rounds, which are alike only with one micro-batch a rank
         return min(whole, 3 * layout.pipeline) if whole % layout.pipeline == 0 else whole
     # One more than are ever under way on a rank: from here on, each adds what the one before it added.
     full = layout.pipeline * (1 if layout.schedule == "1f1b" else 2) + 1
@@ -234,13 +233,13 @@ def _enough(config: RunConfig, layout: Layout, whole: int) -> int:
 
 
 def _after(layout: Layout, traced: int, whole: int) -> int:
-    """The next count that adds what all further ones do."""
+    """Return the next count that adds what all further ones add."""
     return traced + layout.pipeline if layout.schedule == "interleaved" else _legal(layout, traced + 1, whole)
 
 
 def _legal(layout: Layout, least: int, most: int) -> int:
-    return next(n for n in range(least, most + 1) if n == most or not micro_batches_refused(layout, n))
+    return next(n for n in range(least, most + 1) if n == most or micro_batches_fit(layout, n))
 
 
-def _plus(one: Mapping[Any, int], by: Mapping[Any, int], times: float) -> dict[Any, int]:
-    return {key: round(one.get(key, 0) + times * by.get(key, 0)) for key in {**one, **by}}
+def _plus(one: Mapping[Any, int], other: Mapping[Any, int], times: float) -> dict[Any, int]:
+    return {key: round(one.get(key, 0) + times * other.get(key, 0)) for key in {**one, **other}}

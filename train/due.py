@@ -1,7 +1,8 @@
-"""When something is due: pure functions of configuration and position, the same on every rank."""
+"""What is due at a step: pure functions of configuration and position, the same on every rank."""
 
 from minka.plan.config import RunConfig
 from minka.plan.retention import milestone_passed
+from minka.plan.run_state import RunState
 from minka.train.state import State
 
 
@@ -22,6 +23,13 @@ def eval_due(config: RunConfig, before: State, after: State) -> bool:
     return _every(config.eval.every_steps, after.step) or (
         tokens > 0 and after.tokens // tokens > before.tokens // tokens
     )
+
+
+def evaluation_missed(config: RunConfig, before: RunState, state: State) -> bool:
+    """Whether the run was ended between the save of `state`, from which it resumes, and the evaluation due there."""
+    if before.position is None or before.position.step != state.step or before.evaluated:
+        return False  # older checkpoints were evaluated before the run trained on
+    return eval_due(config, State(tokens=before.tokens_before), state)
 
 
 def _every(interval: int, step: int) -> bool:

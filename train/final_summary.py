@@ -7,7 +7,7 @@ from minka.eval.compressors import compressed_bits_per_byte
 from minka.plan.cli import print_json
 from minka.plan.errors import ExitStatus
 from minka.train.recorder import Recorder
-from minka.train.standing import standing
+from minka.train.start_check import read_state
 from minka.train.state import State
 
 MAX_DOCUMENTS = 100_000  # more are not compressed
@@ -48,15 +48,15 @@ def summarise(record: Recorder, state: State, status: ExitStatus, export: str | 
         error = scores.stderr["bits_per_byte"]
         error_text = f"standard error {error:.4f}" if math.isfinite(error) else "one document: no standard error"
         at = f", at step {record.evaluated_at:,}" if record.evaluated_at != state.step else ""
-        held_out = f"{scores.documents:,} documents, {scores.bytes:,} bytes held out{at}; {error_text}"
+        held_out = f"{scores.documents:,} documents, {scores.bytes:,} bytes of validation{at}; {error_text}"
         rows.append(("bits per byte", f"{bits:.4f}  ({held_out})"))
-        rows += [(f"  {k}", f"{v:.4f}  (this model takes {bits / v:.3f} of that)") for k, v in compressors.items()]
+        rows += [(f"  {k}", f"{v:.4f}  (this model: {bits / v:.3f} of that)") for k, v in compressors.items()]
     if record.refused_steps:
         refused = f"{record.refused_steps:,}: not finite, no weight changed (see `skip` in the ledger)"
         rows.append(("refused steps", refused))
     rows.append(("run", str(folder.path)))
     if not saved:
-        newest = standing(folder)
+        newest = read_state(folder).position
         left = f"the newest checkpoint is of step {newest.step:,}" if newest else "there is no checkpoint"
         rows.append(("NOT SAVED", f"step {state.step:,} could not be written; {left}"))
     if export is not None:

@@ -1,10 +1,9 @@
-"""Forks the ranks from one process that has torch imported: eight forks take a third of a second, imports a minute.
+"""Forks the ranks from one process that has imported torch: eight forks take a third of a second, imports a minute.
 
-Run by the supervisor as `python -m minka.train.forker`, with the job as JSON on stdin; exits with the ranks' status.
+The supervisor runs it as `python -m minka.train.forker`, with a Job as JSON on stdin. It exits with the ranks' status.
 """
 
 import ctypes
-import json
 import os
 import signal
 import sys
@@ -14,16 +13,15 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from minka.launch.signals import ASKING
+from minka.launch.signals import STOP_SIGNALS
+from minka.launch.supervisor import Job
 from minka.plan.cli import print_error
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
-from minka.plan.load_config import from_json
 from minka.plan.run_folder import RunFolder
 from minka.train.parent_run import open_run
-from minka.train.worker import WorkerJob, work
+from minka.train.worker import work
 
 GRACE_SECONDS = 5.0
 ON_PURPOSE = (ExitStatus.STOPPED, ExitStatus.NEEDS_PERSON)
@@ -31,60 +29,58 @@ ON_PURPOSE = (ExitStatus.STOPPED, ExitStatus.NEEDS_PERSON)
 
 def main() -> int:
     """Prepare the data in one child, then run the ranks; the first failure decides the status."""
-    job = json.load(sys.stdin)
-    die_with(job["parent"])
-    config = from_json(json.dumps(job["config"]))
+    job = Job.model_validate_json(sys.stdin.read())
+    die_with(job.supervisor)
     children = Children()
-    # In a child of its own: tokenizers and torch start threads, and a process with threads must not be forked from.
-    # Interrupted, it cleans up after itself.
-    children.pids.append(_fork(lambda: _prepare(config, job["command"]), job["json"], hold=False))
+    # In a child: tokenizers and torch start threads, and a process with threads must not be forked from.
+    children.pids.append(_fork(lambda: _prepare(job), job.as_json, hold=False))
     status = _wait(children.pids, {})
-    if not status and not children.asked:
+    if not status and not children.stopping:
         with tempfile.TemporaryDirectory(prefix="minka-") as folder:
             store, logs = Path(folder) / "rendezvous", {}
             children.take_over(signal.SIGTERM)
-            for rank in range(job["ranks"]):
-                children.pids.append(_fork(_rank_body(config, job, rank, str(store)), job["json"], hold=True))
-                logs[children.pids[-1]] = (rank, rank_log(config, rank))
+            for rank in range(job.ranks):
+                children.pids.append(_fork(_rank_body(job, rank, str(store)), job.as_json, hold=True))
+                logs[children.pids[-1]] = (rank, rank_log(job.config, rank))
             status = _wait(children.pids, logs)
     children.leave()
-    return status or (int(ExitStatus.FAILED) if children.asked and not children.ranks else 0)
+    return status or (int(ExitStatus.FAILED) if children.stopping and not children.are_ranks else 0)
 
 
 class Children:
-    """Who is told when this process is asked to stop: it only hands the wish on, and never ends of it."""
+    """Passes stop signals on to the children of this process, which does not end by them."""
 
     def __init__(self) -> None:
         self.pids: list[int] = []
-        self.asked = self.ranks = False
-        self._number = signal.SIGINT  # what a child that prepares data cleans up after
-        for asking in ASKING:
-            signal.signal(asking, self._hand_on)
+        self.stopping = self.are_ranks = False
+        self._number = signal.SIGINT  # a child that prepares data removes what it has begun
+        for stop in STOP_SIGNALS:
+            signal.signal(stop, self._pass_on)
 
     def take_over(self, number: signal.Signals) -> None:
-        """From now on other children, told by `number`."""
+        """Start with new children, the ranks, which get the signal `number`."""
         self.pids, self._number = [], number
-        self.ranks = True
+        self.are_ranks = True
 
     def leave(self) -> None:
-        """A late signal must not undo the status that is on its way."""
-        for asking in ASKING:
-            signal.signal(asking, signal.SIG_IGN)
+        """Ignore signals: a late one must not change the exit status."""
+        for stop in STOP_SIGNALS:
+            signal.signal(stop, signal.SIG_IGN)
 
-    def _hand_on(self, received: int, frame: object) -> None:
-        self.asked = True
+    def _pass_on(self, received: int, frame: object) -> None:
+        self.stopping = True
         for pid in self.pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, self._number)
 
 
 def rank_log(config: RunConfig, rank: int) -> Path:
-    """Where the output of every rank but the first goes."""
+    """Where the output of a rank other than the first goes."""
     return RunFolder.of(config).logs / f"rank-{rank:05d}.log"
 
 
-def die_with(parent: int) -> None:
-    """Ask Linux to end this process when its parent ends, however that happens."""
+def die_with(parent: int | None) -> None:
+    """Ask Linux to kill this process when its parent ends for any reason."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:  # it ended before we asked
@@ -92,14 +88,14 @@ def die_with(parent: int) -> None:
 
 
 def run_guarded(body: Callable[[], int | None], as_json: bool) -> int:
-    """The exit status of `body`; what it raises is printed the way people read it."""
+    """The exit status of `body`. Errors are printed as every command prints them."""
     try:
         return int(body() or 0)
     except UserError as error:
         print_error(error, as_json=as_json)
         return int(error.status)
     except KeyboardInterrupt:
-        print("minka: interrupted before training began; nothing half-made was kept.", file=sys.stderr)
+        print("minka: interrupted before training began; nothing incomplete was kept.", file=sys.stderr)
         return int(ExitStatus.FAILED)
     except SystemExit as end:
         return int(end.code or 0)
@@ -108,18 +104,17 @@ def run_guarded(body: Callable[[], int | None], as_json: bool) -> int:
         return int(ExitStatus.FAILED)
 
 
-def _prepare(config: RunConfig, command: list[str]) -> None:
-    open_run(config, command)
+def _prepare(job: Job) -> None:
+    open_run(job.config, job.command)
 
 
-def _rank_body(config: RunConfig, job: dict[str, Any], rank: int, store: str) -> Callable[[], int]:
+def _rank_body(job: Job, rank: int, store: str) -> Callable[[], int]:
     def body() -> int:
-        threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or max(1, len(os.sched_getaffinity(0)) // job["ranks"])
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]), MINKA_STORE=store)
+        threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or max(1, len(os.sched_getaffinity(0)) // job.ranks)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.ranks), MINKA_STORE=store)
         if rank:
-            _redirect(rank_log(config, rank))
-        scratch = job["from_scratch"]
-        return work(WorkerJob(config, job["profile"], job["json"], threads, job["beat"], scratch, prepared=True))
+            _redirect(rank_log(job.config, rank))
+        return work(job.model_copy(update={"threads": threads}))
 
     return body
 
@@ -131,32 +126,32 @@ def _redirect(path: Path) -> None:
 
 
 def _fork(body: Callable[[], int | None], as_json: bool, *, hold: bool) -> int:
-    """Run `body` in a child. `hold`: wishes to stop wait until the body lets them in (launch/signals.py)."""
+    """Run `body` in a child. `hold`: stop signals stay blocked until the body handles them (launch/signals.py)."""
     sys.stdout.flush()
     sys.stderr.flush()
     me = os.getpid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)  # none may reach the child before it has handlers of its own
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # none may reach the child before it has its own handlers
     pid = os.fork()
     if pid:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return pid
     status = int(ExitStatus.FAILED)
     try:
-        for number in ASKING:  # the forker's handlers are not the child's
+        for number in STOP_SIGNALS:  # the forker's handlers are not the child's
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         if not hold:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         die_with(me)
         status = run_guarded(body, as_json)
     finally:
         for stream in (sys.stdout, sys.stderr):
             with suppress(BrokenPipeError):
                 stream.flush()
-        os._exit(status)  # no atexit of the parent's
+        os._exit(status)  # without the parent's atexit functions
 
 
 def _wait(pids: list[int], logs: dict[int, tuple[int, Path]]) -> int:
-    """Wait for all; after the first failure the others get a moment to end by themselves."""
+    """Wait for all. After the first failure the others get GRACE_SECONDS to end by themselves."""
     left, status, failed_at = set(pids), 0, 0.0
     while left:
         pid, raw = os.waitpid(-1, os.WNOHANG)
@@ -166,10 +161,10 @@ def _wait(pids: list[int], logs: dict[int, tuple[int, Path]]) -> int:
             code = code if code >= 0 else int(ExitStatus.FAILED)
             if code and status in (0, *ON_PURPOSE) and status != code:
                 status, failed_at = code, time.monotonic()
-                _say(code, raw, *logs.get(pid, (0, None)))
+                _report(code, raw, *logs.get(pid, (0, None)))
         elif not pid:
             time.sleep(0.02)
-        # Ranks that stopped on purpose end by themselves: rank 0 still exports while the others are done.
+        # Ranks that stopped on purpose end by themselves: rank 0 still exports.
         if left and status not in (0, *ON_PURPOSE) and time.monotonic() - failed_at > GRACE_SECONDS:
             for other in left:
                 os.kill(other, signal.SIGKILL)
@@ -177,8 +172,8 @@ def _wait(pids: list[int], logs: dict[int, tuple[int, Path]]) -> int:
     return status
 
 
-def _say(code: int, raw: int, rank: int, log: Path | None) -> None:
-    """Who failed first, with the end of its log; rank 0 has spoken for itself."""
+def _report(code: int, raw: int, rank: int, log: Path | None) -> None:
+    """Print which rank failed first, and the end of its log; rank 0 has printed its own error."""
     by_signal = f" by signal {os.WTERMSIG(raw)}" if os.WIFSIGNALED(raw) else f" with status {code}"
     if code in ON_PURPOSE:
         return

@@ -1,4 +1,4 @@
-"""Enacts plan/guard.py on the device, and ends a run whose data cannot be trained on."""
+"""Applies plan/guard.py on the device, and ends a run whose data cannot be trained on."""
 
 from typing import NoReturn
 
@@ -12,15 +12,15 @@ from minka.plan.errors import UserError
 
 
 def accepts(sums: Sums, grad_norm: Tensor) -> Tensor:
-    """Scalar bool on the device: finite loss and finite gradient norm, all over the mesh (both are global numbers).
+    """Scalar bool on the device: whether loss and gradient norm, both of the whole mesh, are finite.
 
-    The same rule as plan.guard.judge, where it gates the update without waiting for the host.
+    The rule of plan.guard.judge; here it gates the update without waiting for the host.
     """
     return torch.isfinite(sums.loss) & torch.isfinite(grad_norm)
 
 
 def refuse_tokens(batch: Batch, vocab: int, mesh: Mesh) -> NoReturn:
-    """Raise the same UserError on every rank, about the first rank's sample that has an id beyond the vocabulary."""
+    """Raise the same UserError on every rank, naming a sample with an id beyond the vocabulary."""
     beyond = (batch.tokens.amax(dim=1) >= vocab) | (batch.targets.amax(dim=1) >= vocab)
     numbers = [0] * 3 * mesh.ranks
     if beyond.any():
@@ -30,6 +30,6 @@ def refuse_tokens(batch: Batch, vocab: int, mesh: Mesh) -> NoReturn:
     raise UserError(
         f"sample {found[first + 1]} has token id {found[first + 2]}, and model.vocab is {vocab}",
         where="data.store",
-        why="an id beyond the vocabulary has no embedding: the store is damaged, or made by another tokenizer",
+        why="an id beyond the vocabulary has no embedding: the store is damaged, or made with a different tokenizer",
         remedy="`minka data verify STORE` says which file; prepare it again, or set model.vocab to its tokenizer's",
     )

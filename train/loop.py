@@ -1,4 +1,4 @@
-"""The training loop, flat: what happens in a step is what stands here, in this order."""
+"""The training loop: everything that happens in a step, in this order."""
 
 from dataclasses import dataclass
 
@@ -30,18 +30,18 @@ class Session:
     record: Recorder
     supervisor: SupervisorLink
     profile: Profile
+    evaluate_first: bool  # the run was ended before an evaluation that was due at its checkpoint
 
 
 def train(run: Session, state: State) -> tuple[State, ExitStatus]:
-    """Train from `state` to the run's end, a stop, or a verdict that a person is needed. Collective."""
+    """Train from `state` to the end of the run, a stop, or a verdict that needs a person. Collective."""
     config, mesh, engine, record = run.config, run.mesh, run.engine, run.record
     metrics, watch, status = Metrics(config, mesh, state), Stopwatch(), ExitStatus.DONE
-    if record.evaluation_missed(state):
+    if run.evaluate_first:
         record.evaluate(state, engine, watch)
     while status == ExitStatus.DONE and not config.finished(state.step, state.tokens):
         with watch.time("data"):
-            batch, loaded = next(run.loader)
-            micro_batches = [part.to(mesh.device) for part in batch.micro_batches(config.layout.micro_batch)]
+            batch, micro_batches, loaded = next(run.loader)
             beyond = batch.largest_token() >= config.model.vocab
             counted = batch.target_count if mesh.leads_data else 0
             targets, stop, broken = mesh.sum_on_host([counted, run.supervisor.stop_requested(), beyond])
@@ -58,8 +58,8 @@ def train(run: Session, state: State) -> tuple[State, ExitStatus]:
                 LayerStats(engine, run.optimizer, mesh, config.model) if detail_due(config, state.step + 1) else None
             )
             if detail:
-                detail.before_apply(micro_batches)
-        record.wait_for_copy(watch)  # a save under way has its copy of what is about to change
+                detail.before_apply(batch, config.layout.micro_batch)
+        record.wait_for_copy(watch)  # the save under way has its own copy of what changes next
         with watch.time("compute"):
             engine.apply(rate, config.optimizer.max_norm, accepts(sums, norm))
         before, state = state, state.after(loaded)
@@ -71,7 +71,7 @@ def train(run: Session, state: State) -> tuple[State, ExitStatus]:
         if detail:
             record.detail(state, detail.after_apply(rate))
         save, evaluate = checkpoint_due(config, before, state), eval_due(config, before, state)
-        if metrics.due or save or evaluate:  # a checkpoint never holds steps that were not judged
+        if metrics.due or save or evaluate:  # a checkpoint holds judged steps only
             state, status = record.judge(metrics, state)
         if save:
             record.save(state, engine.tensors(), watch)
@@ -83,7 +83,7 @@ def train(run: Session, state: State) -> tuple[State, ExitStatus]:
     record.save(state, engine.tensors(), watch)
     if status == ExitStatus.DONE:
         record.evaluate(state, engine, watch)
-    if not record.saved(state, watch):  # the one save whose failure would cost work: once more
+    if not record.saved(state, watch):  # a failure of this save would lose work: try once more
         record.save(state, engine.tensors(), watch)
     saved = record.saved(state, watch)
     record.event("stop", state, reason=status.reason, seconds=watch.read())

@@ -1,4 +1,4 @@
-"""AdamW on local shards (Loshchilov & Hutter 2019, algorithm 2): one fused call a group, refusals without a sync."""
+"""AdamW on local shards (Loshchilov & Hutter 2019, algorithm 2): one fused call a group, refusal without a sync."""
 
 from collections.abc import Iterable, Mapping
 
@@ -11,13 +11,13 @@ EMBEDDINGS = ("embedding.weight", "head.weight")
 
 
 def decay_of(name: str, dims: int, settings: OptimizerSection) -> float:
-    """Weight decay of a parameter with so many dimensions."""
+    """Weight decay of a parameter with `dims` dimensions."""
     decays = dims > 1 and (settings.decay_embeddings or name not in EMBEDDINGS)
     return settings.weight_decay if decays else 0.0
 
 
 class AdamW:
-    """Moments beside this rank's pieces of the parameters; no DTensor arithmetic (slow and leaky in foreach form).
+    """Moments for this rank's pieces of the parameters; no DTensor arithmetic (slow and leaky in foreach form).
 
     `parameters` are (name, local tensor, number of dimensions of the whole tensor). Tensors of one dimension, norms and
     biases, are never decayed; embeddings and head only with `decay_embeddings`.
@@ -37,9 +37,9 @@ class AdamW:
         self._accepted = torch.zeros((), dtype=torch.bool, device=device)
 
     def step(self, gradients: Mapping[str, Tensor], learning_rate: float, divisor: Tensor, accept: Tensor) -> None:
-        """See parallel.engine.Optimizer. A refused step is the kernel's `found_inf`: it returns before any write."""
-        home = self._count.device  # of offloaded weights the host's memory: the host waits for what follows
-        self._accepted, divisor = accept.to(home), divisor.to(home)
+        """A refused step is the kernel's `found_inf`: it returns before any write."""
+        device = self._count.device  # the CPU for offloaded weights: then the host waits here
+        self._accepted, divisor = accept.to(device), divisor.to(device)
         self._count += self._accepted  # the bias correction counts accepted steps only
         refuse = (~self._accepted).float()
         for decay in sorted(set(self._decay.values())):
@@ -75,8 +75,8 @@ class AdamW:
     def update_squares(self, learning_rate: float) -> dict[str, Tensor]:
         """Squared norm of what the last step took from each local tensor, rebuilt from the moments; 0 if refused.
 
-        The step took lr * (m_hat / (sqrt(v_hat) + eps) + decay * weight); one tensor at a time, so that it needs no
-        second copy of the model. The weight is the one after the step, which differs by lr * decay of itself.
+        The step took lr * (m_hat / (sqrt(v_hat) + eps) + decay * weight). One tensor at a time: no second copy of
+        the model is needed. The weight is that after the step, which differs by lr * decay of itself.
         """
         s, found = self.settings, {}
         for name, weight in self._weights.items():

@@ -1,22 +1,24 @@
-"""Where a run's first weights come from, when not from its seed: another run's checkpoint, or a Hugging Face folder.
+"""The parent of a run: where its first weights come from when not from its seed.
 
-The parent is found once, when the run is made, and pinned in lineage.json: step and hash, so that a run that ended
-before its first own checkpoint begins from the very same weights again.
+A parent is a checkpoint of a different run, or a Hugging Face folder. It is found once, when the run is created, and
+recorded in lineage.json with its step and hash, so that a run that ended before its own first checkpoint begins from
+the very same weights again.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from minka.checkpoint.catalogue import find_checkpoint, run_and_step
 from minka.checkpoint.commit import step_name
-from minka.checkpoint.manifest import load_manifest
+from minka.checkpoint.manifest import read_header
 from minka.data.prepare import open_or_prepare, store_folder
 from minka.data.store_manifest import MANIFEST, hash_file
 from minka.data.token_store import TokenStore
 from minka.data.tokenizer import bytes_tokenizer, load_hf
+from minka.plan.atomic import writing
 from minka.plan.cli import progress
 from minka.plan.config import RunConfig
 from minka.plan.config_sections import ModelSection
@@ -25,22 +27,10 @@ from minka.plan.hub_config import from_config
 from minka.plan.load_config import from_json
 from minka.plan.resume_rules import Changes, changes, check_batch, check_fork, model_changes
 from minka.plan.run_folder import RunFolder, find_run, store_of
+from minka.plan.run_state import Position
 from minka.train.provenance import provenance
 
-OWN = ("run.name", "run.folder", "run.start_from", "run.start_with")  # differ in every fork, and say nothing
-
-
-class Position(NamedTuple):
-    """Where in its run a checkpoint stands."""
-
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-
-    @classmethod
-    def of(cls, state: Mapping[str, Any]) -> "Position":
-        """By the state in a checkpoint's manifest. Raises KeyError, TypeError or ValueError for one that lacks it."""
-        return cls(*(int(state[name]) for name in cls._fields))
+OWN = ("run.name", "run.folder", "run.start_from", "run.start_with")  # differ in every fork
 
 
 class Parent(NamedTuple):
@@ -51,32 +41,41 @@ class Parent(NamedTuple):
     checkpoint: Path | None
     config: RunConfig | None
     model: ModelSection
-    place: Position
+    position: Position
     data_sha256: str
     sha256: str
-    learning_rate: float | None = None  # of its next step; None where it does not say
+    learning_rate: float | None = None  # of its next step; None in format 1
 
     @property
     def name(self) -> str:
-        """For people."""
-        return f"{self.run} at step {self.place.step}" if self.run else str(self.folder)
+        """As messages call it."""
+        return f"{self.run} at step {self.position.step}" if self.run else str(self.folder)
 
 
 def open_run(config: RunConfig, command: Sequence[str]) -> TokenStore:
-    """The run's token store, prepared where it is missing, and its folder, made or checked. Raises UserError."""
+    """Open the run's token store, and prepare it if it is missing; then create the run's folder if it has not begun.
+
+    Raises UserError.
+    """
     folder = RunFolder.of(config)
-    parent = None if folder.begun() else find_parent(config)
+    if folder.begun():
+        store = open_or_prepare(config, Path(), progress)
+        folder.check_data(store.folder, store.hash)
+        with writing(folder.path):
+            folder.logs.mkdir(exist_ok=True)
+        return store
+    parent = find_parent(config)
     if parent:
         check_parent(parent, config)
     store = open_or_prepare(config, Path(), progress)
     if parent:
-        check_tokenizer(parent, config)  # now that there is one to look at
-    folder.open(config, provenance(config, store, command), lineage_of(parent, config) if parent else ())
+        check_tokenizer(parent, config)  # the run's own may just have been trained
+    folder.create(config, provenance(config, store, command), lineage_of(parent, config) if parent else ())
     return store
 
 
 def find_parent(config: RunConfig) -> Parent | None:
-    """What run.start_from means now; None when it is empty. Raises UserError."""
+    """The parent that run.start_from names now; None when it is empty. Raises UserError."""
     given = config.run.start_from
     if not given:
         return None
@@ -93,13 +92,13 @@ def find_parent(config: RunConfig) -> Parent | None:
         raise UserError(
             "a run cannot start from itself",
             where="run.start_from",
-            remedy=f"give the new one a name (run.name=NEW), or leave it out to go on (minka train {found.path})",
+            remedy=f"give the new run a name (run.name=NEW), or leave it out to resume (minka train {found.path})",
         )
     return _checkpoint(found, find_checkpoint(found.checkpoints, step))
 
 
 def pinned_parent(folder: RunFolder) -> Parent | None:
-    """The parent that lineage.json names; None for a run without one. Raises UserError when it is another by now."""
+    """The parent that lineage.json names; None for a run without one. Raises UserError when it has changed."""
     lineage = folder.lineage()
     if not lineage:
         return None
@@ -111,16 +110,16 @@ def pinned_parent(folder: RunFolder) -> Parent | None:
     parent = _checkpoint(RunFolder(path), checkpoint) if checkpoint.exists() else None
     if parent is None or parent.sha256 != pin["sha256"]:
         raise UserError(
-            f"the checkpoint that this run starts from is {'gone' if parent is None else 'another by now'}",
+            f"the checkpoint that this run starts from {'is gone' if parent is None else 'has changed'}",
             where=str(checkpoint),
-            why="the run has none of its own yet, and other weights would make another run",
-            remedy="start a run of another name (run.name=...) from a checkpoint that is there",
+            why="the run has no checkpoint of its own yet, and different weights would make it a different run",
+            remedy="start a run of a different name (run.name=...) from an existing checkpoint",
         )
     return parent
 
 
 def check_parent(parent: Parent, config: RunConfig) -> None:
-    """Refuse, by name, what cannot be trained from `parent`. Raises UserError."""
+    """Raises UserError naming what keeps the run from starting from `parent`."""
     entire = config.run.start_with == "all"
     if entire and parent.config is None:
         raise UserError(
@@ -131,21 +130,21 @@ def check_parent(parent: Parent, config: RunConfig) -> None:
         )
     check_fork(changes_of(parent, config), parent.name)
     if entire and parent.config is not None:
-        step, tokens = parent.place.step, parent.place.tokens
+        step, tokens = parent.position.step, parent.position.tokens
         if config.finished(step, tokens):
             run = config.run
             end = f"max_steps={run.max_steps}" if run.max_steps is not None else f"max_tokens={run.max_tokens}"
             raise UserError(
-                f"{parent.name} ({tokens} tokens) is where the run begins, and run.{end} ends it there or before",
+                f"the run begins at {parent.name} ({tokens} tokens), and run.{end} ends it there or earlier",
                 where="run.start_from",
-                why='run.start_with="all" goes on with the parent\'s counters',
+                why='run.start_with="all" continues the parent\'s counters',
                 remedy='give a greater length, an earlier checkpoint, or run.start_with="weights", which counts from 0',
             )
         check_batch(parent.config, config, step, tokens)
 
 
 def check_tokenizer(parent: Parent, config: RunConfig) -> None:
-    """Raises UserError when the parent's ids mean other text than those of the run's token store."""
+    """Raises UserError when the parent's token ids mean different text than those of the run's token store."""
     file = parent.folder / "tokenizer.json"
     if parent.checkpoint is not None:
         file = store_of(RunFolder(parent.folder)).tokenizer / "tokenizer.json"
@@ -155,7 +154,7 @@ def check_tokenizer(parent: Parent, config: RunConfig) -> None:
         raise UserError(
             f"the tokenizer of {parent.name} cannot be read: {error}",
             where=str(file),
-            why="without it nobody can say whether the ids of the data mean the text that the weights have learnt",
+            why="without it, the token ids of the data cannot be compared with those that the weights were trained on",
             remedy="put it back; transformers' AutoTokenizer writes one with save_pretrained",
         ) from None
     ours = _tokenizer(config)
@@ -163,13 +162,13 @@ def check_tokenizer(parent: Parent, config: RunConfig) -> None:
         raise UserError(
             f"data.tokenizer={config.data.tokenizer!r} is not the tokenizer of {parent.name}",
             where="run.start_from",
-            why="its ids mean other text than those that the weights have learnt",
+            why="its token ids mean different text than those that the weights were trained on",
             remedy=f"give data.store= data.tokenizer={file.parent} to prepare the data with the parent's",
         )
 
 
 def changes_of(parent: Parent, config: RunConfig) -> Changes:
-    """In what a run differs from its parent; not in its name, nor in what is free."""
+    """The settings in which a run differs from its parent, without its name and folder."""
     if parent.config is None:
         return model_changes(parent.model, config.model)
     return {key: pair for key, pair in changes(parent.config, config).items() if key not in OWN}
@@ -180,8 +179,8 @@ def lineage_of(parent: Parent, config: RunConfig) -> list[dict[str, Any]]:
     entry = {
         "run": parent.run,
         "folder": str(parent.folder.resolve()),
-        "step": parent.place.step,
-        "tokens": parent.place.tokens,
+        "step": parent.position.step,
+        "tokens": parent.position.tokens,
         "sha256": parent.sha256 or hash_hub_folder(parent.folder),
         "with": config.run.start_with,
         "changed": changes_of(parent, config),
@@ -190,10 +189,10 @@ def lineage_of(parent: Parent, config: RunConfig) -> list[dict[str, Any]]:
 
 
 def begins_at(parent: Parent, config: RunConfig, data_sha256: str) -> tuple[Position, str]:
-    """Where a run begins, and a line that says what it took along."""
-    origin = f"goes on from {parent.name}"
+    """Where a run begins, and a line that says what it takes from its parent."""
+    origin = f"starts from {parent.name}"
     if config.run.start_with == "weights" or parent.config is None:
-        return Position(), f"{origin} (weights only; optimizer, schedule and data begin anew)"
+        return Position(), f"{origin} (weights only; optimizer, schedule and data begin at 0)"
     old, new = parent.config, config
     same = {
         "the token store": parent.data_sha256 == data_sha256,
@@ -202,11 +201,11 @@ def begins_at(parent: Parent, config: RunConfig, data_sha256: str) -> tuple[Posi
         "data.dropped_samples": old.data.dropped_samples == new.data.dropped_samples,
     }
     if all(same.values()):
-        return parent.place, f"{origin} (weights, optimizer, position)"
-    others = [name for name, is_same in same.items() if not is_same]
-    return parent.place._replace(samples=0), (
+        return parent.position, f"{origin} (weights, optimizer, position)"
+    different = [name for name, is_same in same.items() if not is_same]
+    return parent.position._replace(samples=0), (
         f"{origin} (weights, optimizer, counters); the data begin at the first sample of a new order, "
-        f"because {' and '.join(others)} {'is another' if len(others) == 1 else 'are others'}"
+        f"because {' and '.join(different)} {'differs' if len(different) == 1 else 'differ'}"
     )
 
 
@@ -218,16 +217,16 @@ def hash_hub_folder(folder: Path) -> str:
 
 def _checkpoint(run: RunFolder, path: Path) -> Parent:
     try:
-        manifest = load_manifest(path)
-        state = manifest["state"]
+        header = read_header(path)
+        state = header.state
         config = from_json(json.dumps(state["config"])) if "config" in state else run.config()
         provenance_file = run.path / "provenance.json"
         began = json.loads(provenance_file.read_text(encoding="utf-8")) if provenance_file.exists() else {}
         data = state.get("data_sha256") or began.get("data", {}).get("manifest_sha256", "")
         rate = state.get("learning_rate")
-        sha, at = manifest["sha256"], Position.of(state)
+        sha, at = header.sha256, Position.of(state)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"damaged: {error}", where=str(path), remedy="take another checkpoint (RUN@STEP)") from None
+        raise UserError(f"damaged: {error}", where=str(path), remedy="use a different checkpoint (RUN@STEP)") from None
     return Parent(run.path.resolve().name, run.path, path, config, config.model, at, data, sha, rate)
 
 
@@ -238,12 +237,12 @@ def _hub_folder(folder: Path) -> Parent:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot be read: {error}", where=str(file), remedy="fetch the folder again") from None
     if not isinstance(values, dict):
-        raise UserError("this is no JSON object", where=str(file), remedy="fetch the folder again")
+        raise UserError("not a JSON object", where=str(file), remedy="fetch the folder again")
     return Parent("", folder, None, None, from_config(values, str(file)), Position(), "", "")
 
 
 def _tokenizer(config: RunConfig) -> str | None:
-    """The tokenizer.json of the run's data; None for one that is still to be trained, and so will be another."""
+    """The tokenizer.json of the run's data; None where it is still to be trained, and so will differ."""
     store, name = store_folder(config, Path()), config.data.tokenizer
     if (store / MANIFEST).is_file():
         return (store / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8")
@@ -254,7 +253,7 @@ def _tokenizer(config: RunConfig) -> str | None:
 
 
 def _meaning(tokenizer: str) -> str:
-    """Hash of what decides which ids a text has; a folder that was loaded and saved again differs in the rest."""
+    """Hash of the parts that map text to ids; the other parts change when a tokenizer is loaded and saved again."""
     parts = json.loads(tokenizer)
     kept = {key: parts.get(key) for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

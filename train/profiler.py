@@ -5,14 +5,12 @@ from typing import Any
 
 import torch
 
-from minka.launch.supervisor import parse_window
-
 
 class Profile:
     """Traces steps first < step <= last, counted as in the ledger. An empty window traces nothing."""
 
-    def __init__(self, window: str, file: Path) -> None:
-        self.first, self.last = parse_window(window)
+    def __init__(self, window: tuple[int, int], file: Path) -> None:
+        self.first, self.last = window
         self.file = file
         self._profiler: Any = None
         self.step(0)

@@ -1,6 +1,6 @@
-"""What a run writes down: ledger, trackers, console, checkpoints, evaluations, samples. The loop calls it by name.
+"""Records a run: ledger, trackers, console, checkpoints, evaluations, samples.
 
-Every rank has one, since judging, saving and evaluating are collective; only rank 0's writes and speaks.
+Every rank has a recorder, since judging, saving and evaluating are collective. Only rank 0's writes and prints.
 """
 
 import json
@@ -9,8 +9,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from minka.checkpoint.async_saver import Outcome, Saver
-from minka.checkpoint.write import Contents
+from minka.checkpoint.async_saver import AsyncSaver, Outcome
+from minka.checkpoint.write import SaveRequest
 from minka.data.batch import PADDING
 from minka.data.token_store import TokenStore
 from minka.eval.bits_per_byte import Scores, bits_per_byte
@@ -23,19 +23,17 @@ from minka.parallel.pieces import Piece
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
 from minka.plan.guard import judge
-from minka.plan.ledger import Ledger, current, read_ledger
+from minka.plan.ledger import Ledger
 from minka.plan.retention import permanent
 from minka.plan.run_folder import RunFolder
 from minka.train.console import Console
-from minka.train.contents import contents
-from minka.train.due import eval_due
 from minka.train.metrics import Metrics, StepRecord, Stopwatch, memory_bytes
-from minka.train.state import State, randomness
+from minka.train.state import State, manifest_state, random_state
 from minka.train.trackers import Tracker
 
 
 class Recorder:
-    """See the module. `ledger` is None and `trackers` is empty on every rank but the first."""
+    """`ledger` is None and `trackers` is empty on every rank but the first."""
 
     def __init__(
         self,
@@ -56,7 +54,7 @@ class Recorder:
         self.tokens_per_second: float | None = None
         self.lineage = lineage
         settings = config.checkpoint
-        self._saver = Saver(self.folder.checkpoints, mesh, settings.keep, asynchronous=settings.asynchronous)
+        self._saver = AsyncSaver(self.folder.checkpoints, mesh, settings.keep, asynchronous=settings.asynchronous)
         self._saved = State(step=-1)
         self.evaluated_at = -1
         self.refused_steps = 0
@@ -66,7 +64,7 @@ class Recorder:
             self._samples = (self.folder.logs / f"samples-{mesh.rank:05d}.jsonl").open("a")
 
     def event(self, event: str, state: State, **fields: object) -> None:
-        """One line of the ledger. A disk that takes none does not end the run: the lines wait and go out later."""
+        """Write one line of the ledger. A full disk does not end the run: the lines wait and are written later."""
         if self.ledger is None:
             return
         written = self.ledger.append(event, step=state.step, tokens=state.tokens, **fields)
@@ -75,7 +73,7 @@ class Recorder:
         self._ledger_writes = written
 
     def judge(self, metrics: Metrics, state: State) -> tuple[State, ExitStatus]:
-        """Read the waiting steps from the device, judge and write each. Every rank reads the same numbers."""
+        """Read the waiting steps from the device, and judge and record each. Every rank reads the same numbers."""
         records = metrics.flush()
         if not records:
             return state, ExitStatus.DONE
@@ -99,29 +97,29 @@ class Recorder:
         return replace(state, refused_in_a_row=refused), status
 
     def samples(self, state: State, ids: Tensor) -> None:
-        """The sample ids this rank trained on in the step that ended at `state`, fillers left out."""
+        """Record the sample ids of this rank in the step that ended at `state`, without padding."""
         if self._samples is not None:
             here = [i for i in ids.tolist() if i != PADDING]
             self._samples.write(json.dumps({"step": state.step, "samples": here}) + "\n")
             self._samples.flush()
 
     def detail(self, state: State, fields: Mapping[str, object]) -> None:
-        """A detailed step: per-layer numbers."""
+        """Record the per-layer numbers of a step."""
         self.event("detail", state, **fields)
         flat = {f"{kind}/{layer}": v for kind, by in fields.items() if isinstance(by, dict) for layer, v in by.items()}
         for tracker in self.trackers:
             tracker.log(flat, state.step)
 
     def resumed(self, state: State) -> None:
-        """The run goes on from a checkpoint of its own, which need not be saved again."""
+        """The run resumes from a checkpoint of its own, which need not be saved again."""
         self._saved = state
 
     def forked(self, state: State) -> None:
-        """The run goes on from another's checkpoint: token milestones passed there are not its own."""
+        """The run starts from its parent's checkpoint: token milestones that the parent passed are not its own."""
         self._saved = replace(state, step=-1)
 
     def save(self, state: State, tensors: Mapping[str, Piece], watch: Stopwatch) -> None:
-        """Begin a checkpoint, once the one before it has ended; a failure is an event, and the run goes on. Collective.
+        """Start a save, after the one before it has ended. A failure is an event and does not end the run. Collective.
 
         No tensor may change before `wait_for_copy`.
         """
@@ -130,18 +128,18 @@ class Recorder:
             if self._saved.step == state.step:
                 return
             stays = permanent(self.config.checkpoint, state.step, self._saved.tokens, state.tokens)
-            told = contents(self.config, state, self.mesh, self.store.hash, self.lineage)
-            self._saver.save(Contents(state.step, told, stays), {**tensors, **randomness()}, self._beat(state))
+            contents = manifest_state(self.config, state, self.mesh, self.store.hash, self.lineage)
+            self._saver.save(SaveRequest(state.step, contents, stays), {**tensors, **random_state()}, self._beat(state))
             self._saving_ended(self._saver.poll())
 
     def wait_for_copy(self, watch: Stopwatch) -> None:
-        """Before an update: a save under way has its own copy of every tensor when this returns."""
+        """Return when the save under way, if any, has its own copy of every tensor: an update may change them."""
         with watch.time("save"):
             self._saver.wait_for_copy(self._beat(self._saved))
             self._saving_ended(self._saver.poll())
 
     def saved(self, state: State, watch: Stopwatch) -> bool:
-        """Whether `state` is safe in a checkpoint, once the save under way has ended. Collective."""
+        """Wait for the save under way; return whether `state` is in a checkpoint. Collective."""
         with watch.time("save"):
             self._saving_ended(self._saver.wait(self._beat(state)))
         return self._saved.step == state.step
@@ -149,7 +147,7 @@ class Recorder:
     def _saving_ended(self, outcome: Outcome | None) -> None:
         if outcome is None:
             return
-        state = State.from_json(outcome.contents.state)
+        state = State.from_json(outcome.request.state)
         if outcome.error:
             self._failed(state, "checkpoint", outcome.error)
             return
@@ -161,27 +159,14 @@ class Recorder:
             bytes=outcome.bytes,
             stall_seconds=outcome.stall_seconds,
             total_seconds=outcome.total_seconds,
-            permanent=outcome.contents.permanent,
+            permanent=outcome.request.permanent,
         )
 
     def _beat(self, state: State) -> Callable[[], None]:
         return lambda: self.supervisor.heartbeat(state.step)
 
-    def evaluation_missed(self, state: State) -> bool:
-        """Whether the step of the checkpoint that a run goes on from was to be evaluated, and was not: it ended there.
-
-        Collective.
-        """
-        missed = False
-        if self.mesh.is_first and self._saved.step == state.step:
-            events = current(read_ledger(self.folder.ledger_file))
-            tokens = [e["tokens"] for e in events if e["event"] == "step" and e["step"] == state.step - 1]
-            done = any(e["event"] == "eval" and e["step"] == state.step for e in events)
-            missed = not done and eval_due(self.config, replace(state, tokens=tokens[-1] if tokens else 0), state)
-        return bool(self.mesh.sum_on_host([missed])[0])
-
     def evaluate(self, state: State, scorer: Scorer, watch: Stopwatch) -> None:
-        """Bits per byte on the validation split, and samples. Collective."""
+        """Evaluate bits per byte on the validation split, and generate samples. Collective."""
         if self.evaluated_at == state.step:
             return
         self.evaluated_at = state.step
@@ -211,8 +196,8 @@ class Recorder:
         self.console.say(f"step {state.step}: the {what} could not be written: {error}")
 
     def close(self) -> None:
-        """Finish the save under way, every file and every tracker."""
-        # Also when the training has broken down: what the save needs it has, and the other ranks' savers still run.
+        """Finish the save under way; close every file and every tracker."""
+        # Also after an error: the save has its copy, and the savers of the other ranks still run.
         self._saving_ended(self._saver.close(self.config.guard.hang_seconds))
         for tracker in self.trackers:
             tracker.close()

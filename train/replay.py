@@ -5,7 +5,7 @@ Nothing is written into the run except a lease while its checkpoint is read: it 
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from minka.data.loader import Loader, order_of
 from minka.data.token_store import TokenStore
 from minka.parallel.engine import Engine
 from minka.parallel.mesh import Mesh, start_mesh
-from minka.parallel.precision import compute_dtype
 from minka.plan.cli import print_json, print_table, progress
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
@@ -27,6 +26,7 @@ from minka.plan.layout import AXES
 from minka.plan.ledger import is_count, read_ledger
 from minka.plan.load_config import load_run, validate
 from minka.plan.run_folder import RunFolder, store_of
+from minka.train.build_engine import build_engine
 from minka.train.guard import accepts, refuse_tokens
 from minka.train.metrics import Metrics, StepRecord, Stopwatch
 from minka.train.parent_run import begins_at, pinned_parent
@@ -41,10 +41,9 @@ from minka.train.replay_compare import (
     recorded_run,
     verdicts,
 )
-from minka.train.resume import load_parent
+from minka.train.restore_or_init import load_parent
 from minka.train.schedule import learning_rate
 from minka.train.state import State
-from minka.train.worker import build_engine
 
 SHOWN_SAMPLES = 8
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}
@@ -94,14 +93,14 @@ def replay(folder: RunFolder, step: int) -> dict[str, Any]:
     event, start = recorded.steps[step]
     check_comparable(event, str(folder.ledger_file))
     store = TokenStore.open(store_of(folder).folder)
-    folder.check_data({"data": {"store": store.folder, "manifest_sha256": store.hash}})
+    folder.check_data(store.folder, store.hash)
     job = Replay(folder, store, recorded, step, checkpoint)
     config = job.settings(step)
     if is_count(start.get("threads")):  # a sum over a different number of threads rounds differently
         torch.set_num_threads(min(max(1, start["threads"]), os.cpu_count() or 1))
     with start_mesh(config.layout) as mesh:
         steps, batch, origin = _run_steps(job, mesh)
-        dtype = str(compute_dtype(config, mesh)).removeprefix("torch.")
+        dtype = str(mesh.compute_dtype).removeprefix("torch.")
         device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else processor()
     replayed = {"ranks": 1, "device": device, "compute_dtype": dtype}
     split, ids = store.split("train"), [sample for sample in batch.samples.tolist() if sample != PADDING]
@@ -130,6 +129,7 @@ def replay(folder: RunFolder, step: int) -> dict[str, Any]:
 def _run_steps(job: Replay, mesh: Mesh) -> tuple[dict[int, dict[str, dict[str, float]]], Batch, str]:
     """Return the differences by step, the batch of the last step, and what the replay started from."""
     config = job.settings((job.checkpoint or 0) + 1)
+    mesh = replace(mesh, layout=config.layout)  # its precision may differ from that of the last step
     engine, _ = build_engine(config, mesh)
     state, origin = _restore(job, config, engine, mesh)
     compared: dict[int, dict[str, dict[str, float]]] = {}
@@ -138,12 +138,13 @@ def _run_steps(job: Replay, mesh: Mesh) -> tuple[dict[int, dict[str, dict[str, f
             settings = job.settings(state.step + 1)
             if settings != config:  # here the run was resumed with different settings
                 config, before = settings, engine.tensors()
+                mesh = replace(mesh, layout=config.layout)
                 engine, _ = build_engine(config, mesh)
                 with torch.no_grad():
                     for name, piece in engine.tensors().items():
                         piece.local.copy_(before[name].local)
                 engine.after_restore()
-            with Loader(config, job.store.split("train"), 0, 1, state.loader, mesh.device) as loader:
+            with Loader(config, job.store.split("train"), 0, 1, state.loader, engine.prepare) as loader:
                 while state.step < job.step and job.settings(state.step + 1) == config:
                     state, record, batch = _run_step(config, engine, loader, state, mesh)
                     recorded = job.recorded.steps.get(state.step)
@@ -171,8 +172,7 @@ def _run_step(
     config: RunConfig, engine: Engine, loader: Loader, state: State, mesh: Mesh
 ) -> tuple[State, StepRecord, Batch]:
     """Run one step as train/loop.py does. Return the state after it, its numbers, and its batch."""
-    batch, loaded = next(loader)
-    micro_batches = [part.to(mesh.device) for part in batch.micro_batches(config.layout.micro_batch)]
+    batch, micro_batches, loaded = next(loader)
     if batch.largest_token() >= config.model.vocab:
         refuse_tokens(batch, config.model.vocab, mesh)
     rate = learning_rate(config, state.step, state.tokens)

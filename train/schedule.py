@@ -12,7 +12,7 @@ def learning_rate(config: RunConfig, step: int, tokens: int) -> float:
     decay: Hu et al. 2024 (MiniCPM), here with a linear last part.
     """
     s, peak = config.schedule, config.optimizer.learning_rate
-    # The position is where the step ends, so that the first step has a rate and the last one reaches the final ratio.
+    # The position is the end of the step: the first step has a rate, and the last one reaches the final ratio.
     at = step + 1 if s.unit == "steps" else tokens + config.batch_tokens_at(tokens)
     if at <= s.warmup:
         return peak * at / s.warmup

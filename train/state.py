@@ -1,12 +1,19 @@
-"""Where a run is: a few numbers, the same on every rank, and all that a restart needs beside the tensors."""
+"""The state of a training run, the same on every rank, and what a checkpoint's manifest says of it."""
 
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from minka.data.loader import LoaderState
+from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece, piece_of
+from minka.plan.config import RunConfig
+from minka.train.provenance import versions
+from minka.train.schedule import learning_rate
 
 
 @dataclass(frozen=True)
@@ -20,11 +27,11 @@ class State:
 
     @property
     def loader(self) -> LoaderState:
-        """The data's share of it."""
+        """The position in the data."""
         return LoaderState(samples=self.samples, tokens=self.tokens)
 
     def after(self, loader: LoaderState) -> "State":
-        """The state once the batch that ends at `loader` has been trained on."""
+        """The state after a step on the batch that ends at `loader`."""
         return replace(self, step=self.step + 1, samples=loader.samples, tokens=loader.tokens)
 
     def as_json(self) -> dict[str, int]:
@@ -33,10 +40,32 @@ class State:
 
     @classmethod
     def from_json(cls, values: Any) -> "State":
-        """From a checkpoint's manifest, which says more than this."""
+        """From a checkpoint's manifest, which has more fields."""
         return cls(**{field.name: int(values[field.name]) for field in fields(cls)})
 
 
-def randomness() -> dict[str, Piece]:
-    """torch's generator on this rank as a tensor of a checkpoint. Nothing that trains draws from it so far."""
+def manifest_state(
+    config: RunConfig, state: State, mesh: Mesh, data_sha256: str, lineage: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The `state` of a checkpoint's manifest, plain JSON. A resume reads the numbers of `state` and checks the rest."""
+    values = config.model_dump(mode="json")
+    return {
+        **state.as_json(),
+        "config": values,
+        "config_sha256": config_hash(values),
+        "layout": mesh.layout.model_dump(mode="json"),
+        "data_sha256": data_sha256,
+        "learning_rate": learning_rate(config, state.step, state.tokens),  # of the next step
+        "lineage": [dict(parent) for parent in lineage],
+        "versions": versions("minka", "torch", "numpy", "safetensors"),
+    }
+
+
+def config_hash(values: Mapping[str, Any]) -> str:
+    """sha256 of a configuration's canonical JSON."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def random_state() -> dict[str, Piece]:
+    """torch's generator on this rank as a tensor of a checkpoint. Training does not draw from it so far."""
     return {"rng.torch": piece_of(torch.get_rng_state())}

@@ -1,74 +1,54 @@
-"""One rank, from its environment to its exit status: mesh, data, model, engine, newest checkpoint, loop, export."""
+"""One rank, from its environment to its exit status: claim the run, restore it, train, export."""
 
 import os
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from minka.checkpoint.catalogue import steps_of
 from minka.checkpoint.commit import step_name
 from minka.checkpoint.export import export_checkpoint
 from minka.data.loader import Loader
 from minka.data.prepare import store_folder
 from minka.data.token_store import TokenStore
-from minka.launch.exit_reason import explained, write_ending
+from minka.launch.exit_reason import refusals_recorded, write_exit_reason
 from minka.launch.signals import SupervisorLink
-from minka.model.transformer import Transformer
-from minka.parallel.apply import build_parts, named_parameters
-from minka.parallel.deepspeed_engine import build_zero_engine
-from minka.parallel.engine import Engine
-from minka.parallel.fsdp_engine import ShardedEngine
-from minka.parallel.inputs import Feeder
+from minka.launch.supervisor import Job
 from minka.parallel.mesh import Mesh, start_mesh
-from minka.parallel.pieces import parameter_piece
-from minka.parallel.pipeline_engine import PipelineEngine
-from minka.parallel.precision import compute_dtype
-from minka.plan.atomic import write_json
-from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
-from minka.plan.flops import FORMULAS, parameters, training_flops_per_token
-from minka.plan.hardware import find
 from minka.plan.ledger import Ledger
-from minka.plan.padding import describe_padding
-from minka.plan.pipeline_stages import stages_of
-from minka.plan.resume_rules import Changes, told
+from minka.plan.resume_rules import Changes, decide
 from minka.plan.run_folder import RunFolder
-from minka.plan.topology import describe
-from minka.plan.topology import told as told_places
+from minka.plan.run_state import RunState
+from minka.train.announce import announce
+from minka.train.build_engine import build_engine
 from minka.train.console import Console
+from minka.train.due import evaluation_missed
 from minka.train.final_summary import summarise
-from minka.train.layer_stats import Updates
 from minka.train.loop import Session, train
-from minka.train.optimizer import AdamW, decay_of
 from minka.train.parent_run import open_run, pinned_parent
 from minka.train.profiler import Profile
-from minka.train.provenance import processor
 from minka.train.recorder import Recorder
-from minka.train.resume import begin, on_first
-from minka.train.standing import begin_again, check_goes_on
+from minka.train.restore_or_init import on_first, restore_or_init
+from minka.train.start_check import check_start, print_finished, read_state, restart
 from minka.train.state import State
 from minka.train.trackers import open_trackers
 
-GROUP_SECONDS = 300.0  # beyond guard.hang_seconds: the supervisor must notice a hang before the group gives up
+GROUP_SECONDS = 300.0  # beyond guard.hang_seconds: the supervisor must notice a hang before the process group times out
 
 
-class WorkerJob(NamedTuple):
-    """What a rank is told by whoever started it; its place comes from the environment (parallel/mesh.py)."""
+class Claim(NamedTuple):
+    """What rank 0 knows of the run that it may now write; the other ranks know only whether it is over."""
 
-    config: RunConfig
-    profile: str
-    as_json: bool
-    threads: int | None  # of torch; None leaves torch's choice
-    beat: int | None  # the supervisor's pipe
-    from_scratch: bool = False  # whether a person asked to begin again although there is history
-    prepared: bool = False  # whether data and run folder have been made ready by the process that forked this one
+    state: RunState
+    changed: Changes  # against the configuration of the last start
+    over: bool = False
 
 
-def work(job: WorkerJob) -> int:
+def work(job: Job) -> int:
     """Train this rank's part of the run; the exit status."""
     if job.threads is not None:
         torch.set_num_threads(job.threads)
@@ -76,164 +56,130 @@ def work(job: WorkerJob) -> int:
     config.check(int(os.environ.get("WORLD_SIZE", "1")))
     with (
         start_mesh(config.layout, timeout_seconds=config.guard.hang_seconds + GROUP_SECONDS) as mesh,
-        explained(RunFolder.of(config), speaks=mesh.is_first),
-        session(job, mesh) as (run, state),
+        refusals_recorded(RunFolder.of(config), writes=mesh.is_first),
+        ExitStack() as stack,
     ):
+        claim = _claim(job, mesh, stack)
+        if claim.over:
+            return int(ExitStatus.DONE)
+        run, state = _start_session(job, mesh, stack, claim)
         state, status = train(run, state)
         run.profile.close()
         run.record.console.end()
-        mesh.barrier()  # every rank has written what it has to
+        mesh.barrier()  # every rank has written its files
         run.supervisor.heartbeat(state.step, done=True)
         return int(_finish(job, run, state, status) if mesh.is_first else status)
 
 
-def prepare_joined(config: RunConfig, command: list[str]) -> None:
-    """Before ranks of torchrun or Slurm meet: the first prepares the data, the others wait for as long as it works.
+def work_joined(job: Job) -> int:
+    """`work` for a rank that torchrun or Slurm started; no supervisor has prepared the data."""
+    _prepare_joined(job)
+    return work(job)
 
-    SupervisorLink the process group, whose collectives give up long before a large corpus is done. Raises UserError.
+
+def _prepare_joined(job: Job) -> None:
+    """Prepare the data before the ranks meet: rank 0 works, the others wait as long as it does.
+
+    Outside the process group, whose collectives time out long before a large corpus is done. Raises UserError.
     """
+    store = store_folder(job.config, Path())
     if os.environ["RANK"] == "0":
-        open_run(config, command)
+        folder = RunFolder.of(job.config)
+        if folder.begun() and (store.exists() or _is_over(job, read_state(folder))):
+            return  # once the ranks have met, rank 0 checks the run again and can end them all
+        open_run(job.config, job.command)
         return
-    folder, heard = store_folder(config, Path()), time.monotonic()
-    while not folder.exists():
-        if any(folder.parent.glob(f".{folder.name}.preparing-*")):
-            heard = time.monotonic()
-        if time.monotonic() - heard > config.guard.hang_seconds:
+    last_sign = time.monotonic()
+    while not store.exists():
+        if any(store.parent.glob(f".{store.name}.preparing-*")):
+            last_sign = time.monotonic()
+        if time.monotonic() - last_sign > GROUP_SECONDS:
             raise UserError(
-                f"rank 0 has not prepared the token store in {config.guard.hang_seconds:g} s",
-                where=str(folder),
-                why="it is not there, and nobody is at work on it",
-                remedy="look at rank 0's output; `minka data prepare` makes the store beforehand",
+                "rank 0 has not started to prepare it",
+                where=str(store),
+                why=f"waited {GROUP_SECONDS:.0f} s; without a file system that all ranks share, this one never sees it",
+                remedy="put data.store on one; `minka data prepare` makes the store beforehand",
             )
         time.sleep(0.2)
 
 
-@contextmanager
-def session(job: WorkerJob, mesh: Mesh) -> Iterator[tuple[Session, State]]:
-    """Everything a rank trains with, and the state to go on from; all of it is closed again. Collective."""
+def _claim(job: Job, mesh: Mesh, stack: ExitStack) -> Claim:
+    """Check on rank 0 that the run may start, take its lock, and restart it if asked. A refusal reaches every rank."""
+    claims: list[Claim] = []
+    on_first(lambda: claims.append(_claim_run(job, stack)), mesh)
+    mine = claims[0] if claims else Claim(RunState(), {})
+    (over,) = mesh.sum_on_host([mine.over])
+    return mine._replace(over=bool(over))
+
+
+def _claim_run(job: Job, stack: ExitStack) -> Claim:
+    config, folder, state = job.config, RunFolder.of(job.config), job.state
+    if state is None:
+        state = read_state(folder)
+        if _is_over(job, state):
+            return Claim(state, {}, over=True)
+        open_run(config, job.command)
+    folder.check_may_start()
+    stack.enter_context(folder.only_writer())
+    if not state.is_current(folder, steps_of(folder.checkpoints)):  # a different process has trained it meanwhile
+        state = read_state(folder)
+        if _is_over(job, state):
+            return Claim(state, {}, over=True)
+    if not state.begun:
+        return Claim(state, {})
+    changed = decide(state, config, str(folder.path), from_scratch=job.from_scratch).changed
+    if job.from_scratch:  # last: a refusal must leave everything as it was
+        pinned_parent(folder)
+        aside = restart(folder)
+        state = state.restarted()
+        if aside and not job.as_json:
+            print(f"the old checkpoints are now in {aside}", flush=True)
+    return Claim(state, changed)
+
+
+def _is_over(job: Job, state: RunState) -> bool:
+    if not state.begun:
+        return False
+    outlook = check_start(job.config, state, from_scratch=job.from_scratch)
+    if outlook.over:
+        print_finished(RunFolder.of(job.config), outlook.decision.ignored, as_json=job.as_json)
+    return outlook.over
+
+
+def _start_session(job: Job, mesh: Mesh, stack: ExitStack, claim: Claim) -> tuple[Session, State]:
+    """Everything that a rank trains with, and the state to train from. `stack` closes all of it. Collective."""
     config, folder = job.config, RunFolder.of(job.config)
-    with ExitStack() as stack:
-        store, changed = _open_run(job, mesh, stack)
-        supervisor = SupervisorLink(mesh.rank, folder.stop_file, job.beat, folder.logs / f"stacks-{mesh.rank:05d}.txt")
-        stack.callback(supervisor.close)
-        supervisor.heartbeat(0)
-        trackers = open_trackers(config, folder) if mesh.is_first else []
-        ledger = Ledger(folder.ledger_file) if mesh.is_first else None
-        console = Console(config, speaks=mesh.is_first, as_json=job.as_json)
-        lineage = folder.lineage() if mesh.is_first else []
-        record = Recorder(config, mesh, store, supervisor, ledger, trackers, console, lineage)
-        stack.callback(record.close)
-        stack.callback(console.end)
-        engine, optimizer = build_engine(config, mesh)
-        state = begin(engine, record, mesh)
-        on_first(lambda: folder.begin(config), mesh)
-        _announce(record, state, mesh, changed)
-        loader = Loader(config, store.split("train"), mesh.data_rank, mesh.layout.data_ways, state.loader, mesh.device)
-        stack.callback(loader.close)
-        profile = Profile(job.profile, folder.logs / f"trace-{mesh.rank:05d}.json")
-        console.start(state.step)
-        yield Session(config, mesh, engine, optimizer, loader, record, supervisor, profile), state
+    store = TokenStore.open(store_folder(config, Path()))
+    stacks = folder.logs / f"stacks-{mesh.rank:05d}.txt"
+    supervisor = SupervisorLink(mesh.rank, folder.stop_file, job.heartbeat_pipe, stacks)
+    stack.callback(supervisor.close)
+    supervisor.heartbeat(0)
+    trackers = open_trackers(config, folder) if mesh.is_first else []
+    ledger = Ledger(folder.ledger_file) if mesh.is_first else None
+    console = Console(config, speaks=mesh.is_first, as_json=job.as_json)
+    lineage = folder.lineage() if mesh.is_first else []
+    record = Recorder(config, mesh, store, supervisor, ledger, trackers, console, lineage)
+    stack.callback(record.close)
+    stack.callback(console.end)
+    engine, optimizer = build_engine(config, mesh)
+    state = restore_or_init(engine, record, mesh, claim.state)
+    on_first(lambda: folder.training_starts(config), mesh)
+    announce(record, state, mesh, claim.changed)
+    (missed,) = mesh.sum_on_host([mesh.is_first and evaluation_missed(config, claim.state, state)])
+    loader = Loader(config, store.split("train"), mesh.data_rank, mesh.layout.data_ways, state.loader, engine.prepare)
+    stack.callback(loader.close)
+    profile = Profile(job.profile, folder.logs / f"trace-{mesh.rank:05d}.json")
+    console.start(state.step)
+    return Session(config, mesh, engine, optimizer, loader, record, supervisor, profile, bool(missed)), state
 
 
-def build_engine(config: RunConfig, mesh: Mesh) -> tuple[Engine, Updates]:
-    """The model cut for this rank, and the engine over it; who knows of its updates beside it."""
-    if mesh.layout.engine == "deepspeed":
-        zero = build_zero_engine(config, mesh, lambda name, dims: decay_of(name, dims, config.optimizer))
-        return zero, zero
-    return engine_over(build_parts(config, mesh), Feeder(config, mesh), config, mesh)
-
-
-def engine_over(
-    parts: Sequence[Transformer], feeder: Feeder, config: RunConfig, mesh: Mesh
-) -> tuple[PipelineEngine | ShardedEngine, AdamW]:
-    """The same of parts that are built already."""
-    pieces = {name: parameter_piece(parameter) for name, parameter in named_parameters(parts).items()}
-    optimizer = AdamW([(n, p.local, len(p.global_shape)) for n, p in pieces.items()], config.optimizer)
-    kind: type[PipelineEngine | ShardedEngine] = PipelineEngine if mesh.layout.pipeline > 1 else ShardedEngine
-    return kind(parts, mesh, feeder, optimizer), optimizer
-
-
-def _open_run(job: WorkerJob, mesh: Mesh, stack: ExitStack) -> tuple[TokenStore, Changes]:
-    """The run's token store, and what is another than when it was last started.
-
-    Rank 0 opens the run's folder and holds its lock; a refusal reaches every rank.
-    """
-    folder = RunFolder.of(job.config)
-    changed: Changes = {}
-
-    def opened() -> None:
-        if not job.prepared:
-            open_run(job.config, sys.argv)
-        folder.check_may_start()
-        stack.enter_context(folder.only_writer())
-        if job.from_scratch:  # last: whatever else refuses this start has left everything as it was
-            pinned_parent(folder)
-            aside = begin_again(folder)
-            if aside and not job.as_json:
-                print(f"the checkpoints there were lie in {aside}", flush=True)
-        check_goes_on(folder, job.config)
-        changed.update(folder.changes(job.config))
-
-    on_first(opened, mesh)
-    return TokenStore.open(store_folder(job.config, Path())), changed
-
-
-def _announce(record: Recorder, state: State, mesh: Mesh, changed: Changes) -> None:
-    config = record.config
-    gpu = find(torch.cuda.get_device_name(mesh.device)) if mesh.device.type == "cuda" else None
-    device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else processor()
-    dtype = str(compute_dtype(config, mesh)).removeprefix("torch.")
-    record.event(
-        "start",
-        state,
-        ranks=mesh.ranks,
-        layout=mesh.layout.model_dump(),
-        device=device,
-        compute_dtype=dtype,
-        threads=torch.get_num_threads(),
-        parameters=parameters(config.model),
-        flops_per_token=training_flops_per_token(config.model, config.data.seq_len),
-        mfu_formula=FORMULAS["causal"],
-        mfu_peak_flops=gpu.peak_flops if gpu else None,
-        config=config.model_dump(mode="json"),
-        changed=changed,
-        lineage=record.lineage,
-    )
-    fillers = describe_padding(config, mesh.layout)
-    for line in [*told(changed), *_placed(record, mesh), *([fillers] if fillers else [])]:
-        record.console.say(line)
-    record.console.say(
-        f"{config.run.name}: {parameters(config.model):,} parameters, {config.total_tokens:,} tokens in "
-        f"{config.total_steps:,} steps; {mesh.ranks} {'rank' if mesh.ranks == 1 else 'ranks'} on {device}, {dtype}"
-    )
-    train, held = record.store.split("train"), record.store.split("validation")
-    epochs = config.total_tokens / train.n_tokens
-    record.console.say(
-        f"{record.store.folder}: {train.n_tokens:,} tokens to train on ({epochs:.2g} epochs), "
-        f"{held.n_documents:,} documents held out"
-    )
-
-
-def _placed(record: Recorder, mesh: Mesh) -> list[str]:
-    """Which rank has which place and which layers: stored, and told where it is more than a row of data ranks."""
-    if mesh.topology is None or not mesh.is_first:
-        return []
-    layers = stages_of(mesh.layout, record.config.model)
-    description = describe(mesh.layout, mesh.topology, layers)
-    with suppress(OSError):  # the map is in the way of nothing
-        write_json(record.folder.topology_file, description)
-    hosts = {place.host for place in mesh.topology.places}
-    return told_places(description) if len(hosts) > 1 or mesh.layout.data_ways < mesh.ranks else []
-
-
-def _finish(job: WorkerJob, run: Session, state: State, status: ExitStatus) -> ExitStatus:
-    """Say how it ended and export; rank 0 alone, while the others are done. A lost export loses no checkpoint."""
+def _finish(job: Job, run: Session, state: State, status: ExitStatus) -> ExitStatus:
+    """Write the exit reason, export, and print the summary; rank 0 alone. A failed export loses no checkpoint."""
     folder, config = run.record.folder, job.config
     reason = f"step {state.step} could not be saved" if status == ExitStatus.FAILED else status.reason
-    # First: the export may be cut off.
-    write_ending(folder, status, reason, state.step, requeue=status == ExitStatus.STOPPED)
-    checkpoint = folder.checkpoints / step_name(state.step)  # the one just written, not whatever sorts last
+    # Before the export, which may be cut off.
+    write_exit_reason(folder, status, reason, state.step, requeue=status == ExitStatus.STOPPED)
+    checkpoint = folder.checkpoints / step_name(state.step)  # the one just written, not the last by name
     export = None
     if config.checkpoint.export and checkpoint.exists():
         store = run.record.store

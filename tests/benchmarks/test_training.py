@@ -5,7 +5,7 @@ import torch
 from minka.benchmarks.claims import Claim
 from minka.benchmarks.training import CLAIMS, config_of, our_step, peer_ratio, peer_step, synthetic_batch
 from minka.parallel.mesh import start_mesh
-from minka.train.worker import build_engine
+from minka.train.build_engine import build_engine
 
 
 def test_a_ratio_is_the_median_of_pairs_whoever_goes_first() -> None:

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from minka.benchmarks.checkpoints import memory
-from minka.checkpoint.async_saver import Outcome, Saver
+from minka.checkpoint.async_saver import AsyncSaver, Outcome
 from minka.checkpoint.catalogue import Catalogue, steps_of
-from minka.checkpoint.filesystem import LocalDisk
+from minka.checkpoint.filesystem import FileSystem
 from minka.checkpoint.restore import restore
-from minka.checkpoint.shard_file import Image
-from minka.checkpoint.write import Contents
+from minka.checkpoint.shard_file import StagingBuffer
+from minka.checkpoint.write import SaveRequest
 from minka.parallel.mesh import start_mesh
 from minka.parallel.pieces import Piece, piece_of
 from minka.plan.layout import Layout
@@ -25,7 +25,7 @@ from saved import ALONE, silent, tensors
 TAKES = 0.3  # seconds, where something is made slow
 
 
-class GatedDisk(LocalDisk):
+class GatedFileSystem(FileSystem):
     """Writes nothing until it is let; raises what it is given to raise."""
 
     def __init__(self) -> None:
@@ -41,25 +41,25 @@ class GatedDisk(LocalDisk):
 
 
 def slow_copies(patch: pytest.MonkeyPatch) -> None:
-    take = Image.take
+    take = StagingBuffer.copy_in
 
-    def slow(self: Image, *arguments: Any) -> None:
+    def slow(self: StagingBuffer, *arguments: Any) -> None:
         time.sleep(TAKES)
         take(self, *arguments)
 
-    patch.setattr(Image, "take", slow)
+    patch.setattr(StagingBuffer, "copy_in", slow)
 
 
-def test_what_changes_after_settle_is_not_what_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_changes_after_the_copy_is_not_what_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow_copies(monkeypatch)
-    disk, training = GatedDisk(), tensors(1)
-    saver = Saver(tmp_path, ALONE, 2, disk=disk)
-    disk.open.clear()
-    saver.save(Contents(1, {"step": 1}), training)
+    fs, training = GatedFileSystem(), tensors(1)
+    saver = AsyncSaver(tmp_path, ALONE, 2, fs=fs)
+    fs.open.clear()
+    saver.save(SaveRequest(1, {"step": 1}), training)
     saver.wait_for_copy()
     for piece in training.values():
         piece.local.zero_()
-    disk.open.set()
+    fs.open.set()
     outcome = saver.wait()
     assert outcome is not None
     assert not outcome.error
@@ -74,9 +74,9 @@ def test_stall_is_what_the_training_waited_and_no_more(
     between: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow_copies(monkeypatch)
-    saver = Saver(tmp_path, ALONE, 2)
+    saver = AsyncSaver(tmp_path, ALONE, 2)
     waited = -time.perf_counter()
-    saver.save(Contents(1, {}), tensors())
+    saver.save(SaveRequest(1, {}), tensors())
     waited += time.perf_counter()
     time.sleep(between)  # forward and backward
     waited -= time.perf_counter()
@@ -93,46 +93,46 @@ def test_stall_is_what_the_training_waited_and_no_more(
 
 def test_a_synchronous_save_stalls_for_all_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow_copies(monkeypatch)
-    saver = Saver(tmp_path, ALONE, 2, asynchronous=False)
-    saver.save(Contents(1, {}), tensors())
+    saver = AsyncSaver(tmp_path, ALONE, 2, asynchronous=False)
+    saver.save(SaveRequest(1, {}), tensors())
     outcome = saver.poll()
     assert outcome is not None
     assert TAKES <= outcome.total_seconds <= outcome.stall_seconds + 0.01
 
 
 def test_one_save_at_a_time_and_its_outcome_is_given_once(tmp_path: Path) -> None:
-    disk = GatedDisk()
-    saver = Saver(tmp_path, ALONE, 2, disk=disk)
-    disk.open.clear()
-    saver.save(Contents(1, {}), tensors())
+    fs = GatedFileSystem()
+    saver = AsyncSaver(tmp_path, ALONE, 2, fs=fs)
+    fs.open.clear()
+    saver.save(SaveRequest(1, {}), tensors())
     saver.wait_for_copy()
     assert saver.poll() is None
     with pytest.raises(AssertionError):
-        saver.save(Contents(2, {}), tensors())
-    disk.open.set()
+        saver.save(SaveRequest(2, {}), tensors())
+    fs.open.set()
     outcome = saver.wait()
     assert outcome is not None
     assert outcome.path == tmp_path / "step-00000001"
     assert saver.wait() is None
     assert saver.poll() is None
-    saver.save(Contents(2, {}), tensors())
+    saver.save(SaveRequest(2, {}), tensors())
     assert saver.wait() is not None
     assert steps_of(tmp_path) == [1, 2]
 
 
 def test_the_buffer_is_made_once_and_anew_for_other_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    make = Image.__init__
+    make = StagingBuffer.__init__
 
-    def noted(self: Image, pieces: Any, *, pinned: bool) -> None:
+    def noted(self: StagingBuffer, pieces: Any, *, pinned: bool) -> None:
         made.append(len(pieces))
         make(self, pieces, pinned=pinned)
 
-    monkeypatch.setattr(Image, "__init__", noted)
-    saver = Saver(tmp_path, ALONE, 9)
+    monkeypatch.setattr(StagingBuffer, "__init__", noted)
+    saver = AsyncSaver(tmp_path, ALONE, 9)
     more = tensors() | {"more": piece_of(torch.zeros(3))}
     for step, given in enumerate((tensors(), tensors(1), more, more), start=1):
-        saver.save(Contents(step, {}), given)
+        saver.save(SaveRequest(step, {}), given)
         assert saver.wait() is not None
     assert made == [3, 4]
     assert torch.equal(dict(restored(tmp_path, more))["more"], torch.zeros(3))
@@ -149,12 +149,12 @@ def restored(folder: Path, like: dict[str, Piece]) -> list[tuple[str, torch.Tens
 def test_a_save_that_fails_raises_nothing_says_why_and_leaves_nothing(
     error: Exception, asynchronous: bool, tmp_path: Path
 ) -> None:
-    disk = GatedDisk()
-    saver = Saver(tmp_path, ALONE, 2, asynchronous=asynchronous, disk=disk)
+    fs = GatedFileSystem()
+    saver = AsyncSaver(tmp_path, ALONE, 2, asynchronous=asynchronous, fs=fs)
     outcomes = []
     for step, problem in ((1, None), (2, error), (3, None)):
-        disk.error = problem
-        saver.save(Contents(step, {"step": step}), tensors(step))
+        fs.error = problem
+        saver.save(SaveRequest(step, {"step": step}), tensors(step))
         saver.wait_for_copy()
         outcomes.append(saver.wait())
         assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
@@ -167,19 +167,19 @@ def test_a_save_that_fails_raises_nothing_says_why_and_leaves_nothing(
 def test_no_memory_for_the_buffer_fails_the_save_and_not_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: Image, pieces: Any, *, pinned: bool) -> None:
+    def refuse(self: StagingBuffer, pieces: Any, *, pinned: bool) -> None:
         raise MemoryError("no memory")
 
-    saver = Saver(tmp_path, ALONE, 2)
+    saver = AsyncSaver(tmp_path, ALONE, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(Image, "__init__", refuse)
-        saver.save(Contents(1, {}), tensors())
+        patch.setattr(StagingBuffer, "__init__", refuse)
+        saver.save(SaveRequest(1, {}), tensors())
         saver.wait_for_copy()
         outcome = saver.wait()
     assert outcome is not None
     assert "no memory" in outcome.error
     assert not list(tmp_path.iterdir())
-    saver.save(Contents(2, {}), tensors())
+    saver.save(SaveRequest(2, {}), tensors())
     second = saver.wait()
     assert second is not None
     assert not second.error
@@ -192,8 +192,8 @@ def test_what_goes_wrong_while_pruning_does_not_make_a_save_fail(
         raise ValueError("a bug")
 
     monkeypatch.setattr(Catalogue, "prune", broken)
-    saver = Saver(tmp_path, ALONE, 1)
-    saver.save(Contents(1, {}), tensors())
+    saver = AsyncSaver(tmp_path, ALONE, 1)
+    saver.save(SaveRequest(1, {}), tensors())
     outcome = saver.wait()
     assert outcome is not None
     assert not outcome.error
@@ -202,13 +202,13 @@ def test_what_goes_wrong_while_pruning_does_not_make_a_save_fail(
 
 def test_a_wait_has_a_heartbeat_while_the_save_gets_on_and_none_while_it_hangs(tmp_path: Path) -> None:
     """Else the supervisor would wait for ever for a disk that does not answer."""
-    disk, beats = GatedDisk(), []
-    saver = Saver(tmp_path, ALONE, 2, disk=disk)
-    disk.open.clear()
-    saver.save(Contents(1, {}), tensors())
+    fs, beats = GatedFileSystem(), []
+    saver = AsyncSaver(tmp_path, ALONE, 2, fs=fs)
+    fs.open.clear()
+    saver.save(SaveRequest(1, {}), tensors())
     saver.wait_for_copy()
     time.sleep(0.1)  # the hashes need no disk
-    threading.Timer(TAKES, disk.open.set).start()
+    threading.Timer(TAKES, fs.open.set).start()
     began = time.perf_counter()
     assert saver.wait(lambda: beats.append(time.perf_counter() - began)) is not None
     assert time.perf_counter() - began >= 0.9 * TAKES
@@ -223,20 +223,20 @@ def test_a_save_keeps_one_copy_of_the_state_and_the_next_adds_none() -> None:
 
 def fail_on_second_rank(folder: str, how: str, asynchronous: bool) -> list[str]:
     """Three saves of which the second fails on rank 1 alone."""
-    disk = GatedDisk()
+    fs = GatedFileSystem()
     with start_mesh(Layout()) as mesh:
-        saver = Saver(Path(folder), mesh, 5, asynchronous=asynchronous, disk=disk)
-        said, make, largest = [], Image.__init__, 2**8
+        saver = AsyncSaver(Path(folder), mesh, 5, asynchronous=asynchronous, fs=fs)
+        said, make, largest = [], StagingBuffer.__init__, 2**8
 
-        def refuse(self: Image, pieces: Any, *, pinned: bool) -> None:
+        def refuse(self: StagingBuffer, pieces: Any, *, pinned: bool) -> None:
             raise MemoryError("no memory")
 
         for step in (1, 2, 3):
             bad = mesh.rank == 1 and step == 2
-            disk.error = OSError(28, "No space left") if bad and how == "disk" else None
-            Image.__init__ = refuse if bad and how == "memory" else make  # type: ignore[method-assign]
+            fs.error = OSError(28, "No space left") if bad and how == "disk" else None
+            StagingBuffer.__init__ = refuse if bad and how == "memory" else make  # type: ignore[method-assign]
             rows = Piece(torch.full((2 + step % 2, largest), float(step)), (3 * mesh.rank, 0), (6, largest))
-            saver.save(Contents(step, {"step": step}), {"model.w": rows})
+            saver.save(SaveRequest(step, {"step": step}), {"model.w": rows})
             saver.wait_for_copy()
             outcome: Outcome | None = saver.wait()
             assert outcome is not None

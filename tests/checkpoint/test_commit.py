@@ -11,7 +11,7 @@ import torch
 
 from histories import History, random_history
 from minka.checkpoint import catalogue as shelf
-from minka.checkpoint.commit import Remove, Rename, mend, steps_among
+from minka.checkpoint.commit import Remove, Rename, recovery, steps_among
 
 FAST, ALL, CHUNK = 550, 10_000, 3_150
 
@@ -68,8 +68,8 @@ def test_a_crash_at_every_step_of_a_history_and_of_its_recovery(luck: str | int,
 
     whole = fresh()
     fixed_history(whole)
-    assert sorted(whole.disk.root.names) == ["step-00000002", "step-00000005", "step-00000006"]
-    steps, recoveries = whole.disk.changes, 0
+    assert sorted(whole.fs.root.names) == ["step-00000002", "step-00000005", "step-00000006"]
+    steps, recoveries = whole.fs.changes, 0
     for at in range(steps):
         run = fresh()
         assert run.crashing(lambda run=run: fixed_history(run), at)  # type: ignore[misc]
@@ -113,9 +113,9 @@ def test_an_error_at_any_step_fails_one_save_and_costs_no_checkpoint(kind: str, 
 def test_a_save_that_finds_no_room_says_so_and_leaves_nothing(tmp_path: Path) -> None:
     run = History(tmp_path, Random(0), 2, power=False)
     run.save(1)
-    run.disk.room = 10
+    run.fs.room = 10
     assert "No space left on device" in run.save(2)
-    assert list(run.disk.root.names) == ["step-00000001"]
+    assert list(run.fs.root.names) == ["step-00000001"]
 
 
 def test_what_a_dead_save_has_left_is_cleared_before_room_is_looked_for(tmp_path: Path) -> None:
@@ -123,21 +123,21 @@ def test_what_a_dead_save_has_left_is_cleared_before_room_is_looked_for(tmp_path
     run = History(tmp_path, Random(0), 2, power=False)
     run.save(1)
     assert run.crashing(lambda: run.save(2), 8)
-    room, run.disk.room = run.disk.room, 10
+    room, run.fs.room = run.fs.room, 10
     assert run.save(2)
-    assert not [name for name in run.disk.root.names if name.startswith(".")]
-    run.disk.room = room
+    assert not [name for name in run.fs.root.names if name.startswith(".")]
+    run.fs.room = room
 
 
 def test_mending_gives_whole_ones_their_name_and_clears_the_rest() -> None:
-    assert mend([".step-00000004.replaced", ".step-00000004.saving-1f"]) == [
+    assert recovery([".step-00000004.replaced", ".step-00000004.saving-1f"]) == [
         Rename(".step-00000004.replaced", "step-00000004"),
         Remove(".step-00000004.saving-1f"),
     ]
-    assert mend([".step-00000004.leaving"]) == [Rename(".step-00000004.leaving", "step-00000004")]
-    assert mend(["step-00000004", ".step-00000004.leaving"]) == [Remove(".step-00000004.leaving")]
-    assert mend([".step-00000004.deleting"]) == [Remove(".step-00000004.deleting")]
-    assert mend(["step-00000004", "step-00000004.damaged-1", ".nfs01", ".step-4.leaving", "notes"]) == []
+    assert recovery([".step-00000004.leaving"]) == [Rename(".step-00000004.leaving", "step-00000004")]
+    assert recovery(["step-00000004", ".step-00000004.leaving"]) == [Remove(".step-00000004.leaving")]
+    assert recovery([".step-00000004.deleting"]) == [Remove(".step-00000004.deleting")]
+    assert recovery(["step-00000004", "step-00000004.damaged-1", ".nfs01", ".step-4.leaving", "notes"]) == []
 
 
 def test_a_step_has_one_name() -> None:

@@ -1,4 +1,4 @@
-"""Whatever happens to the files of a checkpoint is found, named and told of, and the one before is taken."""
+"""Whatever happens to the files of a checkpoint is found and named, and the one before is taken."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from minka.checkpoint.manifest import Damage, load_manifest
+from minka.checkpoint.manifest import Damage, read_header
 from minka.checkpoint.restore import restore, restore_from, whole_tensors
 from minka.parallel.mesh import start_mesh
 from minka.parallel.pieces import Piece, piece_of
@@ -21,7 +21,8 @@ from saved import ALONE, save
 FLIPS = 500
 ROWS = 6
 SHARDS = ["rank-00000.safetensors", "rank-00001.safetensors"]
-FILES = [*SHARDS, "manifest.json"]
+TABLES = ["rank-00000.json", "rank-00001.json"]
+FILES = [*SHARDS, *TABLES, "index.json", "manifest.json"]
 
 
 def pieces(ranks: int = 1, rank: int = 0, value: float = -1.0) -> dict[str, Piece]:
@@ -117,8 +118,8 @@ def other_step(path: Path) -> Path:
     return path.parent / "step-00000002"
 
 
-def swap(path: Path) -> None:
-    a, b = (path / name for name in SHARDS)
+def swap(path: Path, names: list[str]) -> None:
+    a, b = (path / name for name in names)
     a.rename(path / "between")
     b.rename(a)
     (path / "between").rename(b)
@@ -138,18 +139,26 @@ DAMAGES: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
     "a shard cut by a byte": (SHARDS[1], lambda path, _: os.truncate(path / SHARDS[1], 100)),
     "an empty shard": (SHARDS[1], lambda path, _: os.truncate(path / SHARDS[1], 0)),
     "a longer shard": (SHARDS[0], lambda path, _: os.truncate(path / SHARDS[0], 5000)),
-    "a cut manifest": ("manifest.json", lambda path, _: os.truncate(path / "manifest.json", 700)),
+    "a cut manifest": ("manifest.json", lambda path, _: os.truncate(path / "manifest.json", 100)),
     "an empty manifest": ("manifest.json", lambda path, _: os.truncate(path / "manifest.json", 0)),
+    "a cut table": (TABLES[1], lambda path, _: os.truncate(path / TABLES[1], 50)),
+    "no table": (TABLES[1], lambda path, _: os.remove(path / TABLES[1])),
+    "two tables exchanged": ("rank-0000", lambda path, _: swap(path, TABLES)),
+    "a table of another run": (TABLES[1], lambda path, other: shutil.copy(other / path.name / TABLES[1], path)),
+    "a folder for a table": (TABLES[0], lambda path, _: folder_for_a_file(path / TABLES[0])),
+    "a cut index": ("index.json", lambda path, _: os.truncate(path / "index.json", 100)),
+    "no index": ("index.json", lambda path, _: os.remove(path / "index.json")),
+    "an index of another run": ("index.json", lambda path, other: shutil.copy(other / path.name / "index.json", path)),
     "no shard": (SHARDS[1], lambda path, _: os.remove(path / SHARDS[1])),
     "no manifest": ("manifest.json", lambda path, _: os.remove(path / "manifest.json")),
     "an empty folder": ("manifest.json", lambda path, _: empty(path)),
-    "two shards exchanged": ("rank-0000", lambda path, _: swap(path)),
+    "two shards exchanged": ("rank-0000", lambda path, _: swap(path, SHARDS)),
     "a shard twice": (SHARDS[1], lambda path, _: shutil.copy(path / SHARDS[0], path / SHARDS[1])),
     "a shard of another step": (SHARDS[0], lambda path, _: shutil.copy(other_step(path) / SHARDS[0], path)),
     "a shard of another run": (SHARDS[1], lambda path, other: shutil.copy(other / path.name / SHARDS[1], path)),
     "a manifest of another step": ("manifest", lambda path, _: shutil.copy(other_step(path) / "manifest.json", path)),
     "a manifest of another run": (
-        SHARDS[0],
+        "index.json",
         lambda path, other: shutil.copy(other / path.name / "manifest.json", path),
     ),
     "all files of another step": (
@@ -240,16 +249,16 @@ def read_on_rank(folder: str) -> list[str]:
 def test_what_only_another_rank_reads_is_named_by_the_first(run: Path) -> None:
     """The ledger is rank 0's."""
     flip(run / "step-00000003" / SHARDS[1], -1, 0)
-    heard = on_ranks(read_on_rank, 2, str(run))
-    assert [words[0] for words in heard] == ["2", "2"]
-    assert all(SHARDS[1] in words[1] for words in heard)
-    assert heard[0][1].startswith("rank 1: ")
+    reasons = on_ranks(read_on_rank, 2, str(run))
+    assert [words[0] for words in reasons] == ["2", "2"]
+    assert all(SHARDS[1] in words[1] for words in reasons)
+    assert reasons[0][1].startswith("rank 1: ")
 
 
 def test_another_model_is_refused_and_nothing_is_set_aside(run: Path) -> None:
     wider = pieces()
     wider["model.w"] = wider["model.w"]._replace(global_shape=(ROWS, 6))
-    with pytest.raises(UserError, match=r"another model: model\.w is \[6, 5\]"):
+    with pytest.raises(UserError, match=r"model\.w is \[6, 5\]"):
         restore(run, wider, ALONE, lambda path, reason: None)
     assert len(list(run.iterdir())) == 3
 
@@ -264,4 +273,4 @@ def test_the_seal_of_a_manifest_is_over_every_value(run: Path) -> None:
         changed[key] = "changed"
         file.write_text("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in changed.items()) + "\n}\n")
         with pytest.raises(Damage, match=r"manifest\.json"):
-            load_manifest(file.parent)
+            read_header(file.parent)

@@ -1,4 +1,4 @@
-"""A checkpoint of every format there ever was goes on, with the losses that its own code went on with."""
+"""A checkpoint of every format there ever was resumes with the losses that its own code had."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from minka.checkpoint.manifest import FORMAT, load_manifest
+from minka.checkpoint.manifest import FORMAT, read_header
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
 from minka.plan.ledger import current, read_ledger
@@ -37,7 +37,7 @@ def with_checkpoint(golden: Path, folder: Path, ranks: int) -> RunConfig:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_checkpoint_of_every_format_goes_on_as_its_own_code_did(name: str, ranks: int, tmp_path: Path) -> None:
+def test_a_checkpoint_of_every_format_resumes_as_with_its_own_code(name: str, ranks: int, tmp_path: Path) -> None:
     golden = GOLDENS / name
     config = with_checkpoint(golden, tmp_path, ranks)
     assert on_ranks(train_rank, ranks, config) == [ExitStatus.DONE] * ranks
@@ -50,7 +50,7 @@ def test_a_checkpoint_of_every_format_goes_on_as_its_own_code_did(name: str, ran
             assert event[key] == pytest.approx(step[key], rel=RELATIVE, abs=0), (step["step"], key)
     assert any(event["event"] == "restore" for event in events)
     saved = RunFolder.of(config).checkpoints / f"step-{expected[-1]['step']:08d}"
-    assert load_manifest(saved)["format"] == FORMAT  # and what it saves itself is of today's format
+    assert read_header(saved).format == FORMAT  # and what it saves itself is of today's format
 
 
 def test_there_is_a_golden_of_every_format() -> None:

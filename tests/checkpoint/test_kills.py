@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from minka.checkpoint.async_saver import Saver
+from minka.checkpoint.async_saver import AsyncSaver
 from minka.checkpoint.catalogue import Catalogue
 from minka.checkpoint.commit import HIDDEN, step_name, steps_among
-from minka.checkpoint.filesystem import LocalDisk
+from minka.checkpoint.filesystem import FileSystem
 from minka.checkpoint.manifest import NAME
 from minka.checkpoint.restore import restore, restore_from
-from minka.checkpoint.write import Contents
+from minka.checkpoint.write import SaveRequest
 from minka.parallel.pieces import Piece, piece_of
 from ranks import FORKS
 from saved import ALONE
@@ -46,15 +46,15 @@ def numbers(version: float) -> dict[str, Piece]:
     return {name: piece_of(tensor) for name, tensor in made.items()}
 
 
-class NappingDisk(LocalDisk):
+class NappingFileSystem(FileSystem):
     """The real disk, with a nap at one moment, which makes a rare one common."""
 
     def __init__(self, moment: str) -> None:
         self.moment = moment
 
-    def make(self, folder: Path) -> None:
+    def mkdir(self, folder: Path) -> None:
         self._nap("staging")
-        super().make(folder)
+        super().mkdir(folder)
 
     def write(self, file: Path, parts: Iterable[memoryview]) -> None:
         if file.name == NAME:
@@ -73,13 +73,13 @@ class NappingDisk(LocalDisk):
             self._nap("pruning, its name taken")
         super().rename(old, new)
 
-    def remove(self, folder: Path) -> None:
+    def rmtree(self, folder: Path) -> None:
         if folder.name.endswith(".deleting") and folder.exists():
             self._nap("pruning, deleting")
             for file in folder.iterdir():
                 file.unlink()
                 self._nap("pruning, deleting")
-        super().remove(folder)
+        super().rmtree(folder)
 
     def _slowly(self, parts: Iterable[memoryview]) -> Iterator[memoryview]:
         for part in parts:
@@ -99,12 +99,12 @@ def write_for_ever(pipe: Connection, folder: str, first: int, moment: str) -> No
     read = numbers(-1)
     state = restore(Path(folder), read, ALONE, lambda path, reason: os._exit(3))
     step = state["step"] if state else 0
-    saver = Saver(Path(folder), ALONE, KEEP, disk=NappingDisk(moment))
+    saver = AsyncSaver(Path(folder), ALONE, KEEP, fs=NappingFileSystem(moment))
     for version in itertools.count(first):
         step += version % 3 != 0 or step == 0
         tensors = numbers(version)
         pipe.send(("begun", version, step))
-        saver.save(Contents(step, {"step": step, "version": version}, permanent=step % EVERY == 0), tensors)
+        saver.save(SaveRequest(step, {"step": step, "version": version}, permanent=step % EVERY == 0), tensors)
         saver.wait_for_copy()
         for piece in tensors.values():
             piece.local.fill_(-1)  # the training goes on

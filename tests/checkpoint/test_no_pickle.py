@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from minka.checkpoint.async_saver import Saver
+from minka.checkpoint.async_saver import AsyncSaver
 from minka.checkpoint.export import export_checkpoint
 from minka.checkpoint.restore import restore
-from minka.checkpoint.write import Contents
+from minka.checkpoint.write import SaveRequest
 from minka.eval.score_checkpoint import score_checkpoint
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.parallel.pieces import Piece, piece_of
@@ -58,9 +58,9 @@ def rows(rank: int, ranks: int, value: float) -> dict[str, Piece]:
 def save_without_pickle(folder: str) -> str:
     with start_mesh(Layout()) as mesh:
         forbid_pickle()
-        saver = Saver(Path(folder), mesh, 2)
+        saver = AsyncSaver(Path(folder), mesh, 2)
         for step in (1, 2, 3):
-            saver.save(Contents(step, {"step": step}), rows(mesh.rank, mesh.ranks, float(step)))
+            saver.save(SaveRequest(step, {"step": step}), rows(mesh.rank, mesh.ranks, float(step)))
             saver.wait_for_copy()
             outcome = saver.wait()
             assert outcome is not None

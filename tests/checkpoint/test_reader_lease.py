@@ -14,17 +14,17 @@ import pytest
 
 from minka.checkpoint import reader_lease as lease_module
 from minka.checkpoint.catalogue import Catalogue, steps_of
-from minka.checkpoint.commit import retire
-from minka.checkpoint.filesystem import LocalDisk
-from minka.checkpoint.reader_lease import LEASE_SECONDS, Lease, counts, is_leased, leased
+from minka.checkpoint.commit import delete_unless_leased
+from minka.checkpoint.filesystem import FileSystem
+from minka.checkpoint.reader_lease import LEASE_SECONDS, Lease, is_leased, is_valid, leased
 from minka.checkpoint.restore import restore_from
 from minka.plan.errors import UserError
 from ranks import FORKS
 from saved import ALONE, save, tensors
-from simdisk import Folder, SimDisk
+from sim_filesystem import Folder, SimFileSystem
 
 NAME = "step-00000001"
-LAST = 15  # steps of a pruner, at most
+LAST = 17  # steps of a pruner, at most
 
 
 @pytest.fixture
@@ -79,7 +79,8 @@ def test_two_readers_hold_one_checkpoint_until_both_are_done(run: Path) -> None:
 def test_a_lease_counts_by_its_process_here_and_by_its_age_anywhere(
     host: str, age: float, living: bool, holds: bool
 ) -> None:
-    assert counts(Lease(NAME, host, 1, 1e9 - age), 1e9, "here", lambda pid: living) == holds
+    lease = Lease(checkpoint=NAME, host=host, pid=1, time=1e9 - age)
+    assert is_valid(lease, 1e9, "here", lambda pid: living) == holds
 
 
 def hold_for_ever(run: str) -> None:
@@ -101,8 +102,8 @@ def test_a_reader_that_was_killed_holds_nothing(run: Path) -> None:
 
 
 def valid(**changed: Any) -> str:
-    told = {"checkpoint": NAME, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-    return json.dumps({**told, **changed})
+    lease = {"checkpoint": NAME, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+    return json.dumps({**lease, **changed})
 
 
 WRITTEN: dict[str, Callable[[], str]] = {
@@ -140,10 +141,10 @@ def test_where_no_lease_can_be_written_a_reader_takes_its_chance(run: Path) -> N
     assert left(run) == [2]
 
 
-def test_a_reader_that_comes_too_late_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_that_comes_too_late_gets_an_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_module, "PATIENCE_SECONDS", 0.1)
     assert left(run) == [2]
-    with pytest.raises(UserError, match="gone"), leased(run, run / "checkpoints" / NAME):
+    with pytest.raises(UserError, match="deleted"), leased(run, run / "checkpoints" / NAME):
         pytest.fail("there is nothing to read")
     assert list((run / "leases").iterdir()) == []
 
@@ -153,25 +154,25 @@ def reader_and_pruner(folder: Path, write: int, look: int) -> tuple[bool, bool]:
 
     Whether it saw the checkpoint, and whether that was deleted.
     """
-    disk, held, seen, step = SimDisk(folder, Random(0)), False, False, 0
-    save(folder, 1, tensors(), {}, ALONE, disk=disk)
+    fs, held, seen, step = SimFileSystem(folder, Random(0)), False, False, 0
+    save(folder, 1, tensors(), {}, ALONE, fs=fs)
 
     def tick(kind: str = "", number: int = 0) -> None:
         nonlocal held, seen, step
         step += 1
         held = held or step == write
-        seen = seen or (held and step >= look and NAME in disk.root.names)
+        seen = seen or (held and step >= look and NAME in fs.root.names)
 
     def taken() -> bool:
         tick()
         return held
 
-    disk.fails = tick  # which fails nothing
-    gone = retire(disk, folder / NAME, taken)
+    fs.fails = tick  # which fails nothing
+    gone = delete_unless_leased(fs, folder / NAME, taken)
     assert step < LAST, "later orders would have to be tried too"
-    found = disk.root.names.get(NAME)
+    found = fs.root.names.get(NAME)
     assert gone == (found is None)
-    assert gone or (isinstance(found, Folder) and len(found.names) == 2)
+    assert gone or (isinstance(found, Folder) and len(found.names) == 4)
     return seen, gone
 
 
@@ -185,7 +186,7 @@ def test_reader_and_pruner_in_every_order_never_delete_what_is_read(tmp_path: Pa
     assert outcomes == {(True, False), (False, False), (False, True)}
 
 
-class SteppingDisk(LocalDisk):
+class SteppingFileSystem(FileSystem):
     """Calls `tick` before each step of pruning."""
 
     def __init__(self, tick: Callable[[], None]) -> None:
@@ -199,13 +200,13 @@ class SteppingDisk(LocalDisk):
         self.tick()
         super().sync(folder)
 
-    def remove(self, folder: Path) -> None:
+    def rmtree(self, folder: Path) -> None:
         self.tick()
-        super().remove(folder)
+        super().rmtree(folder)
 
 
 @pytest.mark.parametrize("at", range(9))
-def test_a_real_reader_that_begins_at_any_step_of_pruning_reads_or_is_told(
+def test_a_real_reader_that_begins_at_any_step_of_pruning_reads_or_gets_an_error(
     at: int, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease_module, "PATIENCE_SECONDS", 0.2)
@@ -228,9 +229,9 @@ def test_a_real_reader_that_begins_at_any_step_of_pruning_reads_or_is_told(
             time.sleep(0.02)
         steps += 1
 
-    Catalogue(run / "checkpoints", SteppingDisk(tick)).prune(1)
+    Catalogue(run / "checkpoints", SteppingFileSystem(tick)).prune(1)
     if not thread.ident:
         thread.start()
     thread.join()
-    assert read in ([{"step": 1}], ["this checkpoint is gone"])
+    assert read in ([{"step": 1}], ["this checkpoint has been deleted"])
     assert path.exists() == (read == [{"step": 1}])

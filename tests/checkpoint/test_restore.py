@@ -49,7 +49,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(damage: str, tmp
     assert torch.equal(read["model.w"].local, tensors(1)["model.w"].local)
 
 
-def test_a_step_without_a_manifest_is_passed_over_and_told_of(tmp_path: Path) -> None:
+def test_a_step_without_a_manifest_is_passed_over_and_named(tmp_path: Path) -> None:
     save(tmp_path, 1, tensors(1), {"step": 1}, ALONE)
     newest = save(tmp_path, 2, tensors(2), {"step": 2}, ALONE).path
     (newest / "manifest.json").unlink()

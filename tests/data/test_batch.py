@@ -1,4 +1,4 @@
-"""Batches: which targets count, where documents and positions restart, what fillers are."""
+"""Batches: which targets count, where documents and positions restart, what padding is."""
 
 import time
 from typing import Any
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from minka.benchmarks.data_path import samples_per_second, synthetic_stream
-from minka.data.batch import IGNORED, PADDING, Batch, build_batch
+from minka.data.batch import IGNORED, PADDING, build_batch
 from minka.data.sample_order import window_count
 
 EOD = 9
@@ -45,11 +45,11 @@ def one_by_one(stream: NDArray[Any], window: int, seq_len: int) -> tuple[list[in
 @given(
     lengths=st.lists(st.integers(2, 40), min_size=1, max_size=30),
     seq_len=st.integers(2, 24),
-    fillers=st.integers(0, 2),
+    padding=st.integers(0, 2),
 )
-def test_a_batch_is_what_the_rules_say_token_by_token(lengths: list[int], seq_len: int, fillers: int) -> None:
+def test_a_batch_is_what_the_rules_say_token_by_token(lengths: list[int], seq_len: int, padding: int) -> None:
     stream = stream_of(lengths)
-    windows = [*range(window_count(len(stream), seq_len)), *[PADDING] * fillers]
+    windows = [*range(window_count(len(stream), seq_len)), *[PADDING] * padding]
     batch = build_batch(stream, windows, np.array(windows), seq_len, EOD)
     for row, window in enumerate(windows):
         made = (batch.tokens, batch.targets, batch.documents, batch.positions)
@@ -70,7 +70,7 @@ def test_every_target_of_the_stream_counts_once_and_none_crosses_documents(lengt
     assert int((counted == EOD).sum()) == len(lengths)
 
 
-def test_fillers_have_no_target_one_document_and_running_positions() -> None:
+def test_padding_sequences_have_no_target_one_document_and_running_positions() -> None:
     batch = build_batch(stream_of([5, 5]), [PADDING], np.array([PADDING]), 6, EOD)
     assert batch.target_count == 0
     assert batch.targets.tolist() == [[IGNORED] * 6]
@@ -96,14 +96,6 @@ def test_micro_batches_are_the_batch_cut_in_order() -> None:
     assert sum(piece.target_count for piece in pieces) == batch.target_count
     with pytest.raises(ValueError, match="6 sequences cannot be cut"):
         batch.micro_batches(4)
-
-
-def test_a_batch_moves_whole() -> None:
-    batch = build_batch(stream_of([7] * 20), range(4), np.arange(4), 10, EOD)
-    moved = batch.to("meta")
-    assert isinstance(moved, Batch)
-    assert {t.device.type for t in (moved.tokens, moved.targets, moved.documents, moved.positions)} == {"meta"}
-    assert moved.target_count == batch.target_count
 
 
 def test_building_a_batch_costs_at_most_a_few_copies_of_it() -> None:

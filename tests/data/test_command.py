@@ -62,7 +62,7 @@ def test_inspect_shows_the_documents_the_loader_trained_on(
     data = {**store.manifest.source, "seq_len": 32, "batch_tokens": 128, "dropped_samples": [[4, 6]]}
     config = run_config(run={"name": "x", "max_steps": 9, "seed": 5}, data=data)
     with Loader(config, split, 0, 1, LoaderState(samples=2, tokens=64)) as loader:
-        batch, _ = next(loader)
+        batch = next(loader).batch
     assert batch.samples.tolist() == [2, 3, 6, 7]
     for sample, tokens in zip(batch.samples.tolist(), batch.tokens, strict=True):
         seen = ask(capsys, "inspect", *arguments, "--sample", str(sample))

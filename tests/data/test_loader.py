@@ -40,16 +40,16 @@ def steps(
     made, after = [], state or LoaderState()
     for _ in range(count):
         parts = [next(loader) for loader in loaders]
-        assert len({part[1] for part in parts}) == 1  # every rank has the same state
-        after = parts[0][1]
-        made.append(together([batch for batch, _ in parts], micro_batch))
+        assert len({part.state for part in parts}) == 1  # every rank has the same state
+        after = parts[0].state
+        made.append(together([part.batch for part in parts], micro_batch))
     for loader in loaders:
         loader.close()
     return made, after
 
 
 def together(parts: list[Batch], micro_batch: int) -> Step:
-    """Rank r holds every ways-th sequence; fillers come last and on equal numbers of rows."""
+    """Rank r holds every ways-th sequence; padding comes last and on equal numbers of rows."""
     rows = {len(part.samples) for part in parts}
     assert len(rows) == 1
     assert rows.pop() % micro_batch == 0
@@ -79,7 +79,7 @@ def test_batches_are_consecutive_samples_and_follow_the_warm_up(train: Split) ->
     # 3 samples until 6 are consumed, then 5 until 20, then 8.
     assert [len(samples) for samples, _ in made] == [3, 3, 5, 5, 5, 8, 8, 8]
     assert [i for samples, _ in made for i in samples] == list(range(45))
-    assert state == LoaderState(samples=45, tokens=45 * SEQ)  # fillers are not consumed
+    assert state == LoaderState(samples=45, tokens=45 * SEQ)  # padding is not consumed
 
 
 def test_another_batch_size_reads_the_same_samples_in_the_same_order(train: Split) -> None:
@@ -179,6 +179,17 @@ def test_the_thread_builds_a_bounded_number_of_batches_ahead(train: Split) -> No
         assert len(read) == 3 * global_batch(config, LoaderState())  # two wait in the queue, one for room in it
 
 
+def test_micro_batches_are_prepared_in_the_thread(train: Split) -> None:
+    def prepare(part: Batch) -> tuple[list[int], str]:
+        return part.samples.tolist(), threading.current_thread().name
+
+    config = run_config(layout={"micro_batch": 2})
+    with Loader(config, train, 0, 1, prepare=prepare) as loader:
+        batch, prepared, _ = next(loader)
+    assert [samples for samples, _ in prepared] == [part.samples.tolist() for part in batch.micro_batches(2)]
+    assert {name for _, name in prepared} == {"loader of rank 0"}
+
+
 def test_a_rank_outside_its_ways_is_refused(train: Split) -> None:
     with pytest.raises(ValueError, match="rank 2 of 2 ways"):
         Loader(run_config(), train, 2, 2)
@@ -192,6 +203,6 @@ def test_a_store_of_few_tokens_makes_padded_batches(tmp_path: Path) -> None:
     with Loader(
         run_config(data={"tokenizer": "bytes", "seq_len": SEQ, "batch_tokens": 2 * SEQ}), split, 0, 1
     ) as loader:
-        batch, state = next(loader)
+        batch, _, state = next(loader)
     assert batch.target_count == 2 * 3  # the one window, in two epochs: "aaa" then its end
     assert state.samples == 2

@@ -31,7 +31,7 @@ def test_is_the_sum_of_the_models_losses_over_the_bytes(tmp_path: Path) -> None:
             for at in range(1, len(tokens)):  # each target by itself, in the first window that holds it
                 first = max(0, -(-(at - 32) // 16) * 16)
                 seen = tokens[None, first:at]
-                logits = scorer.model(seen, None, torch.arange(seen.shape[1])[None])
+                logits = scorer.executor.parts[0](seen, None, torch.arange(seen.shape[1])[None])
                 nats += float(torch.nn.functional.cross_entropy(logits[0, -1], tokens[at]).detach())
         scores = bits_per_byte(scorer, split, config, mesh, store.eod, lambda: None)
     assert scores.scores["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)

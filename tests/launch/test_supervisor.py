@@ -1,4 +1,4 @@
-"""The supervisor: whom it joins, how many ranks it starts, what it does about signals, hangs and deaths."""
+"""The supervisor: what it does about signals, hangs and deaths of ranks."""
 
 import json
 import os
@@ -9,94 +9,70 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from commands import environment, train, written
-from minka.checkpoint.restore import checkpoints, whole_tensors
-from minka.launch.exit_reason import read_ending, write_ending
-from minka.launch.supervisor import (
-    Ranks,
-    choose_ranks,
-    first_host,
-    joined,
-    slurm_environment,
-    tell_ending,
-    visible_gpus,
-)
+from minka.checkpoint.catalogue import checkpoints
+from minka.checkpoint.restore import whole_tensors
+from minka.launch.exit_reason import read_exit_reason, write_exit_reason
+from minka.launch.supervisor import Ending, Ranks, Signals, complete_exit_reason, ending_of, next_action
 from minka.plan.config import RunConfig
-from minka.plan.errors import ExitStatus, UserError
+from minka.plan.errors import ExitStatus
 from minka.plan.ledger import read_ledger
 from minka.plan.run_folder import RunFolder
 from tiny import tiny
 
 
-@pytest.mark.parametrize(
-    ("hosts", "first"),
-    [("node7", "node7"), ("node[07-09,12],login1", "node07"), ("a1,b2", "a1"), ("gpu[3]-ib,x", "gpu3-ib")],
-)
-def test_first_host_of_a_slurm_list(hosts: str, first: str) -> None:
-    assert first_host(hosts) == first
-
-
-def test_joins_torchrun_and_srun_but_not_a_batch_script() -> None:
-    assert joined({"RANK": "1", "WORLD_SIZE": "2"}) == "torchrun"
-    assert joined({"SLURM_PROCID": "0", "SLURM_JOB_ID": "5"}) is None
-    assert joined({"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}) is None  # srun --pty bash
-    step = {
-        "SLURM_PROCID": "3",
-        "SLURM_LOCALID": "1",
-        "SLURM_STEP_ID": "0",
-        "SLURM_JOB_ID": "77",
-        "SLURM_STEP_NUM_TASKS": "4",
-        "SLURM_STEP_NODELIST": "n[1-2]",
-    }
-    assert joined(step) == "slurm"
-    found = slurm_environment(step)
-    assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"], found["MASTER_ADDR"]) == ("3", "1", "4", "n1")
-    assert 20_000 <= int(found["MASTER_PORT"]) < 60_000
-    assert slurm_environment({**step, "SLURM_PROCID": "0"})["MASTER_PORT"] == found["MASTER_PORT"]
-
-
-def test_one_rank_a_gpu_else_two_and_never_more_than_gpus(tmp_path: Path) -> None:
-    assert visible_gpus({}, tmp_path) == 0
-    for name in ("nvidia0", "nvidia1", "nvidia2", "nvidiactl", "nvidia-uvm"):
-        (tmp_path / name).touch()
-    assert visible_gpus({}, tmp_path) == 3
-    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "0,2"}, tmp_path) == 2
-    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}, tmp_path) == 0
-    assert [choose_ranks(None, 0), choose_ranks(None, 3), choose_ranks(2, 3), choose_ranks(5, 0)] == [2, 3, 2, 5]
-    with pytest.raises(UserError, match="there are 3 GPUs"):
-        choose_ranks(4, 3)
-
-
 def test_a_rank_is_silent_after_the_limit_and_not_before() -> None:
     ranks = Ranks()
-    ranks.hear("0 100 5", now=10.0)
-    ranks.hear("1 101 5", now=12.0)
+    ranks.heartbeat("0 100 5", now=10.0)
+    ranks.heartbeat("1 101 5", now=12.0)
     assert ranks.silent(now=12.5, seconds=3) == []
     assert ranks.silent(now=13.5, seconds=3) == [0]
-    ranks.hear("0 100 5 done", now=13.6)  # it exports, which may take long
+    ranks.heartbeat("0 100 5 done", now=13.6)  # it exports, which may take long
     assert ranks.silent(now=99, seconds=3) == [1]
     assert (ranks.pids, ranks.steps) == ({0: 100, 1: 101}, {0: 5, 1: 5})
 
 
-def test_an_ending_that_the_ranks_wrote_stands(tmp_path: Path) -> None:
+def test_the_supervisor_passes_signals_on_ends_at_the_second_interrupt_and_sees_a_hang() -> None:
+    ranks, signals = Ranks(), Signals()
+    assert next_action(ranks, signals, now=0.0, hang_seconds=3) == "wait"
+    signals.received = signals.interrupts = 1
+    assert next_action(ranks, signals, now=0.0, hang_seconds=3) == "pass on"
+    signals.passed_on = 1
+    ranks.heartbeat("0 100 5", now=0.0)
+    assert next_action(ranks, signals, now=2.0, hang_seconds=3) == "wait"
+    assert next_action(ranks, signals, now=4.0, hang_seconds=3) == "hung"
+    signals.received = 5  # a scheduler's signals do not count as a second Ctrl-C
+    assert next_action(ranks, signals, now=4.0, hang_seconds=3) == "pass on"
+    signals.interrupts = 2
+    assert next_action(ranks, signals, now=4.0, hang_seconds=3) == "end"
+
+
+def test_the_ending_follows_from_the_forkers_status_and_whether_a_rank_was_heard() -> None:
+    none, some = Ranks(), Ranks()
+    some.heartbeat("0 100 5", now=0.0)
+    assert ending_of(0, some, stopping=False) == Ending(0, "done", 5)
+    assert ending_of(85, some, stopping=True) == Ending(85, "stopped and saved", 5)
+    assert ending_of(1, some, stopping=False) == Ending(1, "a rank failed", 5, rank_failed=True)
+    assert ending_of(-9, some, stopping=False) == Ending(1, "a rank failed", 5, rank_failed=True)
+    assert ending_of(1, none, stopping=False) == Ending(1, "failed before training began", 0)
+    assert ending_of(1, none, stopping=True).status == ExitStatus.STOPPED
+
+
+def test_an_exit_reason_that_the_ranks_wrote_stands(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    write_ending(folder, ExitStatus.FAILED, "theirs", 5)
-    theirs = read_ending(folder)
-    tell_ending(folder, ExitStatus.FAILED, "a rank failed", 5, theirs)
-    assert read_ending(folder) == theirs
-    tell_ending(folder, ExitStatus.STOPPED, "stopped", 5, None)  # in good order, which the ranks tell
-    assert read_ending(folder) == theirs
-    tell_ending(folder, ExitStatus.FAILED, "a rank failed", 6, None)  # theirs was of a session before
+    failed = Ending(int(ExitStatus.FAILED), "a rank failed", 6)
+    write_exit_reason(folder, ExitStatus.FAILED, "theirs", 5)
+    theirs = read_exit_reason(folder)
+    complete_exit_reason(folder, failed, theirs)
+    assert read_exit_reason(folder) == theirs
+    complete_exit_reason(folder, Ending(int(ExitStatus.STOPPED), "stopped", 5), None)  # the ranks have written it
+    assert read_exit_reason(folder) == theirs
+    complete_exit_reason(folder, failed, None)  # theirs was of the session before
     assert json.loads(folder.exit_file.read_text())["reason"] == "a rank failed"
-    write_ending(folder, ExitStatus.DONE, "done", 7)
-    tell_ending(folder, ExitStatus.FAILED, "a rank failed", 7, read_ending(folder))
+    write_exit_reason(folder, ExitStatus.DONE, "done", 7)
+    complete_exit_reason(folder, failed, read_exit_reason(folder))
     ending = json.loads(folder.exit_file.read_text())
-    assert (ending["code"], ending["reason"]) == (
-        1,
-        "trained to its end and saved; what comes after that failed: the export",
-    )
+    assert (ending["code"], "export failed" in ending["reason"]) == (1, True)
 
 
 def test_a_stop_saves_and_going_on_gives_the_run_that_was_never_stopped(tmp_path: Path) -> None:
@@ -170,7 +146,7 @@ def test_a_finished_run_says_so_and_a_changed_one_is_refused(tmp_path: Path) -> 
     assert (status, "finished" in output) == (ExitStatus.DONE, True)
     status, _, errors = ended(config, "run.seed=8")
     assert status == ExitStatus.REFUSED
-    assert "run.seed is 7 there and 8 here" in errors
+    assert "run.seed was 7 and is now 8" in errors
     assert "Traceback" not in errors
 
 
@@ -200,7 +176,7 @@ def test_a_killed_rank_fails_the_run_and_leaves_no_process(tmp_path: Path) -> No
     assert process.returncode == ExitStatus.FAILED
     assert "rank 1 ended by signal 9" in errors
     last = errors.rstrip().splitlines()[-1]
-    assert last.startswith("minka: training has ended, since a rank failed.")
+    assert last.startswith("minka: training has ended, because a rank failed.")
     assert last.endswith(f"`minka train {RunFolder.of(config).path}` begins again: nothing was saved.")
     assert json.loads(RunFolder.of(config).exit_file.read_text())["code"] == 1
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
@@ -229,7 +205,7 @@ def test_joins_ranks_that_torchrun_started(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     steps = [line for line in read_ledger(RunFolder.of(config).ledger_file) if line["event"] == "step"]
     assert len(steps) == 20
-    assert "note: 19% of each step is spent on fillers: the 13 sequences" in done.stdout
+    assert "note: 19% of each step is spent on padding sequences: a batch of 13" in done.stdout
     assert re.search(r"^trained +step 20 of 20", done.stdout, re.MULTILINE)
 
 

@@ -10,16 +10,24 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minka.model import attention as attention_module
-from minka.model.attention import Structure, allowed_pairs, attention, document_structure, largest_logit
+from minka.model.attention import (
+    Structure,
+    allowed_pairs,
+    attention,
+    document_starts,
+    document_structure,
+    largest_logit,
+    uses_varlen,
+)
 from minka.plan.config_sections import KernelsSection
 from minka.plan.errors import UserError
 from models import packed
 
-CPU, AUTO = torch.device("cpu"), KernelsSection()
+CPU = torch.device("cpu")
 
 
-def structure(documents: Tensor | None, kernels: KernelsSection = AUTO) -> Structure:
-    return document_structure(documents, kernels, device=CPU, dtype=torch.float32)
+def structure(documents: Tensor | None) -> Structure:
+    return document_structure(documents, varlen=False).to(CPU, torch.float32)
 
 
 def test_rows_of_one_document_take_the_causal_kernel_and_others_a_mask() -> None:
@@ -33,18 +41,23 @@ def test_rows_of_one_document_take_the_causal_kernel_and_others_a_mask() -> None
     assert mixed.mask[1, 0].tolist() == [[0, -inf, -inf], [-inf, 0, -inf], [-inf, 0, 0]]
 
 
-def test_kernels_that_cannot_run_here_are_refused() -> None:
+def test_varlen_kernels_are_taken_where_they_can_run_and_refused_where_they_cannot() -> None:
     with pytest.raises(UserError, match=r"kernels\.attention"):
-        structure(torch.zeros(1, 4, dtype=torch.int64), KernelsSection(attention="varlen"))
+        uses_varlen(KernelsSection(attention="varlen"), CPU, torch.bfloat16)
+    cuda = torch.device("cuda")
+    assert uses_varlen(KernelsSection(), cuda, torch.bfloat16)
+    assert not uses_varlen(KernelsSection(), cuda, torch.float32)
+    assert not uses_varlen(KernelsSection(attention="sdpa"), cuda, torch.bfloat16)
+    assert not uses_varlen(KernelsSection(), CPU, torch.bfloat16)
 
 
 def test_starts_are_cumulative_lengths_padded_to_a_power_of_two() -> None:
     documents = torch.tensor([[0, 0, 1, 1], [1, 2, 3, 3]])  # ids that meet across rows are two documents
-    starts = attention_module._starts(documents)
+    starts = document_starts(documents)
     assert starts.dtype == torch.int32
     assert starts.tolist() == [0, 2, 4, 5, 6, 8, 8, 8]
-    assert attention_module._starts(torch.zeros(1, 4, dtype=torch.int64)).tolist() == [0, 4]
-    assert attention_module._starts(torch.arange(3)[None]).tolist() == [0, 1, 2, 3]
+    assert document_starts(torch.zeros(1, 4, dtype=torch.int64)).tolist() == [0, 4]
+    assert document_starts(torch.arange(3)[None]).tolist() == [0, 1, 2, 3]
 
 
 def of_2_13(q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
@@ -78,7 +91,7 @@ def test_variable_length_kernels_are_called_rightly(kernel: Any, monkeypatch: py
     monkeypatch.setattr(attention_module, "VARLEN_TAKES", inspect.signature(kernel).parameters)
     _, documents, _, _ = packed(rows=3, length=20, vocab=300)
     q, k, v = (torch.randn(3, 20, heads, 8).transpose(1, 2) for heads in (4, 2, 2))
-    varlen = Structure("varlen", documents, starts=attention_module._starts(documents))
+    varlen = Structure("varlen", documents, starts=document_starts(documents))
     torch.testing.assert_close(
         attention(q, k, v, varlen), attention(q, k, v, structure(documents)), rtol=1e-5, atol=1e-6
     )
@@ -109,8 +122,8 @@ def test_the_probe_finds_the_largest_logit_in_bounded_memory(
     _, documents, _, _ = packed(rows, tokens, vocab=300)
     q, k = (torch.randn(rows, tokens, h, width).transpose(1, 2) for h in (heads, groups))
     one, other = 30 * torch.eye(width)[:2]
-    q[:, :, 0], k[:, :, -1] = one, one  # large, and behind the query
-    q[:, :, -1], k[:, :, 0] = other, other  # large, and in another document where there are several
+    q[:, :, 0], k[:, :, -1] = one, one  # large, and after the query
+    q[:, :, -1], k[:, :, 0] = other, other  # large, and in a different document where there are several
     at = documents[:1] * 0 if one_document else documents
     logits = q @ k.repeat_interleave(heads // groups, dim=1).transpose(2, 3) / width**0.5
     expected = logits.masked_fill(~allowed_pairs(at)[:, None], float("-inf")).amax()

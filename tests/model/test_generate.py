@@ -10,7 +10,7 @@ VOCAB = 32
 
 
 def successor(tokens: Tensor, place: int) -> Tensor:
-    """Logits of a model that surely says one more than the token it reads, whatever stands behind."""
+    """Logits of a model that surely says one more than the token it reads, whatever comes after it."""
     return torch.nn.functional.one_hot((tokens[0, place] + 1) % VOCAB, VOCAB) * 10.0
 
 

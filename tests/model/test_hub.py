@@ -119,85 +119,15 @@ def test_a_write_that_fails_leaves_the_old_folder(tmp_path: Path) -> None:
     assert (out / WHOLE).exists()
 
 
-def test_config_before_transformers_5_is_read(tmp_path: Path) -> None:
-    """Llama 3.1's published config.json: rope_theta and rope_scaling on top, no head_dim."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
-        "hidden_act": "silu",
-        "hidden_size": 4096,
-        "initializer_range": 0.02,
-        "intermediate_size": 14336,
-        "max_position_embeddings": 131072,
-        "mlp_bias": False,
-        "model_type": "llama",
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 8,
-        "pretraining_tp": 1,
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": {
-            "factor": 8.0,
-            "high_freq_factor": 4.0,
-            "low_freq_factor": 1.0,
-            "original_max_position_embeddings": 8192,
-            "rope_type": "llama3",
-        },
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "vocab_size": 128256,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    read = read_config(tmp_path)
-    assert (read.rope_theta, read.head_dim, read.rope_scaling) == (500000.0, 128, RopeScaling())
-    del config["rope_scaling"], config["num_key_value_heads"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    read = read_config(tmp_path)
-    assert (read.rope_theta, read.rope_scaling, read.kv_heads) == (500000.0, None, 32)
-
-
-REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "another architecture": ("llama", {"model_type": "gemma3"}, "gemma3"),
-    "biases in Llama": ("llama", {"attention_bias": True}, "attention_bias"),
-    "biases in the feed-forward": ("llama", {"mlp_bias": True}, "mlp_bias"),
-    "another activation": ("llama", {"hidden_act": "gelu"}, "hidden_act"),
-    "a window": ("mistral", {"sliding_window": 512}, "sliding_window"),
-    "a window in some layers": ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
-    "a window in use": ("qwen2", {"use_sliding_window": True, "sliding_window": 32}, "sliding_window"),
-    "other frequencies": ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
-    "other frequencies, old form": ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
-    "half-turned heads": ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-    "no width": ("llama", {"hidden_size": None}, "hidden_size"),
-    "heads that do not divide": ("llama", {"num_key_value_heads": 3}, "kv_heads"),
-    "quantized weights": ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_the_same_is_refused(case: str, tmp_path: Path) -> None:
-    family, change, named = REFUSED[case]
-    ours = model(section(**{"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}.get(family, {})))
-    write_folder(tmp_path / "out", ours.cfg, [], family=family, eod_token=0)
+def test_what_cannot_be_the_same_is_refused_by_the_name_of_its_file(tmp_path: Path) -> None:
+    """tests/plan/test_hub_config.py has all that is refused."""
+    write_folder(tmp_path / "out", section(), [], eod_token=0)
     path = tmp_path / "out/config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(UserError) as caught:
-        read_config(path.parent)
-    assert named in str(caught.value)
-    assert str(path) in str(caught.value)
-    assert caught.value.remedy
-
-
-def test_a_window_as_long_as_the_context_is_no_window(tmp_path: Path) -> None:
-    write_folder(tmp_path / "out", section(), [], family="mistral", eod_token=0)
-    path = tmp_path / "out/config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"sliding_window": section().max_positions}))
     assert read_config(path.parent) == section()
-    del config["sliding_window"]  # then transformers assumes 4096
-    path.write_text(json.dumps(config))
-    with pytest.raises(UserError, match="sliding_window=4096"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mlp_bias": True}))
+    with pytest.raises(UserError, match="mlp_bias") as caught:
         read_config(path.parent)
+    assert caught.value.where == str(path)
 
 
 @pytest.mark.parametrize(

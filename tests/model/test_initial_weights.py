@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minka.model import initial_weights as init_module
-from minka.model.initial_weights import fill_, initialise
+from minka.model.initial_weights import fill_
 from minka.model.transformer import Transformer
+from minka.plan.config_sections import ModelSection
 from models import section
 
 CFG = section(init_std=0.5)
@@ -51,7 +52,7 @@ def test_chunks_threads_strides_and_dimensions_change_no_bit(monkeypatch: pytest
 
 
 def test_numbers_do_not_change_between_versions() -> None:
-    """Written down: a checkpoint of seed 1 must be that of seed 1 for ever."""
+    """Goldens: initial weights of seed 1 must stay the same forever."""
     expected = [-0.21921072900295258, -0.40922436118125916, 0.33814921975135803, -0.12271711975336075]
     assert WHOLE.flatten()[:4].tolist() == expected
 
@@ -93,3 +94,9 @@ def test_norms_are_one_biases_zero_and_what_writes_to_the_stream_is_small() -> N
         else:
             scaled = name.endswith(("wo.weight", "down.weight"))
             assert parameter.std().item() == pytest.approx(0.02 / (4 if scaled else 1) * 0.98658, rel=0.05), name
+
+
+def initialise(model: Transformer, seed: int, cfg: ModelSection) -> None:
+    """Set every parameter of a whole model on one device."""
+    for name, parameter in model.named_parameters():
+        fill_(parameter, name, seed, cfg, offset=[0] * parameter.ndim, global_shape=parameter.shape)

@@ -105,7 +105,7 @@ def test_one_document_a_row_is_the_same_with_ids_without_and_with_a_mask() -> No
     without = gradients(built, (tokens, None, positions, targets))
     assert without.keys() == dict(built.named_parameters()).keys()
     same = gradients(built, (tokens, one, positions, targets))
-    extra = torch.cat((one, one[:1] + torch.arange(40)))  # a row of another structure forces the mask on all
+    extra = torch.cat((one, one[:1] + torch.arange(40)))  # a row of a different structure forces the mask on all
     more = torch.cat((targets, torch.full((1, 40), -100)))
     masked = gradients(built, (torch.cat((tokens, tokens[:1])), extra, torch.cat((positions, positions[:1])), more))
     for name, gradient in without.items():

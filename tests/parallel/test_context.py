@@ -1,4 +1,4 @@
-"""Parts of sequences: who has which tokens, and the segments that variable-length kernels are given."""
+"""Context shards: which rank has which tokens, and the segments that variable-length kernels are given."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minka.model.attention import allowed_pairs
-from minka.parallel.context import gathered_places, places, varlen_part
+from minka.parallel.context import gathered_places, places, varlen_segments
 from models import packed
 
 
@@ -29,7 +29,7 @@ def test_segments_give_the_attention_of_whole_rows(ways: int, seed: int) -> None
     order = gathered_places(length, ways)
     for rank in range(ways):
         mine = places(length, ways, rank)
-        starts, key_starts, take, longest = varlen_part(documents, ways, rank)
+        starts, key_starts, take, longest = varlen_segments(documents, ways, rank)
         flat = [x.movedim(1, 2).flatten(0, 1) for x in (q[:, :, mine], k[:, :, order], v[:, :, order])]
         found = segments(flat[0], flat[1][take], flat[2][take], starts, key_starts)
         expected = whole[:, :, mine].movedim(1, 2).flatten(0, 1)
@@ -39,7 +39,7 @@ def test_segments_give_the_attention_of_whole_rows(ways: int, seed: int) -> None
 
 
 def segments(q_NHC: Tensor, k_MHC: Tensor, v_MHC: Tensor, starts: Tensor, key_starts: Tensor) -> Tensor:
-    """What a variable-length kernel computes: causal in each segment, the last query beside the last key."""
+    """What a variable-length kernel computes: causal in each segment, the last query aligned with the last key."""
     found = []
     for q0, q1, k0, k1 in zip(starts[:-1], starts[1:], key_starts[:-1], key_starts[1:], strict=True):
         q, k, v = q_NHC[q0:q1].movedim(1, 0), k_MHC[k0:k1].movedim(1, 0), v_MHC[k0:k1].movedim(1, 0)

@@ -1,4 +1,4 @@
-"""Who writes what: each box once, its copies sharing the work, without a word between the ranks."""
+"""Who writes what: each box once, its copies sharing the work, without communication."""
 
 from collections import Counter
 from typing import Any

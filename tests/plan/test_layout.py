@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
-from minka.plan.layout import RULES, Asked, Layout
+from minka.plan.layout import Layout
+from minka.plan.layout_rules import RULES, Asked
 from minka.plan.load_config import validate
 
 WAYS = st.integers(1, 6)
@@ -39,23 +40,20 @@ def test_a_layout_resolves_to_exactly_the_ranks_there_are_or_is_refused(replicat
         asked.resolve(ranks)
     assert refusal.value.status is ExitStatus.REFUSED
     assert f"{ranks:,}" in refusal.value.what
-    offered = re.split(" ranks?", refusal.value.remedy)[0].removeprefix("take ").replace(",", "").split(" or ")
+    offered = re.split(" ranks?", refusal.value.remedy)[0].removeprefix("works: ").replace(",", "").split(" or ")
     for number in map(int, offered):  # it offers the nearest numbers that will do
         assert asked.resolve(number).world == number
     if shard == 0:
         assert any(number > ranks for number in map(int, offered))
 
 
-def test_a_long_list_of_ways_is_told_in_short() -> None:
+def test_a_long_list_of_ways_is_shortened() -> None:
     with pytest.raises(UserError) as refusal:
         Layout(tensor=7, pipeline=11).resolve(65_536 * 9)
-    assert refusal.value.remedy == (
-        "take 589,820 or 589,897 ranks, or axes whose product divides 589,824: "
-        "1, 2, 3, 4, 6, 8, 9, 12, ..., 196,608, 294,912, 589,824"
-    )
-    with pytest.raises(UserError) as refusal:
+    assert "589,820 or 589,897" in refusal.value.remedy
+    assert refusal.value.remedy.endswith("1, 2, 3, 4, 6, 8, 9, 12, ..., 196,608, 294,912, 589,824")
+    with pytest.raises(UserError, match="needs 1 rank, not 2"):
         Layout(shard=1).resolve(2)
-    assert refusal.value.what == "the layout is of 1 rank, and there are 2"
 
 
 BASE: dict[str, dict[str, Any]] = {
@@ -97,7 +95,7 @@ REFUSED = {
     "tensor and the tokens of a rank": Refused(
         {"layout": {"context": 1, "tensor": 4}, "data": {"seq_len": 62, "batch_tokens": 62 * 8}},
         "tensor",
-        "share out a sequence's tokens",
+        "share a sequence's tokens",
         {"layout": {"tensor": 2}},
     ),
     "pipeline and tied embeddings": Refused(
@@ -145,13 +143,13 @@ REFUSED = {
     "split backward with resharding": Refused(
         {"layout": {"pipeline": 2, "schedule": "dualpipev", "reshard": "always"}},
         "reshard",
-        "wrong without a word",
+        "wrong without an error",
         {"layout": {"reshard": "never"}},
     ),
     "split backward with compiled blocks": Refused(
         {"layout": {"pipeline": 2, "schedule": "zbv"}, "kernels": {"compile": True}},
         "schedule",
-        "wrong without a word",
+        "wrong without an error",
         {"kernels": {"compile": False}},
     ),
     "1f1b with few micro-batches": Refused(
@@ -169,11 +167,14 @@ REFUSED = {
     "interleaved with some numbers of micro-batches": Refused(
         {"layout": {"pipeline": 2, "schedule": "interleaved"}, "data": {"batch_tokens": 5 * 64}},
         "schedule",
-        "a multiple",
+        "multiple of 2",
         {"data": {"batch_tokens": 6 * 64}},
     ),
     "deepspeed with copies": Refused(
-        {"layout": {"engine": "deepspeed", "replicate": 2}}, "replicate", "no copies", {"layout": {"replicate": 1}}
+        {"layout": {"engine": "deepspeed", "replicate": 2}},
+        "replicate",
+        "no copies",
+        {"layout": {"replicate": 1}},
     ),
     "deepspeed with a pipeline": Refused(
         {"layout": {"engine": "deepspeed", "pipeline": 2}}, "pipeline", "ZeRO", {"layout": {"engine": "fsdp"}}
@@ -182,7 +183,7 @@ REFUSED = {
         {"layout": {"engine": "deepspeed", "context": 2}}, "context", "ZeRO", {"layout": {"context": 1}}
     ),
     "deepspeed with tensor": Refused(
-        {"layout": {"engine": "deepspeed", "tensor": 2}}, "tensor", "cut already", {"layout": {"tensor": 1}}
+        {"layout": {"engine": "deepspeed", "tensor": 2}}, "tensor", "already cut", {"layout": {"tensor": 1}}
     ),
     "moments offloaded by FSDP": Refused(
         {"layout": {"offload": "optimizer"}}, "offload", "together", {"layout": {"offload": "all"}}
@@ -254,7 +255,7 @@ def test_every_rule_is_broken_by_a_row() -> None:
         layout = values.layout.model_copy(update=row.sections.get("layout", {}))
         kernels = values.kernels.model_copy(update=row.sections.get("kernels", {}))
         asked = Asked(layout, values.model, values.data, kernels)
-        broken.add(next(rule for rule in RULES if rule(asked) is not None))
+        broken.add(next(rule for rule in RULES if rule.broken(asked)))
     assert broken == set(RULES)
 
 

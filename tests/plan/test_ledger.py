@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from ledgers import event, steps
-from minka.plan.ledger import DEEPEST, Ledger, is_count, number, parse, read_ledger
+from minka.plan import ledger as ledger_module
+from minka.plan.ledger import DEEPEST, Ledger, is_count, lines_from_end, number, parse, read_ledger
 
 HUGE = 10**400  # an integer to JSON, and too large for a float
 NO_COUNTS: tuple[Any, ...] = ("x", -1, 1.5, True, None, [1], HUGE, 2**63)
@@ -69,17 +70,18 @@ def test_a_run_may_be_called_by_a_word_that_elsewhere_is_a_number(tmp_path: Path
     assert line["threads"] == float("inf")
 
 
-def test_a_ledger_without_its_steps_has_everything_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize("block", [1, 7, 64, 10_000])
+@pytest.mark.parametrize("text", [b"", b"one", b"one\n", b"\n\none\n\ntwo two\nthree", b"a" * 200 + b"\n" + b"b\n" * 9])
+def test_a_file_read_from_its_end_has_the_same_lines_and_their_places(
+    text: bytes, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module, "BLOCK_BYTES", block)
     file = tmp_path / "ledger.jsonl"
-    ledger = Ledger(file)
-    for kind in ("start", "step", "save", "step", "stop"):
-        ledger.append(kind, step=1, tokens=2)
-    ledger.close()
-    with file.open("a") as cut:
-        cut.write('{"event": "save", "ti')
-    torn: list[int] = []
-    assert [e["event"] for e in read_ledger(file, torn.append, with_steps=False)] == ["start", "save", "stop"]
-    assert torn == [6]
+    file.write_bytes(text)
+    with file.open("rb") as binary:
+        found = list(lines_from_end(binary))
+    assert [line for _, line in reversed(found)] == [line for line in text.split(b"\n") if line]
+    assert all(text[at : at + len(line)] == line for at, line in found)
 
 
 def test_opening_a_long_ledger_reads_its_end_only(tmp_path: Path) -> None:

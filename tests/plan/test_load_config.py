@@ -21,11 +21,11 @@ BAD: list[tuple[dict[str, dict[str, Any]], list[str]]] = [  # what is given, wha
     ({"model": {"layers": 1.5}}, ["model.layers=1.5", "integer"]),
     ({"model": {"vocab": 100}}, ["model.vocab=100", "256"]),
     ({"model": {"vocab": 512}}, ['data.tokenizer="bytes" has 256 entries', "model.vocab is 512"]),
-    ({"model": {"d_modle": 8}}, ["model.d_modle is no setting", "did you mean model.d_model?"]),
+    ({"model": {"d_modle": 8}}, ["model.d_modle is not a setting", "did you mean model.d_model?"]),
     ({"model": {"max_positions": 4}}, ["data.seq_len=8", "model.max_positions=4"]),
     ({"model": {"rope_scaling": {"factor": 0.5}}}, ["model.rope_scaling.factor=0.5"]),
     ({"model": {"rope_scaling": {"high_freq_factor": 1.0}}}, ["high_freq_factor must be above low_freq_factor"]),
-    ({"data": {"batch_tokens": 20}}, ["batch_tokens=20 is no multiple of seq_len=8", "[16, 24]"]),
+    ({"data": {"batch_tokens": 20}}, ["batch_tokens=20 is not a multiple of seq_len=8", "[16, 24]"]),
     ({"data": {"batch_tokens": 5}}, ["batch_tokens=5", "[8]"]),
     ({"data": {"batch_warmup": [{"until_tokens": 9, "batch_tokens": 9}]}}, ["batch_warmup[0].batch_tokens=9"]),
     (
@@ -40,8 +40,8 @@ BAD: list[tuple[dict[str, dict[str, Any]], list[str]]] = [  # what is given, wha
     ({"data": {"dropped_samples": [[0, 4], [3, 6]]}}, ["dropped_samples must be rising"]),
     ({"optimizer": {"learning_rate": 0.0}}, ["optimizer.learning_rate=0.0", "greater than 0"]),
     ({"optimizer": {"learning_rate": "fast"}}, ["optimizer.learning_rate='fast'", "number"]),
-    ({"optimizer": {"betas": [0.9, 0.95]}}, ["optimizer.betas is no setting", "did you mean optimizer.beta"]),
-    ({"schedule": {"warmup": 10}}, ["schedule.warmup=10 leaves nothing of a run of 10 steps", "give 9 or less"]),
+    ({"optimizer": {"betas": [0.9, 0.95]}}, ["optimizer.betas is not a setting", "did you mean optimizer.beta"]),
+    ({"schedule": {"warmup": 10}}, ["schedule.warmup=10 takes all of a run of 10 steps", "give 9 or less"]),
     ({"schedule": {"kind": "cosin"}}, ["schedule.kind='cosin'", "'cosine'"]),
     ({"layout": {"tensor": 3}}, ["layout.tensor", "tensor=3 does not divide", "tensor in [1"]),
     ({"checkpoint": {"keep": 0}}, ["checkpoint.keep=0"]),
@@ -49,7 +49,7 @@ BAD: list[tuple[dict[str, dict[str, Any]], list[str]]] = [  # what is given, wha
     ({"eval": {"temperature": -1}}, ["eval.temperature=-1"]),
     ({"tracking": {"wandb": "yes"}}, ["tracking.wandb='yes'", "'off', 'offline' or 'online'"]),
     ({"kernels": {"attention": "flash"}}, ["kernels.attention='flash'", "'auto', 'sdpa' or 'varlen'"]),
-    ({"shedule": {"warmup": 1}}, ["shedule is no setting", "did you mean schedule?"]),
+    ({"shedule": {"warmup": 1}}, ["shedule is not a setting", "did you mean schedule?"]),
 ]
 
 
@@ -147,13 +147,13 @@ def test_max_tokens_replaces_max_steps_and_the_other_way_round() -> None:
     [
         (
             "optimiser.learning_rate=1",
-            ["optimiser.learning_rate is no setting", "did you mean optimizer.learning_rate?"],
+            ["optimiser.learning_rate is not a setting", "did you mean optimizer.learning_rate?"],
         ),
-        ("learning_rate=1", ["learning_rate is no setting", "did you mean optimizer.learning_rate?"]),
+        ("learning_rate=1", ["learning_rate is not a setting", "did you mean optimizer.learning_rate?"]),
         ("model.d_modle=1", ["did you mean model.d_model?"]),
-        ("run.max_steps", ["'run.max_steps' is no override", "section.key=value"]),
-        ("=3", ["'=3' is no override"]),
-        ("model=3", ["model is no setting"]),
+        ("run.max_steps", ["'run.max_steps' is not an override", "section.key=value"]),
+        ("=3", ["'=3' is not an override"]),
+        ("model=3", ["model is not a setting"]),
         ("optimizer.learning_rate=fast", ["optimizer.learning_rate='fast'"]),
     ],
 )
@@ -179,7 +179,7 @@ def test_an_unknown_source_names_the_nearest_recipe() -> None:
     assert "dense-125m" in refusal.value.remedy
 
 
-@pytest.mark.parametrize(("text", "said"), [("a = [", "this is no TOML"), ("[run]\nname = 1\n", "run.name=1")])
+@pytest.mark.parametrize(("text", "said"), [("a = [", "not a TOML file"), ("[run]\nname = 1\n", "run.name=1")])
 def test_a_file_that_is_wrong_is_named(text: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(text)

@@ -3,11 +3,12 @@
 import re
 import tomllib
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
 from minka.plan.config import RunConfig
-from minka.plan.errors import UserError
+from minka.plan.errors import ExitStatus, UserError
 from minka.plan.load_config import flatten, load_run
 from minka.plan.resume_rules import (
     RULES,
@@ -15,11 +16,13 @@ from minka.plan.resume_rules import (
     check_fork,
     check_length,
     check_resume,
+    decide,
     decides_rate,
+    describe_changes,
     rule_of,
-    told,
 )
 from minka.plan.resume_rules import changes as changes_between
+from minka.plan.run_state import Position, RunState
 
 FREE = "layout checkpoint eval tracking kernels guard".split()
 SHOWN = "run.max_steps run.max_tokens data.batch_tokens data.batch_warmup model.z_loss".split()
@@ -69,7 +72,10 @@ def test_changes_are_all_that_differs_and_none_stands_for_not_set() -> None:
         "run.max_steps": (500, None),
         "run.max_tokens": (None, 900000),
     }
-    assert told(changed)[1:] == ["run.max_steps = not set (was 500)", "run.max_tokens = 900000 (was not set)"]
+    assert describe_changes(changed)[1:] == [
+        "run.max_steps = not set (was 500)",
+        "run.max_tokens = 900000 (was not set)",
+    ]
     assert changes_between(run(), run()) == {}
 
 
@@ -88,7 +94,7 @@ def test_changes_are_all_that_differs_and_none_stands_for_not_set() -> None:
 def test_a_resume_refuses_by_name_what_a_fork_may_have(override: str, key: str) -> None:
     changed = changes_between(run(), run(override))
     with pytest.raises(UserError, match=re.escape(key)) as caught:
-        check_resume(changed, "demo", "runs/demo")
+        check_resume(changed, run(), "runs/demo")
     assert "run.name=NEW run.start_from=demo" in caught.value.remedy
     check_fork(changed, "demo at step 5")
 
@@ -96,9 +102,9 @@ def test_a_resume_refuses_by_name_what_a_fork_may_have(override: str, key: str) 
 @pytest.mark.parametrize("name", SHAPE)
 def test_what_a_fork_refuses_too_is_not_remedied_by_one(name: str) -> None:
     changed: dict[str, tuple[object, object]] = {f"model.{name}": (1, 2), "run.seed": (0, 1)}
-    for forked, new in ((False, "(run.name=NEW)"), (True, "(run.start_from= run.name=NEW)")):
-        with pytest.raises(UserError, match="exists, and it cannot go on") as caught:
-            check_resume(changed, "demo", "runs/demo", forked=forked)
+    for config, new in ((run(), "(run.name=NEW)"), (run("run.start_from=x"), "(run.start_from= run.name=NEW)")):
+        with pytest.raises(UserError, match=f"model.{name} was 1 and is now 2") as caught:
+            check_resume(changed, config, "runs/demo")
         assert f"from new weights {new}" in caught.value.remedy
         assert "run.start_from=demo" not in caught.value.remedy
         assert "(minka train runs/demo)" in caught.value.remedy
@@ -107,14 +113,14 @@ def test_what_a_fork_refuses_too_is_not_remedied_by_one(name: str) -> None:
 def test_a_run_toml_edited_by_hand_is_named_where_the_command_alone_would_be_refused_again() -> None:
     changed = changes_between(run(), run("run.seed=9"))
     with pytest.raises(UserError) as caught:
-        check_resume(changed, "demo", "runs/demo", edited=["run.seed", "schedule.warmup"])
+        check_resume(changed, run(), "runs/demo", edited=["run.seed", "schedule.warmup"])
     assert "set run.seed back in runs/demo/run.toml" in caught.value.remedy
     assert "minka train" not in caught.value.remedy
 
 
 def test_a_resume_with_changes_that_are_allowed_is_allowed() -> None:
     allowed = ["layout.micro_batch=2", "run.max_steps=9999", "schedule.kind=linear", "optimizer.beta1=0.8"]
-    check_resume(changes_between(run(), run(*allowed, "data.batch_tokens=512", "model.z_loss=1e-3")), "demo", "here")
+    check_resume(changes_between(run(), run(*allowed, "data.batch_tokens=512", "model.z_loss=1e-3")), run(), "here")
 
 
 @pytest.mark.parametrize("name", SHAPE)
@@ -122,7 +128,7 @@ def test_a_fork_refuses_another_shape_by_name(name: str) -> None:
     model = run().model
     old = getattr(model, name)
     changed: dict[str, tuple[object, object]] = {f"model.{name}": (old, not old if isinstance(old, bool) else 2 * old)}
-    with pytest.raises(UserError, match=f"another model.{name}: model.{name} is {old} there"):
+    with pytest.raises(UserError, match=f"different model.{name}: model.{name} was {old}"):
         check_fork(changed, "demo at step 5")
 
 
@@ -139,7 +145,7 @@ def test_a_length_before_the_place_where_the_run_stands_is_refused(override: str
     new = run(override)
     changed = changes_between(run(), new)
     if refused:
-        with pytest.raises(UserError, match="stands at"):
+        with pytest.raises(UserError, match=r"is at (step 50|token 600000) already"):
             check_length(changed, new, step=50, tokens=600_000)
     else:
         check_length(changed, new, step=50, tokens=600_000)
@@ -173,7 +179,7 @@ def test_batches_that_no_warmup_can_tell_of_get_no_remedy_that_is_refused_again(
         "run.max_steps=30", "schedule.warmup=0", "schedule.unit=tokens", "data.batch_tokens=256", "data.batch_warmup=[]"
     )
     step, tokens = 10, 5 * 512 + 5 * 256
-    with pytest.raises(UserError, match="count both in the same unit") as caught:
+    with pytest.raises(UserError, match="both in the same unit") as caught:
         check_batch(old, new, step, tokens)
     assert "batch_warmup" not in caught.value.remedy
     check_batch(old, run("run.max_steps=30", "schedule.warmup=0", "schedule.unit=steps"), step, tokens)
@@ -183,6 +189,51 @@ def test_what_moves_the_learning_rate_is_known() -> None:
     moving: Sequence[str] = ("run.max_steps", "run.max_tokens", "schedule.warmup", "optimizer.learning_rate")
     assert all(decides_rate({key: None}) for key in (*moving, "data.batch_tokens", "data.batch_warmup"))
     assert not any(decides_rate({key: None}) for key in ("optimizer.beta1", "model.z_loss", "data.seq_len", "run.seed"))
+
+
+def state(config: RunConfig, **fields: Any) -> RunState:
+    """A run of `config` that stands at step 50, where it was saved."""
+    at = {"checkpoints": (50,), "position": Position(50, 900, 600_000), "last_save": 50}
+    return RunState(begun=True, started=True, started_with=config, **{**at, **fields})
+
+
+def test_a_finished_run_is_over_until_a_length_goes_beyond_its_position() -> None:
+    config = run("run.max_steps=50")
+    finished = state(config, finished=True)
+    assert decide(finished, config, "here").over
+    ignored = decide(finished, run("run.max_steps=50", "optimizer.beta1=0.8"), "here")
+    assert (ignored.over, ignored.ignored) == (True, ["optimizer.beta1"])
+    assert not decide(finished, run("run.max_steps=51"), "here").over
+    assert not decide(state(config), config, "here").over  # it has yet to be exported
+    lost = state(config, finished=True, position=None)
+    assert not decide(lost, run("run.max_steps=51"), "here").over  # the restore says why no checkpoint can be read
+
+
+def test_a_run_whose_checkpoints_are_all_gone_needs_a_person_unless_it_is_restarted_on_purpose() -> None:
+    config = run()
+    gone = state(config, checkpoints=(), position=None)
+    with pytest.raises(UserError, match="all of them are gone") as caught:
+        decide(gone, config, "runs/demo")
+    assert caught.value.status == ExitStatus.NEEDS_PERSON
+    assert "minka train runs/demo --from-scratch" in caught.value.remedy
+    assert not decide(gone, config, "runs/demo", from_scratch=True).over
+    assert not decide(gone.restarted(), config, "runs/demo").over
+    assert not decide(state(config, checkpoints=(), position=None, last_save=None), config, "runs/demo").over
+
+
+def test_a_start_that_cannot_be_read_is_refused_unless_the_run_is_restarted() -> None:
+    unreadable = state(run(), unreadable_start="ledger.jsonl: the start event at byte 7 cannot be read: run.new")
+    with pytest.raises(UserError, match="start event at byte 7") as caught:
+        decide(unreadable, run(), "runs/demo")
+    assert "--from-scratch" in caught.value.remedy
+    decide(unreadable, run(), "runs/demo", from_scratch=True)
+
+
+def test_a_run_state_is_handed_down_as_json_without_loss() -> None:
+    there = state(run(recipe="llama3-8b"), in_file=run(), tokens_before=7, ledger_bytes=8)
+    assert RunState.model_validate_json(there.model_dump_json()) == there
+    assert there.newest == 50
+    assert state(run(), last_save=60).newest is None
 
 
 def walk(config: RunConfig, steps: int) -> tuple[int, int]:

@@ -57,9 +57,7 @@ def test_no_ranks(ranks: str, tmp_path: Path) -> None:
 
 
 def test_ranks_that_do_not_fit_the_layout(tmp_path: Path) -> None:
-    assert "the layout is of 4 ranks (shard 4), and there are 3" in refused(
-        tiny(tmp_path, layout={"shard": 4}), "--ranks", "3"
-    )
+    assert "the layout (shard 4) needs 4 ranks, not 3" in refused(tiny(tmp_path, layout={"shard": 4}), "--ranks", "3")
 
 
 def test_a_vocabulary_the_data_cannot_fill(tmp_path: Path) -> None:
@@ -71,7 +69,7 @@ def test_a_run_of_that_name_with_another_configuration(tmp_path: Path) -> None:
     config = tiny(tmp_path, run={"max_steps": 1}, schedule={"warmup": 0})
     assert minka("train", str(written(config)), "--ranks", "1").returncode == 0
     before = {p: p.read_bytes() for p in RunFolder.of(config).path.rglob("*") if p.is_file()}
-    assert "run.seed is 7 there and 8 here" in refused(config, "run.seed=8")
+    assert "run.seed was 7 and is now 8" in refused(config, "run.seed=8")
     assert before == {p: p.read_bytes() for p in RunFolder.of(config).path.rglob("*") if p.is_file()}
 
 
@@ -162,7 +160,7 @@ def test_a_store_made_again_from_other_text(tmp_path: Path) -> None:
     (RunFolder.of(config).exit_file).unlink()  # as if it had been cut off
     shutil.rmtree(tmp_path / "store")
     (tmp_path / "corpus" / "000.txt").write_text("other text than before")
-    assert "not the one this run began with" in refused(config, "--ranks", "1")
+    assert "not the token store that the run began with" in refused(config, "--ranks", "1")
 
 
 def test_a_stop_file_that_was_left_there(tmp_path: Path) -> None:
@@ -180,7 +178,7 @@ def test_a_run_that_another_process_trains(tmp_path: Path) -> None:
     assert minka("train", str(written(config)), "--ranks", "1").returncode == 0
     RunFolder.of(config).exit_file.unlink()
     with RunFolder.of(config).only_writer():
-        assert "being trained by another process" in refused(config)
+        assert "a different process is training this run" in refused(config)
 
 
 def test_a_read_only_folder(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ from unittest.mock import patch
 
 import pytest
 
-from minka.kernels import linear_cross_entropy
 from minka.plan.config_sections import KernelsSection
 from minka.plan.errors import UserError
 from minka.plan.load_config import load_run
-from minka.plan.memory import KINDS
+from minka.plan.memory import MEMORY_KINDS
+from minka.plan.sizing import logit_rows
 from minka.train import dry_run as dry_runs
 from minka.train.command import main
 from minka.train.dry_run import DryRun, dry_run
@@ -64,15 +64,15 @@ def test_it_holds_and_sends_what_real_ranks_do(row: str) -> None:
     config = config_of(layout)
     ranks = real(config, unit_bytes=unit_bytes)
     for rank in sorted({0, len(ranks) - 1}):
-        found, told = ranks[rank], dry(config, rank, unit_bytes=unit_bytes)
-        off = told.memory.total / found.allocated - 1
-        kinds = {k: (told.memory.by_kind[k] - found.peak.by_kind[k]) / found.peak.total for k in KINDS}
-        largest = {k: (told.memory.largest[k] - found.peak.largest[k]) / found.peak.total for k in KINDS}
+        found, predicted = ranks[rank], dry(config, rank, unit_bytes=unit_bytes)
+        off = predicted.memory.total / found.allocated - 1
+        kinds = {k: (predicted.memory.by_kind[k] - found.peak.by_kind[k]) / found.peak.total for k in MEMORY_KINDS}
+        largest = {k: (predicted.memory.largest[k] - found.peak.largest[k]) / found.peak.total for k in MEMORY_KINDS}
         worst = max([*kinds.values(), *largest.values()], key=abs)
         print(f"{row}, rank {rank}: {off:+.2%} of the allocator's peak, {worst:+.2%} in one kind")
         assert abs(off) <= ALLOCATOR
         assert abs(worst) <= KIND, (kinds, largest)
-        assert (told.calls, told.payload_bytes) == (found.calls, found.payload_bytes)
+        assert (predicted.calls, predicted.payload_bytes) == (found.calls, found.payload_bytes)
 
 
 EXTRAPOLATED: dict[str, tuple[dict[str, Any], int]] = {
@@ -100,7 +100,7 @@ EXTRAPOLATED: dict[str, tuple[dict[str, Any], int]] = {
         for rank in (0, 1)
     ],
 )
-def test_some_micro_batches_tell_of_all(row: str, rank: int) -> None:
+def test_some_micro_batches_predict_all(row: str, rank: int) -> None:
     layout, unit_bytes = EXTRAPOLATED[row]
     config = config_of(layout)
     few, all_of_them = _traced(config, rank, unit_bytes, layers=0), _traced(config, rank, unit_bytes, micro_batches=99)
@@ -122,7 +122,7 @@ def test_as_on_a_gpu_a_rank_has_the_logits_of_its_own_vocabulary() -> None:
     """Of the whole vocabulary a chunk would have fewer tokens than the rank has."""
     vocab, tokens = 2**20, 16 * 128
     config = config_of({"tensor": 8, "micro_batch": 16}, heads=8, kv_heads=8, vocab=vocab)
-    assert linear_cross_entropy.chunk_rows(vocab, True) < tokens <= linear_cross_entropy.chunk_rows(vocab // 8, True)
+    assert logit_rows(vocab, "cuda") < tokens <= logit_rows(vocab // 8, "cuda")
     found = dry_run(config, 8, 0).memory.largest["logits"]
     assert found >= 4 * tokens * vocab // 8  # in fp32
 
@@ -144,7 +144,7 @@ def test_a_second_dry_run_in_a_process_is_the_first() -> None:
 @pytest.mark.parametrize(
     ("recipe", "world", "rank"), [("llama3-8b", 8, 3), ("llama3-70b", 256, 100), ("llama3-405b", 16384, 777)]
 )
-def test_the_largest_runs_are_told_on_a_laptop(recipe: str, world: int, rank: int) -> None:
+def test_the_largest_runs_are_traced_on_a_laptop(recipe: str, world: int, rank: int) -> None:
     command = [sys.executable, "-m", "minka", "train", recipe, "--dry-run", "--world", str(world), "--rank", str(rank)]
     before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=400, check=False)
@@ -179,42 +179,44 @@ def test_the_command_prints_a_rank_or_one_of_each_stage(capsys: pytest.CaptureFi
     assert main([*small, "--dry-run", "--world", "2"]) == 0
     text, progress = capsys.readouterr()
     assert "tracing rank 1 (2 of 2)" in progress
-    assert all(word in text for word in ("rank 0", "rank 1", *KINDS, "model.blocks.", "most memory: rank", "send"))
+    assert all(
+        word in text for word in ("rank 0", "rank 1", *MEMORY_KINDS, "model.blocks.", "most memory: rank", "send")
+    )
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
         (["--world", "2"], "add --dry-run"),
-        (["--dry-run", "--world", "2", "--rank", "2"], "there is no rank 2 among 2"),
-        (["--dry-run", "--world", "2", "--rank", "first"], "'first' is no rank"),
+        (["--dry-run", "--world", "2", "--rank", "2"], "rank 2 is not among 2"),
+        (["--dry-run", "--world", "2", "--rank", "first"], "'first' is not a rank"),
         (["--dry-run", "--rank", "1"], "--world"),
         (["--dry-run", "--world", "2", "--ranks", "2"], "--ranks cannot be given"),
         (["--dry-run", "--world", "3", "layout.tensor=2"], "layout"),
-        (["--dry-run", "--world", "2", "--rank", "²"], "is no rank"),
+        (["--dry-run", "--world", "2", "--rank", "²"], "is not a rank"),
         (["--dry-run", "--world", "2", "kernels.attention=varlen", "layout.precision=fp32"], "kernels.attention"),
         (["--dry-run", "--world", "2", "layout.engine=deepspeed"], "no dry run"),
         (["--dry-run", "--world", "2", "layout.offload=all"], "no dry run"),
     ],
 )
-def test_what_it_cannot_tell_it_refuses(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_it_cannot_trace_it_refuses(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", *given]) == 2
     assert said in capsys.readouterr().err
 
 
-def test_fillers_are_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+def test_padding_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "layout.micro_batch=3", "--dry-run", "--world", "1"]) == 0
-    assert "of each step is spent on fillers" in capsys.readouterr().out
+    assert "of each step is spent on padding sequences" in capsys.readouterr().out
 
 
-def test_a_layout_that_is_not_legal_while_the_batch_warms_up_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_layout_that_is_not_legal_during_the_batch_warmup_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     warm = "data.batch_warmup=[{until_tokens=40960,batch_tokens=1024}]"
     layout = ["layout.pipeline=2", "layout.micro_batch=8", "model.tied=false", warm]
     assert main(["demo", *layout, "--dry-run", "--world", "2", "--rank", "0"]) == 0
-    assert "while the batch is warming up" in capsys.readouterr().out
+    assert "not legal during the batch warm-up" in capsys.readouterr().out
 
 
-def test_it_is_refused_where_ranks_are_joined_already() -> None:
+def test_it_is_refused_where_a_process_group_exists() -> None:
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

@@ -1,4 +1,4 @@
-"""Runs that start from others: each trains on and says where it came from."""
+"""Runs that start from a parent: each continues it, and records where it came from."""
 
 import shutil
 from pathlib import Path
@@ -8,11 +8,13 @@ import pytest
 
 from commands import minka
 from families import crash, fork, ledger, rank_refuses, said, samples, stable_phase, steps, trained
-from minka.checkpoint.restore import checkpoints, load_manifest, whole_tensors
+from minka.checkpoint.catalogue import checkpoints
+from minka.checkpoint.manifest import read_header
+from minka.checkpoint.restore import whole_tensors
 from minka.plan.config import RunConfig
 from minka.plan.load_config import load_run
 from minka.plan.run_folder import RunFolder
-from minka.train import resume
+from minka.train import restore_or_init
 from minka.train.command import main
 from ranks import on_ranks
 from tiny import corpus, train_rank
@@ -64,18 +66,18 @@ def test_weights_alone_begin_a_run_at_step_0_and_a_hugging_face_folder_is_the_sa
 def test_another_sequence_length_goes_on_with_the_counters_and_a_new_order(base: RunFolder) -> None:
     config = fork(base, "longer", "base@15", "run.start_with=all", "data.seq_len=16", "run.max_steps=18")
     text = said(config)
-    assert "goes on from base at step 15 (weights, optimizer, counters)" in text
-    assert "first sample of a new order, because data.seq_len is another" in text
+    assert "starts from base at step 15 (weights, optimizer, counters)" in text
+    assert "first sample of a new order, because data.seq_len differs" in text
     assert sorted(steps(ledger(RunFolder.of(config)))) == [16, 17, 18]
     assert samples(RunFolder.of(config))[16] == list(range(26))
-    state = load_manifest(checkpoints(RunFolder.of(config).checkpoints)[-1])["state"]
+    state = read_header(checkpoints(RunFolder.of(config).checkpoints)[-1]).state
     assert (state["step"], state["samples"]) == (18, 3 * 26)
-    assert state["tokens"] == load_manifest(base.checkpoints / "step-00000015")["state"]["tokens"] + 3 * 13 * 32
+    assert state["tokens"] == read_header(base.checkpoints / "step-00000015").state["tokens"] + 3 * 13 * 32
 
 
 def test_another_rope_base_starts_from_the_weights(base: RunFolder) -> None:
     config = fork(base, "rope", "base@20", "model.rope_theta=50000", "run.max_steps=5")
-    line = "goes on from base at step 20 (weights only; optimizer, schedule and data begin anew)"
+    line = "starts from base at step 20 (weights only; optimizer, schedule and data begin at 0)"
     assert line in said(config)
     (parent,) = RunFolder.of(config).lineage()
     assert parent["changed"] == {"model.rope_theta": [10000.0, 50000.0], "run.max_steps": [20, 5]}
@@ -88,7 +90,7 @@ def test_other_data_in_the_parents_tokenizer_begin_a_new_order(base: RunFolder, 
     data = [f'data.paths=["{tmp_path / "other"}"]', f"data.store={tmp_path / 'store'}"]
     tokenizer = f"data.tokenizer={base.path.parent.parent / 'store' / 'tokenizer'}"
     config = fork(base, "data", "base@10", "run.start_with=all", "run.max_steps=12", *data, tokenizer)
-    assert "because the token store is another" in said(config)
+    assert "because the token store differs" in said(config)
     assert samples(RunFolder.of(config))[11] == list(range(13))
 
 
@@ -100,15 +102,15 @@ def test_lineage_is_in_the_folder_the_ledger_the_checkpoints_and_goes_back_to_th
     folder = RunFolder.of(grandchild)
     parents = folder.lineage()
     assert [(p["run"], p["step"], p["with"]) for p in parents] == [("child", 11, "weights"), ("base", 10, "all")]
-    assert parents[1]["sha256"] == load_manifest(base.checkpoints / "step-00000010")["sha256"]
-    assert parents[1]["tokens"] == load_manifest(base.checkpoints / "step-00000010")["state"]["tokens"]
+    assert parents[1]["sha256"] == read_header(base.checkpoints / "step-00000010").sha256
+    assert parents[1]["tokens"] == read_header(base.checkpoints / "step-00000010").state["tokens"]
     assert parents[1]["folder"] == str(base.path.resolve())
     assert parents[0]["changed"] == {"run.max_steps": [11, 5], "schedule.warmup": [4, 2]}
     (start,) = [e for e in events if e["event"] == "start"]
     assert start["lineage"] == parents
     assert start["config"] == grandchild.model_dump(mode="json")
     assert start["changed"] == {}
-    assert load_manifest(checkpoints(folder.checkpoints)[-1])["state"]["lineage"] == parents
+    assert read_header(checkpoints(folder.checkpoints)[-1]).state["lineage"] == parents
 
 
 def test_the_command_that_made_a_fork_goes_on_with_it_when_the_parent_is_gone(base: RunFolder, tmp_path: Path) -> None:
@@ -119,7 +121,7 @@ def test_the_command_that_made_a_fork_goes_on_with_it_when_the_parent_is_gone(ba
     assert main([str(base.path), *given]) == 0
     again = minka("train", str(base.path), *given, "run.max_steps=22", "--ranks", "1")
     assert again.returncode == 0, again.stderr
-    assert "going on from step 20" in again.stdout
+    assert "resuming from step 20" in again.stdout
 
 
 def test_a_fork_whose_parent_could_not_be_read_is_made_again_from_another(base: RunFolder, tmp_path: Path) -> None:
@@ -141,14 +143,14 @@ def test_the_parents_checkpoint_is_leased_while_it_is_read(base: RunFolder) -> N
 
 def train_watching_leases(config: RunConfig, parent: Path) -> int:
     """How many leases the parent had while it was read."""
-    right = resume.restore_from  # type: ignore[attr-defined]
+    right = restore_or_init.restore_from  # type: ignore[attr-defined]
     seen: list[Path] = []
 
     def watched(*arguments: Any, **more: Any) -> Any:
         seen.extend((parent / "leases").iterdir())
         return right(*arguments, **more)
 
-    resume.restore_from = watched  # type: ignore[attr-defined]
+    restore_or_init.restore_from = watched  # type: ignore[attr-defined]
     assert train_rank(config) == 0
     return len(seen)
 
@@ -169,7 +171,7 @@ def test_a_fork_that_crashed_goes_on_from_its_own_checkpoint_or_else_from_its_pa
 def test_a_run_that_crashed_before_its_first_checkpoint_begins_again_and_says_so(base: RunFolder) -> None:
     config = load_run(str(base.path), ["run.name=new", "checkpoint.every_steps=0"]).config
     crash(config, 7)
-    reason = "the run ended before its first checkpoint, and begins again from its initial weights"
+    reason = "the run ended before its first checkpoint, and restarts from its initial weights"
     assert reason in said(config)
     events = ledger(RunFolder.of(config))
     assert [(e["step"], e["reason"]) for e in events if e["event"] == "restart"] == [(0, reason)]
@@ -177,7 +179,7 @@ def test_a_run_that_crashed_before_its_first_checkpoint_begins_again_and_says_so
 
 
 def test_milestones_that_the_parent_had_passed_keep_nothing_of_the_fork(base: RunFolder) -> None:
-    passed = load_manifest(base.checkpoints / "step-00000010")["state"]["tokens"] - 1
+    passed = read_header(base.checkpoints / "step-00000010").state["tokens"] - 1
     milestones = f"checkpoint.keep_tokens=[{passed}, {passed + 13 * 32 * 2}]"
     settings = ("run.start_with=all", "run.max_steps=14", "checkpoint.every_steps=1", milestones)
     config = fork(base, "miles", "base@10", *settings)

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from minka.checkpoint.async_saver import Saver
+from minka.checkpoint.async_saver import AsyncSaver
 from minka.checkpoint.catalogue import checkpoints
 from minka.checkpoint.restore import whole_tensors
 from minka.data.loader import Loader
 from minka.launch.signals import SupervisorLink
-from minka.parallel.fsdp_engine import ShardedEngine
+from minka.parallel.engine import TorchEngine
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
 from minka.plan.ledger import current, read_ledger
@@ -27,12 +27,12 @@ STEPS = 24
 CLOCKS = ("time", "seconds", "tokens_per_second", "mfu", "memory_bytes")
 MOMENTS: dict[str, tuple[type, str]] = {  # the points of a cycle, in their order
     "data": (Loader, "__next__"),
-    "forward and backward": (ShardedEngine, "forward_backward"),
-    "gradient norm": (ShardedEngine, "grad_norm"),
-    "settling a save": (Recorder, "settle"),
-    "update": (ShardedEngine, "apply"),
+    "forward and backward": (TorchEngine, "forward_backward"),
+    "gradient norm": (TorchEngine, "grad_norm"),
+    "waiting for a copy": (Recorder, "wait_for_copy"),
+    "update": (TorchEngine, "apply"),
     "judging": (Recorder, "judge"),
-    "beginning a save": (Saver, "save"),
+    "beginning a save": (AsyncSaver, "save"),
     "evaluation": (Recorder, "evaluate"),
 }
 AFTER_UPDATE = ("judging", "beginning a save", "evaluation")
@@ -40,7 +40,7 @@ STOPS = {  # moment: the step in which it is asked for; saves come every 3 steps
     "data": 2,
     "forward and backward": 4,
     "gradient norm": 5,
-    "settling a save": 7,
+    "waiting for a copy": 7,
     "update": 10,
     "judging": 12,
     "beginning a save": 15,

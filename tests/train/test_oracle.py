@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minka.data.batch import Batch
 from minka.model.hub_folder import their_name
 from minka.parallel.mesh import start_mesh
 from minka.plan.config import RunConfig
+from minka.train.build_engine import build_engine
 from minka.train.guard import accepts
 from minka.train.schedule import learning_rate
-from minka.train.worker import build_engine
 from ranks import on_ranks
 from tiny import tiny
 
@@ -30,15 +31,6 @@ class Step(NamedTuple):
     norm: float
 
 
-class Fed(NamedTuple):
-    """A micro-batch of rows that are one document each."""
-
-    tokens: Tensor
-    targets: Tensor
-    documents: Tensor
-    positions: Tensor
-
-
 def batches() -> Iterator[list[tuple[Tensor, Tensor]]]:
     """For every step its micro-batches of (tokens, targets): text that can be learned, a fifth of it masked."""
     generator = torch.Generator().manual_seed(5)
@@ -50,6 +42,12 @@ def batches() -> Iterator[list[tuple[Tensor, Tensor]]]:
         targets[torch.rand(targets.shape, generator=generator) < 0.2] = IGNORED
         targets[0, : LENGTH // 2] = IGNORED  # micro-batches with unequal counts: a mean of means would show
         yield list(zip(tokens.chunk(MICRO_BATCHES), targets.chunk(MICRO_BATCHES), strict=True))
+
+
+def whole_rows(tokens: Tensor, targets: Tensor) -> Batch:
+    """A micro-batch of rows that are one document each."""
+    positions, count = torch.arange(LENGTH).expand_as(tokens), int((targets != IGNORED).sum())
+    return Batch(tokens, targets, torch.zeros_like(tokens), positions, torch.arange(len(tokens)), count)
 
 
 def reference(weights: dict[str, Tensor]) -> list[Step]:
@@ -93,14 +91,10 @@ def ours(config: RunConfig) -> tuple[dict[str, Any], list[Step]]:
         engine, _ = build_engine(config, mesh)
         pieces = {name: piece for name, piece in engine.tensors().items() if name.startswith("model.")}
         initial = {their_name(name.removeprefix("model.")): p.local.numpy().copy() for name, p in pieces.items()}
-        documents, positions = torch.zeros(1, 1, dtype=torch.int64), torch.arange(LENGTH)
         for number, micro_batches in enumerate(batches()):
-            fed = [
-                Fed(tokens, targets, documents.expand_as(tokens), positions.expand_as(tokens))
-                for tokens, targets in micro_batches
-            ]
-            mine = [part for index, part in enumerate(fed) if index % mesh.ranks == mesh.rank]
-            count = sum(int((part.targets != IGNORED).sum()) for part in fed)
+            parts = [whole_rows(*pair) for pair in micro_batches]  # each row is one document
+            mine = [engine.prepare(part) for part in parts[mesh.rank :: mesh.ranks]]
+            count = sum(part.target_count for part in parts)
             sums = engine.forward_backward(mine, count)
             norm = engine.grad_norm()
             engine.apply(learning_rate(config, number, 0), config.optimizer.max_norm, accepts(sums, norm))

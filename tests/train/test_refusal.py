@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from minka.checkpoint.restore import checkpoints, load_manifest, whole_tensors
-from minka.parallel.engine import MicroBatch, Sums
-from minka.parallel.fsdp_engine import ShardedEngine
+from minka.checkpoint.catalogue import checkpoints
+from minka.checkpoint.manifest import read_header
+from minka.checkpoint.restore import whole_tensors
+from minka.parallel.engine import Sums, TorchEngine
+from minka.parallel.inputs import ModelInputs
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
 from minka.plan.guard import judge
@@ -39,7 +41,7 @@ def test_a_refused_step_changes_no_bit_and_is_an_event(what: str, ranks: int, tm
     assert [line["step"] for line in skips] == [3, 7]
     assert all(not math.isfinite(line["loss"] if what == "loss" else line["grad_norm"]) for line in skips)
     last = checkpoints(folder.checkpoints)[-1]
-    assert load_manifest(last)["state"]["step"] == 20
+    assert read_header(last).state["step"] == 20
     assert float(dict(whole_tensors(last, "optimizer."))["count"]) == 18  # the optimizer's own count
     assert all(bool(tensor.isfinite().all()) for _, tensor in whole_tensors(last, ""))
 
@@ -60,10 +62,10 @@ def test_refused_steps_in_a_row_stop_the_run_for_a_person(tmp_path: Path) -> Non
 
 def train_with_nan(config: RunConfig, what: str, at: list[int]) -> tuple[list[tuple[int, bool]], int]:
     """(step, whether all local state kept its bits) of each step, and the status of the run."""
-    forward_backward, apply = ShardedEngine.forward_backward, ShardedEngine.apply
+    forward_backward, apply = TorchEngine.forward_backward, TorchEngine.apply
     steps: list[tuple[int, bool]] = []
 
-    def broken(self: ShardedEngine, micro_batches: list[MicroBatch], target_count: int) -> Sums:
+    def broken(self: TorchEngine, micro_batches: list[ModelInputs], target_count: int) -> Sums:
         sums = forward_backward(self, micro_batches, target_count)
         if len(steps) + 1 in at and what == "loss":
             return Sums(sums.loss * math.nan, sums.z_loss)
@@ -71,15 +73,15 @@ def train_with_nan(config: RunConfig, what: str, at: list[int]) -> tuple[list[tu
             next(g for g in self.gradients().values() if g.numel()).view(-1)[0] = math.inf
         return sums
 
-    def watched(self: ShardedEngine, rate: float, max_norm: float, accept: Tensor) -> None:
+    def watched(self: TorchEngine, rate: float, max_norm: float, accept: Tensor) -> None:
         before = {name: piece.local.clone() for name, piece in self.tensors().items()}
         apply(self, rate, max_norm, accept)
         same = all(torch.equal(before[name], piece.local) for name, piece in self.tensors().items())
         steps.append((len(steps) + 1, same))
 
-    ShardedEngine.forward_backward, ShardedEngine.apply = broken, watched  # type: ignore[assignment,method-assign]
+    TorchEngine.forward_backward, TorchEngine.apply = broken, watched  # type: ignore[assignment,method-assign]
     try:
         status = train_rank(config)
     finally:
-        ShardedEngine.forward_backward, ShardedEngine.apply = forward_backward, apply  # type: ignore[method-assign]
+        TorchEngine.forward_backward, TorchEngine.apply = forward_backward, apply  # type: ignore[method-assign]
     return steps, status

@@ -9,7 +9,7 @@ import pytest
 
 from commands import minka
 from families import crash, fork, ledger, samples, stable_phase, trained
-from minka.checkpoint.restore import checkpoints
+from minka.checkpoint.catalogue import checkpoints
 from minka.plan.errors import UserError
 from minka.plan.load_config import load_run
 from minka.plan.run_folder import RunFolder

@@ -53,7 +53,7 @@ def train_until(config: RunConfig, stop_after: int = 0) -> int:
 
         def counted(self: SupervisorLink, step: int, *, done: bool = False) -> None:
             alive(self, step, done=done)
-            self._asked = step >= stop_after
+            self._signalled = step >= stop_after
 
         SupervisorLink.heartbeat = counted  # type: ignore[method-assign]
     return train_rank(config)

@@ -46,11 +46,11 @@ def train_failing(config: RunConfig, steps: list[int]) -> int:
     """One rank of the run; each of `steps` is once the step of a save whose commit fails."""
     commit, left = saving.commit, list(steps)  # type: ignore[attr-defined]
 
-    def failing(disk: Any, written: Path, final: Path, manifest: bytes) -> None:
+    def failing(fs: Any, written: Path, final: Path, manifest: bytes) -> None:
         if left and int(final.name[5:]) == left[0]:
             left.pop(0)
             raise OSError(5, "Input/output error")
-        commit(disk, written, final, manifest)
+        commit(fs, written, final, manifest)
 
     saving.commit = failing  # type: ignore[attr-defined]
     return train_rank(config)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from commands import environment, written
-from minka.checkpoint.restore import checkpoints, whole_tensors
+from minka.checkpoint.catalogue import checkpoints
+from minka.checkpoint.restore import whole_tensors
 from minka.plan.config import RunConfig
 from minka.plan.run_folder import RunFolder
 from tiny import tiny

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from commands import minka, written
-from minka.launch.supervisor import parse_window
 from minka.model.transformer import Transformer
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.ledger import Ledger, read_ledger
 from minka.plan.run_folder import RunFolder
+from minka.train.command import parse_window
 from minka.train.layer_stats import layer_of, layers_of
 from ranks import on_ranks
 from tiny import tiny, train_rank
@@ -68,7 +68,7 @@ def test_every_parameter_belongs_to_a_layer_that_has_weights(tmp_path: Path) -> 
 @pytest.mark.parametrize("window", ["3", "5:3", "a:b", "3:3", "-1:2"])
 def test_a_malformed_window_is_refused(window: str) -> None:
     with pytest.raises(UserError) as caught:
-        parse_window(window)
+        parse_window(window, 100)
     assert caught.value.where == "--profile"
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from minka.plan.config import RunConfig
-from minka.plan.layout import Asked, micro_batches
+from minka.plan.layout import micro_batches
 from minka.train.dry_run import DryRun
 from traced import config_of, dry
 
@@ -45,22 +45,22 @@ def test_a_step_sends_what_the_table_says(name: str) -> None:
     layout, model = LAYOUTS[name]
     config = config_of(layout, **model)
     for rank in sorted({0, config.layout.world - 1}):
-        told = dry(config, rank, unit_bytes=1)  # every block is an FSDP unit
+        predicted = dry(config, rank, unit_bytes=1)  # every block is an FSDP unit
         found: Counter[tuple[str, str, str]] = Counter()
-        for transfer, size in told.payload_bytes.items():
+        for transfer, size in predicted.payload_bytes.items():
             found[transfer.axis, transfer.kind, transfer.dtype] += size
-        wanted = derived(config, told)
+        wanted = derived(config, predicted)
         print(name, rank, dict(found))
         assert dict(found) == {what: size for what, size in wanted.items() if size}
 
 
-def derived(config: RunConfig, told: DryRun) -> Counter[tuple[str, str, str]]:
-    """The table, by (axis, kind, dtype), for the rank of `told`, of which only its place and its layers are used."""
+def derived(config: RunConfig, predicted: DryRun) -> Counter[tuple[str, str, str]]:
+    """The table, by (axis, kind, dtype), for the rank of `predicted`; only its coordinate and layers are used."""
     m, layout, tokens = config.model, config.layout, config.data.seq_len
-    n, c, a = layout.tensor, layout.context, max(micro_batches(Asked(layout, m, config.data, config.kernels)))
+    n, c, a = layout.tensor, layout.context, max(micro_batches(layout, config.data))
     w, compute = (2, "bfloat16") if layout.precision == "bf16" else (4, "float32")
     again, freed = layout.recompute == "block", layout.reshard == "always"
-    layers, place = len(told.layers), told.coordinate["pipeline"]
+    layers, place = len(predicted.layers), predicted.coordinate["pipeline"]
     stages = layout.stages_of_rank(place)
     first, last = 0 in stages, layout.stage_count - 1 in stages
     e, hidden = m.head_dim, layout.micro_batch * tokens // c * m.d_model

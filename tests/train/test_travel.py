@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minka.checkpoint.restore import checkpoints, restore, whole_tensors
+from minka.checkpoint.catalogue import checkpoints
+from minka.checkpoint.restore import restore, whole_tensors
 from minka.data.batch import PADDING
 from minka.data.loader import Loader
 from minka.data.token_store import TokenStore
@@ -14,11 +15,11 @@ from minka.parallel.mesh import start_mesh
 from minka.plan.config import RunConfig
 from minka.plan.ledger import read_ledger
 from minka.plan.run_folder import RunFolder
+from minka.train.build_engine import build_engine
 from minka.train.guard import accepts
 from minka.train.schedule import learning_rate
 from minka.train.state import State
-from minka.train.worker import build_engine
-from parity import plain, put_together
+from parity import boxes_of, put_together
 from ranks import on_ranks
 from tiny import tiny, train_rank
 
@@ -91,12 +92,12 @@ def resumed(config: RunConfig, folder: str) -> dict[str, Any]:
     with start_mesh(config.layout) as mesh:
         engine, _ = build_engine(config, mesh)
         state = State.from_json(restore(Path(folder), engine.tensors(), mesh, lambda path, reason: None))
-        pieces = {name: plain(piece) for name, piece in engine.tensors().items()}
+        pieces = boxes_of(engine.tensors())
         split = TokenStore.open(Path(config.data.store)).split("train")
-        with Loader(config, split, mesh.data_rank, mesh.layout.data_ways, state.loader) as loader:
-            batch, _ = next(loader)
+        with Loader(config, split, mesh.data_rank, mesh.layout.data_ways, state.loader, engine.prepare) as loader:
+            batch, micro_batches, _ = next(loader)
         (count,) = mesh.sum_on_host([batch.target_count if mesh.leads_data else 0])
-        sums = engine.forward_backward(batch.micro_batches(config.layout.micro_batch), count)
+        sums = engine.forward_backward(micro_batches, count)
         rate = learning_rate(config, state.step, state.tokens)
         engine.apply(rate, config.optimizer.max_norm, accepts(sums, engine.grad_norm()))
         samples = [s for s in batch.samples.tolist() if s != PADDING] if mesh.leads_data else []

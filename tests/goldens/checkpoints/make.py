@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from minka.checkpoint.manifest import FORMAT
+from minka.launch.supervisor import Job
 from minka.plan.ledger import current, read_ledger
 from minka.plan.load_config import validate
 from minka.plan.run_folder import RunFolder
-from minka.train.worker import WorkerJob, work
+from minka.train.worker import work
 
 HERE = Path(__file__).resolve().parent
 STEP = 4
@@ -33,7 +34,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # relative paths alone: the checkpoint holds the configuration, and no machine's folders
         shutil.copytree(target / "corpus", "corpus")
-        if work(WorkerJob(config, profile="", as_json=False, threads=1, beat=None)):
+        if work(Job(config=config, threads=1)):
             raise SystemExit("the run did not end well")
         run = RunFolder.of(config)
         shutil.copytree(run.checkpoints / f"step-{STEP:08d}", target / f"step-{STEP:08d}")

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from minka.checkpoint import filesystem as disk_module
+from minka.checkpoint import filesystem
 from minka.checkpoint.catalogue import Catalogue, find_checkpoint
-from minka.checkpoint.filesystem import LOCAL, LocalDisk
+from minka.checkpoint.filesystem import LOCAL, FileSystem
 from minka.checkpoint.restore import restore
 from minka.plan.retention import Kept
 from saved import ALONE, save, silent, tensors
 
 
-class MoodyDisk(LocalDisk):
+class MoodyFileSystem(FileSystem):
     """Refuses the first `times` reads of files of `step`."""
 
     def __init__(self, step: str, times: int, number: int = errno.EIO) -> None:
@@ -32,7 +32,7 @@ class MoodyDisk(LocalDisk):
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two checkpoints, and no pauses."""
-    monkeypatch.setattr(disk_module, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(filesystem, "PAUSES", (0.0, 0.0))
     for step in (1, 2):
         save(tmp_path, step, tensors(step), {"step": step}, ALONE)
     return tmp_path
@@ -40,20 +40,20 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_read_that_fails_once_or_twice_is_tried_again(times: int, folder: Path) -> None:
-    assert restore(folder, tensors(), ALONE, silent, disk=MoodyDisk("step-00000002", times)) == {"step": 2}
+    assert restore(folder, tensors(), ALONE, silent, fs=MoodyFileSystem("step-00000002", times)) == {"step": 2}
 
 
 def test_what_cannot_be_read_is_passed_over_and_keeps_its_name(folder: Path) -> None:
     passed: list[str] = []
-    disk = MoodyDisk("step-00000002", 10**9, errno.ESTALE)
-    assert restore(folder, tensors(), ALONE, lambda path, reason: passed.append(reason), disk=disk) == {"step": 1}
+    fs = MoodyFileSystem("step-00000002", 10**9, errno.ESTALE)
+    assert restore(folder, tensors(), ALONE, lambda path, reason: passed.append(reason), fs=fs) == {"step": 1}
     assert "not just now" in passed[0]
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002"]
     assert restore(folder, tensors(), ALONE, silent) == {"step": 2}  # another day
 
 
 def test_what_is_gone_is_not_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk_module, "PAUSES", (5.0, 5.0))
+    monkeypatch.setattr(filesystem, "PAUSES", (5.0, 5.0))
     began = time.monotonic()
     with pytest.raises(FileNotFoundError):
         LOCAL.read(folder / "nothing", 0, 1)
@@ -63,12 +63,12 @@ def test_what_is_gone_is_not_waited_for(folder: Path, monkeypatch: pytest.Monkey
 def test_each_manifest_is_read_once_however_many_saves_follow(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step, tensors(), {}, ALONE, permanent=True)
-    disk = MoodyDisk("", 0)
-    catalogue = Catalogue(tmp_path, disk)
+    fs = MoodyFileSystem("", 0)
+    catalogue = Catalogue(tmp_path, fs)
     numbers = [catalogue.next_number() for _ in range(3)]
     catalogue.add(Kept(4, numbers[-1]))
     catalogue.prune(1)
-    assert disk.asked == ["step-00000001", "step-00000002", "step-00000003"]
+    assert fs.asked == ["step-00000001", "step-00000002", "step-00000003"]
     assert numbers == sorted(numbers)
 
 

@@ -23,8 +23,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     ("arguments", "step", "finished", "told"),
     [
         ([], 20, True, "is finished, at step 20"),
-        (["run.max_steps=25"], 20, False, "goes on from step 20"),
-        (["--from-scratch"], 0, False, "begins again at step 0"),
+        (["run.max_steps=25"], 20, False, "resumes from step 20"),
+        (["--from-scratch"], 0, False, "restarts at step 0"),
         (["run.name=new"], 0, False, "begins from new weights"),
         (["run.name=new", "run.start_from=base@10"], 0, False, "begins from base at step 10"),
     ],

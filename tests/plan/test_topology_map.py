@@ -1,4 +1,4 @@
-"""What runs where is described for machines and told to people, however many ranks there are."""
+"""What runs where is described as JSON and as lines, for any number of ranks."""
 
 import json
 import time
@@ -9,34 +9,44 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minka.plan.layout import Layout
-from minka.plan.topology import EACH_RANK, canonical, check, coordinates, describe, holders, order, spans, told
+from minka.plan.topology import (
+    EACH_RANK,
+    canonical,
+    check,
+    coordinates,
+    describe,
+    describe_lines,
+    order,
+    spans,
+)
 from places import even_layers, filled, shuffled
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zbv"])
-def test_a_description_says_of_each_position_what_the_functions_say_and_is_json(schedule: str) -> None:
+def test_a_description_agrees_with_the_functions_and_is_json(schedule: str) -> None:
     asked = Layout.model_validate({"pipeline": 2, "tensor": 2, "schedule": schedule})
     layout, topology = asked.resolve(16), filled([8, 8], 4, shuffled(16))
     layers = even_layers(layout)
     described = describe(asked, topology, layers)
     assert json.loads(json.dumps(described)) == described
     assert [place["rank"] for place in described["places"]] == list(order(topology.places))
-    holding = holders(layout, layers)
     for at, (place, row) in enumerate(zip(canonical(topology.places), described["places"], strict=True)):
         assert (row["position"], row["host"], row["gpu"], row["rank"]) == (at, *place)
         assert row["domain"] == at // 4
         assert row["coordinate"] == coordinates(layout, at)
         assert row["stages"] == layout.stages_of_rank(row["coordinate"]["pipeline"])
-        assert sorted(row["layers"]) == [layer for layer, positions in holding.items() if at in positions]
+        assert row["layers"] == [layer for stage in row["stages"] for layer in layers[stage]]
     for row in described["stages"]:
         first, last = row["positions"]
-        assert {holding[layer] for layer in row["layers"]} == {range(first, last + 1)}
+        holding = [place["position"] for place in described["places"] if row["stage"] in place["stages"]]
+        assert holding == list(range(first, last + 1))
+        assert row["layers"] == list(layers[row["stage"]])
 
 
-def test_a_small_run_is_told_rank_by_rank_and_a_large_one_host_by_host() -> None:
+def test_a_small_run_has_a_line_for_each_rank_and_a_large_one_for_each_host() -> None:
     layout = Layout(pipeline=2, tensor=2)
-    small = told(describe(layout, filled([8] * 4, 8, shuffled(32)), even_layers(layout)))
-    large = told(describe(layout, filled([8] * 5, 8, shuffled(40)), even_layers(layout)))
+    small = describe_lines(describe(layout, filled([8] * 4, 8, shuffled(32)), even_layers(layout)))
+    large = describe_lines(describe(layout, filled([8] * 5, 8, shuffled(40)), even_layers(layout)))
     for lines, rows in ((small, EACH_RANK), (large, 5)):
         assert [len(list(part)) for blank, part in groupby(lines, key=lambda line: line == "") if not blank] == [
             2 + rows,
@@ -47,7 +57,7 @@ def test_a_small_run_is_told_rank_by_rank_and_a_large_one_host_by_host() -> None
 def test_a_table_shows_where_everything_is_and_leaves_out_what_is_not_cut() -> None:
     layout = Layout(pipeline=2, tensor=4, schedule="zbv")
     described = describe(layout, filled([8] * 6, 8), even_layers(layout, 3))
-    assert told(described) == [
+    assert describe_lines(described) == [
         "48 ranks on 6 hosts: pipeline 2 x shard 6 x tensor 4; 8 GPUs in an NVLink domain",
         "host   gpu  position  rank   domain  pipeline  shard  tensor  stages  layers",
         "node1  0-7  0-7       0-7    0       0         0-1    0-3     0,3     0-2,9-11",
@@ -65,19 +75,19 @@ def test_a_table_shows_where_everything_is_and_leaves_out_what_is_not_cut() -> N
     ]
 
 
-def test_the_ranks_of_a_layer_are_told_by_the_launchers_numbers() -> None:
+def test_the_ranks_of_a_layer_are_the_launchers_numbers() -> None:
     layout = Layout(pipeline=2)
     cyclic = [host + 4 * gpu for host in range(4) for gpu in range(2)]  # rank 0 on node1, rank 1 on node2, ...
-    lines = told(describe(layout, filled([2] * 4, ranks=cyclic), even_layers(layout)))
+    lines = describe_lines(describe(layout, filled([2] * 4, ranks=cyclic), even_layers(layout)))
     assert lines[0] == "8 ranks on 4 hosts: pipeline 2 x shard 4; NVLink domains not known"
     assert lines[1].split() == "host gpu position rank pipeline shard stages layers".split()
     assert lines[3].split() == "node1 1 1 4 0 1 0 0-1".split()
     assert lines[-2].split() == "0-1 0 0-3 0-1,4-5".split()
-    assert told(describe(Layout(), filled([1]), [range(2)]))[0].startswith("1 ranks on 1 host: one rank;")
+    assert describe_lines(describe(Layout(), filled([1]), [range(2)]))[0].startswith("1 rank on 1 host: one rank;")
 
 
 @given(st.sets(st.integers(0, 40), min_size=1))
-def test_spans_tell_all_numbers_or_how_many_there_are(numbers: set[int]) -> None:
+def test_spans_have_all_numbers_or_their_count(numbers: set[int]) -> None:
     text = spans(numbers)
     shown, cut, count = text.partition("... (")
     if cut:
@@ -115,7 +125,7 @@ def test_sixteen_thousand_ranks_take_about_as_long_for_each_as_a_thousand() -> N
     def seconds(hosts: int) -> float:
         topology, began = filled([8] * hosts, 8, shuffled(8 * hosts)), time.perf_counter()
         check(layout, topology)
-        lines = told(describe(layout, topology, even_layers(layout)))
+        lines = describe_lines(describe(layout, topology, even_layers(layout)))
         assert len(lines) == 4 + hosts + layout.stage_count
         return time.perf_counter() - began
 

@@ -1,4 +1,4 @@
-"""How a run comes to its first step: from its own checkpoint, from its parent's, or from nothing, and never unsaid."""
+"""The first tensors and state of a session: from the run's own checkpoint, from its parent, or from its seed."""
 
 import json
 import math
@@ -18,98 +18,99 @@ from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece, tensor_name
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
-from minka.plan.ledger import RETURNS, read_ledger
 from minka.plan.load_config import from_json
 from minka.plan.resume_rules import changes, decides_rate
-from minka.plan.run_folder import RunFolder
+from minka.plan.run_state import RunState
 from minka.train.parent_run import Parent, begins_at, pinned_parent
 from minka.train.recorder import Recorder
 from minka.train.schedule import learning_rate
-from minka.train.state import State, randomness
+from minka.train.state import State, random_state
 
-# Of the rate, or near zero of the peak: the schedule is the same function everywhere, up to the C library's cosine.
+# Relative difference of two rates; near zero, of the peak. The schedule is one function up to the C library's cosine.
 CLOSE = 1e-9
 
 
-def begin(engine: Engine, record: Recorder, mesh: Mesh) -> State:
-    """Fill the engine's tensors and give the state to go on from. Collective. Raises UserError on every rank."""
+def restore_or_init(engine: Engine, record: Recorder, mesh: Mesh, before: RunState) -> State:
+    """Fill the engine's tensors and return the state to train from. Collective. Raises UserError on every rank.
+
+    `before` is the state of the run when it was started; only rank 0's counts.
+    """
     damaged: list[dict[str, str]] = []
-    random = randomness()
+    random = random_state()
     saved = restore(
         record.folder.checkpoints,
         {**engine.tensors(), **random},
         mesh,
         lambda path, reason: damaged.append({"path": str(path), "reason": reason}),
         alive=lambda: record.supervisor.heartbeat(0),
+        newest=before.newest,
     )
     if saved is None:
-        return _first(engine, record, mesh)
+        return _init(engine, record, mesh, before)
     engine.after_restore()
     torch.set_rng_state(random["rng.torch"].local)
     state = State.from_json(saved)
     record.resumed(state)
     for one in damaged:
         record.event("fallback", state, **one)
-        record.console.say(f"{one['path']} is damaged ({one['reason']}); taking the one before")
+        record.console.say(f"{one['path']} is damaged ({one['reason']}); using the checkpoint before it")
     if mesh.is_first:
-        _tell_of_lost(record, state, {Path(one["path"]).name for one in damaged})
+        _report_lost(record, state, before.last_save, {Path(one["path"]).name for one in damaged})
     try:
-        said = check_rate(saved, record.folder, record.config, state)
+        note = check_rate(saved, before.config, record.config, state, str(record.folder.path))
     except UserError as error:
         record.event("refuse", state, reason=error.what)
         raise
-    record.event("restore", state, reason="the run is going on")
-    record.console.say(f"going on from step {state.step}")
-    if said:
-        record.console.say(said)
+    record.event("restore", state, reason="the run is resumed")
+    record.console.say(f"resuming from step {state.step}")
+    if note:
+        record.console.say(note)
     return state
 
 
-def _tell_of_lost(record: Recorder, state: State, damaged: set[str]) -> None:
-    """A checkpoint that was saved after the one that is gone on from, and is not there, is a fall-back too."""
-    saves: list[int] = []
-    for event in read_ledger(record.folder.ledger_file):
-        if event["event"] in RETURNS:
-            saves = [step for step in saves if step <= event["step"]]
-        elif event["event"] == "save":
-            saves.append(int(event["step"]))
-    last = saves[-1] if saves else state.step
-    path = record.folder.checkpoints / step_name(last)
-    if last != state.step and path.name not in damaged and not path.exists():
-        record.event("fallback", state, path=str(path), reason="it was saved, and is not there")
-        record.console.say(f"{path} was saved, and is not there; taking step {state.step}")
+def _report_lost(record: Recorder, state: State, last_save: int | None, damaged: set[str]) -> None:
+    """Record a fall-back when the checkpoint that was saved last is missing."""
+    if last_save is None or last_save == state.step:
+        return
+    path = record.folder.checkpoints / step_name(last_save)
+    if path.name not in damaged and not path.exists():
+        record.event("fallback", state, path=str(path), reason="it was saved, and is missing")
+        record.console.say(f"{path} was saved, and is missing; using step {state.step}")
 
 
-def check_rate(saved: Mapping[str, Any], folder: RunFolder, config: RunConfig, state: State) -> str:
-    """Assert the rate of the next step against the checkpoint's; a line that shows both where it was changed.
+def check_rate(saved: Mapping[str, Any], started: RunConfig | None, config: RunConfig, state: State, where: str) -> str:
+    """Compare the rate of the next step with the checkpoint's. Return a line with both when a setting changed it.
 
-    Raises UserError when nothing that decides it was changed, and it is another all the same.
+    `started` is the last configuration of the run, for checkpoints of format 1, which have none. Raises UserError when
+    the rates differ though no setting did.
     """
     rate = learning_rate(config, state.step, state.tokens)
-    old = from_json(json.dumps(saved["config"])) if "config" in saved else folder.history().config
+    old = from_json(json.dumps(saved["config"])) if "config" in saved else started
     if old is not None and decides_rate(changes(old, config)):
         was = saved.get("learning_rate", learning_rate(old, state.step, state.tokens))
-        by = f"{was:.4g} by the settings it was saved with, {rate:.4g} by those of now"
-        return f"learning rate of step {state.step + 1}: {by}"
+        both = f"{was:.4g} with the saved settings, {rate:.4g} with the new ones"
+        return f"learning rate of step {state.step + 1}: {both}"
     if "learning_rate" in saved and not math.isclose(
         rate, saved["learning_rate"], rel_tol=CLOSE, abs_tol=CLOSE * config.optimizer.learning_rate
     ):
-        versions = saved.get("versions") or {}
+        version = (saved.get("versions") or {}).get("minka", "version unknown")
         raise UserError(
             f"the learning rate of step {state.step + 1} would be {rate:.6g}, "
             f"and the checkpoint was written for {saved['learning_rate']:.6g}",
-            where=str(folder.path),
-            why="nothing that decides it was changed: the schedule of this minka is another, or the checkpoint lies",
-            remedy=f"go on with the minka that wrote it ({versions.get('minka', 'version unknown')}), "
-            f"or start a run of its own from it (run.name=NEW run.start_from={config.run.name})",
+            where=where,
+            why="no setting that decides it has changed: this version computes a different schedule, "
+            "or the checkpoint is wrong",
+            remedy=f"resume with the minka that wrote it ({version}), "
+            f"or start a new run from it (run.name=NEW run.start_from={config.run.name})",
             status=ExitStatus.NEEDS_PERSON,
         )
     return ""
 
 
-def _first(engine: Engine, record: Recorder, mesh: Mesh) -> State:
-    """No checkpoint of its own: from the parent's, or the initial weights that are there already."""
+def _init(engine: Engine, record: Recorder, mesh: Mesh, before: RunState) -> State:
+    """Begin from the parent's tensors, or from the initial weights that the engine already has."""
     problem: UserError | None = None
+    parent: Parent | None = None
     try:
         parent = pinned_parent(record.folder)
     except UserError as error:
@@ -117,20 +118,19 @@ def _first(engine: Engine, record: Recorder, mesh: Mesh) -> State:
     agree(problem, mesh)
     state = State()
     if parent:
-        place, said = begins_at(parent, record.config, record.store.hash)
-        state = State(*place)
+        position, origin = begins_at(parent, record.config, record.store.hash)
+        state = State(*position)
         record.forked(state)
         load_parent(parent, engine, record.config.run.start_with, mesh, lambda: record.supervisor.heartbeat(0))
-        record.console.say(said)
+        record.console.say(origin)
         if parent.learning_rate is not None and state.step:
             rate = learning_rate(record.config, state.step, state.tokens)
             record.console.say(
                 f"learning rate of step {state.step + 1}: {parent.learning_rate:.4g} there, {rate:.4g} here"
             )
-    history = record.folder.history() if mesh.is_first else None
-    if history and history.starts:
-        origin = parent.name if parent else "its initial weights"
-        reason = f"the run ended before its first checkpoint, and begins again from {origin}"
+    if before.started:
+        source = parent.name if parent else "its initial weights"
+        reason = f"the run ended before its first checkpoint, and restarts from {source}"
         record.event("restart", state, reason=reason)
         record.console.say(reason)
     return state
@@ -139,7 +139,7 @@ def _first(engine: Engine, record: Recorder, mesh: Mesh) -> State:
 def load_parent(
     parent: Parent, engine: Engine, start_with: str, mesh: Mesh, alive: Callable[[], None] = lambda: None
 ) -> None:
-    """Weights, or everything, of the parent into the engine's tensors. Collective; leased while it is read."""
+    """Read the parent's weights, or everything, into the engine's tensors. Collective; leased while it is read."""
     tensors = engine.tensors()
     if start_with == "weights":
         tensors = {name: piece for name, piece in tensors.items() if name.startswith("model.")}
@@ -149,14 +149,14 @@ def load_parent(
         return
     with ExitStack() as stack:
         lease = leased(parent.folder, parent.checkpoint)
-        on_first(lambda: stack.enter_context(lease), mesh)  # and nobody reads before it is there
+        on_first(lambda: stack.enter_context(lease), mesh)  # before any rank reads
         restore_from(parent.checkpoint, tensors, mesh, alive=alive)
         engine.after_restore()
         mesh.barrier()
 
 
 def on_first(work: Callable[[], object], mesh: Mesh) -> None:
-    """Do `work` on rank 0 while the others wait; a UserError of it ends every rank."""
+    """Do `work` on rank 0 while the other ranks wait. A UserError ends every rank."""
     problem: UserError | None = None
     if mesh.is_first:
         try:
@@ -167,7 +167,7 @@ def on_first(work: Callable[[], object], mesh: Mesh) -> None:
 
 
 def agree(problem: UserError | None, mesh: Mesh) -> None:
-    """End every rank when one has a problem: with its own words where it is, with rank 0's status elsewhere."""
+    """End every rank when one has a problem: with the error on its own rank, with rank 0's exit status elsewhere."""
     status, found = mesh.sum_on_host(
         [int(problem.status) if problem and mesh.is_first else 0, int(problem is not None)]
     )

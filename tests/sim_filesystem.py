@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from random import Random
 
+from minka.checkpoint.filesystem import FileSystem
+
 NO_SPACE = 10**15
 
 
@@ -41,7 +43,7 @@ class Folder:
         self.since.append(dict(self.names))
 
 
-class SimDisk:
+class SimFileSystem(FileSystem):
     """See the module, and checkpoint/filesystem.py for the calls. `base`, the checkpoints folder, always exists.
 
     Every change is a step, and so is every look. Set `crash_at` (of the changes), or `fails`, which is asked with
@@ -63,7 +65,7 @@ class SimDisk:
         if power_lost:
             self._forget(self.root)
 
-    def make(self, folder: Path) -> None:
+    def mkdir(self, folder: Path) -> None:
         self._change()
         parent = self._folder(folder.parent)
         if folder.name in parent.names:
@@ -102,7 +104,7 @@ class SimDisk:
         parent.names[new.name] = parent.names.pop(old.name)
         parent.changed()
 
-    def remove(self, folder: Path) -> None:
+    def rmtree(self, folder: Path) -> None:
         parent = self._folder(folder.parent)
         found = parent.names.get(folder.name)
         if found is None:
@@ -118,13 +120,7 @@ class SimDisk:
         del parent.names[folder.name]
         parent.changed()
 
-    def forget(self, file: Path) -> None:
-        self._change()
-        parent = self._folder(file.parent)
-        del parent.names[file.name]
-        parent.changed()
-
-    def names(self, folder: Path) -> list[str]:
+    def listdir(self, folder: Path) -> list[str]:
         self._look()
         try:
             return sorted(self._folder(folder).names)
@@ -139,7 +135,7 @@ class SimDisk:
         self._look()
         return self.file(file).content[offset : offset + length]
 
-    def free(self, folder: Path) -> int:
+    def free_bytes(self, folder: Path) -> int:
         self._look()
         return self.room
 

@@ -1,0 +1,72 @@
+"""A checkpoint on the disk: its header, its index, and the tables of its shard files, each checked when read."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from minka.checkpoint.filesystem import LOCAL, FileSystem
+from minka.checkpoint.index import INDEX, Index, PieceGroup, Table, build_index, shard_name, table_name
+from minka.checkpoint.manifest import NAME, Damage, Header, Sealed, parse, read_header, read_sealed
+
+
+class StoredCheckpoint:
+    """The checkpoint `path`, of any format. Every method raises OSError and Damage.
+
+    `header` is that of this checkpoint, where it has been read already. `alive` is called for each chunk read.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        fs: FileSystem = LOCAL,
+        alive: Callable[[], None] = lambda: None,
+        header: Header | None = None,
+    ) -> None:
+        self.path, self.fs, self.alive = path, fs, alive
+        self.header = header or read_header(path, fs)
+        if self.header.index:
+            file = path / INDEX
+            self._tables: list[Table] = []
+            self.index = parse(Index, read_sealed(file, self.header.index, fs), file)
+        else:
+            self._tables = _old_tables(self.header.old_tables, path / NAME)
+            self.index = build_index((table, None) for table in self._tables)
+
+    def table(self, rank: int) -> Table:
+        """What a rank has written."""
+        if self._tables:
+            return self._tables[rank]
+        file, index = self.path / table_name(rank), self.index
+        seal = Sealed(bytes=index.table_bytes[rank], sha256=index.table_sha256[rank])
+        table = parse(Table, read_sealed(file, seal, self.fs), file)
+        if table.bytes != index.bytes[rank]:
+            raise Damage(f"{file} is of {table.bytes:,} bytes; the index has {index.bytes[rank]:,}")
+        return table
+
+    def check_files(self) -> None:
+        """Raises Damage (or OSError) that names a file that is missing, cut, not a regular file, or not listed."""
+        sizes = {shard_name(rank): size for rank, size in enumerate(self.index.bytes)}
+        sizes |= {table_name(rank): size for rank, size in enumerate(self.index.table_bytes)}
+        listed = sizes.keys() | {NAME, *([INDEX] if self.header.index else [])}
+        found = {name for name in self.fs.listdir(self.path) if not name.startswith(".")}  # .nfs0001: made by NFS
+        for name in sorted(listed ^ found):
+            raise Damage(f"{self.path / name} {'is missing' if name in listed else 'is not part of this checkpoint'}")
+        for name, expected in sizes.items():
+            size = self.fs.size(self.path / name)
+            if size != expected:
+                raise Damage(f"{self.path / name} has {size:,} bytes instead of {expected:,}")
+
+
+def _old_tables(old: Any, file: Path) -> list[Table]:
+    """The tables of a checkpoint of format 1 or 2, from those in its manifest `file`. Raises Damage."""
+    try:
+        groups: dict[str, dict[str, PieceGroup]] = {shard_name(rank): {} for rank in range(len(old["files"]))}
+        for name, tensor in old["tensors"].items():
+            for piece in tensor["pieces"]:
+                key, described = piece.get("key", name), {"dtype": tensor["dtype"], "shape": tensor["shape"]}
+                group = PieceGroup(**described, offset=piece["offset"], size=piece["size"], keys=[key])
+                if groups[piece["file"]].setdefault(key, group) is not group:
+                    raise ValueError(f"{key} is twice in {piece['file']}")
+        return [Table(**old["files"][name], groups=list(pieces.values())) for name, pieces in groups.items()]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise Damage(f"{file}: its tables are wrong: {str(error)[:200]}") from None

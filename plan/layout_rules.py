@@ -1,0 +1,237 @@
+"""Which combinations of settings cannot be run: one table. docs/parallelism.md lists the same combinations.
+
+Templates are filled in with a run's sections (`{layout.tensor}`), the setting to blame (`{key}={value}`), and what the
+rule computes (`{detail}`).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from minka.plan.config_sections import DataSection, KernelsSection, ModelSection
+from minka.plan.errors import UserError
+from minka.plan.layout import AXES, V_SHAPED, Layout, divisors, even, micro_batches, micro_batches_fit
+
+
+class Asked(NamedTuple):
+    """What the rules look at. While `layout.shard` is 0, rules that depend on it are not broken."""
+
+    layout: Layout
+    model: ModelSection
+    data: DataSection
+    kernels: KernelsSection
+
+
+class Rule(NamedTuple):
+    """A combination that cannot be run: the setting in [layout] to blame, and the error's parts as templates."""
+
+    key: str
+    broken: Callable[[Asked], bool]
+    why: str
+    remedy: str
+    what: str = "{key}={value!r} cannot be run with these settings"
+    detail: Callable[[Asked], object] = lambda _: ""
+
+
+def check_layout(asked: Asked) -> None:
+    """Raise UserError for the first rule that a run breaks, with the setting, the reason and what would work."""
+    for rule in RULES:
+        if rule.broken(asked):
+            value, detail = getattr(asked.layout, rule.key), rule.detail(asked)
+            what, why, remedy = (
+                part.format(key=rule.key, value=value, detail=detail, **asked._asdict())
+                for part in (rule.what, rule.why, rule.remedy)
+            )
+            raise UserError(what, where=f"layout.{rule.key}", why=why, remedy=remedy)
+
+
+def _tensor_divides(size: str, why: str) -> Rule:
+    return Rule(
+        key="tensor",
+        broken=lambda a: getattr(a.model, size) % a.layout.tensor > 0,
+        why=why,
+        remedy="works with this model: tensor in {detail}; raise layout.shard or layout.pipeline to use more ranks",
+        what=f"tensor={{value}} does not divide model.{size}={{model.{size}}}",
+        detail=_tensor_ways,
+    )
+
+
+def _tensor_ways(asked: Asked, *more: int) -> list[int]:
+    m = asked.model
+    return divisors(m.heads, m.kv_heads, m.d_ff, m.vocab, *more)
+
+
+def _rank_tokens(asked: Asked) -> int:
+    return asked.data.seq_len // asked.layout.context
+
+
+def _pipelined(asked: Asked, *schedules: str) -> bool:
+    return asked.layout.pipeline > 1 and asked.layout.schedule in schedules
+
+
+def _stages_are_wrong(asked: Asked) -> bool:
+    layout = asked.layout
+    if not layout.stages or layout.pipeline == 1:
+        return False
+    words = [word.strip() for word in layout.stages.split(",")]
+    counts = [int(word) for word in words if word.isascii() and word.isdecimal() and int(word) > 0]
+    return not (len(counts) == len(words) == layout.stage_count and sum(counts) == asked.model.layers)
+
+
+def _micro_batches(*schedules: str, why: str) -> Rule:
+    def unfit(a: Asked) -> list[int]:
+        return [count for count in micro_batches(a.layout, a.data) if not micro_batches_fit(a.layout, count)]
+
+    return Rule(
+        key="schedule",
+        broken=lambda a: _pipelined(a, *schedules) and bool(unfit(a)),
+        why=why,
+        remedy="change data.batch_tokens (and data.batch_warmup), layout.micro_batch, or the number of data ranks; "
+        'schedule="gpipe" runs any number',
+        what="schedule={value!r} cannot run the {detail} micro-batches that a rank has in a step",
+        detail=lambda a: unfit(a)[0],
+    )
+
+
+def _deepspeed(key: str, broken: Callable[[Asked], bool], why: str, remedy: str) -> Rule:
+    return Rule(
+        key=key,
+        broken=lambda a: a.layout.engine == "deepspeed" and broken(a),
+        why=why,
+        remedy=f'{remedy}, or layout.engine="fsdp"',
+        what="{key}={value!r} cannot be run by DeepSpeed with these settings",
+    )
+
+
+def _deepspeed_axis(axis: str) -> Rule:
+    return _deepspeed(
+        axis,
+        broken=lambda a: getattr(a.layout, axis) > 1,
+        why="ZeRO cuts over all ranks: it keeps no copies, and does not take weights that are already cut",
+        remedy=f"set layout.{axis}=1 and raise layout.shard",
+    )
+
+
+RULES: tuple[Rule, ...] = (
+    _tensor_divides("heads", "a rank must own whole query and key/value heads"),
+    _tensor_divides("kv_heads", "a rank must own whole query and key/value heads"),
+    _tensor_divides("d_ff", "every rank holds equally many of its columns"),
+    _tensor_divides("vocab", "every rank holds equally many of its rows"),
+    Rule(
+        "context",
+        broken=lambda a: a.layout.context > 1 and a.data.seq_len % (2 * a.layout.context) > 0,
+        why="each rank takes one part from the head and one from the tail of a sequence, so that causal work is even",
+        remedy="works with this length: context in {detail}",
+        what="context={value} needs a data.seq_len that is a multiple of 2 x context; it is {data.seq_len}",
+        detail=lambda a: [n for n in divisors(a.data.seq_len) if n == 1 or a.data.seq_len % (2 * n) == 0],
+    ),
+    Rule(
+        "tensor",
+        broken=lambda a: _rank_tokens(a) % a.layout.tensor > 0,
+        why="between attention and feed-forward layers the ranks of a tensor group share a sequence's tokens",
+        remedy="works with this length: tensor in {detail}; or set data.seq_len to a multiple of 2 x context x tensor",
+        what="tensor={value} does not divide data.seq_len / context = {data.seq_len} / {layout.context}",
+        detail=lambda a: _tensor_ways(a, _rank_tokens(a)),
+    ),
+    Rule(
+        "pipeline",
+        broken=lambda a: a.layout.pipeline > 1 and a.model.tied,
+        why="with model.tied=true embedding and head would be the same weights on two stages",
+        remedy="set model.tied=false, or pipeline=1 and raise layout.shard or layout.tensor",
+    ),
+    Rule(
+        "stages_per_rank",
+        broken=lambda a: _pipelined(a, "interleaved") and a.layout.stages_per_rank == 1,
+        why='schedule="interleaved" has at least two stages on each rank',
+        remedy="leave it out, or set it to 2 or more",
+    ),
+    Rule(
+        "stages_per_rank",
+        broken=lambda a: _pipelined(a, "gpipe", "1f1b") and a.layout.stages_per_rank > 1,
+        why="schedule={layout.schedule!r} has one stage on each rank",
+        remedy='leave it out, or set schedule="interleaved"',
+    ),
+    Rule(
+        "stages_per_rank",
+        broken=lambda a: _pipelined(a, *V_SHAPED) and a.layout.stages_per_rank not in (0, 2),
+        why="schedule={layout.schedule!r} has two stages on each rank",
+        remedy='leave it out, or set schedule="interleaved" for more stages',
+    ),
+    Rule(
+        "pipeline",
+        broken=lambda a: a.layout.stage_count > a.model.layers,
+        why="every stage needs a layer",
+        remedy='with this schedule set pipeline to at most {detail}, or set schedule="1f1b"',
+        what="pipeline={value} with schedule={layout.schedule!r} has {layout.stage_count} stages; "
+        "model.layers is {model.layers}",
+        detail=lambda a: max(1, a.model.layers // (a.layout.stage_count // a.layout.pipeline)),
+    ),
+    Rule(
+        "stages",
+        broken=_stages_are_wrong,
+        why="it lists the layers of each stage, at least one, in the order of the stages",
+        remedy='set it to "{detail}", for example, or leave it empty to balance stages by cost',
+        what="stages={value!r} does not split {model.layers} layers into {layout.stage_count} stages",
+        detail=lambda a: ",".join(map(str, even(a.model.layers, a.layout.stage_count))),
+    ),
+    Rule(
+        "reshard",
+        broken=lambda a: a.layout.splits_backward and a.layout.reshard == "always",
+        why="schedule={layout.schedule!r} takes gradients of weights in a pass of their own: "
+        "with freed weights they would be wrong without an error",
+        remedy='set reshard="never" or "auto", or schedule="1f1b" or "interleaved"',
+    ),
+    Rule(
+        "schedule",
+        broken=lambda a: a.layout.splits_backward and a.kernels.compile,
+        why="a compiled block takes both gradients in one pass; split in two they were wrong without an error",
+        remedy='set kernels.compile=false, or schedule="1f1b" or "interleaved"',
+    ),
+    _micro_batches("1f1b", "dualpipev", why="it needs at least as many as there are stages, {layout.stage_count}"),
+    _micro_batches(
+        "interleaved",
+        why="it takes n in n // pipeline equal rounds: n must be a multiple of {layout.pipeline} or below twice that",
+    ),
+    *(_deepspeed_axis(axis) for axis in AXES if axis != "shard"),
+    Rule(
+        "offload",
+        broken=lambda a: a.layout.engine == "fsdp" and a.layout.offload == "optimizer",
+        why="FSDP moves weights, gradients and moments to the host's memory together",
+        remedy='set layout.offload="all", or layout.engine="deepspeed"',
+    ),
+    _deepspeed(
+        "offload",
+        broken=lambda a: a.layout.offload == "all" and a.layout.zero_stage < 3,
+        why="ZeRO stage {layout.zero_stage} keeps the weights whole on the device",
+        remedy='set layout.zero_stage=3, layout.offload="optimizer"',
+    ),
+    _deepspeed(
+        "precision",
+        broken=lambda a: a.layout.precision == "fp64",
+        why="its partitions of weights and moments are fp32",
+        remedy='set layout.precision="fp32"',
+    ),
+    _deepspeed(
+        "reshard",
+        broken=lambda a: a.layout.reshard != "auto",
+        why="whether gathered weights are freed follows from the stage: 3 frees them, 1 and 2 keep them whole",
+        remedy='set layout.reshard="auto" and layout.zero_stage',
+    ),
+    _deepspeed(
+        "reduce",
+        broken=lambda a: a.layout.reduce != "step",
+        why="when gradients are summed follows from the stage: 1 sums once a step, 2 and 3 after each micro-batch",
+        remedy='set layout.reduce="step" and layout.zero_stage',
+    ),
+    Rule(
+        "reduce",
+        broken=lambda a: a.layout.pipeline > 1 and a.layout.reduce != "step",
+        why="with pipeline={layout.pipeline} a stage's gradients are summed after its last micro-batch",
+        remedy='set layout.reduce="step" (more stages have fewer gradients each), or pipeline=1',
+    ),
+    _deepspeed(
+        "zero_stage",
+        broken=lambda a: a.layout.zero_stage == 3 and a.kernels.compile,
+        why="it gathers and frees weights in hooks within a block, which kernels.compile=true cannot hold in one graph",
+        remedy="set kernels.compile=false, layout.zero_stage=2",
+    ),
+)

@@ -1,0 +1,79 @@
+"""How often a resume reads the ledger and the manifests, counted in all of its processes before its first step."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from commands import SOURCE, environment, written
+from families import trained
+from minka.plan.config import RunConfig
+from minka.plan.run_folder import RunFolder
+from tiny import tiny
+
+# Python imports this module in every process; forks inherit its hook.
+HOOK = """
+import os, sys, time
+log = os.open({log!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+def note(event, arguments):
+    if event != "open" or not isinstance(arguments[0], (str, bytes, os.PathLike)):
+        return
+    path, flags = os.fsdecode(arguments[0]), arguments[2] or 0
+    watched = path.endswith("ledger.jsonl") or "/checkpoints/step-" in path and path.endswith("manifest.json")
+    if watched and not flags & (os.O_APPEND | os.O_CREAT):
+        os.write(log, (str(time.time()) + " " + path + chr(10)).encode())
+
+sys.addaudithook(note)
+"""
+
+
+def test_a_resume_of_two_ranks_reads_the_ledger_once_and_opens_three_manifests(tmp_path: Path) -> None:
+    config = run(tmp_path, max_steps=12)
+    trained(config, ranks=2)
+    longer = run(tmp_path, max_steps=16)
+    ledgers, manifests = reads(tmp_path, [sys.executable, "-m", "minka", "train", str(written(longer)), "--ranks", "2"])
+    assert len(list(RunFolder.of(config).checkpoints.glob("step-*/manifest.json"))) == 3
+    assert ledgers == 1
+    assert manifests == 3  # one to say where the run stands, and one a rank to restore it
+
+
+@pytest.mark.slow
+def test_a_resume_under_torchrun_reads_as_little(tmp_path: Path) -> None:
+    config = run(tmp_path, max_steps=12)
+    trained(config, ranks=2)
+    file = str(written(run(tmp_path, max_steps=16)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "minka"]
+    assert reads(tmp_path, [*torchrun, "train", file]) == (1, 3)
+
+
+def run(folder: Path, max_steps: int) -> RunConfig:
+    """A run with three checkpoints at its end."""
+    saves = {"every_steps": 4, "keep": 3}
+    return tiny(folder, run={"max_steps": max_steps}, checkpoint=saves, tracking={"log_every": 1})
+
+
+def reads(folder: Path, command: list[str]) -> tuple[int, int]:
+    """How many times the command opens a ledger to read it, and a manifest of a checkpoint, before its first step."""
+    log, hook = folder / "opened", folder / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(HOOK.format(log=str(log)))
+    ledger = folder / "runs" / "tiny" / "ledger.jsonl"
+    before = ledger.read_text().count("\n")
+    done = subprocess.run(
+        command,
+        env=environment(PYTHONPATH=f"{hook}:{SOURCE}"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in ledger.read_text().splitlines()[before:]]
+    assert [event["event"] for event in events][:2] == ["restore", "start"]
+    first_step = next(event["time"] for event in events if event["event"] == "step")
+    opened = [line.split(" ", 1) for line in log.read_text().splitlines()]
+    paths = [path for at, path in opened if float(at) < first_step]
+    return len([p for p in paths if p.endswith(".jsonl")]), len([p for p in paths if p.endswith(".json")])

@@ -1,0 +1,125 @@
+"""Whether a run may start as it was asked to, and from where: what `minka train` and its dry run check. No torch."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from minka.checkpoint.catalogue import steps_of
+from minka.checkpoint.commit import step_name
+from minka.checkpoint.manifest import read_header
+from minka.plan.cli import print_json
+from minka.plan.config import RunConfig
+from minka.plan.errors import UserError
+from minka.plan.ledger import Ledger
+from minka.plan.resume_rules import Decision, decide
+from minka.plan.run_folder import RunFolder
+from minka.plan.run_state import Header, Position, RunState, read_run_state
+from minka.train.parent_run import Parent, check_parent, check_tokenizer, find_parent, hash_hub_folder, pinned_parent
+
+
+class Outlook(NamedTuple):
+    """What starting the run would do."""
+
+    state: RunState
+    decision: Decision
+    parent: Parent | None  # of a new run
+
+    @property
+    def over(self) -> bool:
+        """Whether the run is finished, and would not be trained further."""
+        return self.decision.over
+
+    @property
+    def step(self) -> int:
+        """The step it would resume from; 0 for its beginning."""
+        return self.state.position.step if self.state.position else 0
+
+    def describe(self, *, from_scratch: bool) -> str:
+        """The same in one line."""
+        if from_scratch:
+            return "restarts at step 0; its checkpoints would be moved aside"
+        if self.over:
+            return f"is finished, at step {self.step:,}" if self.state.position else "is finished"
+        if self.state.position:
+            return f"resumes from step {self.step:,}"
+        if self.state.begun:
+            return "restarts from its beginning: it has no checkpoint that can be read"
+        return f"begins from {self.parent.name}" if self.parent else "begins from new weights"
+
+
+def read_state(folder: RunFolder) -> RunState:
+    """The state of the run in `folder`."""
+    return read_run_state(folder, steps_of(folder.checkpoints), partial(_header, folder.checkpoints))
+
+
+def check_start(config: RunConfig, state: RunState, *, from_scratch: bool) -> Outlook:
+    """What starting the run would do. Raises UserError where it may not start, or not like this."""
+    folder = RunFolder.of(config)
+    if not state.begun:
+        parent = find_parent(config)
+        if parent:
+            check_parent(parent, config)
+            check_tokenizer(parent, config)
+        return Outlook(state, Decision(False, {}), parent)
+    if state.config and config.run.start_from != state.config.run.start_from:
+        find_parent(config)  # it may be this very run, which has an error message of its own
+    decision = decide(state, config, str(folder.path), from_scratch=from_scratch)
+    if from_scratch:
+        return Outlook(state.restarted(), decision, None)
+    if state.started and not state.position and not decision.over:
+        _check_hub_parent(folder)
+    return Outlook(state, decision, None)
+
+
+def print_finished(folder: RunFolder, ignored: Sequence[str], *, as_json: bool) -> None:
+    """Say that a run is over, and which changes have no effect on it."""
+    export = str(folder.export) if folder.export.is_dir() else None
+    if as_json:
+        print_json({"run": str(folder.path), "status": 0, "finished": True, "export": export})
+        return
+    print(
+        f"{folder.path} is finished. {f'Its export: {export}. ' if export else ''}To train it further, make it longer "
+        "(run.max_steps=...); a new run needs a name (run.name=...)"
+    )
+    if ignored:
+        print(f"Without more steps, {', '.join(ignored)} changes nothing in it.")
+
+
+def restart(folder: RunFolder) -> Path | None:
+    """Set a run back to its beginning, as `--from-scratch` asks. Return where its checkpoints are now, if it had any.
+
+    For the run's one writer.
+    """
+    aside = None
+    if folder.checkpoints.exists():
+        taken = {path.name for path in folder.path.glob("checkpoints.old-*")}
+        number = next(n for n in range(1, len(taken) + 2) if f"checkpoints.old-{n}" not in taken)
+        aside = folder.checkpoints.rename(folder.path / f"checkpoints.old-{number}")
+        if folder.evals.exists():
+            folder.evals.rename(folder.path / f"evals.old-{number}")
+    folder.exit_file.unlink(missing_ok=True)
+    ledger = Ledger(folder.ledger_file)
+    where = f"; its checkpoints are in {aside.name}" if aside else ""
+    ledger.append("restart", step=0, tokens=0, reason=f"--from-scratch was given{where}")
+    ledger.close()
+    return aside
+
+
+def _header(checkpoints: Path, step: int) -> Header | None:
+    try:
+        header = read_header(checkpoints / step_name(step))
+        return Header(header.number, Position.of(header.state))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # the restore reports what is wrong with it
+
+
+def _check_hub_parent(folder: RunFolder) -> None:
+    """Raises UserError when the Hugging Face folder that the run begins from has changed since the run was created."""
+    parent = pinned_parent(folder)
+    if parent and not parent.run and hash_hub_folder(parent.folder) != parent.sha256:
+        raise UserError(
+            "the weights that this run starts from have changed since it was created",
+            where=str(parent.folder),
+            remedy="restore the folder, or start a run of a different name (run.name=...)",
+        )
