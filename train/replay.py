@@ -105,7 +105,6 @@ def replay(folder: RunFolder, step: int) -> dict[str, Any]:
     replayed = {"ranks": 1, "device": device, "compute_dtype": dtype}
     split, ids = store.split("train"), [sample for sample in batch.samples.tolist() if sample != PADDING]
     windows = order_of(config, split).windows_at(ids).tolist()
-    traces = [split.trace_window(window, config.data.seq_len) for window in windows]
     judged = verdicts({at: compared for at, compared in steps.items() if compared}, dtype)
     verdict = max(judged.values(), key=VERDICTS.index)
     return {
@@ -120,8 +119,8 @@ def replay(folder: RunFolder, step: int) -> dict[str, Any]:
         "first_difference": next((at for at, one in judged.items() if one == "differs"), None),
         "steps": [{"step": at, **compared} for at, compared in steps.items()],
         "samples": [
-            {"sample": sample, "window": window, "pieces": [span._asdict() for span in trace]}
-            for sample, window, trace in zip(ids, windows, traces, strict=True)
+            {"sample": sample, "window": window, "pieces": split.trace_window(window, config.data.seq_len)}
+            for sample, window in zip(ids, windows, strict=True)
         ],
     }
 
