@@ -108,7 +108,7 @@ class Recorder:
         self.event("detail", state, **fields)
         flat = {f"{kind}/{layer}": v for kind, by in fields.items() if isinstance(by, dict) for layer, v in by.items()}
         for tracker in self.trackers:
-            tracker.log(state.step, flat)
+            tracker.log(flat, state.step)
 
     def resumed(self, state: State) -> None:
         """The run resumes from a checkpoint of its own, which need not be saved again."""
@@ -189,7 +189,7 @@ class Recorder:
         for prompt, text in written:
             self.console.say(f"  {prompt!r} -> {text!r}")
         for tracker in self.trackers:
-            tracker.log(state.step, {f"eval/{name}": value for name, value in self.scores.scores.items()})
+            tracker.log({f"eval/{name}": value for name, value in self.scores.scores.items()}, state.step)
 
     def _failed(self, state: State, what: str, error: str) -> None:
         self.event("save_failed", state, reason=f"{what}: {error}")
@@ -211,4 +211,4 @@ class Recorder:
         numbers = {"loss": record.loss, "grad_norm": record.grad_norm, "learning_rate": record.learning_rate}
         numbers |= {name: value for name, value in speed.items() if value is not None}
         for tracker in self.trackers:
-            tracker.log(record.step, numbers)
+            tracker.log(numbers, record.step)
