@@ -5,9 +5,7 @@ B batch · T tokens · D width · H query heads · K key/value heads · C head w
 Published variants are settings of it: Llama and Mistral as they are, Qwen 2 with `qkv_bias`, Qwen 3 with `qk_norm`.
 """
 
-import math
 from collections.abc import MutableSequence
-from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -18,20 +16,10 @@ from minka.kernels.rope import rotate
 from minka.kernels.swiglu import swiglu
 from minka.model.attention import Structure, attention, document_structure, largest_logit
 from minka.model.head import Head, HeadSums
+from minka.model.rope_table import Rope, rope_table
 from minka.plan.config_sections import ModelSection
 
 Probe = MutableSequence[Tensor] | None  # each attention appends its largest logit, scalar fp32
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary tables [B, T, 1, C] in fp32, or fp64; sin with the signs that `kernels.rope.rotate` takes.
-
-    Not a pytree, for the reasons of Structure.
-    """
-
-    cos: Tensor
-    sin: Tensor
 
 
 class Transformer(nn.Module):
@@ -158,23 +146,3 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         pass
-
-
-def rope_table(positions_BT: Tensor, cfg: ModelSection, dtype: torch.dtype = torch.float32) -> Rope:
-    """The rotation of every position (Su et al. 2021), channels in Hugging Face's half-split order.
-
-    Frequencies are radians per position for each pair of channels [C/2], in fp32 and in transformers' order of
-    operations. With `rope_scaling`, Llama 3.1's rule: waves longer than the original context are slowed by `factor`,
-    short waves are kept, those between are blended.
-    """
-    exponents = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device=positions_BT.device) / cfg.head_dim
-    frequencies, scaling = 1.0 / cfg.rope_theta**exponents, cfg.rope_scaling
-    if scaling is not None:
-        waves = scaling.original_max_positions / (2 * math.pi / frequencies)  # in the original context
-        smooth = (waves - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        smooth = smooth.clamp(0, 1)
-        frequencies = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    angles = positions_BT.to(exact)[:, :, None, None] * frequencies
-    cos, sin = angles.cos(), angles.sin()
-    return Rope(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))

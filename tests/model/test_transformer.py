@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minka.model.transformer import Rope, Transformer
+from minka.model.rope_table import Rope
+from minka.model.transformer import Transformer
 from models import model, packed, plain, section
 
 GOLDENS = Path(__file__).parent.parent / "goldens" / "model_shapes.csv"
