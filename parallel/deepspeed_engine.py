@@ -113,9 +113,10 @@ class DeepSpeedEngine(Engine):
     def __init__(self, deepspeed: Any, optimizer: Any, cutter: InputCutter, decay: Decay) -> None:
         super().__init__(DeepSpeedExecutor(deepspeed, cutter.mesh), cutter, optimizer)
         self._deepspeed, self._adamw, self._decay = deepspeed, optimizer, decay
-        self._partitions: list[Tensor] = [group["params"][0] for group in optimizer.param_groups]
         if self.mesh.layout.zero_stage == 3:  # the inner optimizer gets one at a time
-            self._partitions = list(deepspeed.optimizer.fp32_partitioned_groups_flat)
+            self._partitions: list[Tensor] = list(deepspeed.optimizer.fp32_partitioned_groups_flat)
+        else:
+            self._partitions = [group["params"][0] for group in optimizer.param_groups]
         self._slices = slices(deepspeed.optimizer, self._partitions, deepspeed.module, self.mesh)
         self._pieces = {s.name: s.flat_piece() for s in self._slices}
         for partition in self._partitions:  # now, so that there are moments to restore into
