@@ -118,9 +118,7 @@ def to_config(cfg: ModelSection, family: str, eod_token: int | None, dtype: str)
     if (cfg.qkv_bias, cfg.qk_norm) != (family == "qwen2", family == "qwen3"):
         what = f"{family} cannot represent qkv_bias={cfg.qkv_bias} with qk_norm={cfg.qk_norm}"
         why = "only qwen2 has biases on q, k and v, and only qwen3 has norms on q and k"
-        raise UserError(
-            what, where="family", why=why, remedy='set family="auto" to find one that fits, if there is one'
-        )
+        raise UserError(what, where="family", why=why, remedy='set family="auto" for the one that fits, if any does')
     if family == "llama" and cfg.d_model % cfg.heads:
         what = f"transformers refuses a Llama whose d_model={cfg.d_model} is not a multiple of heads={cfg.heads}"
         raise UserError(what, where="family", remedy='set family="mistral", which is the same model')

@@ -81,6 +81,7 @@ class Layout(BaseModel, frozen=True, extra="forbid", strict=True):
         raise UserError(
             f"the layout ({self.describe()}) needs {needs}, not {ranks:,}",
             where="layout",
+            why="every rank has exactly one position on the mesh",
             remedy=f"works: {' or '.join(f'{n:,}' for n in works if n)} ranks; or layout.shard=0 (all ranks left) with "
             f"axes whose product divides {ranks:,}: {', '.join(products)}",
         )

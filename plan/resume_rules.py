@@ -95,13 +95,9 @@ def decide(state: RunState, config: RunConfig, where: str, *, from_scratch: bool
     if state.finished and not any(key in changed for key in LENGTH):
         return Decision(True, changed)
     if state.last_save is not None and not state.checkpoints:
-        raise UserError(
-            "this run has saved checkpoints, and all of them are gone",
-            where=f"{where}/checkpoints",
-            why="it would begin again at step 0, and its training so far would be lost",
-            remedy=f"put them back, or restart on purpose: `minka train {where} --from-scratch`",
-            status=ExitStatus.NEEDS_PERSON,
-        )
+        what = "this run has saved checkpoints, and all of them are gone: it would begin again at step 0"
+        remedy = f"put them back, or restart on purpose: `minka train {where} --from-scratch`"
+        raise UserError(what, where=f"{where}/checkpoints", remedy=remedy, status=ExitStatus.NEEDS_PERSON)
     at = state.position
     if at is None:  # where no checkpoint can be read, the restore says why
         return Decision(False, changed)

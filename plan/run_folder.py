@@ -89,11 +89,10 @@ class RunFolder:
                 began_with = parse(file.read_bytes()).get("data", {}).get("manifest_sha256")
         if began_with != manifest_sha256:
             hashes = f"hash {str(began_with)[:8]} then, {manifest_sha256[:8]} now"
-            what = (
-                f"this is not the token store that the run began with ({hashes}): token ids could mean different text"
-            )
+            what = f"this is not the token store that the run began with ({hashes})"
             remedy = "put the old store back, or start a new run on the new data (run.name=...)"
-            raise UserError(what, where=str(store), remedy=remedy)
+            why = "the same token ids could mean different text"
+            raise UserError(what, where=str(store), why=why, remedy=remedy)
 
     @contextmanager
     def only_writer(self) -> Iterator[None]:
@@ -131,11 +130,9 @@ def find_run(name: str, runs: str = "runs") -> RunFolder:
         if RunFolder(path).exists():
             return RunFolder(path)
     names = sorted(path.parent.name for path in Path(runs).glob("*/run.toml"))
-    raise UserError(
-        f"there is no run called {name!r}",
-        why=f"looked for {Path(name) / 'run.toml'} and {Path(runs) / name / 'run.toml'}",
-        remedy=f"runs here: {', '.join(names)}" if names else "train one first: minka train demo",
-    )
+    why = f"looked for {Path(name) / 'run.toml'} and {Path(runs) / name / 'run.toml'}"
+    remedy = f"runs here: {', '.join(names)}" if names else "train one first: minka train demo"
+    raise UserError(f"there is no run called {name!r}", why=why, remedy=remedy)
 
 
 class StorePlace(NamedTuple):
