@@ -6,6 +6,7 @@ Nothing is written into the run except a lease while its checkpoint is read: it 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from minka.plan.errors import ExitStatus, UserError
 from minka.plan.layout import AXES
 from minka.plan.ledger import is_count, read_ledger
 from minka.plan.load_config import load_run, validate
-from minka.plan.run_folder import RunFolder, store_of
+from minka.plan.run_folder import RunFolder, find_run, store_of
 from minka.train.build_engine import build_engine
 from minka.train.guard import accepts, refuse_tokens
 from minka.train.metrics import Metrics, StepRecord, Stopwatch
@@ -76,8 +77,10 @@ def replay_command(source: str, step: int, as_json: bool) -> int:
     """Replay step `step` of a run and print how it compares. Return the exit status."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a replay runs on one process, and the launcher started several", where="--replay")
-    run, _ = run_and_step(source)
-    result = replay(RunFolder.of(load_run(run).config), step)
+    path = Path(source)
+    by_file = path.suffix == ".toml" and path.name != "run.toml" and path.is_file()
+    folder = RunFolder.of(load_run(source).config) if by_file else find_run(run_and_step(source)[0])
+    result = replay(folder, step)
     if as_json:
         print_json(result)
     else:
