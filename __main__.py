@@ -16,6 +16,14 @@ COMMANDS = {  # command: (module:function, which takes argv and returns the exit
     "report": ("minka.report.command:main", "show runs as one HTML page"),
     "doctor": ("minka.train.command:doctor", "check whether this machine can train, or train this recipe"),
 }
+USAGE = """\
+minka: pretrain language models on a budget you can defend.
+
+usage: minka COMMAND ...        minka COMMAND --help        minka --version
+
+{commands}
+
+first run, no GPU needed:  minka train demo"""
 DONE, FAILED, REFUSED = 0, 1, 2  # minka.plan.errors has the whole table; the front door imports nothing
 
 
@@ -23,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's own) and return its exit status."""
     command, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
     if command in ("-h", "--help", "help"):
-        print(usage())
+        print(USAGE.format(commands="\n".join(f"  {name:<6}  {line}" for name, (_, line) in COMMANDS.items())))
         return DONE
     if command in ("-V", "--version"):
         print(f"minka {version()}")
@@ -52,23 +60,6 @@ def unknown_command(command: str, *, as_json: bool) -> int:
     return REFUSED
 
 
-def usage() -> str:
-    """Return what `minka --help` prints."""
-    width = max(map(len, COMMANDS))
-    rows = [f"  {name:<{width}}  {line}" for name, (_, line) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "minka: pretrain language models on a budget you can defend.",
-            "",
-            "usage: minka COMMAND ...        minka COMMAND --help        minka --version",
-            "",
-            *rows,
-            "",
-            "first run, no GPU needed:  minka train demo",
-        ]
-    )
-
-
 def version() -> str:
     """Return the installed version, or the version of this source tree."""
     try:
@@ -78,10 +69,5 @@ def version() -> str:
         return str(tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["version"])
 
 
-def entry() -> None:
-    """The console script."""
-    sys.exit(main())
-
-
 if __name__ == "__main__":
-    entry()
+    sys.exit(main())

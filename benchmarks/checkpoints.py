@@ -73,14 +73,11 @@ def _saved(saver: AsyncSaver, contents: SaveRequest, pieces: dict[str, Piece], b
     if saver.asynchronous:
         compute(between)
         saver.wait_for_copy()
-        stall = saver.stall_seconds
-        outcome = saver.wait()
-    else:
-        outcome = saver.wait()
-        stall = outcome.stall_seconds if outcome else 0.0
-    if outcome is None or outcome.error:
+    while (outcome := saver.poll()) is None:  # `wait` would count as stall
+        time.sleep(0.01)
+    if outcome.error:
         raise RuntimeError(f"the save failed: {outcome}")
-    return stall
+    return outcome.stall_seconds
 
 
 def compute(seconds: float) -> None:

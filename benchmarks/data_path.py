@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from minka.data.batch import build_batch
-from minka.data.sample_order import EpochPermutation, SampleOrder, window_count
+from minka.data.sample_order import SampleOrder, permute, window_count
 from minka.plan.cli import print_table
 
 TOKENS = 20_000_000
@@ -41,13 +41,12 @@ def samples_per_second(stream: NDArray[np.uint16], rows: int, seconds: float = 2
 
 def indices_per_second(count: int = 3_000_000, seconds: float = 2.0) -> float:
     """Return the indices of one epoch that this thread permutes in a second."""
-    permutation = EpochPermutation(count, seed=0, epoch=0)
     block = np.arange(1 << 17)
 
-    def permute(step: int) -> int:
-        return len(permutation.at((block + step * len(block)) % count))
+    def work(step: int) -> int:
+        return len(permute((block + step * len(block)) % count, count, seed=0, epoch=0))
 
-    return _rate(permute, seconds)
+    return _rate(work, seconds)
 
 
 def _rate(work: Callable[[int], int], seconds: float) -> float:

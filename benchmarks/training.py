@@ -27,7 +27,7 @@ from minka.parallel.engine import Engine
 from minka.parallel.mesh import start_mesh
 from minka.plan.cli import print_json, print_table
 from minka.plan.config import RunConfig
-from minka.plan.hub_config import family_of, to_config
+from minka.plan.hub_config import to_config
 from minka.plan.ledger import read_ledger
 from minka.plan.load_config import validate
 from minka.train.build_engine import build_engine
@@ -115,7 +115,7 @@ def peer_step(
     """Return one whole training step of a transformers model with torch's fused AdamW."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    values = to_config(config.model, family_of(config.model), None, str(dtype).removeprefix("torch."))
+    values = to_config(config.model, "auto", None, str(dtype).removeprefix("torch."))
     kind = AutoConfig.for_model(values.pop("model_type"), **values)
     model: Any = AutoModelForCausalLM.from_config(kind, attn_implementation="sdpa", dtype=dtype).to(device)
     model.train()

@@ -1,7 +1,7 @@
 """The checkpoints folder of a run: which checkpoints it has, which one a user means, and which may be deleted."""
 
 import time
-from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -22,18 +22,14 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def find_checkpoint(folder: Path, step: str = "") -> Path:
     """The newest checkpoint, or that of `step`. Raises UserError that names those that exist."""
-    found = checkpoints(folder)
-    chosen = [path for path in found if not step or (step.isdecimal() and path.name == step_name(int(step)))]
+    found = {int(path.name.removeprefix("step-")): path for path in checkpoints(folder)}
+    chosen = [at for at in found if not step or (step.isdecimal() and at == int(step))]
     if not chosen:
-        steps = ", ".join(str(int(path.name.removeprefix("step-"))) for path in found)
-        raise UserError(
-            f"no checkpoint of step {step}" if step else "no checkpoint",
-            where=str(folder),
-            remedy=f"steps saved here: {steps}" if found else "train the run first",
-        )
-    if step or len(chosen) == 1:
-        return chosen[-1]
-    return next(folder / step_name(s) for s in newest_first(folder) if folder / step_name(s) in chosen)
+        remedy = f"steps saved here: {', '.join(map(str, found))}" if found else "train the run first"
+        raise UserError(f"no checkpoint of step {step}" if step else "no checkpoint", where=str(folder), remedy=remedy)
+    if len(chosen) > 1:
+        chosen = [at for at in newest_first(folder) if at in found]
+    return found[chosen[0]]
 
 
 def run_and_step(given: str) -> tuple[str, str]:
@@ -48,20 +44,11 @@ def steps_of(folder: Path, fs: FileSystem = LOCAL) -> list[int]:
     return steps_among(fs.listdir(folder))
 
 
-def read_headers(folder: Path, fs: FileSystem = LOCAL) -> dict[int, Header | None]:
-    """The header of each step, None where it cannot be read: opens every manifest once."""
-    return {step: _header(folder, step, fs) for step in steps_of(folder, fs)}
-
-
-def restore_order(headers: Mapping[int, Header | None]) -> list[int]:
-    """Steps in the order in which a restore tries them: saved last first; before all, those that cannot be read."""
-    last = 1 + max((header.number for header in headers.values() if header), default=0)
-    return sorted(headers, key=lambda step: (header.number if (header := headers[step]) else last, step), reverse=True)
-
-
 def newest_first(folder: Path, fs: FileSystem = LOCAL) -> list[int]:
-    """The order of a restore, read from the folder."""
-    return restore_order(read_headers(folder, fs))
+    """Steps in the order of a restore: saved last first; before all, those whose manifests cannot be read."""
+    headers = {step: _header(folder, step, fs) for step in steps_of(folder, fs)}
+    numbers = {step: header.number if header else 2**63 for step, header in headers.items()}
+    return sorted(numbers, key=lambda step: (numbers[step], step), reverse=True)
 
 
 class Catalogue:
@@ -87,13 +74,10 @@ class Catalogue:
         return list(known.values())
 
     def next_number(self) -> int:
-        """A number above that of every checkpoint here.
-
-        The clock's microseconds, since a checkpoint that cannot be read now may be the newest; but at least one more
-        than the highest, since a clock can be set back.
-        """
+        """A number above that of every checkpoint here."""
         highest = max((kept.number for kept in self.all()), default=0)
-        return min(max(highest + 1, time.time_ns() // 1000), MAX_NUMBER)
+        clock = time.time_ns() // 1000  # above those that cannot be read now, unless it has been set back
+        return min(max(highest + 1, clock), MAX_NUMBER)
 
     def prune(self, newest: int) -> list[Path]:
         """Delete the checkpoints that retention does not keep and no reader holds, and return their paths.
@@ -101,17 +85,12 @@ class Catalogue:
         Never raises OSError: what cannot be deleted stays. Damaged ones stay too, for a person to look at.
         """
         deleted = []
-        try:
-            steps = expendable(self.all(), newest)
-        except OSError:
-            return []
-        for step in steps:
-            path = self.folder / step_name(step)
-            try:
-                if delete_unless_leased(self.fs, path, partial(is_leased, self.folder.parent, path.name)):
-                    deleted.append(path)
-            except OSError:
-                continue
+        with suppress(OSError):
+            for step in expendable(self.all(), newest):
+                path = self.folder / step_name(step)
+                with suppress(OSError):
+                    if delete_unless_leased(self.fs, path, partial(is_leased, self.folder.parent, path.name)):
+                        deleted.append(path)
         return deleted
 
 

@@ -15,12 +15,8 @@ def main(argv: Sequence[str]) -> int:
 
     @app.command()
     def export(
-        run: Annotated[
-            str, typer.Argument(help="run folder, or name under runs/; RUN@STEP takes that step's checkpoint")
-        ],
-        folder: Annotated[
-            Path, typer.Argument(help="folder to write; an earlier export there is replaced, nothing else")
-        ],
+        run: Annotated[str, typer.Argument(help="run folder, or name under runs/; RUN@STEP takes that step")],
+        folder: Annotated[Path, typer.Argument(help="folder to write; replaces an earlier export, nothing else")],
         as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
     ) -> int:
         from minka.checkpoint.catalogue import find_checkpoint, run_and_step

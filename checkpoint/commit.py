@@ -12,29 +12,16 @@ Only the run's one writer calls them. Once there has been a whole checkpoint, th
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 from minka.checkpoint.filesystem import FileSystem
 from minka.checkpoint.manifest import NAME as MANIFEST
+from minka.checkpoint.manifest import STEP_FOLDER
 
-FINAL = re.compile(r"step-([0-9]{8,})")
 HIDDEN = re.compile(r"\.(step-[0-9]{8,})\.(saving|replaced|leaving|deleting)(?:-[0-9a-f]+)?")
-
-
-class Rename(NamedTuple):
-    """Give `old` the name `new`."""
-
-    old: str
-    new: str
-
-
-class Remove(NamedTuple):
-    """Delete `name`."""
-
-    name: str
+WHOLE = ("replaced", "leaving")  # renamed while whole, and nothing in them was deleted since
 
 
 def step_name(step: int) -> str:
@@ -44,44 +31,32 @@ def step_name(step: int) -> str:
 
 def steps_among(names: Iterable[str]) -> list[int]:
     """Steps of those names that are a checkpoint's, ascending."""
-    found = [(name, int(match[1])) for name in names if (match := FINAL.fullmatch(name))]
+    found = [(name, int(match[1])) for name in names if (match := STEP_FOLDER.fullmatch(name))]
     return sorted(step for name, step in found if name == step_name(step))
 
 
-def recovery(names: Iterable[str]) -> list[Rename | Remove]:
-    """What to do with leftovers: first whole checkpoints get their names back, then the rest is deleted."""
-    present = set(names)
-    renames: list[Rename | Remove] = []
-    removals: list[Rename | Remove] = []
-    for name in sorted(present):
-        match = HIDDEN.fullmatch(name)
-        if not match:
-            continue
+def recovery(names: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """What to do with leftovers: the whole ones with the names that they get back, and those to delete."""
+    renames: dict[str, str] = {}
+    removals = []
+    for match in filter(None, map(HIDDEN.fullmatch, sorted(names))):
         final, state = match.groups()
-        whole = state in ("replaced", "leaving")  # renamed while whole, and nothing in them was deleted since
-        if whole and final not in present:
-            renames.append(Rename(name, final))
-            present.add(final)
+        if state in WHOLE and final not in names and final not in renames.values():
+            renames[match[0]] = final
         else:
-            removals.append(Remove(name))
-    return renames + removals
+            removals.append(match[0])
+    return renames, removals
 
 
 def recover(fs: FileSystem, folder: Path) -> None:
     """Carry out `recovery`. What cannot be deleted now (a file that a reader has open over NFS) does not stop it."""
-    for action in recovery(fs.listdir(folder)):
-        if isinstance(action, Rename):
-            fs.rename(folder / action.old, folder / action.new)
-            fs.sync(folder)
-        else:
-            with suppress(OSError):
-                _delete(fs, folder / action.name)
-
-
-def start_writing(fs: FileSystem, written: Path) -> None:
-    """Make the folder `written`, after deleting what earlier attempts left."""
-    recover(fs, written.parent)
-    fs.mkdir(written)
+    renames, removals = recovery(fs.listdir(folder))
+    for old, new in renames.items():
+        fs.rename(folder / old, folder / new)
+        fs.sync(folder)
+    for name in removals:
+        with suppress(OSError):
+            _delete(fs, folder / name)
 
 
 def commit(fs: FileSystem, written: Path, final: Path, manifest: bytes) -> None:
@@ -115,19 +90,18 @@ def delete_unless_leased(fs: FileSystem, path: Path, is_leased: Callable[[], boo
     if is_leased():
         return False
     leaving = path.with_name(f".{path.name}.leaving")
-    held = True
+    held = True  # until the leases have been read
     fs.rename(path, leaving)
     try:
         fs.sync(path.parent)
         held = is_leased()
     finally:
-        if held:  # or leases cannot be read
+        if held:
             fs.rename(leaving, path)
-    if held:
-        fs.sync(path.parent)
-        return False
-    _delete(fs, leaving)
-    return True
+            fs.sync(path.parent)
+    if not held:
+        _delete(fs, leaving)
+    return not held
 
 
 def set_aside(fs: FileSystem, path: Path) -> Path:
@@ -143,7 +117,7 @@ def set_aside(fs: FileSystem, path: Path) -> Path:
 def _delete(fs: FileSystem, path: Path) -> None:
     """Delete a hidden folder. One that `recovery` would take for whole gets a different name first."""
     match = HIDDEN.fullmatch(path.name)
-    if match and match[2] in ("replaced", "leaving"):
+    if match and match[2] in WHOLE:
         deleting = path.with_name(f".{match[1]}.deleting")
         fs.rmtree(deleting)
         fs.rename(path, deleting)

@@ -1,10 +1,11 @@
 """Write a checkpoint as a Hugging Face folder, in one process, one tensor at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
 
+from minka.checkpoint.filesystem import Heartbeat
 from minka.checkpoint.restore import DAMAGE, whole_tensors
 from minka.model.hub_folder import write_folder
 from minka.plan.config_sections import ModelSection
@@ -12,15 +13,9 @@ from minka.plan.errors import UserError
 
 
 def export_checkpoint(
-    checkpoint: Path,
-    folder: Path,
-    model: ModelSection,
-    tokenizer: Path,
-    eod: int,
-    *,
-    alive: Callable[[], None] = lambda: None,
+    checkpoint: Path, folder: Path, model: ModelSection, tokenizer: Path, eod: int, alive: Heartbeat = lambda: None
 ) -> None:
-    """Write `folder` from `checkpoint`, replacing an earlier export. `alive` is called for each chunk read.
+    """Write `folder` from `checkpoint`, replacing an earlier export.
 
     Raises UserError when a hash does not match, and where write_folder does; then nothing has changed.
     """
@@ -28,7 +23,7 @@ def export_checkpoint(
     write_folder(folder, model, weights, tokenizer=tokenizer, eod_token=eod, source=str(checkpoint))
 
 
-def _readable(checkpoint: Path, alive: Callable[[], None]) -> Iterator[tuple[str, Tensor]]:
+def _readable(checkpoint: Path, alive: Heartbeat) -> Iterator[tuple[str, Tensor]]:
     try:
         yield from whole_tensors(checkpoint, "model.", alive=alive)
     except DAMAGE as error:

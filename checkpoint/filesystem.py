@@ -5,8 +5,10 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from minka.plan.atomic import sync
 
 # Errors that may pass although the file is whole. A read is tried again; a file that still cannot be read is passed
 # over without being called damaged.
@@ -14,6 +16,8 @@ PASSING = frozenset(
     {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.EAGAIN, errno.EACCES}
 )
 PAUSES = (0.1, 1.0)  # seconds before the second and the third attempt
+
+Heartbeat = Callable[[], None]  # called for each chunk that is read, hashed or written
 
 
 class FileSystem:
@@ -23,7 +27,6 @@ class FileSystem:
     """
 
     def mkdir(self, folder: Path) -> None:
-        """Make a new, empty folder."""
         folder.mkdir()
 
     def write(self, file: Path, parts: Iterable[memoryview]) -> None:
@@ -37,11 +40,7 @@ class FileSystem:
 
     def sync(self, folder: Path) -> None:
         """When this returns, the names in `folder` are on the disk."""
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync(folder)
 
     def rename(self, old: Path, new: Path) -> None:
         """Rename atomically within a folder; FileExistsError when `new` exists."""

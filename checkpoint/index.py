@@ -14,11 +14,10 @@ and opens only the tables of those.
 import math
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, KeysView, Sequence
 from typing import Annotated
 
 import numpy as np
-import torch
 from pydantic import Field, PrivateAttr, model_validator
 
 from minka.checkpoint.manifest import Count, Sealed, Sha256, StrictModel
@@ -27,7 +26,8 @@ from minka.parallel.pieces import tensor_name
 INDEX = "index.json"
 MAX_NUMBERS = 2**60  # in a tensor: torch takes no larger shape, even of an empty tensor
 
-Dtype = Annotated[str, Field(pattern="^(float64|float32|bfloat16|float16|int64|int32|uint8|bool)$")]
+DTYPES = "float64 float32 bfloat16 float16 int64 int32 uint8 bool".split()
+Dtype = Annotated[str, Field(pattern=f"^({'|'.join(DTYPES)})$")]
 
 
 class PieceGroup(StrictModel):
@@ -61,30 +61,27 @@ class TensorGroup(StrictModel):
     shape: list[Count]
     tensors: list[str]
     boxes: list[Count]
-    _records: np.ndarray = PrivateAttr()  # [boxes, 1 + 2 * dimensions]
+    _ranks: np.ndarray = PrivateAttr()  # [boxes]
+    _starts: np.ndarray = PrivateAttr()  # [boxes, dimensions], as are the ends
+    _ends: np.ndarray = PrivateAttr()
 
     @model_validator(mode="after")
     def _check(self) -> "TensorGroup":
         dims = len(self.shape)
         if math.prod(max(n, 1) for n in self.shape) >= MAX_NUMBERS:
             raise ValueError("the shape is too large")
-        self._records = np.array(self.boxes, dtype=np.int64).reshape(-1, 1 + 2 * dims)
-        if (self._records[:, 1 : 1 + dims] + self._records[:, 1 + dims :] > self.shape).any():
+        records = np.array(self.boxes, dtype=np.int64).reshape(-1, 1 + 2 * dims)
+        self._ranks, self._starts = records[:, 0], records[:, 1 : 1 + dims]
+        self._ends = self._starts + records[:, 1 + dims :]
+        if (self._ends > self.shape).any():
             raise ValueError("a box extends beyond the tensor")
         return self
 
-    @property
-    def highest_rank(self) -> int:
-        """-1 without boxes."""
-        return int(self._records[:, 0].max(initial=-1))
-
     def overlapping(self, offset: Sequence[int], size: Sequence[int]) -> list[int]:
         """Ranks with a box that overlaps this one."""
-        dims = len(self.shape)
-        first, last = np.array(offset, dtype=np.int64), np.array([a + n for a, n in zip(offset, size, strict=True)])
-        starts, sizes = self._records[:, 1 : 1 + dims], self._records[:, 1 + dims :]
-        hit = (np.maximum(starts, first) < np.minimum(starts + sizes, last)).all(1)
-        return [int(rank) for rank in self._records[hit, 0]]
+        hit = (np.maximum(self._starts, offset) < np.minimum(self._ends, np.add(offset, size))).all(1)
+        ranks: list[int] = self._ranks[hit].tolist()
+        return ranks
 
 
 class Index(StrictModel):
@@ -100,36 +97,24 @@ class Index(StrictModel):
     def _check(self) -> "Index":
         if not (len(self.table_bytes) == len(self.table_sha256) in (0, len(self.bytes))):
             raise ValueError("ranks without a table")
-        if any(group.highest_rank >= len(self.bytes) for group in self.groups):
-            raise ValueError("a box is in a file that is not listed")
         self._of = defaultdict(list)
         for group in self.groups:
+            if group._ranks.max(initial=-1) >= len(self.bytes):
+                raise ValueError("a box is in a file that is not listed")
             for name in group.tensors:
                 self._of[name].append(group)
-                if (group.dtype, group.shape) != (self.dtype(name), self.shape(name)):
+                if (group.dtype, group.shape) != (self[name].dtype, self[name].shape):
                     raise ValueError(f"{name} has two shapes or types")
-        self._of = dict(self._of)
         return self
 
     @property
-    def tensors(self) -> Iterable[str]:
+    def tensors(self) -> KeysView[str]:
         """Names of all tensors."""
         return self._of.keys()
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._of
-
-    def shape(self, name: str) -> list[int]:
-        """Global shape of a tensor."""
-        return self._of[name][0].shape
-
-    def dtype(self, name: str) -> str:
-        """Its type as torch names it."""
-        return self._of[name][0].dtype
-
-    def nbytes(self, name: str) -> int:
-        """Bytes of a whole tensor."""
-        return math.prod(self.shape(name)) * int(getattr(torch, self.dtype(name)).itemsize)
+    def __getitem__(self, name: str) -> TensorGroup:
+        """A group of this tensor: all have its dtype and global shape."""
+        return self._of[name][0]
 
     def ranks_with(self, name: str, offset: Sequence[int], size: Sequence[int]) -> list[int]:
         """The ranks that have written a part of this box of a tensor, ascending."""
@@ -160,10 +145,8 @@ def build_index(tables: Iterable[tuple[Table, Sealed | None]]) -> Index:
 
 
 def shard_name(rank: int) -> str:
-    """The file with the pieces that a rank has written."""
     return f"rank-{rank:05d}.safetensors"
 
 
 def table_name(rank: int) -> str:
-    """The file with their table."""
     return f"rank-{rank:05d}.json"

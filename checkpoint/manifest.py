@@ -2,13 +2,14 @@
 
     {"format": 3,
      "number": 7,                                grows with every save of the run
-     "time": ..., "step": 500, "permanent": false,
+     "time": ..., "step": 500,
      "state": {...},                             the run's state (train/state.py)
+     "permanent": false,                         kept forever
      "chunk_bytes": 4194304,                     what one hash of a shard file covers
      "index": {"bytes": ..., "sha256": "..."},   of index.json (index.py)
      "sha256": "..."}                            of all bytes before this entry
 
-Formats 1 and 2 kept the tables of all ranks in this file (old_formats.py). They are still read.
+Formats 1 and 2, which are still read, had the tables of all ranks in this file (stored_checkpoint.py).
 """
 
 import hashlib
@@ -16,7 +17,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -28,10 +29,8 @@ NAME = "manifest.json"
 CHUNK_BYTES = 4 * 2**20  # hashed while still in the cache: 11 to 13 % of a save where 16 MiB were 7 to 15 (LOG.md)
 MAX_CHUNK_BYTES = 64 * 2**20
 MAX_BYTES = 2**30  # of a file of JSON: index.json has 6 MB at 16,384 ranks; a format-2 manifest had 424 MB
-STEP_FOLDER = re.compile(r"step-[0-9]{8,}")
+STEP_FOLDER = re.compile(r"step-([0-9]{8,})")
 OLD_DEFAULTS = {"number": 0, "time": 0.0, "permanent": False, "chunk_bytes": 16 * 2**20}
-LAST_LINE = re.compile(rb',\n"sha256": "([0-9a-f]{64})"\n}\n')
-LAST_LINE_BYTES = len(',\n"sha256": ""\n}\n') + 64
 
 Count = Annotated[int, Field(ge=0, lt=2**60)]  # bytes of so many numbers still fit in 64 bits
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -55,7 +54,6 @@ class Sealed(StrictModel):
 
     @classmethod
     def of(cls, content: Bytes) -> "Sealed":
-        """Those of a file with this content."""
         return cls(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
@@ -79,7 +77,7 @@ def seal(values: Mapping[str, Any]) -> bytes:
     plain = finite({"format": FORMAT, **values})
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in plain.items())
     body = f"{{\n{lines}".encode()
-    return body + f',\n"sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
+    return body + _last_line(body)
 
 
 def read_header(path: Path, fs: FileSystem = LOCAL) -> Header:
@@ -95,15 +93,16 @@ def read_header(path: Path, fs: FileSystem = LOCAL) -> Header:
         raise Damage(f"{file} has {size:,} bytes; a manifest has at most {MAX_BYTES:,}")
     raw = fs.read(file, 0, size)
     if raw.startswith(f'{{\n"format": {FORMAT},\n'.encode()):
-        last = LAST_LINE.fullmatch(raw[-LAST_LINE_BYTES:])
-        if not last or hashlib.sha256(raw[:-LAST_LINE_BYTES]).hexdigest().encode() != last[1]:
+        end = len(raw) - len(_last_line(b""))
+        if raw[end:] != _last_line(raw[:end]):
             raise Damage(f"{file} does not match its own hash")
         header = parse(Header, raw, file)
     else:
         header = parse(Header, OLD_DEFAULTS | _read_old(raw, file), file)
     if (header.index is None) == (header.old_tables is None):
         raise Damage(f"{file} has no index")
-    if STEP_FOLDER.fullmatch(path.name) and int(path.name.removeprefix("step-")) != header.step:
+    named = STEP_FOLDER.fullmatch(path.name)
+    if named and int(named[1]) != header.step:
         raise Damage(f"{file} is of step {header.step}; its folder is of a different step")
     return header
 
@@ -132,12 +131,12 @@ def parse(model: type[Model], content: Bytes | Mapping[str, Any], file: Path) ->
 def _read_old(raw: bytearray, file: Path) -> dict[str, Any]:
     """The values of a manifest of format 1 or 2 whose hash matches, its tables under `old_tables`. Raises Damage."""
     try:
-        values = json.loads(raw, parse_constant=_refuse_constant)
+        values = json.loads(raw)
         number = values.get("format") if isinstance(values, dict) else None
         if number not in (1, 2, FORMAT):
             raise ValueError(f"format {str(number)[:40]} is unknown; this version reads 1 to {FORMAT}")
         unsealed = {key: value for key, value in values.items() if key != "sha256"}
-        canonical = json.dumps(unsealed, sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps(unsealed, sort_keys=True, separators=(",", ":"), allow_nan=False)
         if values.get("sha256") != hashlib.sha256(canonical.encode()).hexdigest():
             raise ValueError("it does not match its own hash")
         lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in values.items())
@@ -150,5 +149,5 @@ def _read_old(raw: bytearray, file: Path) -> dict[str, Any]:
     return {**values, "old_tables": tables}
 
 
-def _refuse_constant(word: str) -> NoReturn:
-    raise ValueError(f"{word} is not JSON")
+def _last_line(body: Bytes) -> bytes:
+    return f',\n"sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()

@@ -8,14 +8,14 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, Field, ValidationError
 
-from minka.plan.atomic import write_json
+from minka.plan.atomic import is_running, write_json
 from minka.plan.errors import UserError
 
 LEASE_SECONDS = 24 * 3600.0
@@ -31,17 +31,15 @@ class Lease(BaseModel, frozen=True, strict=True, allow_inf_nan=False):
     time: float
 
 
-def is_valid(lease: Lease, now: float, host: str, alive: Callable[[int], bool]) -> bool:
+def is_valid(lease: Lease, now: float, host: str) -> bool:
     """Whether a lease still holds. One from the future does too: clocks differ."""
-    if now - lease.time > LEASE_SECONDS:
-        return False
-    return lease.host != host or alive(lease.pid)
+    return now - lease.time <= LEASE_SECONDS and (lease.host != host or is_running(lease.pid))
 
 
 def is_leased(run: Path, checkpoint: str) -> bool:
     """Whether a reader holds the checkpoint of this name in the run's folder `run`."""
     host, now = socket.gethostname(), time.time()
-    return any(lease.checkpoint == checkpoint and is_valid(lease, now, host, _alive) for lease in _leases(run))
+    return any(lease.checkpoint == checkpoint and is_valid(lease, now, host) for lease in _leases(run))
 
 
 @contextmanager
@@ -62,12 +60,8 @@ def leased(run: Path, checkpoint: Path) -> Iterator[None]:
         waited = time.monotonic()
         while not checkpoint.is_dir():
             if time.monotonic() - waited > PATIENCE_SECONDS:
-                raise UserError(
-                    "this checkpoint has been deleted",
-                    where=str(checkpoint),
-                    why="the run keeps only the newest ones (checkpoint.keep)",
-                    remedy="take a newer one",
-                )
+                what = "this checkpoint has been deleted: the run keeps only the newest ones (checkpoint.keep)"
+                raise UserError(what, where=str(checkpoint), remedy="take a newer one")
             time.sleep(0.05)
         yield
     finally:
@@ -77,24 +71,10 @@ def leased(run: Path, checkpoint: Path) -> Iterator[None]:
 
 def _leases(run: Path) -> Iterator[Lease]:
     for file in sorted((run / "leases").glob("*.json")):
-        try:
-            lease = Lease.model_validate_json(file.read_bytes())
-        except FileNotFoundError:
-            continue  # it ended a moment ago
-        except (OSError, ValidationError):
-            # Half written by a reader that died, or damaged: it holds, for a day, what its name says.
-            name = "-".join(file.name.split("-")[:2])
+        with suppress(FileNotFoundError):  # it ended a moment ago
             try:
-                lease = Lease(checkpoint=name, host="", pid=1, time=file.lstat().st_mtime)
-            except FileNotFoundError:
-                continue
-        yield lease
-
-
-def _alive(pid: int) -> bool:
-    """Whether a process of this host runs."""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, PermissionError) as error:
-        return isinstance(error, PermissionError)
-    return True
+                yield Lease.model_validate_json(file.read_bytes())
+            except (OSError, ValidationError):
+                # Half written by a reader that died, or damaged: it holds, for a day, what its name says.
+                name = "-".join(file.name.split("-")[:2])
+                yield Lease(checkpoint=name, host="", pid=1, time=file.lstat().st_mtime)

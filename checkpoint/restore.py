@@ -12,24 +12,25 @@ not used: it unpickles what it finds, loads a flipped bit without an error, and 
 twice. Tensors are safetensors and state is JSON.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minka.checkpoint.catalogue import newest_first, steps_of
 from minka.checkpoint.commit import recover, set_aside, step_name
-from minka.checkpoint.filesystem import LOCAL, PASSING, FileSystem
+from minka.checkpoint.filesystem import LOCAL, PASSING, FileSystem, Heartbeat
 from minka.checkpoint.index import Index
 from minka.checkpoint.manifest import Damage
 from minka.checkpoint.reshard import fill
 from minka.checkpoint.shard_file import dtype_name
 from minka.checkpoint.stored_checkpoint import StoredCheckpoint
 from minka.parallel.mesh import Mesh
-from minka.parallel.pieces import Piece, tensor_name
+from minka.parallel.pieces import Piece, Pieces, tensor_name
 from minka.plan.errors import ExitStatus, UserError
 
 DAMAGE = (OSError, Damage)  # what reading a damaged checkpoint raises
@@ -39,11 +40,11 @@ OPTIONAL = "rng."  # tensors that older checkpoints lack, and that nothing train
 
 def restore(
     folder: Path,
-    tensors: Mapping[str, Piece],
+    tensors: Pieces,
     mesh: Mesh,
     note: Callable[[Path, str], None],
     *,
-    alive: Callable[[], None] = lambda: None,
+    alive: Heartbeat = lambda: None,
     newest: int | None = None,
     fs: FileSystem = LOCAL,
 ) -> Any:
@@ -52,29 +53,29 @@ def restore(
     Collective, and for the run's one writer: leftovers of a save that died are cleared first. `newest` is the step of
     the newest checkpoint where rank 0 knows it: then no other manifest is read unless that checkpoint is damaged.
     `note(path, reason)` is called for each checkpoint passed over because it is damaged or cannot be read. Once a
-    different one has been read, damaged ones are renamed. `alive` is called for each chunk read. Raises UserError when
-    there are checkpoints and none is whole, or when the newest whole one is of a different model.
+    different one has been read, damaged ones are renamed. Raises UserError when there are checkpoints and none is
+    whole, or when the newest whole one is of a different model.
     """
     if mesh.is_first:
         with suppress(OSError):  # what exists is read all the same
             recover(fs, folder)
-    passed_over: list[tuple[Path, _Problem]] = []
+    passed_over: list[tuple[Path, str, bool]] = []
     for step in _newest_first(folder, mesh, newest, fs):
         path = folder / step_name(step)
-        state, problem = _try(path, tensors, mesh, alive, fs)
-        if problem is None:
-            for bad, (reason, passing) in passed_over:
-                if mesh.is_first and not passing:
+        state, problem, passing = _try(path, tensors, mesh, alive, fs)
+        if not problem:
+            for bad, reason, may_pass in passed_over:
+                if mesh.is_first and not may_pass:
                     with suppress(OSError):  # it is passed over again the next time
                         set_aside(fs, bad)
                 note(bad, reason)
             return state
-        passed_over.append((path, problem))
+        passed_over.append((path, problem, passing))
     if passed_over:
         raise UserError(
             "none of the checkpoints is whole",
             where=str(folder),
-            why="; ".join(problem.reason for _, problem in passed_over),
+            why="; ".join(reason for _, reason, _ in passed_over),
             remedy="check the disk; `minka train RUN --from-scratch` starts again at step 0",
             status=ExitStatus.NEEDS_PERSON,
         )
@@ -82,48 +83,41 @@ def restore(
 
 
 def restore_from(
-    path: Path,
-    tensors: Mapping[str, Piece],
-    mesh: Mesh,
-    *,
-    alive: Callable[[], None] = lambda: None,
-    fs: FileSystem = LOCAL,
+    path: Path, tensors: Pieces, mesh: Mesh, *, alive: Heartbeat = lambda: None, fs: FileSystem = LOCAL
 ) -> Any:
     """Fill `tensors`, which may be some of those in it, from this checkpoint and return its state. Collective.
 
     Raises UserError when it is damaged, or of a different model.
     """
-    state, problem = _try(path, tensors, mesh, alive, fs)
+    state, problem, passing = _try(path, tensors, mesh, alive, fs)
     if problem:
-        kind = "cannot be read" if problem.passing else "damaged"
-        raise UserError(f"{kind}: {problem.reason}", where=str(path), remedy="take a different checkpoint (RUN@STEP)")
+        kind = "cannot be read" if passing else "damaged"
+        raise UserError(f"{kind}: {problem}", where=str(path), remedy="take a different checkpoint (RUN@STEP)")
     return state
 
 
-def whole_tensors(
-    path: Path, prefix: str, *, alive: Callable[[], None] = lambda: None, fs: FileSystem = LOCAL
-) -> Iterator[tuple[str, Tensor]]:
+def whole_tensors(path: Path, prefix: str, *, alive: Heartbeat = lambda: None) -> Iterator[tuple[str, Tensor]]:
     """Yield (name without prefix, whole tensor), hashes checked, for an export. Needs no process group.
 
-    Reads in batches of BATCH_BYTES, since each batch goes through all files. `alive` is called for each chunk read.
-    Raises DAMAGE.
+    Reads in batches of BATCH_BYTES, since each batch goes through all files. Raises DAMAGE.
     """
-    checkpoint = StoredCheckpoint(path, fs, alive)
+    checkpoint = StoredCheckpoint(path, alive=alive)
     checkpoint.check_files()
-    index = checkpoint.index
-    stored_bytes = sum(index.bytes)
+    stored_bytes = sum(checkpoint.index.bytes)
     batch: dict[str, Piece] = {}
     left = BATCH_BYTES
-    for name in index.tensors:
+    for name in checkpoint.index.tensors:
         if not name.startswith(prefix):
             continue
-        size, shape = index.nbytes(name), tuple(index.shape(name))
+        stored = checkpoint.index[name]
+        dtype, shape = getattr(torch, stored.dtype), tuple(stored.shape)
+        size = math.prod(shape) * dtype.itemsize
         if size > stored_bytes:
             raise Damage(f"{path}: {name} is larger than all files together")
         if batch and size > left:
             yield from _filled(checkpoint, batch, prefix)
-            batch, left = {}, BATCH_BYTES
-        batch[name] = Piece(torch.empty(shape, dtype=getattr(torch, index.dtype(name))), (0,) * len(shape), shape)
+            left = BATCH_BYTES
+        batch[name] = Piece(torch.empty(shape, dtype=dtype), (0,) * len(shape), shape)
         left -= size
     yield from _filled(checkpoint, batch, prefix)
 
@@ -134,68 +128,48 @@ def _filled(checkpoint: StoredCheckpoint, batch: dict[str, Piece], prefix: str) 
         yield name.removeprefix(prefix), batch.pop(name).local
 
 
-class _Problem(NamedTuple):
-    """Why a checkpoint was not read. `passing`: the error may pass, and the checkpoint may be whole."""
-
-    reason: str
-    passing: bool
-
-
-def _try(
-    path: Path,
-    tensors: Mapping[str, Piece],
-    mesh: Mesh,
-    alive: Callable[[], None],
-    fs: FileSystem,
-) -> tuple[Any, _Problem | None]:
-    """The state, or why this checkpoint cannot be read, with the same verdict on every rank."""
+def _try(path: Path, tensors: Pieces, mesh: Mesh, alive: Heartbeat, fs: FileSystem) -> tuple[Any, str, bool]:
+    """The state; or why this checkpoint was not read, and whether that may pass. The same on every rank."""
     state, problem, mismatch, passing = None, "", "", False
-    not_here: dict[str, bool] = {}
+    held = {tensor_name(key) for key in tensors}
+    kinds = {name.split(".")[0] for name in held}
+    wanted: list[str] = []  # the stored tensors of these kinds
     try:
         checkpoint = StoredCheckpoint(path, fs, alive)
         if mesh.is_first:  # thousands of ranks need not look at thousands of files each
             checkpoint.check_files()
         index, state = checkpoint.index, checkpoint.header.state
-        mismatch, not_here = _mismatch(index, tensors), _not_here(index, tensors)
+        wanted = [name for name in index.tensors if name.split(".")[0] in kinds]
+        mismatch = _mismatch(index, tensors)
         if not mismatch:
-            fill(checkpoint, {key: piece for key, piece in tensors.items() if tensor_name(key) in index})
+            fill(checkpoint, {key: piece for key, piece in tensors.items() if tensor_name(key) in index.tensors})
     except DAMAGE as error:
         reason = str(error) or type(error).__name__
         problem = reason if str(path) in reason else f"{path}: {reason}"
         passing = isinstance(error, OSError) and error.errno in PASSING
     problem = mesh.first_error(problem)
     if problem:
-        return None, _Problem(problem, bool(mesh.sum_on_host([passing])[0]))
-    holders = mesh.sum_on_host([not absent for absent in not_here.values()])  # other stages have other tensors
-    unknown = [name for name, ranks in zip(not_here, holders, strict=True) if not ranks]
+        return None, problem, bool(mesh.sum_on_host([passing])[0])
+    holders = mesh.sum_on_host([name in held for name in wanted])  # other stages have other tensors
+    unknown = [name for name, ranks in zip(wanted, holders, strict=True) if not ranks]
     mismatch = mesh.first_error(mismatch) or (f"it has {unknown[0]}, and this model does not" if unknown else "")
     if mismatch:
-        raise UserError(
-            f"this checkpoint is of a different model: {mismatch}",
-            where=str(path),
-            why="its tensors do not fit this configuration",
-            remedy="use the configuration it was trained with, or a different run.name",
-        )
-    return state, None
+        remedy = "use the configuration it was trained with, or a different run.name"
+        raise UserError(f"this checkpoint is of a different model: {mismatch}", where=str(path), remedy=remedy)
+    return state, "", False
 
 
-def _mismatch(index: Index, tensors: Mapping[str, Piece]) -> str:
+def _mismatch(index: Index, tensors: Pieces) -> str:
     """The first tensor that differs from its stored one in shape or type, or is not stored; empty when none does."""
     for key, piece in tensors.items():
-        name, dtype = tensor_name(key), dtype_name(piece.local)
-        if name not in index:
+        name = tensor_name(key)
+        here = f"{list(piece.global_shape)} {dtype_name(piece.local)}"
+        if name not in index.tensors:
             if not name.startswith(OPTIONAL):
                 return f"it has no {name}"
-        elif (index.shape(name), index.dtype(name)) != (list(piece.global_shape), dtype):
-            return f"{name} is {index.shape(name)} {index.dtype(name)} there, {list(piece.global_shape)} {dtype} here"
+        elif (there := f"{index[name].shape} {index[name].dtype}") != here:
+            return f"{name} is {there} there, {here} here"
     return ""
-
-
-def _not_here(index: Index, tensors: Mapping[str, Piece]) -> dict[str, bool]:
-    """For each stored tensor of a kind that is wanted, whether this rank has no part of it."""
-    held = {tensor_name(key) for key in tensors}
-    kinds = {name.split(".")[0] for name in held}
-    return {name: name not in held for name in index.tensors if name.split(".")[0] in kinds}
 
 
 def _newest_first(folder: Path, mesh: Mesh, newest: int | None, fs: FileSystem) -> Iterator[int]:

@@ -16,21 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minka.checkpoint.index import PieceGroup, shard_name
+from minka.checkpoint.filesystem import Heartbeat
+from minka.checkpoint.index import DTYPES, PieceGroup, shard_name
 from minka.checkpoint.manifest import Damage
 from minka.checkpoint.stored_checkpoint import StoredCheckpoint
-from minka.parallel.pieces import Piece, tensor_name
+from minka.parallel.pieces import Pieces, tensor_name
 
-CODES = {
-    "float64": "F64",
-    "float32": "F32",
-    "bfloat16": "BF16",
-    "float16": "F16",
-    "int64": "I64",
-    "int32": "I32",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
+CODES = dict(zip(DTYPES, "F64 F32 BF16 F16 I64 I32 U8 BOOL".split(), strict=True))
 DTYPE_OF = {code: dtype for dtype, code in CODES.items()}
 MAX_HEADER_BYTES = 100 * 10**6  # the limit of the safetensors library
 ALIGNMENT = 8
@@ -47,39 +39,43 @@ class TensorSpan(NamedTuple):
 class StagingBuffer:
     """One rank's shard file in memory, as it will be on the disk. Allocated once, filled at every save."""
 
-    def __init__(self, pieces: Mapping[str, Piece], *, pinned: bool) -> None:
+    def __init__(self, pieces: Pieces, *, pinned: bool) -> None:
         self._described = _describe(pieces)
-        names = sorted(pieces, key=lambda name: (-pieces[name].local.element_size(), name))  # keeps all aligned
-        header, body = _header([(name, *self._described[name]) for name in names])
-        self.buffer = torch.empty(len(header) + body, dtype=torch.uint8, pin_memory=pinned)
-        self.buffer[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-        self._views: dict[str, Tensor] = {}  # in the order of the file
-        at = self._header_bytes = len(header)
-        for name in names:
+        header: dict[str, Any] = {}
+        size = 0
+        for name in sorted(pieces, key=lambda name: (-pieces[name].local.element_size(), name)):  # keeps all aligned
+            dtype, shape = self._described[name]
+            first, size = size, size + pieces[name].local.nbytes
+            header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [first, size]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % ALIGNMENT)
+        start = len(text).to_bytes(8, "little") + text
+        self.buffer = torch.empty(len(start) + size, dtype=torch.uint8, pin_memory=pinned)
+        self.buffer[: len(start)] = torch.frombuffer(bytearray(start), dtype=torch.uint8)
+        self._views: dict[str, tuple[Tensor, int]] = {}  # in the order of the file, with the end of each
+        for name, entry in header.items():
+            first, last = (len(start) + at for at in entry["data_offsets"])
             local = pieces[name].local
-            size = local.numel() * local.element_size()
-            self._views[name] = self.buffer[at : at + size].view(local.dtype).view(local.shape)
-            at += size
+            self._views[name] = self.buffer[first:last].view(local.dtype).view(local.shape), last
 
-    def fits(self, pieces: Mapping[str, Piece]) -> bool:
+    def fits(self, pieces: Pieces) -> bool:
         """Whether the buffer was made for pieces of these names, types and shapes."""
         return self._described == _describe(pieces)
 
-    def copy_in(self, pieces: Mapping[str, Piece], filled: Callable[[int], None] = lambda upto: None) -> None:
+    def copy_in(self, pieces: Pieces, filled: Callable[[int], None] = lambda upto: None) -> None:
         """Copy the pieces. For tensors on a GPU the copies are queued on the current stream.
 
         `filled` is called with the end of each copy; for tensors on a CPU, the bytes up to there are final.
         """
-        at = self._header_bytes
-        for name, view in self._views.items():
+        for name, (view, end) in self._views.items():
             source = pieces[name].local.detach()
             if source.device.type == "cpu" and source.is_contiguous():
                 # numpy, not torch: it lets other threads run, and does not start a second pool of threads here.
-                np.copyto(_bytes(view), _bytes(source))
+                content, given = (tensor.reshape(-1).view(torch.uint8).numpy() for tensor in (view, source))
+                np.copyto(content, given)
             else:
                 view.copy_(source, non_blocking=True)
-            at += view.numel() * view.element_size()
-            filled(at)
+            filled(end)
 
     def chunks(self, size: int) -> Iterator[memoryview]:
         """The content of the file."""
@@ -89,29 +85,25 @@ class StagingBuffer:
 
 
 class ChunkHasher:
-    """The sha256 of each chunk of a staging buffer, computed on a thread while the buffer is filled and written.
+    """The sha256 of each chunk of a staging buffer, computed on a thread from the first chunk that is filled."""
 
-    Hashing starts with the first chunk that is filled, not with the first write: a fast disk takes no longer than the
-    hashes do.
-    """
-
-    def __init__(self, staged: StagingBuffer, chunk_bytes: int, alive: Callable[[], None]) -> None:
+    def __init__(self, staged: StagingBuffer, chunk_bytes: int, alive: Heartbeat) -> None:
         self.staged, self.chunk_bytes, self._alive = staged, chunk_bytes, alive
-        self._chunks = staged.chunks(chunk_bytes)
+        self._to_hash = staged.chunks(chunk_bytes)
         self._started: list[Future[str]] = []
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="minka-hash")
-
-    def __enter__(self) -> "ChunkHasher":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._thread.shutdown(cancel_futures=True)
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="minka-hash")
 
     def filled(self, upto: int) -> None:
         """Start the hashes of the chunks within the first `upto` bytes, which do not change any more."""
         size = self.staged.buffer.numel()
         while (at := len(self._started) * self.chunk_bytes) < size and min(at + self.chunk_bytes, size) <= upto:
-            self._started.append(self._thread.submit(self._hash, next(self._chunks)))
+            self._started.append(self.thread.submit(self._hash, next(self._to_hash)))
+
+    def chunks(self) -> Iterator[memoryview]:
+        """The content of the file, with a heartbeat after each chunk that has been written."""
+        for chunk in self.staged.chunks(self.chunk_bytes):
+            yield chunk
+            self._alive()
 
     def result(self) -> list[str]:
         """Wait for the hashes of all chunks; the buffer must be filled."""
@@ -135,12 +127,24 @@ class ShardReader:
             hashes = f"{len(self.table.sha256)} hashes for {self.table.bytes:,} bytes"
             raise Damage(f"{self.file}: its table has {hashes} in chunks of {self._chunk_bytes:,}")
         self._cached: tuple[int, bytearray] = (-1, bytearray())
-        self._spans = self._read_header()
+        size = self._fs.size(self.file)
+        if size != self.table.bytes:
+            raise Damage(f"{self.file} has {size:,} bytes instead of {self.table.bytes:,}")
+        length = int.from_bytes(self._read(0, 8), "little") if size >= 8 else 2**62
+        if length > min(MAX_HEADER_BYTES, size - 8):
+            raise Damage(f"{self.file}: its header claims {length:,} bytes")
+        try:
+            header = json.loads(self._read(8, 8 + length))
+            header.pop("__metadata__", None)
+            self._spans = {name: _span(entry, 8 + length, size) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise Damage(f"{self.file}: not a safetensors header: {error}") from None
 
     def span_of(self, key: str, group: PieceGroup) -> TensorSpan:
         """Where a piece of the table is. The index, the table and the file's own header must agree on it."""
         span, name = self._spans.get(key), tensor_name(key)
-        if name not in self._index or (group.dtype, group.shape) != (self._index.dtype(name), self._index.shape(name)):
+        known = self._index[name] if name in self._index.tensors else None
+        if known is None or (group.dtype, group.shape) != (known.dtype, known.shape):
             raise Damage(f"{self.file}: its table and the index differ in {key}")
         if span is None or (span.dtype, list(span.shape)) != (group.dtype, group.size):
             raise Damage(f"{self.file}: {key} is not in the file as its table describes it")
@@ -153,26 +157,9 @@ class ShardReader:
         raw = self._read(span.first + first * row, span.first + last * row)
         return torch.frombuffer(raw, dtype=dtype).view(last - first, *shape[1:])
 
-    def _read_header(self) -> dict[str, TensorSpan]:
-        size = self._fs.size(self.file)
-        if size != self.table.bytes:
-            raise Damage(f"{self.file} has {size:,} bytes instead of {self.table.bytes:,}")
-        length = int.from_bytes(self._read(0, 8), "little") if size >= 8 else 2**62
-        if length > min(MAX_HEADER_BYTES, size - 8):
-            raise Damage(f"{self.file}: its header claims {length:,} bytes")
-        try:
-            header = json.loads(bytes(self._read(8, 8 + length)))
-            header.pop("__metadata__", None)
-            return {name: _span(entry, 8 + length, size) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise Damage(f"{self.file}: not a safetensors header: {error}") from None
-
-    def _read(self, first: int, last: int) -> bytearray | memoryview:
+    def _read(self, first: int, last: int) -> bytearray:
         """Bytes [first, last), from verified chunks. The last chunk is kept: the next read often starts in it."""
         size = self._chunk_bytes
-        if first // size == (last - 1) // size:
-            at = first // size * size
-            return memoryview(self._chunk(first // size))[first - at : last - at]
         content = bytearray(last - first)
         for index in range(first // size, -(-last // size)):
             at = index * size
@@ -202,26 +189,10 @@ def _span(entry: Mapping[str, Any], begin: int, size: int) -> TensorSpan:
     return TensorSpan(first, dtype, shape)
 
 
-def _header(tensors: list[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, int]:
-    """The first bytes of a safetensors file, and how many follow them."""
-    table, at = {}, 0
-    for name, dtype, shape in tensors:
-        size = math.prod(shape) * getattr(torch, dtype).itemsize
-        table[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text, at
-
-
-def _describe(pieces: Mapping[str, Piece]) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _describe(pieces: Pieces) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {name: (dtype_name(piece.local), tuple(piece.local.shape)) for name, piece in pieces.items()}
 
 
 def dtype_name(tensor: Tensor) -> str:
     """Its type's name as files have it: float32, bfloat16, ..."""
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    return tensor.reshape(-1).view(torch.uint8).numpy()

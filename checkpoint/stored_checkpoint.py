@@ -1,29 +1,19 @@
 """A checkpoint on the disk: its header, its index, and the tables of its shard files, each checked when read."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from minka.checkpoint.filesystem import LOCAL, FileSystem
+from minka.checkpoint.filesystem import LOCAL, FileSystem, Heartbeat
 from minka.checkpoint.index import INDEX, Index, PieceGroup, Table, build_index, shard_name, table_name
-from minka.checkpoint.manifest import NAME, Damage, Header, Sealed, parse, read_header, read_sealed
+from minka.checkpoint.manifest import NAME, Damage, Sealed, parse, read_header, read_sealed
 
 
 class StoredCheckpoint:
-    """The checkpoint `path`, of any format. Every method raises OSError and Damage.
+    """The checkpoint `path`, of any format. Every method raises OSError and Damage."""
 
-    `header` is that of this checkpoint, where it has been read already. `alive` is called for each chunk read.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        fs: FileSystem = LOCAL,
-        alive: Callable[[], None] = lambda: None,
-        header: Header | None = None,
-    ) -> None:
+    def __init__(self, path: Path, fs: FileSystem = LOCAL, alive: Heartbeat = lambda: None) -> None:
         self.path, self.fs, self.alive = path, fs, alive
-        self.header = header or read_header(path, fs)
+        self.header = read_header(path, fs)
         if self.header.index:
             file = path / INDEX
             self._tables: list[Table] = []

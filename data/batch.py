@@ -59,14 +59,20 @@ def build_batch(
     begins at token k*seq_len; PADDING makes an empty sequence. samples: [B], their ids. Beyond the stream's end, rows
     are padded.
     """
-    block, real = _gather(stream, windows, seq_len, eod)
+    block = np.full((len(windows), seq_len + 1), eod, dtype=stream.dtype)  # targets of eod are ignored
+    real = np.zeros(len(windows), dtype=np.int64)  # how many of the first T tokens of each row are no padding
+    for row, window in enumerate(windows):
+        start = int(window) * seq_len
+        part = stream[start : start + seq_len + 1] if window != PADDING else stream[:0]
+        block[row, : len(part)] = part
+        real[row] = len(part)
     ends = block[:, :-1] == eod
     tokens = block[:, :-1].astype(np.int64)
     targets = block[:, 1:].astype(np.int64)
     np.putmask(targets, ends, IGNORED)  # the next token is of a different document, or padding
     count = ends.size - int(np.count_nonzero(ends))
-    for row in np.flatnonzero(real < seq_len):
-        ends[row, real[row] :] = False  # padding is one document, not one a token
+    for short in np.flatnonzero(real < seq_len):
+        ends[short, real[short] :] = False  # padding is one document, not one a token
     documents, positions = _structure(ends)
     return Batch(
         torch.from_numpy(tokens),
@@ -76,22 +82,6 @@ def build_batch(
         torch.from_numpy(np.asarray(samples, dtype=np.int64)),
         count,
     )
-
-
-def _gather(
-    stream: NDArray[Any], windows: Sequence[int] | NDArray[np.int64], seq_len: int, eod: int
-) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """(tokens [B, T+1], how many of the first T are real [B]). Padded with eod, whose targets are ignored anyway."""
-    block = np.empty((len(windows), seq_len + 1), dtype=stream.dtype)
-    real = np.full(len(windows), seq_len, dtype=np.int64)
-    for row, window in enumerate(windows):
-        start = int(window) * seq_len
-        part = stream[start : start + seq_len + 1] if window != PADDING else stream[:0]
-        block[row, : len(part)] = part
-        if len(part) <= seq_len:
-            block[row, len(part) :] = eod
-            real[row] = len(part)
-    return block, real
 
 
 def _structure(ends: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minka.plan.cli import new_app, print_json, progress, run_app
+from minka.plan.cli import new_app, print_json, print_table, progress, run_app
 from minka.plan.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,12 +38,8 @@ def _prepare(run: Run, overrides: Overrides = None, as_json: AsJson = False) -> 
     config = load_run(run, overrides or ()).config
     existed = (store_folder(config, Path()) / MANIFEST).is_file()
     store = open_or_prepare(config, Path(), progress)
-    facts = _describe_store(store) | {"prepared": not existed}
-    if as_json:
-        return print_json(facts)
-    print(f"{store.folder} {'exists already' if existed else 'is prepared'}")
-    _show(facts)
-    return None
+    title = f"{store.folder} {'exists already' if existed else 'is prepared'}"
+    _show(_describe_store(store) | {"prepared": not existed}, as_json, title)
 
 
 def _inspect(
@@ -68,20 +64,12 @@ def _inspect(
         raise UserError("give --document or --sample, not both")
     if document is not None:
         chosen = store.split(split)
-        text = chosen.text_of(document)
-        found = {"document": document, "split": split, **chosen.provenance(document), "text": text}
+        found = {"document": document, "split": split, **chosen.provenance(document), "text": chosen.text_of(document)}
     elif sample is not None:
         found = _trace_sample(store.split("train"), config, sample, where)
     else:
         found = _describe_store(store)
-    if as_json:
-        return print_json(found)
-    _show({key: value for key, value in found.items() if key not in ("pieces", "text")})
-    for piece in found.get("pieces", ()):
-        _show(piece)
-    if document is not None:
-        print(text[:SHOWN_CHARACTERS] + ("..." if len(text) > SHOWN_CHARACTERS else ""))
-    return None
+    _show(found, as_json)
 
 
 def _verify(
@@ -97,11 +85,7 @@ def _verify(
     size = sum(file.bytes for file in read_manifest(folder).files.values())
     with progress(size, "verifying", "bytes") as advance:
         checked = verify(folder, advance)
-    if as_json:
-        return print_json(checked)
-    print(f"{folder} is intact: every file has its hash, and tokens, index and sidecar agree")
-    _show(checked)
-    return None
+    _show(checked, as_json, f"{folder} is intact: every file has its hash, and tokens, index and sidecar agree")
 
 
 def _find(where: str, overrides: Sequence[str]) -> "tuple[Path, RunConfig | None]":
@@ -139,11 +123,8 @@ def _trace_sample(split: "Split", config: "RunConfig | None", position: int, whe
     from minka.data.sample_order import SampleOrder, window_count
 
     if config is None:
-        raise UserError(
-            "a sample is a position in a run's order, and this is a store",
-            where=where,
-            remedy=f"give the run: minka data inspect RUN --sample {position}",
-        )
+        remedy = f"give the run: minka data inspect RUN --sample {position}"
+        raise UserError("a sample is a position in a run's order, and this is a store", where=where, remedy=remedy)
     if position < 0:
         raise UserError(f"there is no sample {position}", remedy="samples are counted from 0, through all epochs")
     windows = window_count(split.n_tokens, config.data.seq_len)
@@ -153,17 +134,22 @@ def _trace_sample(split: "Split", config: "RunConfig | None", position: int, whe
         "epoch": position // windows,
         "window": window,
         "dropped": any(first <= position < last for first, last in config.data.dropped_samples),
-        "pieces": [span._asdict() for span in split.trace_window(window, config.data.seq_len)],
+        "pieces": split.trace_window(window, config.data.seq_len),
     }
 
 
-def _show(facts: dict[str, Any]) -> None:
-    width = max(map(len, facts), default=0)
-    for key, value in facts.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{name} {_number(inner)}" for name, inner in value.items() if inner not in ("", None))
-        print(f"  {key:<{width}}  {_number(value)}")
+def _show(facts: dict[str, Any], as_json: bool, title: str = "") -> None:
+    if as_json:
+        return print_json(facts)
+    pieces, text = facts.pop("pieces", ()), facts.pop("text", "")
+    print_table([(key, _in_words(value)) for key, value in facts.items()], title=title)
+    if pieces:
+        print_table([[_in_words(value) for value in piece.values()] for piece in pieces], list(pieces[0]))
+    if text:
+        print(text[:SHOWN_CHARACTERS] + ("..." if len(text) > SHOWN_CHARACTERS else ""))
 
 
-def _number(value: object) -> str:
+def _in_words(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_in_words(inner)}" for name, inner in value.items() if inner not in ("", None))
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,13 +1,15 @@
-"""Document: one text and where it came from; HashedDocument: the same as UTF-8, with the hash of its content."""
+"""Document: one text, where it came from, and the hash of its content."""
 
 import hashlib
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+
+from minka.plan.errors import UserError
 
 HASH_BYTES = 16
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Document:
     """One text and its provenance. `line` counts from 1 (line of a JSONL file, row of a table); 0 = the whole file."""
 
@@ -21,17 +23,25 @@ class Document:
     package: str = ""
     version: str = ""
 
+    @cached_property
+    def raw(self) -> bytes:
+        """The text in UTF-8. Raises UserError when it has no such encoding."""
+        try:
+            return self.text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"character {error.start} of the text is half of a surrogate pair, which has no UTF-8 encoding",
+                where=self.id,
+                remedy="correct the escape (\\ud8xx without its partner) in the source",
+            ) from None
 
-class HashedDocument(NamedTuple):
-    """A document, its text in UTF-8, and the hash of that. The first 8 bytes of the hash decide the split."""
-
-    document: Document
-    raw: bytes
-    hash: bytes
+    @cached_property
+    def hash(self) -> bytes:
+        return content_hash(self.raw)
 
     @property
     def split_key(self) -> int:
-        """0 <= key < 2**64; the document is in the validation split when it is below the cutoff."""
+        """The hash's first 8 bytes as a number; the document is for validation when it is below the cutoff."""
         return int.from_bytes(self.hash[:8], "big")
 
 

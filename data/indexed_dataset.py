@@ -5,16 +5,16 @@ i64 byte offsets[S], i64 document index[D]. Here a sequence is a document, its e
 Layout: Megatron-LM, megatron/core/datasets/indexed_dataset.py.
 """
 
-import shutil
 import struct
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from minka.plan.errors import UserError
+from minka.plan.read_file import reading
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # 34 bytes, no padding
@@ -38,31 +38,28 @@ def token_dtype(vocab: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocab < SMALL_VOCAB else "<i4")
 
 
-def write_index(path: Path, lengths_file: Path, dtype: np.dtype[Any]) -> None:
-    """Write an .idx from a file of raw i32 lengths, in bounded memory."""
-    lengths = np.memmap(lengths_file, dtype="<i4", mode="r")
-    size = len(lengths)
+def finish_index(file: IO[bytes], dtype: np.dtype[Any]) -> None:
+    """Complete an .idx that so far has HEADER.size bytes of anything and the lengths. In bounded memory."""
+    file.flush()
+    lengths = np.memmap(file.name, dtype="<i4", mode="r", offset=HEADER.size)
+    size, end = len(lengths), 0
+    for start in range(0, size, CHUNK):
+        sizes = lengths[start : start + CHUNK].astype("<i8") * dtype.itemsize
+        ends = end + np.cumsum(sizes)
+        file.write((ends - sizes).tobytes())
+        end = int(ends[-1])
+    for start in range(0, size + 1, CHUNK):
+        file.write(np.arange(start, min(size + 1, start + CHUNK), dtype="<i8").tobytes())
+    file.seek(0)
     code = next(code for code, name in DTYPE_CODES.items() if np.dtype(name) == dtype)
-    with path.open("wb") as out, lengths_file.open("rb") as source:
-        out.write(HEADER.pack(MAGIC, 1, code, size, size + 1))
-        shutil.copyfileobj(source, out)
-        offset = 0
-        for start in range(0, size, CHUNK):
-            sizes = lengths[start : start + CHUNK].astype("<i8") * dtype.itemsize
-            ends = offset + np.cumsum(sizes)
-            out.write((ends - sizes).tobytes())
-            offset = int(ends[-1])
-        for start in range(0, size + 1, CHUNK):
-            out.write(np.arange(start, min(size + 1, start + CHUNK), dtype="<i8").tobytes())
+    file.write(HEADER.pack(MAGIC, 1, code, size, size + 1))
 
 
 def read_index(path: Path) -> Index:
     """Map an .idx. Raises UserError when it is not an .idx or is cut short."""
-    try:
+    with reading(path, "an index", ValueError, struct.error):
         raw = np.memmap(path, dtype=np.uint8, mode="r")
         magic, version, code, size, documents = HEADER.unpack(raw[: HEADER.size].tobytes())
-    except (OSError, ValueError, struct.error) as error:
-        raise UserError(f"cannot be read as an index: {error}", where=str(path)) from None
     if magic != MAGIC or version != 1 or code not in DTYPE_CODES:
         raise UserError("not a Megatron index of version 1", where=str(path))
     ends = np.cumsum([HEADER.size, 4 * size, 8 * size, 8 * documents])
@@ -74,7 +71,5 @@ def read_index(path: Path) -> Index:
 
 def read_tokens(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
     """Map a .bin: all tokens of the split, [N]. Raises UserError when its size is not a multiple of a token's."""
-    try:
+    with reading(path, "tokens", ValueError):
         return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot be read as tokens: {error}", where=str(path)) from None

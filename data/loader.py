@@ -4,23 +4,20 @@ A step's global batch is the samples [n, n + G) of the run, padded to a multiple
 every ways-th. No rank, micro-batch or restart changes which samples a step has.
 """
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from minka.data.batch import PADDING, Batch, build_batch
 from minka.data.sample_order import SampleOrder, window_count
 from minka.data.token_store import Split
 from minka.plan.config import RunConfig
 
-DEPTH = 2  # batches built ahead: the next is ready while one is being trained on
-POLL_SECONDS = 0.1  # how often a waiting thread checks whether the other side has ended
+DEPTH = 3  # batches built ahead: the next is ready while one is being trained on
 
 
 @dataclass(frozen=True)
@@ -46,23 +43,6 @@ def global_batch(config: RunConfig, state: LoaderState) -> int:
     return config.batch_tokens_at(state.tokens) // config.data.seq_len
 
 
-def share(config: RunConfig, order: SampleOrder, state: LoaderState, rank: int, ways: int) -> NDArray[np.int64]:
-    """Positions in the order of rank's sequences of the batch that begins at `state`; PADDING where there is none."""
-    size = global_batch(config, state)
-    whole = -(-size // (ways * config.layout.micro_batch)) * ways * config.layout.micro_batch
-    positions = np.full(whole, PADDING, dtype=np.int64)
-    positions[:size] = order.positions(state.samples, state.samples + size)
-    return positions[rank::ways]
-
-
-def read_batch(config: RunConfig, split: Split, order: SampleOrder, positions: NDArray[np.int64]) -> Batch:
-    """The batch of the samples at `positions` ([B], PADDING allowed)."""
-    windows = np.full(len(positions), PADDING, dtype=np.int64)
-    real = positions != PADDING
-    windows[real] = order.windows_at(positions[real])
-    return build_batch(split.tokens, windows, positions, config.data.seq_len, split.eod)
-
-
 class Loaded(NamedTuple):
     """What one step trains on: this rank's part of the global batch, its micro-batches, and the state after it."""
 
@@ -72,7 +52,7 @@ class Loaded(NamedTuple):
 
 
 class Loader(Iterator[Loaded]):
-    """Endless iterator over this rank's parts of the global batches.
+    """Endless iterator over the parts of the global batches that are those of `rank`, among `ways` ranks.
 
     A thread builds DEPTH of them ahead, and calls `prepare` for each micro-batch: host work that the training does not
     wait for. What the thread raises is raised by `next`. Use it in a `with`, or close it.
@@ -90,58 +70,38 @@ class Loader(Iterator[Loaded]):
         if not 0 <= rank < ways:
             raise ValueError(f"rank {rank} of {ways} ways")
         self.config, self.split, self.rank, self.ways, self.prepare = config, split, rank, ways, prepare
-        self._ready: queue.Queue[Loaded | BaseException] = queue.Queue(DEPTH)
-        self._closed = threading.Event()
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(
-            target=self._work, args=(state or LoaderState(),), name=f"loader of rank {rank}", daemon=True
-        )
-        self._thread.start()
+        self._order, self._state = order_of(config, split), state or LoaderState()  # of the thread
+        self._thread = ThreadPoolExecutor(1, f"loader of rank {rank}")
+        self._ahead = deque(self._thread.submit(self._build) for _ in range(DEPTH))
 
     def __next__(self) -> Loaded:
-        if self._closed.is_set():
+        if not self._ahead:
             raise StopIteration
-        if self._failure is None:
-            item = self._take()
-            if not isinstance(item, BaseException):
-                return item
-            self._failure = item
-        raise self._failure
+        self._ahead.append(self._thread.submit(self._build))
+        return self._ahead.popleft().result()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Stop the thread and wait for it. May be called twice."""
-        self._closed.set()
-        self._thread.join()
+        self._ahead.clear()
+        self._thread.shutdown(cancel_futures=True)
 
-    def _take(self) -> Loaded | BaseException:
-        while True:
-            try:
-                return self._ready.get(timeout=POLL_SECONDS)
-            except queue.Empty:
-                if not self._thread.is_alive() and self._ready.empty():
-                    return RuntimeError(f"the thread '{self._thread.name}' ended without an error")
-
-    def _work(self, state: LoaderState) -> None:
-        try:
-            order = order_of(self.config, self.split)
-            while not self._closed.is_set():
-                positions = share(self.config, order, state, self.rank, self.ways)
-                batch = read_batch(self.config, self.split, order, positions)
-                prepared = [self.prepare(part) for part in batch.micro_batches(self.config.layout.micro_batch)]
-                state = state.after(global_batch(self.config, state), self.config.data.seq_len)
-                self._put(Loaded(batch, prepared, state))
-        except BaseException as error:  # handed to the consumer, which raises it
-            self._put(error)
-
-    def _put(self, item: Loaded | BaseException) -> None:
-        while not self._closed.is_set():
-            try:
-                return self._ready.put(item, timeout=POLL_SECONDS)
-            except queue.Full:
-                continue
+    def _build(self) -> Loaded:
+        """The next part, padded with PADDING to as many sequences as the other ranks have."""
+        config, first, size = self.config, self._state.samples, global_batch(self.config, self._state)
+        whole = -(-size // (self.ways * config.layout.micro_batch)) * self.ways * config.layout.micro_batch
+        every = np.full(whole, PADDING, dtype=np.int64)
+        every[:size] = self._order.positions(first, first + size)
+        positions = every[self.rank :: self.ways]
+        windows = np.full(len(positions), PADDING, dtype=np.int64)
+        real = positions != PADDING
+        windows[real] = self._order.windows_at(positions[real])
+        batch = build_batch(self.split.tokens, windows, positions, config.data.seq_len, self.split.eod)
+        prepared = [self.prepare(part) for part in batch.micro_batches(config.layout.micro_batch)]
+        self._state = self._state.after(size, config.data.seq_len)
+        return Loaded(batch, prepared, self._state)

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
+from typing import Any
 
-from minka.data.document import HashedDocument
+from numpy.typing import NDArray
+
+from minka.data.document import Document
 from minka.data.indexed_dataset import token_dtype
 from minka.data.read_documents import read_documents
 from minka.data.split_writer import SplitWriter
@@ -23,7 +25,7 @@ from minka.data.store_manifest import (
     write_manifest,
 )
 from minka.data.token_store import TokenStore
-from minka.data.tokenizer import TextTokenizer, bytes_tokenizer, check_bpe_vocab, load_hf, train_bpe
+from minka.data.tokenizer import BPE_MIN_ENTRIES, TextTokenizer, bytes_tokenizer, load_hf, train_bpe
 from minka.data.validation_split import CorpusSurvey, add_hash, survey_corpus
 from minka.plan.atomic import NewFolder, atomic_folder
 from minka.plan.config import RunConfig
@@ -33,14 +35,14 @@ from minka.plan.errors import UserError
 STORES = "stores"
 ENCODE_BYTES = 4 * 2**20  # text tokenized at once
 ENCODE_DOCUMENTS = 4_096
+TRIED_DOCUMENTS = 4_096  # as many are decoded again, to decide whether the store is exact
 # (total or None, what is done, its unit) -> a context that yields advance(n); plan.cli.progress is one.
 Progress = Callable[[int | None, str, str], AbstractContextManager[Callable[[int], None]]]
 
 
-@contextmanager
-def no_progress(total: int | None, what: str, unit: str) -> Iterator[Callable[[int], None]]:
+def no_progress(total: int | None, what: str, unit: str) -> AbstractContextManager[Callable[[int], None]]:
     """A Progress that shows nothing."""
-    yield lambda n: None
+    return nullcontext(lambda n: None)
 
 
 def open_or_prepare(config: RunConfig, root: Path, progress: Progress = no_progress) -> TokenStore:
@@ -73,20 +75,13 @@ def check_store(store: TokenStore, config: RunConfig) -> None:
     """Raise UserError unless the store has the tokens that the run describes."""
     manifest, where = store.manifest, str(store.folder)
     remedy = "set data.store to a different store, or leave it empty and the right one is prepared"
-    wanted, vocab = config.data.tokenizer, config.model.vocab
-    if manifest.tokenizer.name != wanted:
-        raise UserError(
-            f"the store was made with tokenizer {manifest.tokenizer.name!r}, the run uses {wanted!r}",
-            where=where,
-            remedy=f"set data.tokenizer={manifest.tokenizer.name}; or {remedy}",
-        )
+    name, vocab = manifest.tokenizer.name, config.model.vocab
+    if name != config.data.tokenizer:
+        what = f"the store was made with tokenizer {name!r}, the run uses {config.data.tokenizer!r}"
+        raise UserError(what, where=where, remedy=f"set data.tokenizer={name}; or {remedy}")
     if manifest.vocab > vocab or (manifest.tokenizer.kind != "hf" and manifest.vocab != vocab):
-        raise UserError(
-            f"the store's vocabulary has {manifest.vocab} entries, the model's embedding {vocab} rows",
-            where=where,
-            why="a token id beyond the embedding has no row" if manifest.vocab > vocab else "",
-            remedy=f"set model.vocab={manifest.vocab}; or {remedy}",
-        )
+        what = f"the store's vocabulary has {manifest.vocab} entries, the model's embedding {vocab} rows"
+        raise UserError(what, where=where, remedy=f"set model.vocab={manifest.vocab}; or {remedy}")
     run = defining_fields(config.data)
     differ = [key for key in run if run[key] != manifest.source.get(key)]
     if differ and config.data.source != "stdlib":  # the default: then data.store alone identifies the corpus
@@ -101,17 +96,20 @@ def prepare(data: DataSection, vocab: int, folder: Path, progress: Progress = no
     Raises UserError for unusable input, a full or read-only disk, and a folder that is in the way.
     """
     _check_free(folder)
-    if data.tokenizer == "bpe":
-        check_bpe_vocab(vocab)
+    if data.tokenizer == "bpe" and vocab < BPE_MIN_ENTRIES:
+        raise UserError(
+            f"a trained vocabulary has at least {BPE_MIN_ENTRIES} entries: all bytes, and the end of a document",
+            where=f"model.vocab={vocab}",
+            remedy=f'set model.vocab to {BPE_MIN_ENTRIES} or more, or data.tokenizer="bytes"',
+        )
     remedy = "give a different folder with data.store=FOLDER, or read less with data.max_bytes"
     with atomic_folder(folder, remedy=remedy) as new:
         with progress(None, "reading the corpus", "bytes") as advance:
             survey = survey_corpus(data, advance)
-        tokenizer = _make_tokenizer(data, vocab, survey, progress)
+        tokenizer = _make_tokenizer(data, vocab, survey.sample, progress)
         tokenizer.save(new.path / "tokenizer")
         with progress(survey.size, "tokenizing", "bytes") as advance:
-            second = _SecondReading(data, tokenizer, survey, new, advance)
-            splits = second.write_splits()
+            splits, without_tokens, exact = _write_splits(data, tokenizer, survey, new, advance)
         manifest = Manifest(
             source=defining_fields(data),
             tokenizer=TokenizerInfo(
@@ -126,8 +124,8 @@ def prepare(data: DataSection, vocab: int, folder: Path, progress: Progress = no
             dtype=token_dtype(tokenizer.entries).name,
             cutoff=survey.cutoff,
             moved=survey.moved,
-            empty=survey.empty + second.without_tokens,
-            exact=second.exact,
+            empty=survey.empty + without_tokens,
+            exact=exact,
             splits=splits,
             files=hash_files(new.path),
         )
@@ -135,103 +133,70 @@ def prepare(data: DataSection, vocab: int, folder: Path, progress: Progress = no
 
 
 def _check_free(folder: Path) -> None:
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
     if (folder / MANIFEST).is_file():
         raise UserError("this token store exists", where=str(folder), remedy="remove it to prepare it again")
-    raise UserError(
-        "this folder exists and is not a token store" if folder.is_dir() else "a file has this name",
-        where=str(folder),
-        why="minka overwrites only its own files" + (", and manifest.json is missing" if folder.is_dir() else ""),
-        remedy="give a different folder with data.store=FOLDER, or move this one",
-    )
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        what = "a file has this name" if folder.is_file() else f"this folder is not a token store: no {MANIFEST}"
+        raise UserError(what, where=str(folder), remedy="set a different data.store=FOLDER, or move this away")
 
 
-def _make_tokenizer(data: DataSection, vocab: int, survey: CorpusSurvey, progress: Progress) -> TextTokenizer:
+def _make_tokenizer(data: DataSection, vocab: int, sample: Sequence[bytes], progress: Progress) -> TextTokenizer:
     if data.tokenizer == "bytes":
         return bytes_tokenizer()
     if data.tokenizer != "bpe":
         return load_hf(data.tokenizer, vocab)
-    size = sum(map(len, survey.sample))
+    size = sum(map(len, sample))
     with progress(None, f"training a tokenizer of {vocab} entries on {size:,} bytes", "tokenizer") as advance:
-        trained = train_bpe(survey.sample, vocab, size)
+        trained = train_bpe(sample, vocab)
         advance(1)
     return trained
 
 
-@dataclass
-class _SecondReading:
-    """Reads the corpus again, tokenizes it in groups of documents, and writes each document to its split."""
+def _write_splits(
+    data: DataSection, tokenizer: TextTokenizer, survey: CorpusSurvey, new: NewFolder, advance: Callable[[int], None]
+) -> tuple[dict[str, SplitTotals], int, bool]:
+    """Read the corpus again and write each document to its split.
 
-    data: DataSection
-    tokenizer: TextTokenizer
-    survey: CorpusSurvey
-    new: NewFolder
-    advance: Callable[[int], None]
-    without_tokens: int = 0
-    tried: int = 0  # documents that were decoded again, to decide `exact`
-    exact: bool = True
-
-    def write_splits(self) -> dict[str, SplitTotals]:
-        checksum = 0
-        dtype = token_dtype(self.tokenizer.entries)
-        with ExitStack() as stack:
-            writers = [SplitWriter(self.new.path, name, dtype, self.tokenizer.eod) for name in SPLITS]
-            for writer in writers:
-                stack.enter_context(writer)
-            try:
-                for group in group_documents(read_documents(self.data)):
-                    for document in group:
-                        checksum = add_hash(checksum, document.hash)
-                    validation = [document for document in group if document.split_key < self.survey.cutoff]
-                    train = [document for document in group if document.split_key >= self.survey.cutoff]
-                    for writer, documents in zip(writers, (train, validation), strict=True):
-                        self._write(writer, documents)
-            finally:
-                self.new.done = sum(writer.bytes for writer in writers) / self.survey.size
-            self._check_same(checksum)
-            return {writer.name: self._finish(writer) for writer in writers}
-
-    def _write(self, writer: SplitWriter, documents: list[HashedDocument]) -> None:
-        encoded = self.tokenizer.encode([hashed.document.text for hashed in documents])
-        kept = [(hashed, tokens) for hashed, tokens in zip(documents, encoded, strict=True) if len(tokens)]
-        self.without_tokens += len(documents) - len(kept)
-        for hashed, tokens in kept[: max(0, ENCODE_DOCUMENTS - self.tried)]:
-            self.tried += 1
-            self.exact = self.exact and self.tokenizer.decode(tokens) == hashed.document.text
-        writer.add(kept)
-        self.advance(sum(len(hashed.raw) for hashed in documents))
-
-    def _check_same(self, checksum: int) -> None:
-        if checksum != self.survey.checksum:
-            raise UserError(
-                "the corpus changed while it was being read",
-                where=f"data.source={self.data.source}",
-                why="it is read twice, first to split it and train the tokenizer, and the two readings differ",
-                remedy="prepare it again when nothing writes to it",
-            )
-
-    def _finish(self, writer: SplitWriter) -> SplitTotals:
-        if not writer.documents:
-            raise UserError(
-                f"the tokenizer makes no token of the {writer.name} split's documents",
-                where=f"data.tokenizer={self.data.tokenizer}",
-                remedy="give more text, or a different tokenizer",
-            )
-        return writer.finish()
+    Returns the splits, how many documents have no tokens, and whether decoding gave back every text that was tried.
+    """
+    checksum = without_tokens = tried = 0
+    exact = True
+    dtype = token_dtype(tokenizer.entries)
+    with ExitStack() as stack:
+        writers = [stack.enter_context(SplitWriter(new.path, name, dtype, tokenizer.eod)) for name in SPLITS]
+        train, validation = writers
+        try:
+            for document, tokens in _tokenize(data, tokenizer):
+                checksum = add_hash(checksum, document.hash)
+                if len(tokens):
+                    if tried < TRIED_DOCUMENTS:
+                        tried += 1
+                        exact = exact and tokenizer.decode(tokens) == document.text
+                    (validation if document.split_key < survey.cutoff else train).add(document, tokens)
+                else:
+                    without_tokens += 1
+                advance(len(document.raw))
+        finally:
+            new.done = (train.bytes + validation.bytes) / survey.size
+        if checksum != survey.checksum:
+            what, remedy = "the corpus changed between its two readings", "prepare it again when nothing writes to it"
+            raise UserError(what, where=f"data.source={data.source}", remedy=remedy)
+        for writer in writers:
+            if not writer.documents:
+                what = f"the tokenizer makes no token of the {writer.name} split's documents"
+                raise UserError(what, where=f"data.tokenizer={data.tokenizer}", remedy="give more text")
+        return {writer.name: writer.finish() for writer in writers}, without_tokens, exact
 
 
-def group_documents(documents: Iterator[HashedDocument]) -> Iterator[list[HashedDocument]]:
-    """Documents with text, in groups that are tokenized at once."""
-    group: list[HashedDocument] = []
+def _tokenize(data: DataSection, tokenizer: TextTokenizer) -> Iterator[tuple[Document, NDArray[Any]]]:
+    """Every document with text and its tokens. Documents are tokenized in groups, on all cores."""
+    group: list[Document] = []
     size = 0
-    for document in documents:
-        if not document.raw:
-            continue
-        group.append(document)
-        size += len(document.raw)
+    for document in read_documents(data):
+        if document.raw:
+            group.append(document)
+            size += len(document.raw)
         if size >= ENCODE_BYTES or len(group) >= ENCODE_DOCUMENTS:
-            yield group
+            yield from zip(group, tokenizer.encode([document.text for document in group]), strict=True)
             group, size = [], 0
-    if group:
-        yield group
+    yield from zip(group, tokenizer.encode([document.text for document in group]), strict=True)

@@ -17,6 +17,7 @@ from minka.data.document import Document
 from minka.data.text_sources import expand_paths, not_utf8
 from minka.plan.config_sections import DataSection
 from minka.plan.errors import UserError
+from minka.plan.read_file import first_line, reading
 
 JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson")
 # Columns in which public corpora keep provenance: the fields of Document, and one in American spelling.
@@ -27,9 +28,11 @@ PARQUET_BATCH_ROWS = 256  # documents may be megabytes each
 def jsonl_documents(data: DataSection) -> Iterator[Document]:
     """A document for each line of the files of data.paths. Raises UserError with file:line."""
     for path in expand_paths(data.paths, JSONL):
-        for number, line in _lines(path):
-            row = _parse(line, f"{path}:{number}")
-            yield document_of_row(row, data.text_field, "jsonl", path.as_posix(), number)
+        with reading(path, "JSONL", EOFError, zlib.error, zstandard.ZstdError), _open(path) as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    row = _parse(line, f"{path}:{number}")
+                    yield document_of_row(row, data.text_field, "jsonl", path.as_posix(), number)
 
 
 def parquet_documents(data: DataSection) -> Iterator[Document]:
@@ -37,8 +40,6 @@ def parquet_documents(data: DataSection) -> Iterator[Document]:
     for path in expand_paths(data.paths, (".parquet",)):
         try:
             yield from _parquet_file(path, data.text_field)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"cannot be read as Parquet: {_first_line(error)}", where=str(path)) from None
         except UnicodeDecodeError as error:
             raise not_utf8(str(path), error) from None
 
@@ -54,7 +55,7 @@ def hub_documents(data: DataSection) -> Iterator[Document]:
         raise
     except Exception as error:  # its readers, the network and the hub raise errors without a common base
         raise UserError(
-            f"datasets could not read it{f' at row {number + 1}' if number else ''}: {_first_line(error)}",
+            f"datasets could not read it{f' at row {number + 1}' if number else ''}: {first_line(error)}",
             where=f"data.dataset: {name}",
             remedy="check data.dataset, data.dataset_config, data.dataset_split and data.paths (its data_files)",
         ) from None
@@ -64,9 +65,8 @@ def document_of_row(row: object, field: str, source: str, path: str, number: int
     """The row's text and provenance. Raises UserError when the text is missing or not a string."""
     where = f"{path}:{number}"
     if not isinstance(row, Mapping):
-        raise UserError(
-            f"the row is not an object but {type(row).__name__}", where=where, remedy=f'write {{"{field}": "..."}}'
-        )
+        what = f"the row is not an object but {type(row).__name__}"
+        raise UserError(what, where=where, remedy=f'write {{"{field}": "..."}}')
     text = row.get(field)
     if not isinstance(text, str):
         kind = "null" if text is None else type(text).__name__
@@ -78,16 +78,6 @@ def document_of_row(row: object, field: str, source: str, path: str, number: int
         if name != field and isinstance(value, str | int) and str(value):
             provenance.setdefault("licence" if name == "license" else name, str(value))
     return Document(**{"id": where, "source": source, **provenance}, text=text, path=path, line=number)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    try:
-        with _open(path) as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, line
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise UserError(f"cannot be read: {_first_line(error)}", where=str(path)) from None
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -105,23 +95,16 @@ def _parse(line: bytes, where: str) -> object:
     except UnicodeDecodeError as error:
         raise not_utf8(where, error) from None
     except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(
-            f"not a JSON line: {error}",
-            where=where,
-            why="each line of a JSONL file is one complete JSON object",
-            remedy='write each document as {"text": "..."} on its own line',
-        ) from None
+        remedy = 'write each document as one complete JSON object, {"text": "..."}, on its own line'
+        raise UserError(f"not a JSON line: {error}", where=where, remedy=remedy) from None
 
 
 def _parquet_file(path: Path, field: str) -> Iterator[Document]:
-    with pq.ParquetFile(path) as table:
+    with reading(path, "Parquet", pa.ArrowException), pq.ParquetFile(path) as table:
         schema = table.schema_arrow
         if field not in schema.names:
-            raise UserError(
-                f"there is no column {field!r}",
-                where=str(path),
-                remedy=f"set data.text_field to one of its columns: {', '.join(schema.names)}",
-            )
+            remedy = f"set data.text_field to one of its columns: {', '.join(schema.names)}"
+            raise UserError(f"there is no column {field!r}", where=str(path), remedy=remedy)
         columns = [field] + [name for name in PROVENANCE_COLUMNS if name in schema.names and name != field]
         batches = table.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=columns)
         for number, row in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1):
@@ -142,7 +125,3 @@ def _open_dataset(data: DataSection) -> Iterator[Any]:
         streaming=True,
     )
     return iter(opened)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -7,7 +7,7 @@ domains"). Any index can be computed at any time, so a run resumes from one numb
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,53 +19,6 @@ MULTIPLY_1 = np.uint64(0x9E3779B97F4A7C15)
 MULTIPLY_2 = np.uint64(0x9FB21C651E98DF25)
 
 Indices = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class EpochPermutation:
-    """A bijection of 0 .. count-1, keyed by (seed, epoch); the same on every machine."""
-
-    count: int
-    seed: int
-    epoch: int
-    keys: NDArray[np.uint64] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ValueError(f"a permutation of {self.count} indices")
-        key = b"minka order" + self.seed.to_bytes(8, "little") + self.epoch.to_bytes(8, "little")
-        digest = hashlib.blake2b(key, digest_size=8 * ROUNDS).digest()
-        object.__setattr__(self, "keys", np.frombuffer(digest, dtype="<u8").astype(np.uint64))
-
-    def at(self, indices: Indices) -> Indices:
-        """The image of each of `indices` ([N], each 0 <= i < count). int64 [N]."""
-        out = np.empty(len(indices), dtype=np.int64)
-        for start in range(0, len(indices), CHUNK):
-            out[start : start + CHUNK] = self._walk(indices[start : start + CHUNK].astype(np.uint64))
-        return out
-
-    def _walk(self, x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        x = self._encipher(x)
-        outside = np.flatnonzero(x >= self.count)
-        while outside.size:
-            x[outside] = self._encipher(x[outside])
-            outside = outside[x[outside] >= self.count]
-        return x
-
-    def _encipher(self, x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        bits = max(2, (self.count - 1).bit_length())
-        right_bits = bits // 2
-        left_bits = bits - right_bits
-        left, right = x >> np.uint64(right_bits), x & np.uint64((1 << right_bits) - 1)
-        for key in self.keys:
-            mixed = (right + key) * MULTIPLY_1
-            mixed ^= mixed >> np.uint64(32)
-            mixed *= MULTIPLY_2
-            mixed >>= np.uint64(64 - left_bits)
-            mixed ^= left
-            left, right = right, mixed
-            left_bits, right_bits = right_bits, left_bits
-        return (left << np.uint64(right_bits)) | right
 
 
 @dataclass(frozen=True)
@@ -97,8 +50,39 @@ class SampleOrder:
         out = np.empty_like(within)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
-            out[chosen] = EpochPermutation(self.windows, self.seed, int(epoch)).at(within[chosen])
+            out[chosen] = permute(within[chosen], self.windows, self.seed, int(epoch))
         return out
+
+
+def permute(indices: Indices, count: int, seed: int, epoch: int) -> Indices:
+    """The image of each of `indices` ([N], 0 <= i < count) under a bijection of 0 .. count-1 keyed by (seed, epoch)."""
+    text = b"minka order" + seed.to_bytes(8, "little") + epoch.to_bytes(8, "little")
+    keys = np.frombuffer(hashlib.blake2b(text, digest_size=8 * ROUNDS).digest(), dtype="<u8").astype(np.uint64)
+    out = np.empty(len(indices), dtype=np.int64)
+    for start in range(0, len(indices), CHUNK):
+        x = _encipher(indices[start : start + CHUNK].astype(np.uint64), count, keys)
+        outside = np.flatnonzero(x >= count)
+        while outside.size:
+            x[outside] = _encipher(x[outside], count, keys)
+            outside = outside[x[outside] >= count]
+        out[start : start + CHUNK] = x
+    return out
+
+
+def _encipher(x: NDArray[np.uint64], count: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    bits = max(2, (count - 1).bit_length())
+    right_bits = bits // 2
+    left_bits = bits - right_bits
+    left, right = x >> np.uint64(right_bits), x & np.uint64((1 << right_bits) - 1)
+    for key in keys:
+        mixed = (right + key) * MULTIPLY_1
+        mixed ^= mixed >> np.uint64(32)
+        mixed *= MULTIPLY_2
+        mixed >>= np.uint64(64 - left_bits)
+        mixed ^= left
+        left, right = right, mixed
+        left_bits, right_bits = right_bits, left_bits
+    return (left << np.uint64(right_bits)) | right
 
 
 def window_count(tokens: int, seq_len: int) -> int:

@@ -9,29 +9,19 @@ from pydantic import BaseModel, Field, ValidationError
 from minka.data.tokenizer import TokenizerKind
 from minka.plan.config_sections import DataSection
 from minka.plan.errors import UserError
+from minka.plan.read_file import read_json
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
 SHOWN_PROBLEMS = 5
+REPAIR = "copy it again from an intact copy, or remove the folder and run `minka data prepare` again"
 # Fields of DataSection that decide which tokens a store contains; the others decide how they are read.
-DEFINING_FIELDS = {
-    "source",
-    "paths",
-    "dataset",
-    "dataset_config",
-    "dataset_split",
-    "text_field",
-    "tokenizer",
-    "validation_fraction",
-    "max_bytes",
-}
+DEFINING_FIELDS = frozenset(
+    "source paths dataset dataset_config dataset_split text_field tokenizer validation_fraction max_bytes".split()
+)
 
 
-class StrictModel(BaseModel, frozen=True, extra="forbid"):
-    """Base of the manifest's parts: frozen, and an unknown key is an error."""
-
-
-class TokenizerInfo(StrictModel):
+class TokenizerInfo(BaseModel, frozen=True, extra="forbid"):
     """kind, the name in data.tokenizer, entries (largest id + 1), and sha256 of its tokenizer.json."""
 
     kind: TokenizerKind
@@ -41,7 +31,7 @@ class TokenizerInfo(StrictModel):
     sha256: str
 
 
-class SplitTotals(StrictModel):
+class SplitTotals(BaseModel, frozen=True, extra="forbid"):
     """Totals of one split; tokens include the end-of-document tokens, bytes are of UTF-8 text."""
 
     documents: int = Field(ge=1)
@@ -49,14 +39,12 @@ class SplitTotals(StrictModel):
     bytes: int = Field(ge=1)
 
 
-class FileInfo(StrictModel):
-    """Size and hash of one file."""
-
+class FileInfo(BaseModel, frozen=True, extra="forbid"):
     bytes: int = Field(ge=0)
     sha256: str
 
 
-class Manifest(StrictModel):
+class Manifest(BaseModel, frozen=True, extra="forbid"):
     """The whole manifest. source: the DEFINING_FIELDS it was made from. cutoff: see HashedDocument.split_key."""
 
     format: Literal[1] = 1
@@ -75,7 +63,7 @@ class Manifest(StrictModel):
 
 def defining_fields(data: DataSection) -> dict[str, Any]:
     """The values of DEFINING_FIELDS."""
-    return data.model_dump(mode="json", include=DEFINING_FIELDS)
+    return data.model_dump(mode="json", include=set(DEFINING_FIELDS))
 
 
 def hash_files(folder: Path) -> dict[str, FileInfo]:
@@ -92,24 +80,20 @@ def hash_file(path: Path) -> FileInfo:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write it as JSON."""
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a store. Raises UserError when the folder is not a store or its manifest is damaged."""
-    file = folder / MANIFEST
-    try:
-        return Manifest.model_validate_json(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    if not (folder / MANIFEST).exists():
         what = "not a token store: manifest.json is missing" if folder.is_dir() else "there is no such store"
-        raise UserError(what, where=str(folder), remedy="`minka data prepare RUN` makes one") from None
+        raise UserError(what, where=str(folder), remedy="`minka data prepare RUN` makes one")
+    values = read_json(folder / MANIFEST, why="the store is damaged", remedy=REPAIR)
+    try:
+        return Manifest.model_validate(values)
     except ValidationError as error:
         problem = error.errors()[0]
-        field = ".".join(str(part) for part in problem["loc"])
-        raise damaged_store(folder, f"{MANIFEST}: {field + ': ' if field else ''}{problem['msg']}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise damaged_store(folder, f"{MANIFEST} cannot be read: {error}") from None
+        raise damaged_store(folder, f"{MANIFEST}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
 
 
 def damaged_store(folder: Path, *problems: str) -> UserError:
@@ -118,5 +102,5 @@ def damaged_store(folder: Path, *problems: str) -> UserError:
     return UserError(
         f"the store is damaged: {'; '.join(problems[:SHOWN_PROBLEMS])}{more}",
         where=str(folder),
-        remedy="copy it again from an intact copy, or remove the folder and run `minka data prepare` again",
+        remedy=REPAIR,
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from minka.data.document import Document
 from minka.plan.config_sections import DataSection
 from minka.plan.errors import UserError
+from minka.plan.read_file import reading
 
 # Tests contain text that is broken on purpose (other encodings, unfinished syntax); the rest is not the library's own.
 STDLIB_EXCLUDED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
@@ -47,10 +48,8 @@ def text_documents(data: DataSection) -> Iterator[Document]:
 
 def read_text(path: Path) -> str:
     """The exact text of a file: no newline is translated, no byte replaced. Raises UserError that names a bad byte."""
-    try:
+    with reading(path):
         raw = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -60,12 +59,9 @@ def read_text(path: Path) -> str:
 
 def not_utf8(where: str, error: UnicodeDecodeError) -> UserError:
     """The error for text in a different encoding."""
-    return UserError(
-        f"not UTF-8: byte 0x{error.object[error.start]:02x} at byte offset {error.start}",
-        where=where,
-        why="a token must lead back to the exact bytes of its text, so nothing is replaced or skipped",
-        remedy="convert the file (iconv -f latin1 -t utf-8), or exclude it with a narrower glob in data.paths",
-    )
+    what = f"not UTF-8: byte 0x{error.object[error.start]:02x} at byte offset {error.start}"
+    remedy = "convert the file (iconv -f latin1 -t utf-8), or exclude it with a narrower glob in data.paths"
+    return UserError(what, where=where, why="no byte of a text is replaced or skipped", remedy=remedy)
 
 
 def expand_paths(paths: Sequence[str], suffixes: tuple[str, ...]) -> list[Path]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,30 +17,14 @@ from minka.data.indexed_dataset import Index, read_index, read_tokens
 from minka.data.store_manifest import MANIFEST, SPLITS, Manifest, damaged_store, hash_file, read_manifest
 from minka.data.tokenizer import TextTokenizer, read_tokenizer
 from minka.plan.errors import UserError
+from minka.plan.read_file import reading
 
 SIDECAR_GROUP = 8_192  # rows in a row group of the sidecar: a look-up of one document reads one group
 
 
-class TokenSpan(NamedTuple):
-    """A part of a document: tokens first .. last-1 of the document numbered `document`."""
-
-    document: int
-    first: int
-    last: int
-
-
-class DocumentSpan(NamedTuple):
-    """A TokenSpan with the provenance of its document."""
-
-    document: int
-    first: int
-    last: int
-    provenance: dict[str, Any]
-
-
 @dataclass(frozen=True)
 class Split:
-    """One split of a store. tokens: [N], every document ends with `eod`, which occurs nowhere else."""
+    """One split of a store. tokens: [n_tokens], every document ends with `eod`, which occurs nowhere else."""
 
     folder: Path
     name: str
@@ -51,23 +35,11 @@ class Split:
 
     @property
     def n_tokens(self) -> int:
-        """Number of tokens, end-of-document tokens included."""
         return len(self.tokens)
 
     @property
     def n_documents(self) -> int:
-        """Number of documents."""
         return len(self.index.lengths)
-
-    @cached_property
-    def document_starts(self) -> NDArray[np.int64]:
-        """[documents] first token of each document. Takes 8 bytes of memory a document."""
-        return np.asarray(self.index.pointers // self.tokens.itemsize)
-
-    @cached_property
-    def document_ends(self) -> NDArray[np.int64]:
-        """[documents] end of each document (after its eod), in tokens. Takes 8 bytes of memory a document."""
-        return self.document_starts + self.index.lengths
 
     @cached_property
     def document_bytes(self) -> NDArray[np.int64]:
@@ -101,23 +73,22 @@ class Split:
                 found |= zip(numbers, rows, strict=True)
         return [found[i] for i in documents]
 
-    def spans(self, first: int, last: int) -> list[TokenSpan]:
-        """The documents of tokens first .. last-1 of the split, in order."""
-        spans, at = [], first
-        while at < min(last, self.n_tokens):
+    def trace_window(self, window: int, seq_len: int) -> list[dict[str, Any]]:
+        """The documents of window `window` (of seq_len tokens), in order.
+
+        Each is its number (document), the tokens of it that are in the window (first .. last-1), and its provenance.
+        """
+        at, end = window * seq_len, min((window + 1) * seq_len, self.n_tokens)
+        spans = []
+        while at < end:
             # Not np.searchsorted: the mapped index is not aligned, so it would copy all of it.
             i = bisect_right(self.index.pointers, at * self.tokens.itemsize) - 1
             start = int(self.index.pointers[i]) // self.tokens.itemsize
-            end = min(last, start + int(self.index.lengths[i]))
-            spans.append(TokenSpan(i, at - start, end - start))
-            at = end
-        return spans
-
-    def trace_window(self, window: int, seq_len: int) -> list[DocumentSpan]:
-        """The documents of window `window` (of seq_len tokens), in order, with their provenance."""
-        spans = self.spans(window * seq_len, (window + 1) * seq_len)
-        rows = self.provenances([span.document for span in spans])
-        return [DocumentSpan(*span, provenance=row) for span, row in zip(spans, rows, strict=True)]
+            last = min(end - start, int(self.index.lengths[i]))
+            spans.append({"document": i, "first": at - start, "last": last})
+            at = start + last
+        rows = self.provenances([span["document"] for span in spans])
+        return [{**span, "provenance": row} for span, row in zip(spans, rows, strict=True)]
 
     @property
     def _sidecar(self) -> Path:
@@ -128,23 +99,17 @@ class Split:
         return self._column("source").dictionary_encode().combine_chunks()
 
     def _column(self, name: str) -> Any:
-        try:
+        with reading(self._sidecar, "a sidecar", pa.ArrowException):
             column = pq.read_table(self._sidecar, columns=[name])[name]
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"the sidecar cannot be read: {error}", where=str(self._sidecar)) from None
         if len(column) != self.n_documents:
-            raise UserError(
-                f"the sidecar has {len(column)} rows for {self.n_documents} documents", where=str(self._sidecar)
-            )
+            what = f"the sidecar has {len(column)} rows for {self.n_documents} documents"
+            raise UserError(what, where=str(self._sidecar))
         return column
 
     def _known(self, i: int) -> int:
         if not 0 <= i < self.n_documents:
-            raise UserError(
-                f"there is no document {i}",
-                where=f"{self.folder}, split {self.name}",
-                remedy=f"documents are numbered 0 to {self.n_documents - 1}",
-            )
+            remedy = f"documents are numbered 0 to {self.n_documents - 1}"
+            raise UserError(f"there is no document {i}", where=f"{self.folder}, split {self.name}", remedy=remedy)
         return i
 
 
@@ -176,12 +141,10 @@ class TokenStore:
 
     @property
     def eod(self) -> int:
-        """Token id that ends every document."""
         return self.manifest.eod
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
-        """The store's tokenizer."""
         part = self.manifest.tokenizer
         return read_tokenizer(self.tokenizer_folder, part.kind, self.manifest.eod, part.entries)
 
@@ -198,9 +161,7 @@ class TokenStore:
         index = read_index(self.folder / f"{name}.idx")
         tokens = read_tokens(self.folder / f"{name}.bin", index.dtype)
         if len(tokens) != totals.tokens or len(index.lengths) != totals.documents:
-            raise damaged_store(
-                self.folder,
-                f"{name} has {len(tokens)} tokens in {len(index.lengths)} documents where the manifest says "
-                f"{totals.tokens} in {totals.documents}",
-            )
+            found = f"{len(tokens)} tokens in {len(index.lengths)} documents"
+            expected = f"{totals.tokens} in {totals.documents}"
+            raise damaged_store(self.folder, f"{name} has {found} where the manifest says {expected}")
         return Split(self.folder, name, tokens, index, self.manifest.eod, self.tokenizer)

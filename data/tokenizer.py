@@ -11,12 +11,17 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from minka.plan.errors import UserError
+from minka.plan.read_file import first_line, reading
 
 EOD_TOKEN = "<|endoftext|>"
 BYTES_EOD = 0xFF  # a byte that no UTF-8 text contains
 # Settings of a loaded tokenizer that are kept. The others belong to its class, or are paths on this machine.
 HF_SETTINGS = ("clean_up_tokenization_spaces", "model_max_length", "padding_side", "chat_template")
-OWN_SETTINGS = {"eos_token": EOD_TOKEN, "clean_up_tokenization_spaces": False, "model_max_length": 10**30}
+OWN_SETTINGS: Mapping[str, object] = {
+    "eos_token": EOD_TOKEN,
+    "clean_up_tokenization_spaces": False,
+    "model_max_length": 10**30,
+}
 BPE_MIN_ENTRIES = 257  # one entry for each byte, and the end of a document
 TokenizerKind = Literal["bytes", "bpe", "hf"]
 
@@ -29,7 +34,7 @@ class TextTokenizer:
     backend: Tokenizer
     eod: int
     entries: int
-    files: dict[str, str]  # other files of the folder: name -> text
+    settings: Mapping[str, object]  # of tokenizer_config.json
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """Token ids of each text, without eod: one array each, of any integer dtype."""
@@ -51,39 +56,33 @@ class TextTokenizer:
     def save(self, folder: Path) -> None:
         """Write a folder that transformers.AutoTokenizer loads."""
         folder.mkdir(parents=True)
-        for name, text in {**self.files, "tokenizer.json": self.backend.to_str(pretty=True)}.items():
-            (folder / name).write_text(text, encoding="utf-8")
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.settings}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
 
 
 def read_tokenizer(folder: Path, kind: TokenizerKind, eod: int, entries: int) -> TextTokenizer:
     """Read the tokenizer of a store. Raises UserError when it is damaged."""
     file = folder / "tokenizer.json"
-    try:
+    with reading(file, "a tokenizer", Exception):  # the Rust code raises plain Exception
         backend = Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except Exception as error:  # the Rust code raises plain Exception
-        raise UserError(f"cannot be read as a tokenizer: {error}", where=str(file)) from None
     return TextTokenizer(kind, _plain(backend), eod, entries, {})
 
 
 def bytes_tokenizer() -> TextTokenizer:
     """Id = byte. In a Hugging Face folder: a byte-level BPE without merges, in which entry 255 ends a document."""
-    vocab = {letter: byte for byte, letter in enumerate(_letters())}
-    del vocab[_letters()[BYTES_EOD]]
-    vocab[EOD_TOKEN] = BYTES_EOD
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    _byte_level(backend)
+    letters = [*_letters()[:BYTES_EOD], EOD_TOKEN]
+    backend = _byte_level(models.BPE(vocab={letter: byte for byte, letter in enumerate(letters)}, merges=[]))
     backend.add_special_tokens([EOD_TOKEN])
-    return TextTokenizer("bytes", _plain(backend), BYTES_EOD, 256, _config_file(OWN_SETTINGS))
+    return TextTokenizer("bytes", _plain(backend), BYTES_EOD, 256, OWN_SETTINGS)
 
 
-def train_bpe(texts: Sequence[bytes], vocab: int, train_bytes: int) -> TextTokenizer:
+def train_bpe(texts: Sequence[bytes], vocab: int) -> TextTokenizer:
     """A byte-level BPE with exactly `vocab` entries from UTF-8 texts; splits words as GPT-2 does (Radford et al. 2019).
 
-    train_bytes: size of the training text, for the message. Raises UserError when the texts cannot fill `vocab`.
+    `vocab` is at least BPE_MIN_ENTRIES. Raises UserError when the texts cannot fill it.
     """
-    check_bpe_vocab(vocab)
-    backend = Tokenizer(models.BPE())
-    _byte_level(backend)
+    backend = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab, initial_alphabet=sorted(_letters()), special_tokens=[EOD_TOKEN], show_progress=False
     )
@@ -93,23 +92,13 @@ def train_bpe(texts: Sequence[bytes], vocab: int, train_bytes: int) -> TextToken
         raise UserError(
             f"the text fills {entries} entries of a vocabulary of {vocab}",
             where=f"model.vocab={vocab}",
-            why=f"in {train_bytes:,} bytes of training text no further pair of tokens occurs twice",
+            why=f"in {sum(map(len, texts)):,} bytes of training text no further pair of tokens occurs twice",
             remedy=f'set model.vocab={entries} or less (at least {BPE_MIN_ENTRIES}), use data.tokenizer="bytes" with '
             "model.vocab=256, or give more text",
         )
     eod = backend.token_to_id(EOD_TOKEN)
     assert eod is not None  # the trainer puts its special tokens first
-    return TextTokenizer("bpe", _plain(backend), eod, entries, _config_file(OWN_SETTINGS))
-
-
-def check_bpe_vocab(vocab: int) -> None:
-    """Raise UserError for a vocabulary too small for the bytes and the end of a document."""
-    if vocab < BPE_MIN_ENTRIES:
-        raise UserError(
-            f"a trained vocabulary has at least {BPE_MIN_ENTRIES} entries: all bytes, and the end of a document",
-            where=f"model.vocab={vocab}",
-            remedy=f'set model.vocab to {BPE_MIN_ENTRIES} or more, or data.tokenizer="bytes"',
-        )
+    return TextTokenizer("bpe", _plain(backend), eod, entries, OWN_SETTINGS)
 
 
 def load_hf(name: str, vocab: int) -> TextTokenizer:
@@ -123,32 +112,22 @@ def load_hf(name: str, vocab: int) -> TextTokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the hub and the parsers raise errors without a common base
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"this tokenizer cannot be loaded: {reason}",
-            where=where,
-            remedy='give a folder with a tokenizer.json, a name on the hub, "bpe" (trained on the corpus) or "bytes"',
-        ) from None
+        remedy = 'give a folder with a tokenizer.json, a name on the hub, "bpe" (trained on the corpus) or "bytes"'
+        raise UserError(f"this tokenizer cannot be loaded: {first_line(error)}", where=where, remedy=remedy) from None
     if not tokenizer.is_fast:
         raise UserError("this tokenizer has no fast version (tokenizer.json)", where=where)
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            "this tokenizer names no end-of-text token",
-            where=where,
-            why="every document must end with one",
-            remedy='set "eos_token" in its tokenizer_config.json',
-        )
+        what = "this tokenizer names no end-of-text token, and every document must end with one"
+        raise UserError(what, where=where, remedy='set "eos_token" in its tokenizer_config.json')
     entries = max(tokenizer.get_vocab().values()) + 1
     if entries > vocab:
-        raise UserError(
-            f"its token ids reach {entries - 1}, beyond the {vocab} rows of the model's embedding",
-            where=where,
-            remedy=f"set model.vocab to {entries} or more (a multiple of 64 is fast: {-(-entries // 64) * 64})",
-        )
+        what = f"its token ids reach {entries - 1}, beyond the {vocab} rows of the model's embedding"
+        remedy = f"set model.vocab to {entries} or more (a multiple of 64 is fast: {-(-entries // 64) * 64})"
+        raise UserError(what, where=where, remedy=remedy)
     kept = {key: tokenizer.init_kwargs[key] for key in HF_SETTINGS if key in tokenizer.init_kwargs}
     special = {key: str(token) for key, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    return TextTokenizer("hf", _plain(backend), int(tokenizer.eos_token_id), entries, _config_file(kept | special))
+    return TextTokenizer("hf", _plain(backend), int(tokenizer.eos_token_id), entries, kept | special)
 
 
 def _plain(backend: Tokenizer) -> Tokenizer:
@@ -158,9 +137,11 @@ def _plain(backend: Tokenizer) -> Tokenizer:
     return backend
 
 
-def _byte_level(backend: Tokenizer) -> None:
+def _byte_level(model: models.BPE) -> Tokenizer:
+    backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+    return backend
 
 
 def _letters() -> list[str]:
@@ -168,8 +149,3 @@ def _letters() -> list[str]:
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
-
-
-def _config_file(settings: Mapping[str, object]) -> dict[str, str]:
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
-    return {"tokenizer_config.json": json.dumps(config, indent=2)}

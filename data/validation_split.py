@@ -4,7 +4,7 @@ import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from minka.data.document import HASH_BYTES, HashedDocument
+from minka.data.document import HASH_BYTES, Document
 from minka.data.read_documents import read_documents
 from minka.plan.config_sections import DataSection
 from minka.plan.errors import UserError
@@ -43,7 +43,13 @@ def survey_corpus(data: DataSection, advance: Callable[[int], None]) -> CorpusSu
         sample.add(document)
         advance(len(document.raw))
     if not documents:
-        raise _no_text(data, empty)
+        why = f"all {empty} documents are empty" if empty else "no document was found"
+        remedy = "give files that contain text, or use data.source=stdlib, which is on every machine"
+        if data.max_bytes:
+            why = f"no whole document fits in data.max_bytes={data.max_bytes}"
+            remedy = "raise data.max_bytes, or set it to 0 for no limit"
+        where = f"data.source={data.source}" + (f", data.paths={list(data.paths)}" if data.paths else "")
+        raise UserError("the corpus has no text", where=where, why=why, remedy=remedy)
     cutoff, moved = _cutoff(data, lowest, highest, documents)
     return CorpusSurvey(size, empty, checksum, cutoff, moved, sample.training_texts(cutoff))
 
@@ -65,7 +71,7 @@ class _TextSample:
         self.heap: list[tuple[int, int, int, bytes]] = []  # (-rank, -arrival, split key, text): largest rank first
         self.arrived = 0
 
-    def add(self, document: HashedDocument) -> None:
+    def add(self, document: Document) -> None:
         rank = int.from_bytes(document.hash[8:], "big")
         if not self.limit or rank >= self.bound:
             return
@@ -87,8 +93,7 @@ def _cutoff(data: DataSection, lowest: int, highest: int, documents: int) -> tup
         raise UserError(
             f"all {documents} documents are the same text" if documents > 1 else "the corpus is a single document",
             where=f"data.source={data.source}",
-            why="documents are split into train and validation by their content, and neither split may be empty",
-            remedy="give at least two different documents (a text file is one, a line of JSONL is one)",
+            remedy="give two or more, one of them for validation (a text file is one, a line of JSONL is one)",
         )
     wanted = int(data.validation_fraction * HASH_SPACE)
     asked = f"data.validation_fraction={data.validation_fraction} of {documents} documents"
@@ -97,13 +102,3 @@ def _cutoff(data: DataSection, lowest: int, highest: int, documents: int) -> tup
     if wanted > highest:
         return highest, f"{asked} is all; the one with the highest content hash was left to training"
     return wanted, ""
-
-
-def _no_text(data: DataSection, empty: int) -> UserError:
-    why = f"all {empty} documents are empty" if empty else "no document was found"
-    remedy = "give files that contain text, or use data.source=stdlib, which is on every machine"
-    if data.max_bytes:
-        why = f"no whole document fits in data.max_bytes={data.max_bytes}"
-        remedy = "raise data.max_bytes, or set it to 0 for no limit"
-    where = f"data.source={data.source}" + (f", data.paths={list(data.paths)}" if data.paths else "")
-    return UserError("the corpus has no text", where=where, why=why, remedy=remedy)

@@ -1,11 +1,12 @@
 """Check a token store against its manifest: hash every file, and compare tokens, index and sidecar with each other."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from minka.data.document import content_hash
 from minka.data.store_manifest import MANIFEST, SPLITS, damaged_store, hash_file
@@ -21,18 +22,16 @@ def verify(folder: Path, advance: Callable[[int], None] = lambda n: None) -> dic
     Raises UserError that lists the problems.
     """
     store = TokenStore.open(folder)
-    _raise_any(folder, _file_problems(store, advance))
+    problems = list(_file_problems(store, advance))
     checked: dict[str, Any] = {"store": str(folder), "ok": True, "hash": store.hash, "files": len(store.manifest.files)}
-    for name in SPLITS:
-        split = store.split(name)
-        _raise_any(folder, (f"{name}: {problem}" for problem in _split_problems(split, store)))
-        checked[name] = {"documents": split.n_documents, "tokens": split.n_tokens}
+    if not problems:
+        for name in SPLITS:
+            split = store.split(name)
+            problems += (f"{name}: {problem}" for problem in _split_problems(split, store))
+            checked[name] = {"documents": split.n_documents, "tokens": split.n_tokens}
+    if problems:
+        raise damaged_store(folder, *problems)
     return checked
-
-
-def _raise_any(folder: Path, problems: Iterable[str]) -> None:
-    if found := list(problems):
-        raise damaged_store(folder, *found)
 
 
 def _file_problems(store: TokenStore, advance: Callable[[int], None]) -> Iterator[str]:
@@ -48,7 +47,8 @@ def _file_problems(store: TokenStore, advance: Callable[[int], None]) -> Iterato
 
 
 def _split_problems(split: Split, store: TokenStore) -> Iterator[str]:
-    starts, ends = split.document_starts, split.document_ends
+    starts = split.index.pointers // split.tokens.itemsize  # 8 bytes of memory a document, as for the ends
+    ends = starts + split.index.lengths
     if starts[0] != 0 or ends[-1] != split.n_tokens or not np.array_equal(starts[1:], ends[:-1]):
         yield "the index does not cover the tokens document by document without gaps"
         return
@@ -56,11 +56,11 @@ def _split_problems(split: Split, store: TokenStore) -> Iterator[str]:
         yield "the index has documents of more than one sequence"
     if split.tokens.dtype.name != store.manifest.dtype:
         yield f"tokens are {split.tokens.dtype.name} where the manifest says {store.manifest.dtype}"
-    yield from _token_problems(split, store.manifest.vocab)
+    yield from _token_problems(split, ends, store.manifest.vocab)
     yield from _sidecar_problems(split, store)
 
 
-def _token_problems(split: Split, vocab: int) -> Iterator[str]:
+def _token_problems(split: Split, ends: NDArray[np.int64], vocab: int) -> Iterator[str]:
     ended = 0
     for start in range(0, split.n_tokens, CHUNK):
         chunk = split.tokens[start : start + CHUNK]
@@ -68,10 +68,10 @@ def _token_problems(split: Split, vocab: int) -> Iterator[str]:
         beyond = np.flatnonzero((chunk >= vocab) | (chunk < 0))
         if beyond.size:
             at = start + int(beyond[0])
-            document = split.spans(at, at + 1)[0].document
+            document = np.searchsorted(ends, at, side="right")
             yield f"token {at} (document {document}) is {split.tokens[at]}, beyond the vocabulary of {vocab}"
             return
-    last = split.tokens[split.document_ends - 1]
+    last = split.tokens[ends - 1]
     if ended != split.n_documents or bool((last != split.eod).any()):
         yield f"{ended} end-of-document tokens for {split.n_documents} documents, or not at their ends"
 

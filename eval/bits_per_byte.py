@@ -4,8 +4,10 @@ Every byte of a document counts. The first token has no context and is charged l
 is charged what the model predicts and counts no byte. Losses are summed by document, in fp64, over all ranks.
 """
 
+import lzma
 import math
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import NamedTuple
 
@@ -13,24 +15,23 @@ import numpy as np
 import torch
 
 from minka.data.token_store import Split
-from minka.eval.scoring_windows import ScoringBatch, pack_windows, padding_batch, scoring_windows
+from minka.eval.scoring_windows import pack_windows, padding_batch, scoring_windows
 from minka.parallel.engine import Scorer
 from minka.parallel.mesh import Mesh
 from minka.plan.config import RunConfig
 
+MAX_BYTES = 64 * 2**20  # xz -9 takes about a second a megabyte
+
 
 class Scores(NamedTuple):
-    """`scores` and `stderr` are by name: bits_per_byte and bits_per_byte/SOURCE.
+    """The result of an evaluation."""
 
-    `settings` holds all that the numbers depend on besides the weights and the data.
-    """
-
-    scores: dict[str, float]
+    scores: dict[str, float]  # by name: bits_per_byte and bits_per_byte/SOURCE
     stderr: dict[str, float]
     documents: int
     bytes: int
     document_tokens: int
-    settings: dict[str, int]
+    settings: dict[str, int]  # all that the numbers depend on besides the weights and the data
 
 
 def bits_per_byte(
@@ -38,14 +39,20 @@ def bits_per_byte(
 ) -> Scores:
     """Score the first eval.max_documents documents of `split` (0 = all). Collective; equal on every rank.
 
-    Windows of data.seq_len overlap by half: a target has at least half a sequence of context, where the document has
-    that much.
+    Windows of data.seq_len overlap by half, so that a target has at least half a window of context, if there is that.
     """
     count = min(config.eval.max_documents or split.n_documents, split.n_documents)
-    length = config.data.seq_len
+    length, rows = config.data.seq_len, config.eval.batch_sequences
     stride = max(1, length // 2)
+    windows = (w for i in range(count) for w in scoring_windows(i, np.asarray(split.document(i)), length, stride))
+    share = islice(windows, mesh.data_rank, None, mesh.layout.data_ways)
+    batches = pack_windows(share, length, rows, padding=eod)
     nats = torch.zeros(count, dtype=torch.float64, device=mesh.device)
-    for batch in _batches_of_this_rank(split, count, config, mesh, eod, stride):
+    while True:  # every rank scores as many batches as the rank with most: a forward pass is collective
+        mine = next(batches, None)
+        if not mesh.sum_on_host([mine is not None])[0]:
+            break
+        batch = mine or padding_batch(length, rows, padding=eod)
         losses = scorer.token_losses(scorer.prepare(batch))
         owners = batch.owners.clamp(min=0).flatten().to(mesh.device)  # positions without an owner have a loss of 0
         nats.index_add_(0, owners, losses.flatten().double())
@@ -56,33 +63,32 @@ def bits_per_byte(
     tokens = sum(len(split.document(i)) for i in range(count))
     sources = np.array([split.source_of(i) for i in range(count)])
     scores, stderr = {}, {}
-    for name, chosen in [("", np.ones(count, bool))] + [(f"/{s}", sources == s) for s in sorted(set(sources))]:
-        ratio, error = ratio_of_sums(bits[chosen], sizes[chosen])
-        scores["bits_per_byte" + name], stderr["bits_per_byte" + name] = ratio, error
+    of_source = {f"bits_per_byte/{source}": sources == source for source in sorted(set(sources))}
+    for name, chosen in {"bits_per_byte": np.ones(count, bool), **of_source}.items():
+        scores[name], stderr[name] = ratio_of_sums(bits[chosen], sizes[chosen])
     settings = {"max_documents": config.eval.max_documents, "window": length, "stride": stride}
     return Scores(scores, stderr, count, int(sizes.sum()), tokens, settings)
 
 
 def ratio_of_sums(bits: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
     """Return sum(bits) / sum(sizes) and its standard error over documents, NaN for one (Cochran 1977, section 2.11)."""
-    ratio = bits.sum() / sizes.sum()
+    ratio = float(bits.sum() / sizes.sum())
     if len(bits) < 2:
-        return float(ratio), math.nan
+        return ratio, math.nan
     residual = bits - ratio * sizes
-    error = math.sqrt(residual.var(ddof=1) / len(bits)) / sizes.mean()
-    return float(ratio), float(error)
+    return ratio, float(math.sqrt(residual.var(ddof=1) / len(bits)) / sizes.mean())
 
 
-def _batches_of_this_rank(
-    split: Split, count: int, config: RunConfig, mesh: Mesh, eod: int, stride: int
-) -> Iterator[ScoringBatch]:
-    """Yield this rank's share of the windows. Every rank yields as many batches as the rank with most."""
-    length, batch = config.data.seq_len, config.eval.batch_sequences
-    windows = (w for i in range(count) for w in scoring_windows(i, np.asarray(split.document(i)), length, stride))
-    share = islice(windows, mesh.data_rank, None, mesh.layout.data_ways)
-    batches = pack_windows(share, length, batch, padding=eod)
-    while True:
-        mine = next(batches, None)
-        if not mesh.sum_on_host([mine is not None])[0]:
-            return
-        yield mine if mine is not None else padding_batch(length, batch, padding=eod)
+def compressed_bits_per_byte(documents: Iterable[bytes]) -> dict[str, float]:
+    """Return the baseline that needs no model: 8 * compressed / plain bytes of held-out documents.
+
+    `zlib -9` starts from nothing at each document. `xz -9` of all documents in one piece sees the other documents, as
+    a model sees its training data. Empty if there are no bytes, or more than MAX_BYTES.
+    """
+    documents = [d for d in documents if d]
+    plain = sum(map(len, documents))
+    if not plain or plain > MAX_BYTES:
+        return {}
+    separate = sum(len(zlib.compress(d, 9)) for d in documents)
+    together = len(lzma.compress(b"".join(documents), preset=9))
+    return {"zlib -9, each document": 8 * separate / plain, "xz -9, all in one": 8 * together / plain}

@@ -14,9 +14,7 @@ def main(argv: Sequence[str]) -> int:
 
     @app.command()
     def score(
-        run: Annotated[
-            str, typer.Argument(help="run folder, or name under runs/; RUN@STEP scores the checkpoint of that step")
-        ],
+        run: Annotated[str, typer.Argument(help="run folder, or name under runs/; RUN@STEP for an older checkpoint")],
         overrides: Annotated[list[str] | None, typer.Argument(help="eval.key=value")] = None,
         as_json: Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")] = False,
     ) -> int:

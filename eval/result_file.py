@@ -3,11 +3,13 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from minka.eval.bits_per_byte import Scores
 from minka.plan.atomic import write_json
+from minka.plan.ledger import parse
 
 SUITE = "heldout"
 VERSION = 1
@@ -25,9 +27,9 @@ def write_result(
 ) -> dict[str, Any]:
     """Write the result of `scores` and return its content plus its `path`. Raises OSError.
 
-    A result made with settings that are not the run's (`own_settings` is false), or that differ from those of the
-    existing file, goes to heldout@1-HASH.json, named by a hash of the settings. `samples`: None keeps those of the
-    replaced file. `checkpoint`: None if weights in memory were scored.
+    With settings that are not the run's (`own_settings` is false) or not those of the existing file, the file is
+    heldout@1-HASH.json, named by a hash of the settings. `samples`: None keeps those of the replaced file.
+    `checkpoint`: None if weights in memory were scored.
     """
     folder = evals / f"step-{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,8 +54,7 @@ def write_result(
 
 def _read(file: Path) -> dict[str, Any]:
     """Return an existing result; empty if there is none, or if it cannot be read."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    found = None
+    with suppress(OSError, ValueError):
+        found = parse(file.read_bytes())
     return found if isinstance(found, dict) else {}

@@ -22,12 +22,18 @@ from minka.plan.run_folder import find_run, store_of
 
 def score_checkpoint(run: str, overrides: Sequence[str], heartbeat: Callable[[], None]) -> Any:
     """Score RUN or RUN@STEP, write the result to the run's evals/ and return it. Raises UserError."""
-    _check_overrides(overrides)
-    name, step = run_and_step(run)
+    for override in overrides:
+        if not override.startswith("eval."):
+            raise UserError(
+                f"{override!r} is not a setting of the evaluation; all others are those of the run",
+                where="overrides",
+                remedy=f"allowed: {', '.join(f'eval.{name}' for name in EvalSection.model_fields)}",
+            )
+    name, wanted = run_and_step(run)
     folder = find_run(name)
     config = load_run(str(folder.config_file), overrides).config
     own_settings = config.eval.max_documents == folder.config().eval.max_documents
-    checkpoint = find_checkpoint(folder.checkpoints, step)
+    checkpoint = find_checkpoint(folder.checkpoints, wanted)
     store = TokenStore.open(store_of(folder).folder)
     with writing(folder.evals):  # fail before the work, which may take hours
         folder.evals.mkdir(exist_ok=True)
@@ -39,17 +45,5 @@ def score_checkpoint(run: str, overrides: Sequence[str], heartbeat: Callable[[],
             state = restore_from(checkpoint, scorer.weights(), mesh)
         scores = bits_per_byte(scorer, store.split("validation"), config, mesh, store.eod, heartbeat)
     with writing(folder.evals):
-        return write_result(
-            folder.evals, state["step"], state["tokens"], scores, checkpoint=checkpoint, own_settings=own_settings
-        )
-
-
-def _check_overrides(overrides: Sequence[str]) -> None:
-    for override in overrides:
-        if not override.startswith("eval."):
-            raise UserError(
-                f"{override!r} is not a setting of the evaluation",
-                where="overrides",
-                why="all other settings belong to the run: with them changed, the score would be of a different run",
-                remedy=f"allowed: {', '.join(f'eval.{name}' for name in EvalSection.model_fields)}",
-            )
+        step, tokens = state["step"], state["tokens"]
+        return write_result(folder.evals, step, tokens, scores, checkpoint=checkpoint, own_settings=own_settings)

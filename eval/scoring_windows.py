@@ -1,16 +1,13 @@
-"""Documents cut into windows and packed into rows that a model can score.
+"""Documents cut into windows and packed into rows. Each token of a document but its first is a target exactly once."""
 
-Every token of a document but its first is a target exactly once.
-"""
-
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minka.model.transformer import IGNORED
+from minka.data.batch import IGNORED
 
 
 class ScoringWindow(NamedTuple):
@@ -22,16 +19,13 @@ class ScoringWindow(NamedTuple):
 
 
 class ScoringBatch(NamedTuple):
-    """Rows filled with windows of one or more documents; all tensors [B, T] int64.
-
-    `owners` is the index of the document that each target belongs to, or -1.
-    """
+    """Rows filled with windows of one or more documents; all tensors [B, T] int64."""
 
     tokens: Tensor
     targets: Tensor
     documents: Tensor
     positions: Tensor
-    owners: Tensor
+    owners: Tensor  # index of the document that each target belongs to, or -1
 
 
 def scoring_windows(document: int, tokens: np.ndarray, length: int, stride: int) -> Iterator[ScoringWindow]:
@@ -50,44 +44,35 @@ def scoring_windows(document: int, tokens: np.ndarray, length: int, stride: int)
 def pack_windows(windows: Iterable[ScoringWindow], length: int, batch: int, padding: int) -> Iterator[ScoringBatch]:
     """Pack windows into rows of `length` (next fit), and rows into batches of exactly `batch` rows.
 
-    The rest of a row is filled with the token `padding`.
+    The rest of a row is filled with the token `padding`, and is document number 0.
     """
-    rows: list[list[ScoringWindow]] = [[]]
-    room = length
+    out, row, at = padding_batch(length, batch, padding), 0, 0
     for window in windows:
-        inputs = len(window.tokens) - 1
-        if inputs > room:
-            if len(rows) == batch:
-                yield _build_batch(rows, length, batch, padding)
-                rows = []
-            rows.append([])
-            room = length
-        rows[-1].append(window)
-        room -= inputs
-    if rows[-1]:
-        yield _build_batch(rows, length, batch, padding)
+        end = at + len(window.tokens) - 1
+        if end > length:
+            row, at, end = row + 1, 0, end - at
+        if row == batch:
+            yield out
+            out, row = padding_batch(length, batch, padding), 0
+        tokens = torch.from_numpy(window.tokens.astype(np.int64))
+        out.tokens[row, at:end] = tokens[:-1]
+        out.targets[row, at + window.scored : end] = tokens[window.scored + 1 :]
+        out.owners[row, at + window.scored : end] = window.document
+        out.documents[row, at:end] = out.documents[row].max() + 1
+        out.positions[row, at:end] = torch.arange(end - at)
+        out.positions[row, end:] = torch.arange(length - end)
+        at = end
+    if at:
+        yield out
 
 
 def padding_batch(length: int, batch: int, padding: int) -> ScoringBatch:
     """Return a batch without targets, for ranks that have no windows left: a forward pass is collective."""
-    return _build_batch([], length, batch, padding)
-
-
-def _build_batch(rows: Sequence[Sequence[ScoringWindow]], length: int, batch: int, padding: int) -> ScoringBatch:
-    tokens = np.full((batch, length), padding, dtype=np.int64)
-    targets = np.full((batch, length), IGNORED, dtype=np.int64)
-    owners = np.full((batch, length), -1, dtype=np.int64)
-    documents = np.zeros((batch, length), dtype=np.int64)
-    positions = np.tile(np.arange(length), (batch, 1))
-    for r, row in enumerate(rows):
-        at = 0
-        for number, window in enumerate(row, start=1):
-            n = len(window.tokens) - 1
-            tokens[r, at : at + n] = window.tokens[:-1]
-            targets[r, at + window.scored : at + n] = window.tokens[window.scored + 1 :]
-            owners[r, at + window.scored : at + n] = window.document
-            documents[r, at : at + n] = number
-            positions[r, at : at + n] = np.arange(n)
-            at += n
-        positions[r, at:] = np.arange(length - at)  # the rest of the row is a document of padding, number 0
-    return ScoringBatch(*(torch.from_numpy(a) for a in (tokens, targets, documents, positions, owners)))
+    shape = (batch, length)
+    return ScoringBatch(
+        tokens=torch.full(shape, padding),
+        targets=torch.full(shape, IGNORED),
+        documents=torch.zeros(shape, dtype=torch.int64),
+        positions=torch.arange(length).repeat(batch, 1),
+        owners=torch.full(shape, -1),
+    )

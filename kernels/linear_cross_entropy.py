@@ -36,8 +36,7 @@ def linear_cross_entropy(
     With a shard of the vocabulary the numbers are those of the whole vocabulary; the gradient of `hidden` is this
     shard's term of a sum.
     """
-    objective, loss, z_loss = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, z_weight, chunk, rows)
-    return objective, loss, z_loss
+    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, z_weight, chunk, rows)
 
 
 @torch.no_grad()
@@ -45,8 +44,7 @@ def token_losses(
     hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int, rows: VocabShard = ALL_ROWS
 ) -> Tensor:
     """Nats of each target, [N] fp32, 0 where ignored; no gradient."""
-    losses, _, _, _ = _chunked(hidden_ND, weight_VD, targets_N, 0.0, False, False, chunk, rows)
-    return losses
+    return _chunked(hidden_ND, weight_VD, targets_N, 0.0, chunk, rows, (False, False))[0]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -56,11 +54,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_weight: float, chunk: int, rows: VocabShard
     ) -> tuple[Tensor, Tensor, Tensor]:
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        losses, z_losses, d_hidden, d_weight = _chunked(
-            hidden_ND, weight_VD, targets_N, z_weight, need_hidden, need_weight, chunk, rows
-        )
-        ctx.save_for_backward(d_hidden, d_weight)
+        needed = ctx.needs_input_grad[:2]
+        losses, z_losses, *gradients = _chunked(hidden_ND, weight_VD, targets_N, z_weight, chunk, rows, needed)
+        ctx.save_for_backward(*gradients)
         ctx.dtypes = hidden_ND.dtype, weight_VD.dtype
         loss, z_loss = losses.sum(), z_losses.sum()
         ctx.mark_non_differentiable(loss, z_loss)
@@ -77,24 +73,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _chunked(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    targets_N: Tensor,
-    z_weight: float,
-    need_hidden: bool,
-    need_weight: bool,
-    chunk: int,
-    rows: VocabShard,
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_weight: float, chunk: int, rows: VocabShard, needed: Any
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Losses [N] and weighted z-losses [N] in fp32, and the gradients of their sum; those of the weight in fp32."""
+    """Losses [N] and weighted z-losses [N] in fp32, and the gradients of their sum; those of the weight in fp32.
+
+    needed: whether the gradient of `hidden`, and that of the weight, are.
+    """
     (tokens, _), vocab = hidden_ND.shape, weight_VD.shape[0]
     chunk = max(1, min(tokens, chunk))
     exact = wide(hidden_ND).dtype
     losses = torch.empty(tokens, dtype=exact, device=hidden_ND.device)
     z_losses = torch.empty_like(losses)
     buffer = torch.empty(chunk, vocab, dtype=hidden_ND.dtype, device=hidden_ND.device)
-    d_hidden = torch.empty_like(hidden_ND) if need_hidden else None
-    d_weight = torch.zeros(weight_VD.shape, dtype=exact, device=weight_VD.device) if need_weight else None
+    d_hidden = torch.empty_like(hidden_ND) if needed[0] else None
+    d_weight = torch.zeros(weight_VD.shape, dtype=exact, device=weight_VD.device) if needed[1] else None
     for begin in range(0, tokens, chunk):
         part = slice(begin, begin + chunk)
         hidden, counts = hidden_ND[part], targets_N[part, None] != IGNORED
@@ -113,7 +105,7 @@ def _chunked(
         log_total = total.log().add_(peak)
         losses[part] = ((log_total - at_target) * counts).squeeze(1)
         z_losses[part] = (z_weight * log_total.square() * counts).squeeze(1)
-        if not (need_hidden or need_weight):
+        if not any(needed):
             continue
         scale = counts * (1 + 2 * z_weight * log_total) / total  # probability, z-loss and mask in one factor
         # The target's entry is formed before rounding: probability - 1 cancels.
@@ -121,14 +113,8 @@ def _chunked(
         d_logits = torch.mul(exponents, scale, out=logits)
         if d_hidden is not None:
             torch.mm(d_logits, weight_VD, out=d_hidden[part])
-        if d_weight is not None:
-            _add_product(d_weight, d_logits.t(), hidden)
+        if d_weight is not None and d_weight.dtype == d_logits.dtype:
+            d_weight.addmm_(d_logits.t(), hidden)
+        elif d_weight is not None:
+            d_weight.add_(d_logits.t() @ hidden)  # the sum over chunks is in fp32
     return losses, z_losses, d_hidden, d_weight
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, with the sum over chunks in total's dtype."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total.add_(a @ b)

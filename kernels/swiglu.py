@@ -1,7 +1,4 @@
-"""SwiGLU (Shazeer 2020) that keeps only its two inputs for backward and computes silu again there.
-
-Under torch.compile the plain formula is used.
-"""
+"""SwiGLU that keeps only its two inputs for backward. Under torch.compile the plain formula is used."""
 
 from typing import Any
 

@@ -14,10 +14,6 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from minka.plan.config_sections import KernelsSection
-from minka.plan.sizing import attention_kind
-
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 VARLEN: Callable[..., Any] = varlen_attn  # its signature differs between torch 2.11 and 2.13
 PROBE_BYTES = 2**24  # of logits that the probe holds at once
 VARLEN_TAKES = inspect.signature(varlen_attn).parameters
@@ -62,7 +58,9 @@ class Structure:
 
         if self.kind == "mask":
             at = (None, None) if self.shard is None else (self.shard.queries_at, self.shard.keys_at)
-            return replace(self, mask=additive(allowed_pairs(*map(move, (self.documents, *at))), dtype))
+            allowed_BQK = allowed_pairs(*map(move, (self.documents, *at)))
+            mask = torch.zeros(allowed_BQK.shape, dtype=dtype, device=device)
+            return replace(self, mask=mask.masked_fill_(~allowed_BQK, float("-inf"))[:, None])
         shard = self.shard and replace(self.shard, take=move(self.shard.take), key_starts=move(self.shard.key_starts))
         return replace(self, starts=move(self.starts), shard=shard)
 
@@ -74,14 +72,6 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if not is_dataclass(value) or isinstance(value, type):
         return value
     return replace(value, **{f.name: map_tensors(getattr(value, f.name), change) for f in fields(value)})
-
-
-def uses_varlen(kernels: KernelsSection, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a variable-length kernel separates documents, rather than a mask.
-
-    Raises UserError where kernels.attention cannot run.
-    """
-    return attention_kind(kernels.attention, device.type, NAMES[dtype]) == "varlen"
 
 
 def document_structure(documents_BT: Tensor | None, *, varlen: bool) -> Structure:
@@ -118,13 +108,9 @@ def attention(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, structure: Structu
         k_BKTC, v_BKTC = structure.shard.gather(k_BKTC, v_BKTC)
     if structure.kind == "varlen":
         return _varlen(q_BHTC, k_BKTC, v_BKTC, structure)
+    mask, grouped = structure.mask, q_BHTC.shape[1] != k_BKTC.shape[1]
     return F.scaled_dot_product_attention(
-        q_BHTC,
-        k_BKTC,
-        v_BKTC,
-        attn_mask=structure.mask,
-        is_causal=structure.mask is None,
-        enable_gqa=q_BHTC.shape[1] != k_BKTC.shape[1],
+        q_BHTC, k_BKTC, v_BKTC, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
     )
 
 
@@ -136,30 +122,23 @@ def allowed_pairs(documents_BT: Tensor, queries_at: Tensor | None = None, keys_a
     return (documents_BT[:, q, None] == documents_BT[:, None, k]) & (q[:, None] >= k)
 
 
-def additive(allowed_BQK: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask [B, 1, Tq, Tk] of allowed pairs: 0, or -inf where a pair is not allowed."""
-    mask = torch.zeros(allowed_BQK.shape, dtype=dtype, device=allowed_BQK.device)
-    return rearrange(mask.masked_fill_(~allowed_BQK, float("-inf")), "b q k -> b 1 q k")
-
-
 @torch.no_grad()
 def largest_logit(q_BHTC: Tensor, k_BKTC: Tensor, structure: Structure) -> Tensor:
     """The largest scaled logit of any head over the allowed pairs; scalar fp32.
 
     It takes some queries of one group of heads at a time: at most PROBE_BYTES of logits, or those of one query.
     """
-    device, shard = q_BHTC.device, structure.shard
+    device, shard, documents = q_BHTC.device, structure.shard, structure.documents
     if shard is not None:
         k_BKTC, _ = shard.gather(k_BKTC, k_BKTC)
     batch, heads, tokens, width = q_BHTC.shape
     groups, keys = k_BKTC.shape[1], k_BKTC.shape[2]
-    every = torch.arange(keys, device=device)
-    queries_at = every if shard is None else shard.queries_at.to(device, non_blocking=True)
-    keys_at = every if shard is None else shard.keys_at.to(device, non_blocking=True)
-    documents = structure.documents
-    documents = (
-        torch.zeros(batch, keys, device=device) if documents is None else documents.to(device, non_blocking=True)
-    )
+    queries_at = keys_at = torch.arange(keys, device=device)
+    if shard is not None:
+        queries_at, keys_at = (at.to(device, non_blocking=True) for at in (shard.queries_at, shard.keys_at))
+    if documents is None:
+        documents = torch.zeros(batch, keys, device=device)
+    documents = documents.to(device, non_blocking=True)
     queries = max(1, PROBE_BYTES // (4 * keys * (heads // groups)))
     largest = torch.full((), float("-inf"), device=device)
     for b in range(batch):
@@ -186,5 +165,5 @@ def _varlen(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, structure: Structure
     if structure.shard is not None:
         k, v = k[structure.shard.take], v[structure.shard.take]
         key_starts, longest = structure.shard.key_starts, structure.shard.longest
-    y: Tensor = VARLEN(q, k, v, starts, key_starts, tokens, longest, **options)
+    y = VARLEN(q, k, v, starts, key_starts, tokens, longest, **options)
     return rearrange(y, "(b t) h c -> b h t c", b=batch)

@@ -36,14 +36,11 @@ def generate(
         length = min(context, max(SMALLEST, 1 << (len(seen) - 1).bit_length()))
         padded = torch.tensor([seen + [0] * (length - len(seen))])
         logits_V = next_logits(padded, len(seen) - 1).float().cpu()
-        tokens.append(agree(_choose(logits_V, temperature, generator)))
+        if temperature == 0:
+            chosen = logits_V.argmax()
+        else:
+            chosen = torch.multinomial(torch.softmax(logits_V / temperature, dim=0), 1, generator=generator)
+        tokens.append(agree(int(chosen)))
         if tokens[-1] == stop:
             break
     return tokens[len(prompt) :]
-
-
-def _choose(logits_V: Tensor, temperature: float, generator: torch.Generator) -> int:
-    if temperature == 0:
-        return int(logits_V.argmax())
-    probabilities = torch.softmax(logits_V / temperature, dim=0)
-    return int(torch.multinomial(probabilities, 1, generator=generator))

@@ -11,10 +11,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from minka.kernels.accumulation_dtype import wide
-from minka.kernels.linear_cross_entropy import IGNORED, linear_cross_entropy, token_losses
+from minka.kernels.linear_cross_entropy import ALL_ROWS, VocabShard, linear_cross_entropy, token_losses
 from minka.plan.sizing import logit_rows
-
-__all__ = ["IGNORED", "Head", "HeadSums"]
 
 
 class HeadSums(NamedTuple):
@@ -43,13 +41,13 @@ class Head(nn.Module):
         """The weights [V, D], own or the embedding's."""
         return self._tied[0].weight if self._tied else self.weight
 
-    def chunk(self, weight_VD: Tensor) -> int:
-        """Return how many tokens' logits exist at once, [V] of them each."""
-        return logit_rows(weight_VD.shape[0], self.device_kind or weight_VD.device.type)
+    def rows(self) -> tuple[Tensor, VocabShard]:
+        """The rows of the matrix that are here, and which these are: all of them on one device."""
+        return self.matrix(), ALL_ROWS
 
     def logits(self, hidden_BTD: Tensor, at: int | None = None) -> Tensor:
         """fp32 logits [B, T, V], or [B, 1, V] of the tokens at place `at`; for evaluation and generation only."""
-        return wide(F.linear(hidden_BTD if at is None else hidden_BTD[:, at : at + 1], self.matrix()))
+        return wide(F.linear(hidden_BTD if at is None else hidden_BTD[:, at : at + 1], self.rows()[0]))
 
     def forward(self, hidden_BTD: Tensor, targets_BT: Tensor, reduce: bool = True) -> HeadSums | Tensor:
         """HeadSums over the targets that are not IGNORED; with reduce=False the losses [B, T], 0 where ignored.
@@ -57,8 +55,8 @@ class Head(nn.Module):
         The losses carry no gradient.
         """
         hidden_ND, targets_N = rearrange(hidden_BTD, "b t d -> (b t) d"), targets_BT.flatten()
-        weight_VD = self.matrix()
-        chunk = self.chunk(weight_VD)
+        weight_VD, rows = self.rows()
+        chunk = logit_rows(weight_VD.shape[0], self.device_kind or weight_VD.device.type)
         if reduce:
-            return HeadSums(*linear_cross_entropy(hidden_ND, weight_VD, targets_N, self.z_weight, chunk))
-        return token_losses(hidden_ND, weight_VD, targets_N, chunk).view(targets_BT.shape)
+            return HeadSums(*linear_cross_entropy(hidden_ND, weight_VD, targets_N, self.z_weight, chunk, rows))
+        return token_losses(hidden_ND, weight_VD, targets_N, chunk, rows).view(targets_BT.shape)

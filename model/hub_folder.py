@@ -19,10 +19,11 @@ from minka.plan.atomic import atomic_folder
 from minka.plan.config_sections import ModelSection
 from minka.plan.errors import UserError
 from minka.plan.hub_config import from_config, to_config
+from minka.plan.read_file import read_json, reading
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MARKER, MARKER_FORMAT = "minka_export.json", 1  # only a folder with this file in it is ever replaced
-FETCH_AGAIN = "fetch the file again"
+FETCH_AGAIN = "fetch the whole folder again"
 # Ours -> theirs. Both rotate half-split channels, so no weight needs a permutation.
 OUTER = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 INNER = {
@@ -43,15 +44,7 @@ INNER = {
 def read_config(folder: Path) -> ModelSection:
     """The model in a Hugging Face folder. Raises UserError for an architecture or setting that minka lacks."""
     path = folder / "config.json"
-    return from_config(_read_json(path), str(path))
-
-
-def hf_config(cfg: ModelSection, family: str = "auto") -> Any:
-    """The transformers configuration of the same model. Raises UserError where no family can represent `cfg`."""
-    from transformers import AutoConfig
-
-    values = to_config(cfg, family, None, "float32")
-    return AutoConfig.for_model(values.pop("model_type"), **values)
+    return from_config(read_json(path, remedy="give a folder that save_pretrained wrote"), str(path))
 
 
 def read_tensors(folder: Path, cfg: ModelSection) -> Iterator[tuple[str, Tensor]]:
@@ -142,10 +135,9 @@ def _check_replaceable(folder: Path) -> None:
 
 def _is_export(folder: Path) -> bool:
     try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return isinstance(read_json(folder / MARKER).get("format"), int)
+    except UserError:
         return False
-    return isinstance(marker, dict) and isinstance(marker.get("format"), int)
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, limit: float) -> None:
@@ -172,21 +164,19 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: to
         held, total = held + size, total + size
     if shard or not shards:
         flush()
-    if len(shards) == 1:
-        (folder / "0.part").rename(folder / WHOLE)
-        return
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
-        final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else WHOLE
         (folder / f"{number}.part").rename(folder / final)
         weight_map |= dict.fromkeys(names, final)
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    if len(shards) > 1:
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
     """File of each tensor, by Hugging Face's name."""
     if (folder / INDEX).is_file():
-        weight_map = _read_json(folder / INDEX).get("weight_map")
+        weight_map = read_json(folder / INDEX, remedy=FETCH_AGAIN).get("weight_map")
         if not isinstance(weight_map, dict) or any(Path(str(file)).name != file for file in weight_map.values()):
             raise UserError("weight_map is not a table of file names", where=str(folder / INDEX), remedy=FETCH_AGAIN)
         return {name: folder / file for name, file in weight_map.items()}
@@ -195,17 +185,9 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def _open(path: Path) -> Any:
-    try:
+    why = "" if path.exists() else f"weights are in {WHOLE}, or in the files that {INDEX} names; .bin is never read"
+    with reading(path, "safetensors", SafetensorError, why=why, remedy=FETCH_AGAIN):
         return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise UserError(
-            "this weight file is missing",
-            where=str(path),
-            why=f"weights are read from {WHOLE} or from the files that {INDEX} names",
-            remedy="fetch the whole folder; pickled weights (.bin) are never read",
-        ) from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"not a safetensors file: {error}", where=str(path), remedy=FETCH_AGAIN) from None
 
 
 def _missing(name: str, where: Path) -> UserError:
@@ -215,19 +197,6 @@ def _missing(name: str, where: Path) -> UserError:
         why=f"the model has a parameter {name}",
         remedy="fetch the whole folder, with the config.json that was saved with these weights",
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        remedy = "give a folder that save_pretrained wrote"
-        raise UserError("this file is missing", where=str(path), remedy=remedy) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"not a JSON file: {error}", where=str(path), remedy=FETCH_AGAIN) from None
-    if not isinstance(values, dict):
-        raise UserError("not a JSON object", where=str(path), remedy=FETCH_AGAIN)
-    return values
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

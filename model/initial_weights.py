@@ -20,7 +20,8 @@ SIGMAS = 3.0  # truncation
 CELLS_LOG2 = 12
 FRACTION_BITS = 40
 CHUNK = 2**18  # elements at once: a few buffers of 2 MiB
-GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # splitmix64 (Steele et al. 2014)
+# splitmix64 (Steele et al. 2014), as signed 64-bit numbers
+GOLDEN, MIX_1, MIX_2 = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 @torch.no_grad()
@@ -29,26 +30,21 @@ def fill_(
 ) -> None:
     """Set `local` to the box of parameter `name` that begins at `offset` in the whole tensor of `global_shape`.
 
-    Norms are 1, biases 0, matrices normal with the deviation of `deviation`, truncated at 3 sigma.
+    Norms are 1, biases 0, matrices normal with sigma `init_std`, truncated at 3 sigma; with a smaller sigma for what
+    writes to the residual stream, the deeper the model.
     """
-    constant = 1.0 if name.endswith("norm.weight") else 0.0 if name.endswith(".bias") else None
-    if constant is not None:
-        local.fill_(constant)
+    if name.endswith(("norm.weight", ".bias")) or local.numel() == 0:
+        local.fill_(float(name.endswith("norm.weight")))
         return
-    if local.numel() == 0:
-        return
+    writes_to_stream = name.endswith(("attention.wo.weight", "mlp.down.weight"))
+    sigma = cfg.init_std / math.sqrt(2 * cfg.layers) if writes_to_stream else cfg.init_std
+    key = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little", signed=True)
     table = torch.tensor(_quantiles(), dtype=torch.float64, device=local.device)
     rows = max(1, CHUNK // math.prod(local.shape[1:]))
     for begin in range(0, local.shape[0], rows):
         part = local[begin : begin + rows]
         index = _global_index(part, (offset[0] + begin, *offset[1:]), global_shape)
-        part.copy_(_normal(index, _key(seed, name), table) * deviation(name, cfg))
-
-
-def deviation(name: str, cfg: ModelSection) -> float:
-    """Sigma of a matrix before truncation; smaller for what writes to the residual stream, the deeper the model."""
-    writes_to_stream = name.endswith(("attention.wo.weight", "mlp.down.weight"))
-    return cfg.init_std / math.sqrt(2 * cfg.layers) if writes_to_stream else cfg.init_std
+        part.copy_(_normal(index, key, table) * sigma)
 
 
 def _global_index(box: Tensor, offset: Sequence[int], global_shape: Sequence[int]) -> Tensor:
@@ -74,23 +70,15 @@ def _normal(index: Tensor, key: int, table: Tensor) -> Tensor:
 
 def _hash(index: Tensor, key: int) -> Tensor:
     """splitmix64's output number `index` from state `key`, in int64 that wraps."""
-    z = (index + 1).mul_(_signed(GOLDEN)).add_(key)
-    z = (z ^ _shift(z, 30)).mul_(_signed(MIX_1))
-    z = (z ^ _shift(z, 27)).mul_(_signed(MIX_2))
+    z = (index + 1).mul_(GOLDEN).add_(key)
+    z = (z ^ _shift(z, 30)).mul_(MIX_1)
+    z = (z ^ _shift(z, 27)).mul_(MIX_2)
     return z ^ _shift(z, 31)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Logical shift to the right: int64's own repeats the sign."""
     return (x >> bits) & (2 ** (64 - bits) - 1)
-
-
-def _key(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little", signed=True)
-
-
-def _signed(x: int) -> int:
-    return x - 2**64 if x >= 2**63 else x
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The rotary tables of a batch of positions (RoPE, Su et al. 2021), with Llama 3.1's frequency scaling."""
+"""The rotary tables of positions (RoPE, Su et al. 2021), with Llama 3.1's scaling of frequencies."""
 
 import math
 from dataclasses import dataclass
@@ -21,25 +21,20 @@ class Rope:
 
 
 def rope_table(positions_BT: Tensor, cfg: ModelSection, dtype: torch.dtype = torch.float32) -> Rope:
-    """The rotation of every position (Su et al. 2021), channels in Hugging Face's half-split order."""
+    """The rotation of every position (Su et al. 2021), channels in Hugging Face's half-split order.
+
+    Frequencies are radians per position for each pair of channels [C/2], in fp32 and in transformers' order of
+    operations. With `rope_scaling`, Llama 3.1's rule: waves longer than the original context are slowed by `factor`,
+    short waves are kept, those between are blended.
+    """
+    exponents = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device=positions_BT.device) / cfg.head_dim
+    frequencies, scaling = 1.0 / cfg.rope_theta**exponents, cfg.rope_scaling
+    if scaling is not None:
+        waves = scaling.original_max_positions / (2 * math.pi / frequencies)  # in the original context
+        smooth = (waves - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        smooth = smooth.clamp(0, 1)
+        frequencies = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    angles = positions_BT.to(exact)[:, :, None, None] * frequencies(cfg, positions_BT.device)
+    angles = positions_BT.to(exact)[:, :, None, None] * frequencies
     cos, sin = angles.cos(), angles.sin()
     return Rope(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
-
-
-def frequencies(cfg: ModelSection, device: torch.device) -> Tensor:
-    """Radians per position for each pair of channels [C/2], in fp32 and in transformers' order of operations.
-
-    With `rope_scaling`, Llama 3.1's rule: waves longer than the original context are slowed by `factor`, short waves
-    are kept, those between are blended.
-    """
-    exponents = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device=device) / cfg.head_dim
-    plain = 1.0 / cfg.rope_theta**exponents
-    scaling = cfg.rope_scaling
-    if scaling is None:
-        return plain
-    waves = scaling.original_max_positions / (2 * math.pi / plain)  # in the original context
-    smooth = (waves - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    smooth = smooth.clamp(0, 1)
-    return (1 - smooth) * plain / scaling.factor + smooth * plain

@@ -15,13 +15,11 @@ from minka.kernels.rms_norm import rms_norm
 from minka.kernels.rope import rotate
 from minka.kernels.swiglu import swiglu
 from minka.model.attention import Structure, attention, document_structure, largest_logit
-from minka.model.head import IGNORED, Head, HeadSums
+from minka.model.head import Head, HeadSums
 from minka.model.rope_table import Rope, rope_table
 from minka.plan.config_sections import ModelSection
 
 Probe = MutableSequence[Tensor] | None  # each attention appends its largest logit, scalar fp32
-
-__all__ = ["IGNORED", "MLP", "Attention", "Block", "RMSNorm", "Transformer"]
 
 
 class Transformer(nn.Module):
@@ -62,8 +60,7 @@ class Transformer(nn.Module):
         x_BTD = self.norm(x_BTD)
         if targets is None:
             return self.head.logits(x_BTD, at)
-        sums: Tensor | HeadSums = self.head(x_BTD, targets, reduce)
-        return sums
+        return self.head(x_BTD, targets, reduce)
 
 
 class Block(nn.Module):
@@ -141,11 +138,11 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=bias, dtype=torch.float32)
 
     def reset_parameters(self) -> None:
-        """Leave the memory uninitialised."""
+        pass
 
 
 class Embedding(nn.Embedding):
     """nn.Embedding that leaves its weights to model/initial_weights.py."""
 
     def reset_parameters(self) -> None:
-        """Leave the memory uninitialised."""
+        pass

@@ -1,6 +1,6 @@
 """From a model on the meta device to this rank's part of it. The order of the cuts is the contract of the folder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -10,9 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from minka.model.initial_weights import fill_
 from minka.model.transformer import Transformer
-from minka.parallel.fsdp import shard_model, storage_device
+from minka.parallel.fsdp import shard_model
 from minka.parallel.mesh import Mesh
-from minka.parallel.pieces import parameter_piece
+from minka.parallel.pieces import Piece, parameter_piece
 from minka.parallel.tensor import cut_tensor
 from minka.plan.config import RunConfig
 from minka.plan.pipeline_stages import stages_of
@@ -22,9 +22,11 @@ from minka.plan.sizing import compiles_full_graph
 def build_parts(config: RunConfig, mesh: Mesh) -> list[Transformer]:
     """This rank's part of the model, with its initial weights: its pipeline stages, or one part that is all of it."""
     parts = cut(config, mesh)
+    # Offloaded weights are stored on the CPU: FSDP copies them to the GPU to gather them, and reduced gradients back.
+    storage = torch.device("cpu") if mesh.layout.offload == "all" else mesh.device
     for part in parts:
-        part.to_empty(device=storage_device(mesh))
-        initialise(part, config, mesh.device)
+        part.to_empty(device=storage)
+    initialise(weight_pieces(parts).items(), config, mesh.device)
     return parts
 
 
@@ -47,7 +49,7 @@ def cut(config: RunConfig, mesh: Mesh) -> list[Transformer]:
                 recompute(block)
             if config.kernels.compile:
                 block.compile(fullgraph=compiles_full_graph(mesh.layout))
-        shard_model(model, blocks, mesh, mesh.compute_dtype)
+        shard_model(model, blocks, mesh)
         parts.append(model)
     return parts
 
@@ -55,6 +57,11 @@ def cut(config: RunConfig, mesh: Mesh) -> list[Transformer]:
 def named_parameters(parts: Sequence[Transformer]) -> dict[str, nn.Parameter]:
     """The parameters of all of a rank's parts; names do not depend on the part."""
     return {name: parameter for part in parts for name, parameter in part.named_parameters()}
+
+
+def weight_pieces(parts: Sequence[Transformer]) -> dict[str, Piece]:
+    """This rank's pieces of the same parameters."""
+    return {name: parameter_piece(parameter) for name, parameter in named_parameters(parts).items()}
 
 
 def recompute(block: nn.Module) -> None:
@@ -73,19 +80,17 @@ def recompute(block: nn.Module) -> None:
     block.forward = recomputed
 
 
-def initialise(model: Transformer, config: RunConfig, device: torch.device) -> None:
-    """Fill this rank's pieces; weights follow from (seed, name, global index) alone.
+@torch.no_grad()
+def initialise(pieces: Iterable[tuple[str, Piece]], config: RunConfig, device: torch.device) -> None:
+    """Fill this rank's pieces of named parameters; weights follow from (seed, name, global index) alone.
 
     The numbers are made on `device`: a host would take minutes for the weights that it keeps for a GPU.
     """
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            piece = parameter_piece(parameter)
-            on_device = piece.local if piece.local.device == device else torch.empty_like(piece.local, device=device)
-            where = {"offset": piece.offset, "global_shape": piece.global_shape}
-            fill_(on_device, name, config.run.seed, config.model, **where)
-            if on_device is not piece.local:
-                piece.local.copy_(on_device)
+    for name, (local, offset, shape, *_) in pieces:
+        on_device = local if local.device == device else torch.empty_like(local, device=device)
+        fill_(on_device, name, config.run.seed, config.model, offset=offset, global_shape=shape)
+        if on_device is not local:
+            local.copy_(on_device)
 
 
 def take_stage(model: Transformer, stage: int, stages: Sequence[range]) -> None:

@@ -38,22 +38,17 @@ def gathered_places(length: int, ways: int) -> Tensor:
 def shard_structure(documents_BT: Tensor, group: Any, *, varlen: bool) -> Structure:
     """The structure of this rank's queries and the whole sequence's keys. documents_BT: int64 ids of whole rows."""
     ways, rank, length = dist.get_world_size(group), dist.get_rank(group), documents_BT.shape[1]
-    shard = ContextShard(gather_over(group), places(length, ways, rank), gathered_places(length, ways))
-    if not varlen:
-        return Structure("mask", documents_BT, shard=shard)
-    starts, key_starts, take, longest = varlen_segments(documents_BT, ways, rank)
-    shard = replace(shard, take=take, key_starts=key_starts, longest=longest)
-    return Structure("varlen", documents_BT, starts=starts, shard=shard)
-
-
-def gather_over(group: Any) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """`ContextShard.gather`: from this rank's keys and values to those of the whole sequence."""
 
     def gather(k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor]:
         both: Tensor = _GatherTokens.apply(torch.cat((k_BKTC, v_BKTC), dim=-1), group)
         return both.split(k_BKTC.shape[-1], dim=-1)
 
-    return gather
+    shard = ContextShard(gather, places(length, ways, rank), gathered_places(length, ways))
+    if not varlen:
+        return Structure("mask", documents_BT, shard=shard)
+    starts, key_starts, take, longest = varlen_segments(documents_BT, ways, rank)
+    shard = replace(shard, take=take, key_starts=key_starts, longest=longest)
+    return Structure("varlen", documents_BT, starts=starts, shard=shard)
 
 
 def varlen_segments(documents_BT: Tensor, ways: int, rank: int) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -77,10 +72,9 @@ def varlen_segments(documents_BT: Tensor, ways: int, rank: int) -> tuple[Tensor,
                     query_lengths.append(end - max(s, first))
                     key_lengths.append(end - s)
                     taken.append(where[s:end] + row * length)
-    starts = [
-        torch.tensor([0, *n], dtype=torch.int32).cumsum(0, dtype=torch.int32) for n in (query_lengths, key_lengths)
-    ]
-    return starts[0], starts[1], torch.cat(taken), max(key_lengths)
+    lengths = torch.tensor([[0, *query_lengths], [0, *key_lengths]], dtype=torch.int32)
+    starts, key_starts = lengths.cumsum(1, dtype=torch.int32)
+    return starts, key_starts, torch.cat(taken), max(key_lengths)
 
 
 class _GatherTokens(torch.autograd.Function):

@@ -9,22 +9,21 @@ Its own checkpoints are pickles: what is saved and restored are views of the fp3
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minka.model.initial_weights import fill_
 from minka.model.transformer import Transformer
-from minka.parallel.apply import recompute
-from minka.parallel.deepspeed_slices import gradient_of, partitions, slices
-from minka.parallel.engine import Sums, TorchScorer, sum_over_ranks
-from minka.parallel.inputs import InputCutter, ModelInputs
+from minka.parallel.apply import initialise, recompute
+from minka.parallel.deepspeed_slices import gradient_of, slices
+from minka.parallel.engine import Engine
+from minka.parallel.fsdp_engine import FsdpExecutor
+from minka.parallel.inputs import InputCutter
 from minka.parallel.mesh import Mesh
-from minka.parallel.pieces import Piece, piece_of, squared_norm, tensor_name
+from minka.parallel.pieces import Piece, piece_of, tensor_name
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 
@@ -43,24 +42,22 @@ def build_deepspeed_engine(config: RunConfig, mesh: Mesh, decay: Decay) -> "Deep
     """
     deepspeed = _import_deepspeed(mesh.device)
     settings = deepspeed_settings(config, mesh)
-    with _construction(deepspeed, mesh, settings):
+    # Cut parameter by parameter under stage 3, whole on this rank's device otherwise.
+    cuts = mesh.layout.zero_stage == 3
+    with deepspeed.zero.Init(config_dict_or_path=settings) if cuts else mesh.device:
         model = Transformer(config.model)
     for block in model.blocks.values():
         if config.layout.recompute == "block":
             recompute(block)
         if config.kernels.compile:
             block.compile(fullgraph=config.layout.recompute == "none")
-    if mesh.layout.zero_stage == 3:
+    if cuts:
         _gather_for_head(deepspeed, model)
     optimizer = _adamw(model, config, decay)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     built = DeepSpeedEngine(engine, optimizer, InputCutter.of(config, mesh), decay)
-    with torch.no_grad():
-        for key, piece in built.tensors().items():
-            if key.startswith("model."):
-                name = tensor_name(key.removeprefix("model."))
-                where = {"offset": piece.offset, "global_shape": piece.global_shape}
-                fill_(piece.local, name, config.run.seed, config.model, **where)
+    weights = ((tensor_name(key), piece) for key, piece in built.tensors().items() if key.startswith("model."))
+    initialise(((name.removeprefix("model."), piece) for name, piece in weights), config, mesh.device)
     built.after_restore()
     return built
 
@@ -95,39 +92,33 @@ def deepspeed_settings(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-class DeepSpeedExecutor:
+class DeepSpeedExecutor(FsdpExecutor):
     """Runs the micro-batches of a step one after the other under DeepSpeed."""
 
     def __init__(self, deepspeed: Any, mesh: Mesh) -> None:
-        self.deepspeed, self.mesh = deepspeed, mesh
-        self.parts: list[Transformer] = [deepspeed.module]
+        super().__init__([deepspeed.module], mesh)
+        self.trained = deepspeed  # it takes every call for the start of a micro-batch of the step
 
-    def forward(self, inputs: ModelInputs, **options: object) -> Tensor:
-        """Around DeepSpeed's own forward, which takes every call for the start of a micro-batch of the step."""
-        b = inputs.to(self.mesh.device, self.mesh.compute_dtype)
-        result: Tensor = self.parts[0](b.tokens, b.structure, b.positions, b.targets, **options)
-        return result
+    def backward(self, objective: Tensor) -> None:
+        self.trained.backward(objective * self.mesh.ranks, scale_wrt_gas=False)
 
-    def forward_backward(self, micro_batches: Sequence[ModelInputs], divisor: int) -> list[Tensor]:
+    def schedule_reduction(self, *, last: bool) -> None:
         """Stage 1 reduces once, in the last micro-batch; stages 2 and 3 in each, to save memory."""
-        found = []
-        for index, inputs in enumerate(micro_batches):
-            self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            b = inputs.to(self.mesh.device, self.mesh.compute_dtype)
-            sums = self.deepspeed(b.tokens, b.structure, b.positions, b.targets)
-            self.deepspeed.backward(sums.objective / divisor * self.mesh.ranks, scale_wrt_gas=False)
-            found.append(torch.stack([sums.loss.detach(), sums.z_loss.detach()]))
-        return found
+        self.trained.set_gradient_accumulation_boundary(last)
 
 
-class DeepSpeedEngine(TorchScorer):
+class DeepSpeedEngine(Engine):
     """One model under ZeRO over all ranks."""
 
-    def __init__(self, deepspeed: Any, optimizer: torch.optim.AdamW, cutter: InputCutter, decay: Decay) -> None:
-        super().__init__(DeepSpeedExecutor(deepspeed, cutter.mesh), cutter)
+    def __init__(self, deepspeed: Any, optimizer: Any, cutter: InputCutter, decay: Decay) -> None:
+        super().__init__(DeepSpeedExecutor(deepspeed, cutter.mesh), cutter, optimizer)
         self._deepspeed, self._adamw, self._decay = deepspeed, optimizer, decay
-        self._partitions = partitions(deepspeed.optimizer, optimizer)
-        self._slices = slices(deepspeed.optimizer, optimizer, deepspeed.module.named_parameters, self.mesh)
+        if self.mesh.layout.zero_stage == 3:  # the inner optimizer gets one at a time
+            self._partitions: list[Tensor] = list(deepspeed.optimizer.fp32_partitioned_groups_flat)
+        else:
+            self._partitions = [group["params"][0] for group in optimizer.param_groups]
+        self._slices = slices(deepspeed.optimizer, self._partitions, deepspeed.module, self.mesh)
+        self._pieces = {s.name: s.flat_piece() for s in self._slices}
         for partition in self._partitions:  # now, so that there are moments to restore into
             flat = partition.detach().zero_()  # DeepSpeed never sets its padding
             optimizer.state[partition] = {
@@ -135,37 +126,22 @@ class DeepSpeedEngine(TorchScorer):
                 "exp_avg": torch.zeros_like(flat),
                 "exp_avg_sq": torch.zeros_like(flat),
             }
-        self._norm = torch.zeros((), device=self.mesh.device)
         self._accepted = torch.zeros((), dtype=torch.bool, device=self.mesh.device)
-
-    def forward_backward(self, micro_batches: Sequence[ModelInputs], target_count: int) -> Sums:
-        return sum_over_ranks(self.executor.forward_backward(micro_batches, max(target_count, 1)), self.mesh)
-
-    def grad_norm(self) -> Tensor:
-        mine = squared_norm(list(self.gradient_pieces().values())).to(self.mesh.device)
-        self._norm = self.mesh.sum_(mine).sqrt().float()
-        return self._norm
 
     def apply(self, learning_rate: float, max_norm: float, accept: Tensor) -> None:
         """DeepSpeed waits for the device in its own step."""
         self._accepted = accept
-        adamw: Any = self._adamw
-        adamw.grad_scale = ((self._norm + 1e-6) / max_norm).clamp(min=1.0)
-        adamw.found_inf = (~accept).float()
-        for group in adamw.param_groups:
+        self._adamw.grad_scale = ((self._norm + 1e-6) / max_norm).clamp(min=1.0)
+        self._adamw.found_inf = (~accept).float()
+        for group in self._adamw.param_groups:
             group["lr"] = learning_rate
         self._deepspeed.step()
 
-    def gradient_pieces(self) -> dict[str, Piece]:
-        """This rank's gradients by parameter name, as boxes of the flattened parameters; valid until apply()."""
-        return {s.name: s.flat_piece(gradient_of(self._deepspeed.optimizer, s)) for s in self._slices}
-
-    def weight_pieces(self) -> dict[str, Piece]:
-        """This rank's fp32 weights by parameter name, in the same boxes as gradient_pieces()."""
-        return {s.name: s.flat_piece(s.of(s.partition)) for s in self._slices}
+    def gradients(self) -> dict[str, Tensor]:
+        return {s.name: gradient_of(self._deepspeed.optimizer, s) for s in self._slices}
 
     def tensors(self) -> dict[str, Piece]:
-        """A rank's range of a matrix is up to three boxes: NAME, NAME#1 and NAME#2 (pieces.numbered)."""
+        """A rank's range of a matrix is up to three boxes: NAME, NAME#1 and NAME#2."""
         found: dict[str, Piece] = {}
         for s in self._slices:
             state = self._adamw.state[s.partition]
@@ -192,8 +168,7 @@ class DeepSpeedEngine(TorchScorer):
 
     def count(self) -> Tensor:
         """Accepted steps, an fp32 scalar where the first partition is."""
-        step: Tensor = self._adamw.state[self._partitions[0]]["step"]
-        return step
+        return self._adamw.state[self._partitions[0]]["step"]
 
     def update_squares(self, learning_rate: float) -> dict[str, Tensor]:
         """Squared norm of the last step's update of each slice, as train.optimizer.AdamW's; 0 if it was refused."""
@@ -231,14 +206,6 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def _construction(deepspeed: Any, mesh: Mesh, settings: dict[str, Any]) -> AbstractContextManager[Any]:
-    """Where the model is built: cut parameter by parameter under stage 3, whole on this rank's device otherwise."""
-    if mesh.layout.zero_stage < 3:
-        return mesh.device
-    context: AbstractContextManager[Any] = deepspeed.zero.Init(config_dict_or_path=settings)
-    return context
-
-
 def _gather_for_head(deepspeed: Any, model: Transformer) -> None:
     """Stage 3 gathers weights when their own module is called: not for a tied head, nor for head.logits.
 
@@ -254,8 +221,7 @@ def _gather_for_head(deepspeed: Any, model: Transformer) -> None:
 
     @wraps(logits)
     def called(hidden: Tensor, at: int | None = None) -> Tensor:
-        found: Tensor = head(hidden, at, only_logits=True)
-        return found
+        return head(hidden, at, only_logits=True)
 
     head.forward, head.logits = either, called
 

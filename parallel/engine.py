@@ -1,7 +1,7 @@
-"""The engine: the one interface between the training loop and everything parallel, and its torch form.
+"""The engine: the one interface between the training loop and everything parallel.
 
-TorchEngine holds weights, gradients and optimizer state; an Executor (fsdp_engine.py, pipeline_engine.py) runs the
-passes; an InputCutter makes their inputs.
+It holds weights, gradients and optimizer state; an Executor (fsdp_engine.py, pipeline_engine.py) runs the passes; an
+InputCutter makes their inputs.
 """
 
 from collections import deque
@@ -14,10 +14,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from minka.model.transformer import Transformer
-from minka.parallel.apply import named_parameters
+from minka.parallel.apply import named_parameters, weight_pieces
 from minka.parallel.inputs import InputCutter, MicroBatch, ModelInputs
-from minka.parallel.mesh import Mesh
-from minka.parallel.pieces import Piece, like, parameter_piece, piece_of, squared_norm
+from minka.parallel.pieces import Piece, parameter_piece, piece_of, squared_norm
 
 
 class Sums(NamedTuple):
@@ -40,59 +39,10 @@ class Optimizer(Protocol):
         """Accepted steps so far; a scalar that `step` increments and a restore overwrites."""
 
 
-class Scorer(Protocol):
-    """A model on one rank or many, for evaluation. All methods but `prepare` are collective."""
-
-    def prepare(self, micro_batch: MicroBatch) -> ModelInputs:
-        """This rank's inputs of a micro-batch: host work, for any thread."""
-
-    def token_losses(self, inputs: ModelInputs) -> Tensor:
-        """Nats of each target, [B, T] of whole rows, no gradient.
-
-        Of the ranks that share these sequences one has the loss of a target, and the rest 0: sums over ranks are right.
-        """
-
-    def next_logits(self, tokens: Tensor, place: int) -> Tensor:
-        """Logits [V] in fp32 of what follows the token at `place` of one document [1, T] on the host; on every rank."""
-
-
-class Engine(Scorer, Protocol):
-    """Forward, backward and update of a model on one rank or many."""
-
-    def forward_backward(self, micro_batches: Sequence[ModelInputs], target_count: int) -> Sums:
-        """Gradients of (sum of losses) / target_count; target_count is that of the whole global batch."""
-
-    def grad_norm(self) -> Tensor:
-        """Global norm of the gradients, before clipping; scalar, equal on all ranks."""
-
-    def apply(self, learning_rate: float, max_norm: float, accept: Tensor) -> None:
-        """Clip by the norm of the last grad_norm(), update, drop the gradients.
-
-        `accept` is a scalar bool on the device: false changes no bit.
-        """
-
-    def tensors(self) -> dict[str, Piece]:
-        """All state, by name: model.*, moment1.*, moment2.*, and the optimizer's own count."""
-
-    def after_restore(self) -> None:
-        """To be called when tensors() have been overwritten, before the next step. Collective."""
-
-    def gradient_pieces(self) -> dict[str, Piece]:
-        """This rank's gradients by parameter name; valid until apply()."""
-
-    def weight_pieces(self) -> dict[str, Piece]:
-        """This rank's weights by parameter name, in the same boxes as gradient_pieces()."""
-
-    def attention_logits(self, inputs: ModelInputs) -> dict[int, Tensor]:
-        """The largest attention logit of each of this rank's layers, over its rows and heads; scalars in fp32."""
-
-
 class Executor(Protocol):
     """Runs the passes of this rank's parts of a model."""
 
-    @property
-    def parts(self) -> Sequence[Transformer]:
-        """Torch modules, sharded or not, in the order they run."""
+    parts: Sequence[Transformer]  # sharded or not, in the order they run
 
     def forward(self, inputs: ModelInputs, **options: object) -> Tensor | None:
         """One forward pass; None where other ranks have the end of the model. Called under no_grad."""
@@ -101,22 +51,28 @@ class Executor(Protocol):
         """Add up gradients of objective / divisor; [loss, z_loss] of each micro-batch whose end is on this rank."""
 
 
-class TorchScorer:
-    """Losses and logits of the model that an executor runs."""
+class Scorer:
+    """A model on one rank or many, run by an executor, for evaluation. All methods but `prepare` are collective."""
 
     def __init__(self, executor: Executor, cutter: InputCutter) -> None:
         self.executor, self.cutter, self.mesh = executor, cutter, cutter.mesh
 
     def prepare(self, micro_batch: MicroBatch) -> ModelInputs:
+        """This rank's inputs of a micro-batch: host work, for any thread."""
         return self.cutter.prepare(micro_batch)
 
     def token_losses(self, inputs: ModelInputs) -> Tensor:
+        """Nats of each target, [B, T] of whole rows, no gradient.
+
+        Of the ranks that share these sequences one has the loss of a target, and the rest 0: sums over ranks are right.
+        """
         losses = self._forward(inputs, reduce=False)
         if losses is None or not self.mesh.leads_tensor:
             losses = torch.zeros(inputs.tokens.shape, dtype=self.mesh.sum_dtype, device=self.mesh.device)
         return self.cutter.whole_rows(losses, inputs.tokens.shape[1] * self.mesh.layout.context)
 
     def next_logits(self, tokens: Tensor, place: int) -> Tensor:
+        """Logits [V] in fp32 of what follows the token at `place` of one document [1, T] on the host; on every rank."""
         inputs, at = self.cutter.prepare_row(tokens, place)
         logits = self._forward(inputs, at=at or 0)
         found = torch.zeros(self.executor.parts[0].cfg.vocab, dtype=self.mesh.sum_dtype, device=self.mesh.device)
@@ -126,6 +82,7 @@ class TorchScorer:
         return self.mesh.sum_(found)
 
     def attention_logits(self, inputs: ModelInputs) -> dict[int, Tensor]:
+        """The largest attention logit of each of this rank's layers, over its rows and heads; scalars in fp32."""
         probe: deque[Tensor] = deque()  # a list would be copied by DeepSpeed's hooks on its way down
         with torch.compiler.set_stance("force_eager"):
             self._forward(inputs, reduce=False, probe=probe)
@@ -134,7 +91,7 @@ class TorchScorer:
 
     def weights(self) -> dict[str, Piece]:
         """This rank's pieces of the weights, under the names of a checkpoint: model.*."""
-        return {f"model.{name}": parameter_piece(p) for name, p in named_parameters(self.executor.parts).items()}
+        return {f"model.{name}": piece for name, piece in weight_pieces(self.executor.parts).items()}
 
     def _forward(self, inputs: ModelInputs, **options: object) -> Tensor | None:
         with torch.no_grad():
@@ -143,47 +100,63 @@ class TorchScorer:
         return found
 
 
-class TorchEngine(TorchScorer):
-    """Gradients, their norm, the update and the state of the model that an executor runs."""
+class Engine(Scorer):
+    """Forward, backward and update of a model on one rank or many."""
 
     def __init__(self, executor: Executor, cutter: InputCutter, optimizer: Optimizer) -> None:
         super().__init__(executor, cutter)
         self.optimizer = optimizer
         self._parameters = named_parameters(executor.parts)
-        self._pieces = {name: parameter_piece(parameter) for name, parameter in self._parameters.items()}
+        self._pieces = weight_pieces(executor.parts)
         self._norm = torch.zeros((), device=self.mesh.device)
 
     def forward_backward(self, micro_batches: Sequence[ModelInputs], target_count: int) -> Sums:
+        """Gradients of (sum of losses) / target_count; target_count is that of the whole global batch."""
         found = self.executor.forward_backward(micro_batches, max(target_count, 1))
-        self._sum_partial_gradients()
-        return sum_over_ranks(found, self.mesh)
+        for parameter in self._parameters.values():
+            gradient = parameter.grad  # a share of a tensor group's sum, where FSDP has not added them up
+            if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
+                parameter.grad = gradient.redistribute(placements=parameter.placements)
+        total = torch.zeros(2, dtype=self.mesh.sum_dtype, device=self.mesh.device)
+        for sums in found if self.mesh.leads_tensor else ():  # the ranks of a tensor group count once
+            total += sums
+        self.mesh.sum_(total)
+        return Sums(total[0], total[1])
 
     def grad_norm(self) -> Tensor:
+        """Global norm of the gradients, before clipping; scalar, equal on all ranks."""
         squares = squared_norm(list(self.gradient_pieces().values())).to(self.mesh.device)
         self._norm = self.mesh.sum_(squares).sqrt().to(self.mesh.sum_dtype)
         return self._norm
 
     def apply(self, learning_rate: float, max_norm: float, accept: Tensor) -> None:
+        """Clip by the norm of the last grad_norm(), update, drop the gradients.
+
+        `accept` is a scalar bool on the device: false changes no bit.
+        """
         divisor = ((self._norm + 1e-6) / max_norm).clamp(min=1.0)  # as torch.nn.utils.clip_grad_norm_
         self.optimizer.step(self.gradients(), learning_rate, divisor, accept)
         for parameter in self._parameters.values():
             parameter.grad = None
 
     def tensors(self) -> dict[str, Piece]:
+        """All state, by name: model.*, moment1.*, moment2.*, and the optimizer's own count."""
         found = self.weights()
         for kind, tensors in self.optimizer.state().items():
-            found |= {f"{kind}.{name}": like(self._pieces[name], tensor) for name, tensor in tensors.items()}
+            found |= {f"{kind}.{name}": self._pieces[name]._replace(local=local) for name, local in tensors.items()}
         found["optimizer.count"] = piece_of(self.optimizer.count())
         return found
 
     def after_restore(self) -> None:
-        """Nothing to do: the tensors are those that the model computes with."""
+        """To be called when tensors() have been overwritten, before the next step. Collective."""
 
     def weight_pieces(self) -> dict[str, Piece]:
+        """This rank's weights by parameter name, in the same boxes as gradient_pieces()."""
         return self._pieces
 
     def gradient_pieces(self) -> dict[str, Piece]:
-        return {name: like(self._pieces[name], gradient) for name, gradient in self.gradients().items()}
+        """This rank's gradients by parameter name; valid until apply()."""
+        return {name: self._pieces[name]._replace(local=local) for name, local in self.gradients().items()}
 
     def gradients(self) -> dict[str, Tensor]:
         """This rank's pieces of the gradients, as plain tensors."""
@@ -194,29 +167,9 @@ class TorchEngine(TorchScorer):
             found[name] = parameter_piece(parameter.grad).local
         return found
 
-    def _sum_partial_gradients(self) -> None:
-        """Sum the gradients of which the ranks of a tensor group have shares, where FSDP has not done so."""
-        for parameter in self._parameters.values():
-            gradient = parameter.grad
-            if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
-                parameter.grad = gradient.redistribute(placements=parameter.placements)
-
-
-def sum_over_ranks(found: Sequence[Tensor], mesh: Mesh) -> Sums:
-    """Add up [loss, z_loss] of micro-batches, here and over ranks; the ranks of a tensor group count once."""
-    total = torch.zeros(2, dtype=mesh.sum_dtype, device=mesh.device)
-    for sums in found if mesh.leads_tensor else ():
-        total += sums
-    mesh.sum_(total)
-    return Sums(total[0], total[1])
-
 
 def free_gathered_weights(parts: Sequence[Transformer]) -> None:
-    """To be called after a forward pass without a backward pass.
-
-    Weights that stay gathered for a backward pass that never comes would be taken for those of the next step, even
-    after an update.
-    """
+    """After a forward pass alone: gathered weights would be taken for those of the next step, even after an update."""
     for part in parts:
         for module in part.modules():
             if isinstance(module, FSDPModule):

@@ -10,14 +10,15 @@ from minka.parallel.mesh import Mesh
 from minka.plan.sizing import frees_gathered_weights, fsdp_units, needs_fsdp
 
 
-def shard_model(model: nn.Module, blocks: list[nn.Module], mesh: Mesh, dtype: torch.dtype) -> nn.Module:
+def shard_model(model: nn.Module, blocks: list[nn.Module], mesh: Mesh) -> None:
     """Cut `model` (on the meta device) for this rank. `blocks` are its layers, in the order they run.
 
     Gradients are summed, not averaged: they are divided once, by the number of target tokens of the whole batch.
     """
-    layout, casts = mesh.layout, dtype == torch.bfloat16
+    layout, dtype = mesh.layout, mesh.compute_dtype
+    casts = dtype == torch.bfloat16
     if mesh.axes is None or not needs_fsdp(layout, casts=casts):
-        return model
+        return
     axes = mesh.axes["replicate", "data"] if layout.replicate > 1 else mesh.axes["data"]
     policy = MixedPrecisionPolicy(
         param_dtype=dtype if casts else None,
@@ -25,7 +26,7 @@ def shard_model(model: nn.Module, blocks: list[nn.Module], mesh: Mesh, dtype: to
         cast_forward_inputs=False,  # the rotary angles come in as fp32 and must stay so
     )
     offload = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if layout.offload == "all" else OffloadPolicy()
-    frees = frees_blocks(mesh, blocks, dtype)
+    frees = frees_blocks(mesh, blocks)
     for unit in fsdp_units(block_bytes(blocks, dtype)):
         modules = [blocks[index] for index in unit]
         fully_shard(modules, mesh=axes, mp_policy=policy, offload_policy=offload, reshard_after_forward=frees)
@@ -33,22 +34,13 @@ def shard_model(model: nn.Module, blocks: list[nn.Module], mesh: Mesh, dtype: to
     for module in model.modules():
         if isinstance(module, FSDPModule):  # neither setting is recursive
             module.set_gradient_divide_factor(1.0)
-            if mesh.needs_sum_on_gloo:
-                module.set_force_sum_reduction_for_comms(True)
-    return model
+            # gloo has no pre-multiplied sum, which FSDP2 uses for its divide factor
+            module.set_force_sum_reduction_for_comms(mesh.device.type == "cpu")
 
 
-def storage_device(mesh: Mesh) -> torch.device:
-    """Return the device that stores weights, gradients and moments, and on which the optimizer runs.
-
-    With offload it is the CPU: FSDP copies weights to the GPU to gather them, and reduced gradients back.
-    """
-    return torch.device("cpu") if mesh.layout.offload == "all" else mesh.device
-
-
-def frees_blocks(mesh: Mesh, blocks: Iterable[nn.Module], dtype: torch.dtype) -> bool:
+def frees_blocks(mesh: Mesh, blocks: Iterable[nn.Module]) -> bool:
     """Return whether gathered weights of blocks are freed after forward (plan/sizing.py)."""
-    return frees_gathered_weights(mesh.layout, sum(block_bytes(blocks, dtype)))
+    return frees_gathered_weights(mesh.layout, sum(block_bytes(blocks, mesh.compute_dtype)))
 
 
 def block_bytes(blocks: Iterable[nn.Module], dtype: torch.dtype) -> list[int]:

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minka.model.attention import Structure, document_structure, map_tensors, uses_varlen
+from minka.model.attention import Structure, document_structure, map_tensors
 from minka.parallel.context import places, shard_structure
 from minka.parallel.mesh import Mesh
 from minka.plan.config import RunConfig
+from minka.plan.sizing import attention_kind, compute_dtype_name
 
 
 class MicroBatch(Protocol):
@@ -58,7 +59,9 @@ class InputCutter:
     @classmethod
     def of(cls, config: RunConfig, mesh: Mesh) -> "InputCutter":
         """The cutter of a run: the one place that chooses between a mask and varlen kernels. Raises UserError."""
-        return cls(mesh, varlen=uses_varlen(config.kernels, mesh.device, mesh.compute_dtype))
+        kind = mesh.device.type
+        dtype = compute_dtype_name(mesh.layout, kind)
+        return cls(mesh, varlen=attention_kind(config.kernels.attention, kind, dtype) == "varlen")
 
     def prepare(self, micro_batch: MicroBatch) -> ModelInputs:
         """The inputs on the host, page-locked where the device is a GPU. Safe to call from any thread."""
@@ -67,8 +70,7 @@ class InputCutter:
         if self.mesh.device.type != "cuda":
             return inputs
         with torch.cuda.device(self.mesh.device):  # each thread has its own current device, and pinning uses it
-            pinned: ModelInputs = map_tensors(inputs, Tensor.pin_memory)
-        return pinned
+            return map_tensors(inputs, Tensor.pin_memory)
 
     def prepare_row(self, tokens: Tensor, place: int) -> tuple[ModelInputs, int | None]:
         """A row [1, T] that is one document, and where this rank has the token at `place`; None: not on this rank.

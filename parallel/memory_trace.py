@@ -11,6 +11,7 @@ backward are "gathered".
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -24,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minka.kernels import linear_cross_entropy
-from minka.plan.memory import MEMORY_KINDS
+from minka.plan.memory_kinds import MEMORY_KINDS
 
 RANKED = ("weights", "optimizer", "gradients", "logits", "gathered", "activations", "workspace")
 FSDP_SCOPES = {"unshard": "gathered", "wait_for_unshard": "gathered", "post_backward": "gradients"}
@@ -52,25 +53,23 @@ class MemoryTrace(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._kind: list[int] = []  # of each storage so far: an index of RANKED
+        self._kind: list[str] = []  # of each storage so far
         self._log: list[tuple[int, int]] = []  # (storage, its bytes from now on)
         self._alive: dict[int, tuple[int, weakref.ref[Any]]] = {}  # by address: (storage, reference)
-        self._scopes: list[Callable[[Tensor], str]] = []
-        self._planning = 0  # depth in DTensor's planning of an operation, on fakes of global shapes
+        self._scopes: list[Callable[[Tensor], str] | None] = []  # None: what is made is not counted
         self._patches = ExitStack()
 
     def watch(self, kind: str, tensors: Iterable[Tensor]) -> None:
         """Set the kind of these tensors, and count them from now on if they were not counted."""
-        wanted = RANKED.index(kind)
         for tensor in tensors:
-            for part in flat(tensor):
+            for part in plain_tensors(tensor):
                 number = self._number(part)
-                self._kind[number] = min(self._kind[number], wanted)
+                self._kind[number] = min(self._kind[number], kind, key=RANKED.index)
 
     def peak(self) -> Peak:
         """Return the peak since the trace began."""
-        now, bytes_of = [0] * len(RANKED), [0] * len(self._kind)
-        top, at_top, largest, total = 0, list(now), list(now), 0
+        now, bytes_of = dict.fromkeys(MEMORY_KINDS, 0), [0] * len(self._kind)
+        top, at_top, largest, total = 0, dict(now), dict(now), 0
         for number, size in self._log:
             kind, change = self._kind[number], size - bytes_of[number]
             bytes_of[number] = size
@@ -78,17 +77,19 @@ class MemoryTrace(TorchDispatchMode):
             total += change
             largest[kind] = max(largest[kind], now[kind])
             if total > top:
-                top, at_top = total, list(now)
-        return Peak(top, _named(at_top), _named(largest))
+                top, at_top = total, dict(now)
+        return Peak(top, at_top, largest)
 
     def __enter__(self) -> "MemoryTrace":
-        self._patches.enter_context(self._saved_tensors_watched())
+        self._wrap(saved_tensors_hooks, "__init__", self._save)
         for name, kind in FSDP_SCOPES.items():
-            self._patches.enter_context(self._scoped(FSDPParamGroup, name, kind))
-        self._patches.enter_context(patch.object(linear_cross_entropy, "_chunked", self._chunked()))
+            self._wrap(FSDPParamGroup, name, partial(self._run_fsdp, kind))
+        self._wrap(linear_cross_entropy, "_chunked", self._compute_loss)
         for name in DTENSOR_PLANS:
-            self._patches.enter_context(self._ignored(ShardingPropagator, name))
-        self._patches.enter_context(patch.object(torch.UntypedStorage, "resize_", self._resizing()))
+            self._wrap(ShardingPropagator, name, self._plan)
+        self._wrap(torch.UntypedStorage, "resize_", self._resize)
+        # Detached: a node that saves its own output would keep itself alive, after a split backward forever.
+        self._patches.enter_context(saved_tensors_hooks(Tensor.detach, lambda x: x))
         super().__enter__()
         return self
 
@@ -101,9 +102,9 @@ class MemoryTrace(TorchDispatchMode):
     ) -> Any:
         if not all(kind in PLAIN for kind in types):
             return NotImplemented  # a DTensor: its operations on local tensors come here again
-        if self._planning:
-            return func(*args, **(kwargs or {}))
         name = func._schema.name
+        if self._scopes and self._scopes[-1] is None:
+            return func(*args, **(kwargs or {}))
         if name == WAIT and isinstance(args[0], FakeTensor):
             return args[0]  # as with real tensors; a fake one would come back as a different tensor
         found = func(*args, **(kwargs or {}))
@@ -113,8 +114,11 @@ class MemoryTrace(TorchDispatchMode):
                 self._number(tensor)
         if name.startswith(GATHERS):
             self.watch("gathered", list(tree_leaves(args[0] if "c10d::" in name else found)))
-        elif name in COPIES and self._is_gathered(tree_leaves(args)):
-            self.watch("gathered", made)
+        elif name in COPIES:
+            source = next((leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)), None)
+            known = None if source is None else self._alive.get(source.untyped_storage()._cdata)
+            if known is not None and self._kind[known[0]] == "gathered":
+                self.watch("gathered", made)
         node: Any = torch._C._current_autograd_node()
         if node is not None and node.name() == ACCUMULATE and isinstance(node.variable, torch.nn.Parameter):
             self.watch("gradients", made)
@@ -126,11 +130,12 @@ class MemoryTrace(TorchDispatchMode):
         known = self._alive.get(storage._cdata)
         if known is not None:
             return known[0]
-        return self._add(storage, self._scopes[-1](tensor) if self._scopes else "workspace")
+        kind_of = self._scopes[-1] if self._scopes else None
+        return self._add(storage, kind_of(tensor) if kind_of else "workspace")
 
     def _add(self, storage: torch.UntypedStorage, kind: str) -> int:
         number, address = len(self._kind), storage._cdata
-        self._kind.append(RANKED.index(kind))
+        self._kind.append(kind)
 
         def freed(_: object, alive: Any = self._alive, log: Any = self._log) -> None:
             del alive[address]
@@ -140,120 +145,80 @@ class MemoryTrace(TorchDispatchMode):
         self._log.append((number, storage.nbytes()))
         return number
 
-    def _is_gathered(self, leaves: Sequence[Any]) -> bool:
-        first = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
-        known = None if first is None else self._alive.get(first.untyped_storage()._cdata)
-        return known is not None and self._kind[known[0]] == RANKED.index("gathered")
+    def _wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        """Until the end of the trace, call `around` in place of `owner.name`, with that and its arguments."""
+        inner = getattr(owner, name)
 
-    def _resizing(self) -> Callable[..., Any]:
-        """FSDP frees whole weights by resizing their storage to 0, and resizes it back."""
-        resize, trace = torch.UntypedStorage.resize_, self
+        def outer(*args: Any, **kwargs: Any) -> Any:
+            return around(inner, *args, **kwargs)
 
-        def resized(storage: torch.UntypedStorage, size: int) -> Any:
-            found = resize(storage, size)
-            known = trace._alive.get(storage._cdata)
-            if known is None:
-                trace._add(storage, "gathered")
-            else:
-                trace._log.append((known[0], storage.nbytes()))
-            return found
-
-        return resized
+        self._patches.enter_context(patch.object(owner, name, outer))
 
     @contextmanager
-    def _saved_tensors_watched(self) -> Iterator[None]:
-        """Watch what is saved by autograd itself and by recomputation, which has its own hooks."""
-        init, trace = saved_tensors_hooks.__init__, self
-
-        def watching(hooks: Any, pack: Callable[[Any], Any], unpack: Callable[[Any], Any]) -> None:
-            def watched(x: Any) -> Any:
-                try:
-                    kept = pack(x)
-                except Exception:  # recomputation ends with this after its last saved tensor
-                    trace.watch("activations", [x])
-                    raise
-                if isinstance(kept, Tensor):
-                    trace.watch("activations", [kept])
-                return kept
-
-            init(hooks, watched, unpack)
-
-        # Detached: a node that saves its own output would keep itself alive, after a split backward forever.
-        with patch.object(saved_tensors_hooks, "__init__", watching), saved_tensors_hooks(Tensor.detach, lambda x: x):
-            yield
-
-    @contextmanager
-    def _scope(self, kind_of: Callable[[Tensor], str]) -> Iterator[None]:
+    def _scope(self, kind_of: Callable[[Tensor], str] | None) -> Iterator[None]:
         self._scopes.append(kind_of)
         try:
             yield
         finally:
             self._scopes.pop()
 
-    def _scoped(self, owner: type, name: str, kind: str) -> Any:
-        """Patch `owner.name` so that storages made in it are of a kind."""
-        inner, trace = getattr(owner, name), self
+    def _resize(self, inner: Any, storage: torch.UntypedStorage, size: int) -> Any:
+        """FSDP frees whole weights by resizing their storage to 0, and resizes it back."""
+        found = inner(storage, size)
+        known = self._alive.get(storage._cdata)
+        if known is None:
+            self._add(storage, "gathered")
+        else:
+            self._log.append((known[0], storage.nbytes()))
+        return found
 
-        def outer(group: Any, *args: Any, **kwargs: Any) -> Any:
-            if kind == "gradients":
-                trace.watch(kind, _whole_gradients(group))
-            with trace._scope(lambda _: kind):
-                return inner(group, *args, **kwargs)
+    def _save(self, inner: Any, hooks: Any, pack: Callable[[Any], Any], unpack: Callable[[Any], Any]) -> None:
+        """Watch what is saved by autograd itself and by recomputation, which has its own hooks."""
 
-        return patch.object(owner, name, outer)
-
-    def _ignored(self, owner: type, name: str) -> Any:
-        """Patch `owner.name` so that tensors made in it are not counted."""
-        inner, trace = getattr(owner, name), self
-
-        def outer(*args: Any, **kwargs: Any) -> Any:
-            trace._planning += 1
+        def watched(x: Any) -> Any:
             try:
-                return inner(*args, **kwargs)
-            finally:
-                trace._planning -= 1
+                kept = pack(x)
+            except Exception:  # recomputation ends with this after its last saved tensor
+                self.watch("activations", [x])
+                raise
+            if isinstance(kept, Tensor):
+                self.watch("activations", [kept])
+            return kept
 
-        return patch.object(owner, name, outer)
+        inner(hooks, watched, unpack)
 
-    def _chunked(self) -> Callable[..., Any]:
-        """The loss: a chunk's logits are known by shape, the gradients by being returned."""
-        inner, trace = linear_cross_entropy._chunked, self
+    def _run_fsdp(self, kind: str, inner: Any, group: Any, *args: Any, **kwargs: Any) -> Any:
+        """Whole gradients are known before FSDP reduces them; what it makes is of one kind."""
+        if kind == "gradients":
+            for parameter in group.fsdp_params:
+                whole = getattr(parameter, "_unsharded_param", None)
+                gradients = [None if whole is None else whole.grad, parameter.unsharded_accumulated_grad]
+                self.watch(kind, [gradient for gradient in gradients if gradient is not None])
+        with self._scope(lambda _: kind):
+            return inner(group, *args, **kwargs)
 
-        def outer(hidden_ND: Tensor, weight_VD: Tensor, *args: Any) -> Any:
-            whole, vocab = tuple(weight_VD.shape), weight_VD.shape[0]
+    def _plan(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        """DTensor plans an operation on fakes of global shapes."""
+        with self._scope(None):
+            return inner(*args, **kwargs)
 
-            def kind_of(made: Tensor) -> str:
-                shape = tuple(made.shape)
-                return "logits" if shape != whole and shape[-1:] == (vocab,) else "workspace"
+    def _compute_loss(self, inner: Any, hidden_ND: Tensor, weight_VD: Tensor, *args: Any) -> Any:
+        """A chunk's logits are known by shape, the gradients by being returned."""
+        whole, vocab = tuple(weight_VD.shape), weight_VD.shape[0]
 
-            with trace._scope(kind_of):
-                found = inner(hidden_ND, weight_VD, *args)
-            trace.watch("gradients", [tensor for tensor in found[3:] if tensor is not None])
-            return found
+        def kind_of(made: Tensor) -> str:
+            shape = tuple(made.shape)
+            return "logits" if shape != whole and shape[-1:] == (vocab,) else "workspace"
 
-        return outer
+        with self._scope(kind_of):
+            found = inner(hidden_ND, weight_VD, *args)
+        self.watch("gradients", [tensor for tensor in found[3:] if tensor is not None])
+        return found
 
 
-def flat(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield the plain tensors that hold a tensor's numbers: itself, or those inside a DTensor."""
+def plain_tensors(tensor: Tensor) -> list[Tensor]:
+    """Return the plain tensors that hold a tensor's numbers: itself, or those inside a DTensor, next to its mesh."""
     if type(tensor) in PLAIN or not hasattr(tensor, "__tensor_flatten__"):
-        yield tensor
-        return
-    parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
-    for part in parts:
-        if isinstance(part, Tensor):  # a DTensor's mesh is among them
-            yield from flat(part)
-
-
-def _whole_gradients(group: Any) -> list[Tensor]:
-    """Return the whole gradients of a group of FSDP's parameters that is about to reduce them."""
-    found = []
-    for parameter in group.fsdp_params:
-        whole = getattr(parameter, "_unsharded_param", None)
-        found += [whole.grad if whole is not None else None, parameter.unsharded_accumulated_grad]
-    return [gradient for gradient in found if gradient is not None]
-
-
-def _named(numbers: Sequence[int]) -> dict[str, int]:
-    by_kind = dict(zip(RANKED, numbers, strict=True))
-    return {kind: by_kind[kind] for kind in MEMORY_KINDS}
+        return [tensor]
+    parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    return [plain for part in parts if isinstance(part, Tensor) for plain in plain_tensors(part)]

@@ -16,11 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from minka.plan.hardware import nvlink_domain
 from minka.plan.layout import Layout
 from minka.plan.sizing import compute_dtype_name
-from minka.plan.topology import Place, Topology, check, coordinates, order
+from minka.plan.topology import Place, Topology, canonical, check, coordinates
 
-# Timeout of groups for saves: a slow disk must not break one. A dead rank is noticed at once, a hung one by the
-# supervisor.
-SAVE_TIMEOUT = timedelta(days=1)
+SAVE_TIMEOUT = timedelta(days=1)  # of groups for saves, which a slow disk must not break; the supervisor sees a hang
 MESSAGE_BYTES = 500  # of an error that one rank sends to all
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 # data = shard x context: FSDP cuts weights over the ranks of a sequence too, which have different tokens of it.
@@ -45,12 +43,11 @@ class Mesh:
 
     @property
     def ranks(self) -> int:
-        """World size."""
         return self.layout.world
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype of activations and products on this rank's device."""
+        """Of activations and products on this rank's device."""
         return DTYPES[compute_dtype_name(self.layout, self.device.type)]
 
     @property
@@ -84,11 +81,6 @@ class Mesh:
         """Whether this rank writes what is written once."""
         return self.rank == 0
 
-    @property
-    def needs_sum_on_gloo(self) -> bool:
-        """gloo has no pre-multiplied sum, which FSDP2 uses for its divide factor."""
-        return self.device.type == "cpu"
-
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a device tensor over all ranks, in place."""
         if self.axes is not None:
@@ -101,7 +93,7 @@ class Mesh:
             return list(numbers)
         tensor = torch.tensor(numbers, dtype=torch.int64)
         dist.all_reduce(tensor, group=self.host)
-        return [int(n) for n in tensor.tolist()]
+        return tensor.tolist()
 
     def first_error(self, problem: str) -> str:
         """This rank's problem, or that of the first rank that has one; empty when none has. Collective.
@@ -142,10 +134,16 @@ def start_mesh(layout: Layout, *, timeout_seconds: float = 600.0) -> Iterator[Me
         yield Mesh(layout, device, 0, None)
         return
     timeout = timedelta(seconds=timeout_seconds)
-    store = _store(ranks, rank, timeout)
+    if ranks == 1:  # no other rank connects, so any free port will do
+        store: Any = dist.TCPStore("127.0.0.1", 0, is_master=True)  # type: ignore[attr-defined]
+    else:
+        file = os.environ.get("MINKA_STORE")
+        url = f"file://{file}" if file else "env://"
+        store, _, _ = next(iter(dist.rendezvous(url, rank, ranks, timeout=timeout)))  # type: ignore[attr-defined]
+        store.set_timeout(timeout)
     topology = find_topology(store, ranks, rank, device)
     check(layout, topology)
-    rank = order(topology.places).index(rank)  # from here on, a rank is a position on the mesh
+    rank = [place.rank for place in canonical(topology.places)].index(rank)  # from here on a position on the mesh
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         timeout=timeout,
@@ -198,14 +196,3 @@ def local_device() -> torch.device:
     index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
-
-
-def _store(ranks: int, rank: int, timeout: timedelta) -> Any:
-    """The store that all ranks share, as the environment describes it. (Public; torch's stubs lack it.)"""
-    if ranks == 1:  # no other rank connects, so any free port will do
-        return dist.TCPStore("127.0.0.1", 0, is_master=True)  # type: ignore[attr-defined]
-    file = os.environ.get("MINKA_STORE")
-    url = f"file://{file}" if file else "env://"
-    store, _, _ = next(iter(dist.rendezvous(url, rank, ranks, timeout=timeout)))  # type: ignore[attr-defined]
-    store.set_timeout(timeout)
-    return store

@@ -26,6 +26,9 @@ class Piece(NamedTuple):
     copy: int = 0
 
 
+Pieces = Mapping[str, Piece]  # by name
+
+
 def piece_of(tensor: Tensor) -> Piece:
     """The piece of a DTensor that is on this rank; a plain tensor is whole, with a copy on every rank."""
     if isinstance(tensor, DTensor):
@@ -62,18 +65,8 @@ def _box(tensor: DTensor) -> Piece:
     return Piece(local, tuple(offset), tuple(tensor.shape), copies, copy)
 
 
-def like(piece: Piece, local: Tensor) -> Piece:
-    """The same box of a different tensor, such as a parameter's optimizer moment."""
-    return piece._replace(local=local)
-
-
-def numbered(name: str, number: int) -> str:
-    """The key of box `number` of a tensor of which a rank holds several: NAME, NAME#1, NAME#2."""
-    return f"{name}#{number}" if number else name
-
-
 def tensor_name(key: str) -> str:
-    """The tensor that a key of pieces is a box of."""
+    """The tensor that a key of pieces is a box of. Where a rank holds several they are NAME, NAME#1, NAME#2."""
     return key.partition("#")[0]
 
 
@@ -96,19 +89,16 @@ def to_write(pieces: Mapping[str, Piece]) -> dict[str, Piece]:
 
 def squared_norm(pieces: list[Piece]) -> Tensor:
     """This rank's part of the squared norm over all pieces, fp64 scalar; summed over ranks it is the whole."""
-    squares = [_squared_in_parts(p.local) / p.copies for p in pieces if _is_large(p.local)]
+    squares: list[Tensor] = []
     small: dict[int, list[Tensor]] = {}
     for p in pieces:
-        if p.local.numel() and not _is_large(p.local):
+        if p.local.device.type == "cpu" and p.local.numel() > LARGE:  # a GPU adds up in many parts anyway
+            squares.append(_squared_in_parts(p.local) / p.copies)
+        elif p.local.numel():
             small.setdefault(p.copies, []).append(p.local)
     for copies, tensors in small.items():
         squares.append(torch.stack(torch._foreach_norm(tensors)).double().square().sum() / copies)
     return torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
-
-
-def _is_large(tensor: Tensor) -> bool:
-    """Too large for one norm on a CPU; a GPU adds up in many parts anyway."""
-    return tensor.device.type == "cpu" and tensor.numel() > LARGE
 
 
 def _squared_in_parts(tensor: Tensor) -> Tensor:

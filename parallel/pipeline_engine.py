@@ -4,8 +4,7 @@ All micro-batches of a step go through one schedule. Every rank has the document
 batch, so that only hidden states and their gradients are sent.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,20 +41,21 @@ class PipelineExecutor:
         self.group = mesh.axes.get_group("pipeline")
         self.stages = mesh.layout.stages_of_rank(mesh.coordinate["pipeline"])
         self.last = mesh.layout.stage_count - 1
-        self._step = _Step()
-        for part in parts:
-            _take_inputs_from(self._step, part)
+        self._divisor, self._sums = 1, list[Tensor]()  # of the step
+        self._inputs: list[Iterator[ModelInputs]] = []  # of each part: of its next micro-batch, and so on
+        for index, part in enumerate(parts):
+            self._hand_inputs_to(index, part)
         self._schedules: dict[tuple[int, torch.Size], Any] = {}
         self._sending: list[Any] = []
 
     def forward_backward(self, micro_batches: Sequence[ModelInputs], divisor: int) -> list[Tensor]:
         inputs = [one.to(self.mesh.device, self.mesh.compute_dtype) for one in micro_batches]
-        self._step.start(inputs, divisor)
+        self._divisor, self._sums, self._inputs = divisor, [], [iter(inputs) for _ in self.parts]
         schedule = self._schedule(len(inputs), inputs[0].tokens.shape)
         tokens = (torch.cat([one.tokens for one in inputs]),) if 0 in self.stages else ()
         unused = torch.zeros(len(inputs)) if self.last in self.stages else None  # targets are among the inputs
         schedule.step(*tokens, target=unused, return_outputs=False)
-        return self._step.sums
+        return self._sums
 
     def forward(self, inputs: ModelInputs, **options: object) -> Tensor | None:
         """Stage by stage. A rank returns as soon as its own stages are done, so that batch follows batch."""
@@ -104,46 +104,29 @@ class PipelineExecutor:
 
     def _objective(self, sums: tuple[Tensor, Tensor, Tensor], unused: Tensor) -> Tensor:
         objective, loss, z_loss = sums
-        self._step.sums.append(torch.stack([loss.detach(), z_loss.detach()]))
-        return objective / self._step.divisor
+        self._sums.append(torch.stack([loss.detach(), z_loss.detach()]))
+        return objective / self._divisor
 
     def _hidden(self, part: Transformer, shape: torch.Size, device: Any) -> Tensor:
         """An empty tensor for the hidden states that go from stage to stage: this rank's share of the tokens."""
-        rows, length = shape
-        width = part.cfg.d_model
-        return torch.empty(rows, length // self.mesh.layout.tensor, width, dtype=self.mesh.compute_dtype, device=device)
+        size = shape[0], shape[1] // self.mesh.layout.tensor, part.cfg.d_model
+        return torch.empty(size, dtype=self.mesh.compute_dtype, device=device)
 
+    def _hand_inputs_to(self, index: int, part: Transformer) -> None:
+        """Called with hidden states alone, as a schedule does, the part takes its other inputs from the step's.
 
-class _Step:
-    """The micro-batches of a step, and their sums."""
+        Every schedule takes the micro-batches through a stage in order.
+        """
+        forward: Any = part.forward
 
-    def __init__(self) -> None:
-        self.start([], 1)
+        def with_inputs(x: Tensor, *given: Any, **options: Any) -> Any:
+            if given:
+                return forward(x, *given, **options)
+            b = next(self._inputs[index])
+            found = forward(x, b.structure, b.positions, b.targets)
+            return tuple(found) if isinstance(found, HeadSums) else found  # schedules know tuples only
 
-    def start(self, inputs: list[ModelInputs], divisor: int) -> None:
-        self.inputs, self.divisor = inputs, divisor
-        self.sums: list[Tensor] = []
-        self._taken: Counter[int] = Counter()
-
-    def next_inputs(self, part: Transformer) -> ModelInputs:
-        """Of the next micro-batch of a stage: every schedule takes them through a stage in order."""
-        index = self._taken[id(part)]
-        self._taken[id(part)] += 1
-        return self.inputs[index]
-
-
-def _take_inputs_from(step: _Step, part: Transformer) -> None:
-    """Called with hidden states alone, as a schedule does, the part takes its other inputs from `step`."""
-    forward: Any = part.forward
-
-    def with_inputs(x: Tensor, *given: Any, **options: Any) -> Any:
-        if given:
-            return forward(x, *given, **options)
-        b = step.next_inputs(part)
-        found = forward(x, b.structure, b.positions, b.targets)
-        return tuple(found) if isinstance(found, HeadSums) else found  # schedules know tuples only
-
-    part.forward = with_inputs  # type: ignore[method-assign,assignment]
+        part.forward = with_inputs  # type: ignore[method-assign,assignment]
 
 
 class _WholeBackward(PipelineStage):

@@ -10,23 +10,15 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    PrepareModuleInput,
-    RowwiseParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
 
-from minka.kernels.accumulation_dtype import wide
-from minka.kernels.linear_cross_entropy import VocabShard, linear_cross_entropy, token_losses
+from minka.kernels.linear_cross_entropy import VocabShard
 from minka.kernels.rms_norm import rms_norm
 from minka.model.head import Head, HeadSums
-from minka.model.transformer import Block, RMSNorm, Transformer
+from minka.model.transformer import RMSNorm, Transformer
 from minka.parallel.mesh import Mesh
 
 TOKENS = Shard(1)  # of activations [B, T, D]
@@ -36,37 +28,25 @@ def cut_tensor(model: Transformer, mesh: Mesh) -> None:
     """Cut a model or a stage, on the meta device, over the tensor axis; nothing to do where that has one rank."""
     if mesh.layout.tensor == 1 or mesh.axes is None:
         return
-    axis = mesh.axes["tensor"]
-    for block in model.blocks.values():
-        assert isinstance(block, Block)
-        parallelize_module(block, axis, block_plan())
-        for norm in (block.attention.q_norm, block.attention.k_norm):
-            if norm is not None:
-                parallelize_module(norm, axis, WholeWeight())
+    axis, columns, rows = mesh.axes["tensor"], ColwiseParallel(), RowwiseParallel(output_layouts=TOKENS)
+    plan = {
+        "attention": _all_tokens(3),
+        "attention.w[qkv]": columns,
+        "attention.wo": rows,
+        "mlp": _all_tokens(0),
+        "mlp.gate": columns,
+        "mlp.up": columns,
+        "mlp.down": rows,
+    }
+    for block in model.blocks.values():  # its input and output are this rank's tokens
+        parallelize_module(block, axis, plan)
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            _cut_norm(module, axis)
     if isinstance(model.embedding, nn.Embedding):
-        parallelize_module(model.embedding, axis, VocabularyEmbedding())
-    if isinstance(model.norm, RMSNorm):
-        parallelize_module(model.norm, axis, WholeWeight())
+        _cut_embedding(model.embedding, axis)
     if isinstance(model.head, Head):
         model.head = VocabularyHead(model.head, axis)
-
-
-def block_plan() -> dict[str, ParallelStyle]:
-    """The plan of one block, whose input and output are this rank's tokens."""
-    columns, rows = ColwiseParallel, lambda: RowwiseParallel(output_layouts=TOKENS)
-    return {
-        "attention_norm": WholeWeight(),
-        "attention": _all_tokens(3),
-        "attention.wq": columns(),
-        "attention.wk": columns(),
-        "attention.wv": columns(),
-        "attention.wo": rows(),
-        "mlp_norm": WholeWeight(),
-        "mlp": _all_tokens(0),
-        "mlp.gate": columns(),
-        "mlp.up": columns(),
-        "mlp.down": rows(),
-    }
 
 
 def _all_tokens(others: int) -> PrepareModuleInput:
@@ -75,28 +55,26 @@ def _all_tokens(others: int) -> PrepareModuleInput:
     return PrepareModuleInput(input_layouts=(TOKENS, *rest), desired_input_layouts=(Replicate(), *rest))
 
 
-class WholeWeight(ParallelStyle):
-    """A norm that every rank has whole and applies to its own tokens: the gradients of its weight are partial sums."""
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        assert isinstance(module, RMSNorm)
-        _distribute(module, device_mesh, Replicate())
-
-        def forward(x: Tensor) -> Tensor:
-            return rms_norm(x, _local(module.weight, Partial()), module.eps)
-
-        module.forward = forward  # type: ignore[method-assign]
-        return module
+def _cut_norm(norm: RMSNorm, axis: DeviceMesh) -> None:
+    """Every rank has it whole and applies it to its own tokens: the gradients of its weight are partial sums."""
+    _distribute(norm, axis, Replicate())
+    norm.forward = lambda x: rms_norm(x, _local(norm.weight, Partial()), norm.eps)  # type: ignore[method-assign]
 
 
-class VocabularyEmbedding(ParallelStyle):
-    """An embedding of which each rank has some rows; its output is this rank's tokens of each sequence."""
+def _cut_embedding(embedding: nn.Embedding, axis: DeviceMesh) -> None:
+    """Each rank has some rows; the output is this rank's tokens of each sequence."""
+    _distribute(embedding, axis, Shard(0))
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        assert isinstance(module, nn.Embedding)
-        _distribute(module, device_mesh, Shard(0))
-        module.forward = lambda input: _look_up(input, module.weight, device_mesh)  # type: ignore[method-assign]
-        return module
+    def forward(tokens_BT: Tensor) -> Tensor:
+        """Rows of other ranks are 0 here; the sum over the group is scattered, and each rank gets its own tokens."""
+        rows = _local(embedding.weight, Shard(0))
+        at = tokens_BT - axis.get_local_rank() * rows.shape[0]
+        here = (at >= 0) & (at < rows.shape[0])
+        x_BTD = F.embedding(at.where(here, 0), rows).masked_fill(~here[..., None], 0)
+        # The copy waits for the collective: a compiled block would lose the gradient of a tensor still in flight.
+        return _redistributed(x_BTD, axis, Partial(), TOKENS).clone()
+
+    embedding.forward = forward  # type: ignore[method-assign,assignment]
 
 
 class VocabularyHead(Head):
@@ -114,22 +92,22 @@ class VocabularyHead(Head):
             lambda x: dist.all_reduce(x, group=group),
         )
 
+    def rows(self) -> tuple[Tensor, VocabShard]:
+        weight = _local(self.matrix(), Shard(0))
+        return weight, VocabShard(self.axis.get_local_rank() * weight.shape[0], *self._over)
+
     def logits(self, hidden_BTD: Tensor, at: int | None = None) -> Tensor:
         """`at` is a place in the whole sequence."""
-        hidden = _gather_tokens(hidden_BTD, self.axis)
-        hidden = hidden if at is None else hidden[:, at : at + 1]
-        part = wide(F.linear(hidden, _local(self.matrix(), Shard(0))))
+        part = super().logits(self._gather(hidden_BTD), at)
         return _redistributed(part, self.axis, Shard(part.ndim - 1), Replicate())
 
     def forward(self, hidden_BTD: Tensor, targets_BT: Tensor, reduce: bool = True) -> HeadSums | Tensor:
         """The results are equal on every rank of the group."""
-        weight = _local(self.matrix(), Shard(0))
-        chunk = self.chunk(weight)
-        rows = VocabShard(self.axis.get_local_rank() * weight.shape[0], *self._over)
-        hidden_ND = rearrange(_gather_tokens(hidden_BTD, self.axis), "b t d -> (b t) d")
-        if reduce:
-            return HeadSums(*linear_cross_entropy(hidden_ND, weight, targets_BT.flatten(), self.z_weight, chunk, rows))
-        return token_losses(hidden_ND, weight, targets_BT.flatten(), chunk, rows).view(targets_BT.shape)
+        return super().forward(self._gather(hidden_BTD), targets_BT, reduce)
+
+    def _gather(self, x_BTD: Tensor) -> Tensor:
+        """All tokens; gradients are summed over the group, and each rank gets those of its own tokens."""
+        return _redistributed(x_BTD, self.axis, TOKENS, Replicate(), gradient=[Partial()])
 
 
 def _distribute(module: nn.Module, axis: DeviceMesh, placement: Placement) -> None:
@@ -144,21 +122,8 @@ def _local(weight: Tensor, gradient: Placement) -> Tensor:
     return weight.to_local(grad_placements=[gradient])
 
 
-def _look_up(tokens_BT: Tensor, weight: Tensor, axis: DeviceMesh) -> Tensor:
-    """Rows of other ranks are 0 here; the sum over the group is scattered, and each rank gets its own tokens."""
-    rows = _local(weight, Shard(0))
-    at = tokens_BT - axis.get_local_rank() * rows.shape[0]
-    here = (at >= 0) & (at < rows.shape[0])
-    x_BTD = F.embedding(at.where(here, 0), rows).masked_fill(~here[..., None], 0)
-    # The copy waits for the collective: a compiled block would lose the gradient of a tensor that is still in flight.
-    return _redistributed(x_BTD, axis, Partial(), TOKENS).clone()
-
-
-def _gather_tokens(x_BTD: Tensor, axis: DeviceMesh) -> Tensor:
-    """All tokens of a sequence; gradients are summed over the group, and each rank gets those of its own tokens."""
-    whole = DTensor.from_local(x_BTD, axis, [TOKENS], run_check=False).redistribute(placements=[Replicate()])
-    return whole.to_local(grad_placements=[Partial()])
-
-
-def _redistributed(x: Tensor, axis: DeviceMesh, old: Placement, new: Placement) -> Tensor:
-    return DTensor.from_local(x, axis, [old], run_check=False).redistribute(placements=[new]).to_local()
+def _redistributed(
+    x: Tensor, axis: DeviceMesh, old: Placement, new: Placement, gradient: list[Partial] | None = None
+) -> Tensor:
+    whole = DTensor.from_local(x, axis, [old], run_check=False).redistribute(placements=[new])
+    return whole.to_local(grad_placements=gradient)

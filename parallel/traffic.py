@@ -20,22 +20,9 @@ from torch.utils._pytree import tree_leaves
 from minka.parallel.mesh import MESH_AXES, Mesh
 
 PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
-# By the prefix of an operator's name without leading underscores; the first that fits counts.
-COLLECTIVES = {
-    "allreduce": "all_reduce",
-    "all_reduce": "all_reduce",
-    "allgather": "all_gather",
-    "all_gather": "all_gather",
-    "reduce_scatter": "reduce_scatter",
-    "alltoall": "all_to_all",
-    "all_to_all": "all_to_all",
-    "broadcast": "broadcast",
-    "reduce": "reduce",
-    "gather": "gather",
-    "scatter": "scatter",
-    "send": "send",
-    "recv": "receive",
-}
+# By the beginning of an operator's name without underscores; the first that fits counts.
+KINDS = "all_reduce all_gather reduce_scatter all_to_all broadcast reduce gather scatter send".split()
+COLLECTIVES = {kind.replace("_", ""): kind for kind in KINDS} | {"recv": "receive"}
 ROUNDS = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}  # of (n-1)/n of the payload
 SENT = {"send": 1.0, "receive": 0.0}  # of the payload; 1.0 for kinds that are in neither table
 
@@ -54,7 +41,12 @@ class Traffic(TorchDispatchMode):
 
     def __init__(self, mesh: Mesh) -> None:
         super().__init__()
-        self._axes = axis_names(mesh)
+        self._axes: dict[GroupName, str] = {}  # a group of all ranks belongs to the axis that is cut
+        if mesh.axes is not None:
+            cut = [axis for axis in MESH_AXES if mesh.axes[axis].size() > 1]
+            self._axes = {mesh.axes.get_group(axis).group_name: axis for axis in cut}
+        if mesh.context is not None:
+            self._axes[mesh.context.group_name] = "context"
         self.calls: Counter[Transfer] = Counter()
         self.payload_bytes: Counter[Transfer] = Counter()
 
@@ -65,7 +57,7 @@ class Traffic(TorchDispatchMode):
             return NotImplemented  # a DTensor: its operations on local tensors come here again
         found = func(*args, **(kwargs or {}))
         if func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
-            self._count(func._schema.name.split("::")[1].lstrip("_"), [*args, *(kwargs or {}).values()], found)
+            self._count(func._schema.name.split("::")[1].replace("_", ""), [*args, *(kwargs or {}).values()], found)
         return found
 
     def _count(self, name: str, args: Sequence[Any], found: Any) -> None:
@@ -87,16 +79,6 @@ def sent_bytes(transfer: Transfer, payload: int) -> int:
     if transfer.kind in ROUNDS:
         return round(ROUNDS[transfer.kind] * payload * (transfer.ranks - 1) / transfer.ranks)
     return round(SENT.get(transfer.kind, 1.0) * payload)
-
-
-def axis_names(mesh: Mesh) -> dict[GroupName, str]:
-    """Return the axes by the names of their process groups. A group of all ranks belongs to the axis that is cut."""
-    if mesh.axes is None:
-        return {}
-    names = {mesh.axes.get_group(axis).group_name: axis for axis in MESH_AXES if mesh.axes[axis].size() > 1}
-    if mesh.context is not None:
-        names[mesh.context.group_name] = "context"
-    return names
 
 
 def _group(argument: Any) -> Any:

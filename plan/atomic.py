@@ -14,7 +14,6 @@ from pathlib import Path
 from minka.plan.errors import UserError
 from minka.plan.ledger import finite
 
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 REMEDY = "choose a different place (run.folder=..., data.store=...)"
 MIB = 2**20
 
@@ -22,10 +21,8 @@ MIB = 2**20
 def write_text(path: Path, text: str) -> None:
     """Write to a temporary file in the same folder, sync it, rename it to `path`."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    # Not tempfile: its files are readable by their owner alone, and a run's folder is for the team.
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with temporary.open("x", encoding="utf-8") as file:  # not tempfile, whose files only their owner can read
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -46,17 +43,13 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None:
-            raise
         raise _cannot_write(Path(error.filename or path), error, REMEDY) from error
 
 
 @dataclass
 class NewFolder:
-    """A folder under construction at `path`. `done`: finished fraction of the work, for the message of a full disk."""
-
     path: Path
-    done: float = 0.0
+    done: float = 0.0  # finished fraction of the work, for the message of a full disk
 
 
 @contextmanager
@@ -65,9 +58,8 @@ def atomic_folder(
 ) -> Iterator[NewFolder]:
     """Yield a NewFolder that is renamed to `folder` when the block succeeds. Otherwise nothing of it remains.
 
-    Without `check_replaceable`: a `folder` that a different process has published in the meantime is kept, and the
-    new one is deleted. With it, `folder` is replaced; the function raises UserError if it must not be. It is called
-    at the start and again before the rename, which may be hours later.
+    Without `check_replaceable`: a `folder` that a different process has published in the meantime is kept. With it,
+    `folder` is replaced, unless the function raises UserError; it is called at the start and again before the rename.
     An OSError of the block becomes a UserError about writing here, so the block must translate its own read errors.
     """
     new = NewFolder(folder.parent / f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
@@ -80,13 +72,12 @@ def atomic_folder(
         new.path.mkdir(parents=True)
         yield new
         for path in (*new.path.rglob("*"), new.path):
-            _sync(path)
+            sync(path)
         if check_replaceable:
             check_replaceable(folder)
-        _publish(new.path, folder, replace=check_replaceable is not None)
-        parents = []
+        _publish(new.path, folder, replace=bool(check_replaceable))
     except OSError as error:
-        written = _size(new.path)
+        written = sum(path.stat().st_size for path in new.path.rglob("*") if path.is_file())
         shutil.rmtree(new.path, ignore_errors=True)  # before the free space is measured
         why = f"{written / MIB:,.1f} MiB had been written and are deleted"
         if new.done:
@@ -100,7 +91,7 @@ def atomic_folder(
 
 
 def _publish(new: Path, folder: Path, replace: bool) -> None:
-    old = new.with_name(f"{new.name.removesuffix('.partial')}.old.partial")
+    old = new.with_suffix(".old.partial")
     try:
         if replace and folder.exists():
             folder.rename(old)
@@ -111,29 +102,28 @@ def _publish(new: Path, folder: Path, replace: bool) -> None:
         if not replace and isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTEMPTY):
             return  # published by a different process, which renamed a whole folder, too
         raise
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def _delete_leftovers(folder: Path) -> None:
-    """Delete what processes that no longer run have left next to `folder`."""
     for path in folder.parent.iterdir() if folder.parent.is_dir() else ():
         found = re.fullmatch(rf"\.{re.escape(folder.name)}\.(\d+)(\.\w+)*\.partial", path.name)
-        if found and (int(found[1]) == os.getpid() or not _runs(int(found[1]))):
+        if found and (int(found[1]) == os.getpid() or not is_running(int(found[1]))):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _runs(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether this host has a process of this number."""
     try:
         os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # of a different user
-        return True
+    except (OSError, OverflowError) as error:
+        return isinstance(error, PermissionError)  # of a different user
     return True
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """When this returns, a file's content or the names in a folder are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -141,13 +131,9 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 def _cannot_write(path: Path, error: OSError, remedy: str, why: str = "") -> UserError:
     what, where = f"cannot be written: {os.strerror(error.errno) if error.errno else error}", str(path)
-    if error.errno in FORBIDDEN:
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(what, where=where, why="this place may not be written", remedy=f"allow it, or {remedy}")
     if error.errno == errno.EFBIG:
         what += " (the file-size limit of this process)"

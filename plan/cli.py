@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import TextIO
 
 import typer
 from typer.main import get_command
@@ -18,44 +18,34 @@ SECONDS_BETWEEN_LINES = 5.0
 def new_app(help: str) -> typer.Typer:
     """Return a typer application with plain help: rich takes a quarter of a second to import."""
     return typer.Typer(
-        help=help,
-        add_completion=False,
-        pretty_exceptions_enable=False,
-        no_args_is_help=True,
-        rich_markup_mode=None,
+        help=help, add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, rich_markup_mode=None
     )
 
 
 def run_app(app: typer.Typer, argv: Sequence[str], prog: str) -> int:
     """Run one command's application. Its callbacks return an exit status, or None for done."""
-    as_json = "--json" in argv
     try:
         command = get_command(app)
         command.help = command.help or str(app.info.help)  # a lone command would show none
         for inner in getattr(command, "commands", {}).values():
             inner.short_help = inner.help  # whole: typer would cut it to one line
-        result = command.main(args=list(argv), prog_name=prog, standalone_mode=False)
-        return int(result or 0)
+        return int(command.main(args=list(argv), prog_name=prog, standalone_mode=False) or 0)
     except UserError as error:
-        print_error(error, as_json=as_json)
-        return int(error.status)
+        refused = error
     except (typer.Abort, KeyboardInterrupt):
         print("interrupted; nothing half-made was kept", file=sys.stderr)
         return int(ExitStatus.FAILED)
     except Exception as error:
         if not hasattr(error, "format_message"):  # typer's usage errors have it; their classes are private
             raise
-        if argv:
-            print_error(_usage_error(error, prog), as_json=as_json)
-        else:
+        if not argv:
             error.show()  # type: ignore[attr-defined]  # the help
-        return int(ExitStatus.REFUSED)
-
-
-def _usage_error(error: Any, prog: str) -> UserError:
-    context = getattr(error, "ctx", None)
-    path = context.command_path if context else prog
-    return UserError(error.format_message(), where="command line", remedy=f"`{path} --help` lists what it takes")
+            return int(ExitStatus.REFUSED)
+        context = getattr(error, "ctx", None)
+        remedy = f"`{context.command_path if context else prog} --help` lists what it takes"
+        refused = UserError(error.format_message(), where="command line", remedy=remedy)
+    print_error(refused, as_json="--json" in argv)
+    return int(refused.status)
 
 
 def print_error(error: UserError, *, as_json: bool) -> None:
@@ -78,7 +68,14 @@ def print_table(
     file = file or sys.stdout
     cells = [[str(cell) for cell in row] for row in rows]
     if file.isatty():
-        _print_rich(cells, head, title, file)
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(*head, title=title or None, show_header=bool(head))
+        for row in cells:
+            table.add_row(*map(Text, row))  # Text: brackets in a cell are not markup
+        Console(file=file).print(table)
         return
     if title:
         print(title, file=file)
@@ -97,17 +94,6 @@ def table_lines(rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) ->
     return [form.format(*row).rstrip() for row in rows]
 
 
-def _print_rich(cells: Sequence[Sequence[str]], head: Sequence[str], title: str, file: TextIO) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*head, title=title or None, show_header=bool(head))
-    for row in cells:
-        table.add_row(*map(Text, row))  # Text: brackets in a cell are not markup
-    Console(file=file).print(table)
-
-
 @contextmanager
 def progress(total: int | None, what: str, unit: str) -> Iterator[Callable[[int], None]]:
     """Show the progress of long work on stderr: a bar on a terminal, a line every few seconds elsewhere.
@@ -115,8 +101,13 @@ def progress(total: int | None, what: str, unit: str) -> Iterator[Callable[[int]
     Yields advance(n). With a total of None only the count is shown.
     """
     if sys.stderr.isatty():
-        with _bar(total, what, unit) as move:
-            yield move
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,} " + unit)]
+        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda n: bar.advance(task, n)
         return
     done, began, said = 0, time.monotonic(), time.monotonic()
 
@@ -129,14 +120,3 @@ def progress(total: int | None, what: str, unit: str) -> Iterator[Callable[[int]
             print(f"{what}: {done:,}{of} {unit}, {said - began:.0f} s", file=sys.stderr, flush=True)
 
     yield advance
-
-
-@contextmanager
-def _bar(total: int | None, what: str, unit: str) -> Iterator[Callable[[int], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,} " + unit)]
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda n: bar.advance(task, n)

@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, model_validator
 
 from minka.plan.config_sections import (
     CheckpointSection,
@@ -19,13 +19,11 @@ from minka.plan.config_sections import (
 from minka.plan.layout import Layout
 from minka.plan.layout_rules import Asked, check_layout
 
-FORMAT: Literal[1] = 1
-
 
 class RunConfig(BaseModel, frozen=True, extra="forbid"):
     """A resolved run: every value, given or default. Derived numbers are computed from them."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     run: RunSection
     model: ModelSection
     data: DataSection
@@ -36,19 +34,18 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     guard: GuardSection = GuardSection()
     eval: EvalSection = EvalSection()
     tracking: TrackingSection = TrackingSection()
-    kernels: KernelsSection = Field(default_factory=KernelsSection)
+    kernels: KernelsSection = KernelsSection()
 
     @model_validator(mode="after")
     def _together(self) -> Self:
         if self.data.tokenizer == "bytes" and self.model.vocab != 256:
             raise ValueError(f'data.tokenizer="bytes" has 256 entries; model.vocab is {self.model.vocab}')
         if self.data.seq_len > self.model.max_positions:
-            raise ValueError(
-                f"data.seq_len={self.data.seq_len} is longer than model.max_positions={self.model.max_positions}"
-            )
+            longest = f"model.max_positions={self.model.max_positions}"
+            raise ValueError(f"data.seq_len={self.data.seq_len} is longer than {longest}")
         if self.checkpoint.export and self.model.qkv_bias and self.model.qk_norm:
             raise ValueError(
-                "model.qkv_bias with model.qk_norm: no Hugging Face model has both, so the run could not be exported; "
+                "no Hugging Face model has both model.qkv_bias and model.qk_norm, so the run could not be exported; "
                 "drop one of them, or set checkpoint.export=false"
             )
         if self.schedule.warmup >= self.horizon:
@@ -66,21 +63,18 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
 
     def batch_tokens_at(self, tokens: int) -> int:
         """Tokens in the global batch that begins after `tokens` consumed tokens (batch warm-up included)."""
-        for stage in self.data.batch_warmup:
-            if tokens < stage.until_tokens:
-                return stage.batch_tokens
-        return self.data.batch_tokens
+        stages = (stage.batch_tokens for stage in self.data.batch_warmup if tokens < stage.until_tokens)
+        return next(stages, self.data.batch_tokens)
 
     def finished(self, step: int, tokens: int) -> bool:
         """Whether a run that has begun `step` steps and consumed `tokens` tokens is over."""
-        if self.run.max_steps is not None:
-            return step >= self.run.max_steps
-        assert self.run.max_tokens is not None  # RunSection: exactly one is set
-        return tokens >= self.run.max_tokens
+        if self.run.max_tokens is not None:
+            return tokens >= self.run.max_tokens
+        return self.run.max_steps is not None and step >= self.run.max_steps
 
     @property
     def total_steps(self) -> int:
-        """Steps of the whole run; exact under batch warm-up, since the batch follows from tokens alone."""
+        """Steps of the whole run, batch warm-up included."""
         return self._end()[0]
 
     @property
@@ -94,18 +88,14 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
         return self._end()[0 if self.schedule.unit == "steps" else 1]
 
     def _end(self) -> tuple[int, int]:
+        """Steps and tokens of the whole run, by whole stages of the batch: a run may have millions of steps."""
+        stages = [(stage.until_tokens, stage.batch_tokens) for stage in self.data.batch_warmup]
         step = tokens = 0
-        for stage in self.data.batch_warmup:  # whole stages at once: a run may have millions of steps
-            if tokens >= stage.until_tokens:
-                continue
-            steps = -(-(stage.until_tokens - tokens) // stage.batch_tokens)
-            steps = min(steps, self._steps_left(step, tokens, stage.batch_tokens))
-            step, tokens = step + steps, tokens + steps * stage.batch_tokens
-        steps = self._steps_left(step, tokens, self.data.batch_tokens)
-        return step + steps, tokens + steps * self.data.batch_tokens
-
-    def _steps_left(self, step: int, tokens: int, batch_tokens: int) -> int:
-        if self.run.max_steps is not None:
-            return max(0, self.run.max_steps - step)
-        assert self.run.max_tokens is not None
-        return max(0, -(-(self.run.max_tokens - tokens) // batch_tokens))
+        for until, batch_tokens in (*stages, (None, self.data.batch_tokens)):
+            ends = [end for end in (until, self.run.max_tokens) if end is not None]
+            lefts = [-(-(end - tokens) // batch_tokens) for end in ends]
+            if self.run.max_steps is not None:
+                lefts.append(self.run.max_steps - step)
+            steps = max(0, min(lefts))
+            step, tokens = step + steps, tokens + steps * batch_tokens
+        return step, tokens

@@ -12,10 +12,7 @@ Name = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class Section(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
-    """Base of every section: frozen; an unknown key is an error, and so is a value of a different type.
-
-    Only tuples are not strict: a list is accepted.
-    """
+    """Base of every section. Unknown keys and values of a different type are errors; a list is accepted for a tuple."""
 
 
 class RunSection(Section):
@@ -104,9 +101,7 @@ class DataSection(Section):
     seq_len: int = Field(ge=2, description="tokens in a sequence")
     batch_tokens: int = Field(ge=1, description="tokens in a global batch; a multiple of seq_len")
     batch_warmup: tuple[BatchStage, ...] = Field((), strict=False, description="smaller batches at the beginning")
-    dropped_samples: tuple[Range, ...] = Field(
-        (), strict=False, description="[first, last) ranges left out of the order"
-    )
+    dropped_samples: tuple[Range, ...] = Field((), strict=False, description="[first, last) ranges left out")
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -124,11 +119,9 @@ class DataSection(Section):
             raise ValueError(f'source="{self.source}" needs paths = ["..."]')
         if self.source == "datasets" and not self.dataset:
             raise ValueError('source="datasets" needs dataset = "..."')
-        last = 0
-        for first, end in self.dropped_samples:
-            if not last <= first < end:
-                raise ValueError("dropped_samples must be rising, disjoint [first, last) ranges")
-            last = end
+        edges = [0, *(edge for dropped in self.dropped_samples for edge in dropped)]
+        if edges != sorted(edges) or any(first == end for first, end in self.dropped_samples):
+            raise ValueError("dropped_samples must be rising, disjoint [first, last) ranges")
         return self
 
 
@@ -160,16 +153,12 @@ class CheckpointSection(Section):
     every_steps: int = Field(0, ge=0, description="0 = only at the end and on a stop")
     keep: int = Field(2, ge=1, description="newest checkpoints that stay")
     keep_every_steps: int = Field(0, ge=0, description="checkpoints at multiples of it are kept forever; 0 = none")
-    keep_tokens: tuple[int, ...] = Field(
-        (), strict=False, description="saved when this many tokens have been consumed, and kept forever"
-    )
+    keep_tokens: tuple[int, ...] = Field((), strict=False, description="saved after so many tokens and kept forever")
     asynchronous: bool = Field(True, description="write from a copy while training continues")
     export: bool = Field(True, description="write a Hugging Face folder at the end and on a stop")
 
 
 class GuardSection(Section):
-    """When a run stops by itself."""
-
     max_refused_steps: int = Field(20, ge=1, description="refused steps in a row before the run stops with status 86")
     hang_seconds: float = Field(600.0, gt=0, description="without a heartbeat from a rank: stacks, then stop")
 
@@ -187,8 +176,6 @@ class EvalSection(Section):
 
 
 class TrackingSection(Section):
-    """What is recorded, and how often."""
-
     log_every: int = Field(10, ge=1, description="steps between two readings of the device's metrics")
     detail_every: int = Field(0, ge=0, description="steps between per-layer norms, update ratios, attention logits")
     record_samples: bool = Field(False, description="each rank writes the sample ids of every step to logs/")
@@ -198,7 +185,5 @@ class TrackingSection(Section):
 
 
 class KernelsSection(Section):
-    """Which implementations run."""
-
     attention: Literal["auto", "sdpa", "varlen"] = Field("auto", description="auto: varlen on a GPU, sdpa elsewhere")
     compile: bool = Field(False, description="torch.compile each block")

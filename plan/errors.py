@@ -1,6 +1,9 @@
 """Exit statuses, and errors for users: one paragraph, no traceback."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
+from pathlib import Path
 
 
 class ExitStatus(IntEnum):
@@ -17,21 +20,16 @@ class ExitStatus(IntEnum):
     @property
     def reason(self) -> str:
         """The status in words."""
-        return {
-            ExitStatus.DONE: "done",
-            ExitStatus.REFUSED: "refused",
+        words = {
             ExitStatus.STOPPED: "stopped and saved",
             ExitStatus.NEEDS_PERSON: "stopped by a rule",
-            ExitStatus.HUNG: "hung",
             ExitStatus.BAD_NODE: "this machine should not be used",
-        }.get(self, "failed")
+        }
+        return words.get(self, self.name.lower())
 
 
 class UserError(Exception):
-    """An error for users: what is wrong, where, why, and what to do.
-
-    `str()` gives one paragraph. The front door prints it and exits with `status`.
-    """
+    """An error for users, one paragraph as `str()`. The front door prints it and exits with `status`."""
 
     def __init__(
         self, what: str, *, where: str = "", why: str = "", remedy: str = "", status: ExitStatus = ExitStatus.REFUSED
@@ -45,10 +43,14 @@ class UserError(Exception):
 
     def as_dict(self) -> dict[str, object]:
         """For `--json`."""
-        return {
-            "error": self.what,
-            "where": self.where,
-            "why": self.why,
-            "remedy": self.remedy,
-            "status": int(self.status),
-        }
+        parts = {"where": self.where, "why": self.why, "remedy": self.remedy}
+        return {"error": self.what, **parts, "status": int(self.status)}
+
+
+@contextmanager
+def reading(file: Path, remedy: str) -> Iterator[None]:
+    """Turn an error of the block, which reads and parses `file`, into a UserError about it."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"cannot be read: {error}", where=str(file), remedy=remedy) from None

@@ -1,11 +1,11 @@
-"""Parameters and training FLOPs of a decoder, counted exactly, and what MFU means here.
+"""Parameters and training FLOPs of a decoder, counted exactly.
 
 L layers, d model width, h query heads, k key/value heads, e head width, f feed-forward width, V vocabulary, s tokens.
 A FLOP is one addition or one multiplication: a matrix product (m x n)(n x p) is 2mnp.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Self
+from typing import Literal
 
 from minka.plan.config_sections import ModelSection
 
@@ -40,10 +40,11 @@ class Shape:
     active_experts: int = 1  # that a token passes through
 
     @classmethod
-    def of(cls, model: ModelSection) -> Self:
-        """Return the shape of a model that minka trains."""
-        same = {name: getattr(model, name) for name in SHARED}
-        return cls(**same, biases="qkv" if model.qkv_bias else "none")
+    def of(cls, model: "ModelSection | Shape") -> "Shape":
+        """Return the shape of a model that minka trains; a shape as it is."""
+        if isinstance(model, Shape):
+            return model
+        return cls(**{name: getattr(model, name) for name in SHARED}, biases="qkv" if model.qkv_bias else "none")
 
     @property
     def query_width(self) -> int:
@@ -51,50 +52,33 @@ class Shape:
         return self.heads * self.head_dim
 
     @property
-    def kv_width(self) -> int:
-        """Columns of the key (or the value) projection."""
-        return self.kv_heads * self.head_dim
+    def norm_parameters(self) -> int:
+        """Weights of one norm of width d_model."""
+        return self.d_model * (2 if self.biases == "all" else 1)
 
-    @property
-    def layer_matrices(self) -> int:
-        """Weights of one layer's matrices, without biases and norms."""
-        return self._matrices(self.experts)
-
-    @property
-    def active_matrices(self) -> int:
-        """Those of them that one token is multiplied with."""
-        return self._matrices(self.active_experts)
+    def layer_matrices(self, experts: int) -> int:
+        """Weights of one layer's matrices, without biases and norms, of `experts` experts."""
+        attention = 2 * self.d_model * (self.query_width + self.kv_heads * self.head_dim)
+        router = self.d_model * self.experts if self.experts > 1 else 0
+        return attention + router + experts * self.mlp_matrices * self.d_model * self.d_ff
 
     @property
     def layer_parameters(self) -> int:
         """All weights of one layer."""
-        d = self.d_model
-        count = self.layer_matrices + self.norms * self._norm + (2 * self.head_dim if self.qk_norm else 0)
+        norms = self.norms * self.norm_parameters + (2 * self.head_dim if self.qk_norm else 0)
+        biases = 0
         if self.biases != "none":
-            count += self.query_width + 2 * self.kv_width
+            biases += self.query_width + 2 * self.kv_heads * self.head_dim
         if self.biases == "all":
-            count += d + (self.mlp_matrices - 1) * self.d_ff + d
-        return count
-
-    @property
-    def parameters(self) -> int:
-        """All weights; a tied head counts once."""
-        embeddings = self.vocab * self.d_model * (1 if self.tied else 2) + self.learned_positions * self.d_model
-        return self.layers * self.layer_parameters + self._norm + embeddings
-
-    @property
-    def _norm(self) -> int:
-        return self.d_model * (2 if self.biases == "all" else 1)
-
-    def _matrices(self, experts: int) -> int:
-        attention = self.d_model * (2 * self.query_width + 2 * self.kv_width)
-        router = self.d_model * self.experts if self.experts > 1 else 0
-        return attention + router + experts * self.mlp_matrices * self.d_model * self.d_ff
+            biases += 2 * self.d_model + (self.mlp_matrices - 1) * self.d_ff
+        return self.layer_matrices(self.experts) + norms + biases
 
 
 def parameters(model: ModelSection | Shape) -> int:
     """Return the exact number of trainable weights; a tied head counts once."""
-    return (model if isinstance(model, Shape) else Shape.of(model)).parameters
+    shape = Shape.of(model)
+    embeddings = shape.d_model * (shape.vocab * (1 if shape.tied else 2) + shape.learned_positions)
+    return shape.layers * shape.layer_parameters + shape.norm_parameters + embeddings
 
 
 def training_flops_per_token(model: ModelSection | Shape, seq_len: float, convention: Convention = "causal") -> float:
@@ -105,29 +89,9 @@ def training_flops_per_token(model: ModelSection | Shape, seq_len: float, conven
     and the half of attention that a causal mask leaves; of experts, those a token passes through. "palm" is the older
     convention: all weights, and unmasked attention.
     """
-    shape = model if isinstance(model, Shape) else Shape.of(model)
+    shape = Shape.of(model)
     if convention == "palm":
         return 6 * parameters(shape) + 12 * shape.layers * shape.query_width * seq_len
+    matrices = 2 * shape.layer_matrices(shape.active_experts)
     attention = 4 * seq_len * shape.query_width / 2  # scores and values, 2she each, halved by the mask
-    return 3 * (shape.layers * (2 * shape.active_matrices + attention) + 2 * shape.d_model * shape.vocab)
-
-
-class Mfu(NamedTuple):
-    """Model FLOPs utilisation, with the two values that define it."""
-
-    value: float  # of 1
-    formula: str
-    peak_flops: float  # of one GPU, FLOP/s
-
-
-def mfu(
-    tokens_per_second: float,
-    model: ModelSection | Shape,
-    seq_len: float,
-    peak_flops: float,
-    ranks: int,
-    convention: Convention = "causal",
-) -> Mfu:
-    """Return the share of the peak of `ranks` GPUs that `tokens_per_second` (over all ranks) uses."""
-    rate = tokens_per_second * training_flops_per_token(model, seq_len, convention)
-    return Mfu(rate / (peak_flops * ranks), FORMULAS[convention], peak_flops)
+    return 3 * (shape.layers * (matrices + attention) + 2 * shape.d_model * shape.vocab)

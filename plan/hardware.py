@@ -61,10 +61,8 @@ def find(name: str) -> Gpu | None:
     """
     words = re.sub(r"[\s_-]+", " ", name.strip().lower())
     words = re.sub(r"^(nvidia|amd) ", "", words)
-    for gpu in GPUS:
-        if re.fullmatch(gpu.pattern, words) or words == gpu.name.lower().replace("-", " "):
-            return gpu
-    return None
+    found = (g for g in GPUS if re.fullmatch(g.pattern, words) or words == g.name.lower().replace("-", " "))
+    return next(found, None)
 
 
 def nvlink_domain(name: str, host_gpus: int) -> int:

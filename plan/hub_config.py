@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from minka.plan.config_sections import ModelSection
+from minka.plan.config_sections import ModelSection, RopeScaling
 from minka.plan.errors import UserError
 from minka.plan.flops import SHARED, Shape
+from minka.plan.load_config import describe_problems
 
 TRAINED = {family.lower(): f"{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3")}
 
@@ -28,19 +29,17 @@ class Family:
 QWEN: Mapping[str, Any] = {"num_key_value_heads": 32, "sliding_window": 4096, "max_position_embeddings": 32768}
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(),
-    "mistral": Family(
-        silent={"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
-    ),
-    "qwen2": Family(silent=QWEN, biases="qkv"),
-    "qwen3": Family(silent={**QWEN, "head_dim": 128}, qk_norm=True),
-    "gpt2": Family(silent={"tie_word_embeddings": True}, biases="all", mlp_matrices=2),
+    "mistral": Family({"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072}),
+    "qwen2": Family(QWEN, biases="qkv"),
+    "qwen3": Family({**QWEN, "head_dim": 128}, qk_norm=True),
+    "gpt2": Family({"tie_word_embeddings": True}, biases="all", mlp_matrices=2),
     "gpt_neox": Family(biases="all", mlp_matrices=2),
-    "gemma": Family(silent={"head_dim": 256, "tie_word_embeddings": True}),
-    "gemma2": Family(silent={"head_dim": 256, "tie_word_embeddings": True}, norms=4),
+    "gemma": Family({"head_dim": 256, "tie_word_embeddings": True}),
+    "gemma2": Family({"head_dim": 256, "tie_word_embeddings": True}, norms=4),
     "phi": Family(biases="all", mlp_matrices=2, norms=1, uncounted=("the bias of the head",)),
     "phi3": Family(),
-    "mixtral": Family(silent={"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2}),
-    "qwen3_moe": Family(silent={"num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8}, qk_norm=True),
+    "mixtral": Family({"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2}),
+    "qwen3_moe": Family({"num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8}, qk_norm=True),
 }
 SIZES = {  # of Shape and ModelSection, with transformers' names
     "layers": "num_hidden_layers",
@@ -50,12 +49,7 @@ SIZES = {  # of Shape and ModelSection, with transformers' names
     "vocab": "vocab_size",
 }
 TRAINED_WITH = {"norm_eps": "rms_norm_eps", "max_positions": "max_position_embeddings", "init_std": "initializer_range"}
-LLAMA3_ROPE = {
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_positions": "original_max_position_embeddings",
-}
+LLAMA3_ROPE = {ours: ours.replace("_positions", "_position_embeddings") for ours in RopeScaling.model_fields}
 ALIASES = {  # other names of the same settings
     "n_layer": "num_hidden_layers",
     "n_embd": "hidden_size",
@@ -65,23 +59,13 @@ ALIASES = {  # other names of the same settings
     "moe_intermediate_size": "intermediate_size",
 }
 WINDOWED = ("mistral", "mixtral", "gemma2", "phi3")  # use sliding_window without being asked to
-BIASES = ("attention_bias", "mlp_bias")
 UNTRAINED = {"hidden_act": "silu", "attention_dropout": 0.0, "quantization_config": None}  # and what minka has
-DENSE_LAYERS = ("mlp_only_layers", "decoder_sparse_step")  # layers without experts among those with them
 
 
-class HubModel(NamedTuple):
-    """The shape of a model, and what the shape does not express: settings and weights, each by name."""
+def read_shape(values: Mapping[str, Any], where: str) -> tuple[Shape, list[str]]:
+    """Return the shape in a config.json, and by name the settings and weights that the shape does not express.
 
-    family: str
-    shape: Shape
-    uncovered: tuple[str, ...]
-
-
-def read_shape(values: Mapping[str, Any], where: str) -> HubModel:
-    """Return the shape in a config.json, of models that cannot be trained here, too.
-
-    Raises UserError for an unknown family and for a size that is missing.
+    Of models that cannot be trained here, too. Raises UserError for an unknown family and for a size that is missing.
     """
     name = _family(values, where)
     family, known = FAMILIES[name], _with_defaults(name, values)
@@ -102,53 +86,44 @@ def read_shape(values: Mapping[str, Any], where: str) -> HubModel:
         experts=experts,
         active_experts=_size(known, "num_experts_per_tok", where) if experts > 1 else 1,
     )
-    return HubModel(name, shape, (*family.uncounted, *_uncovered(known, values, name)))
+    return shape, [*family.uncounted, *_uncovered(known, values, name)]
 
 
 def from_config(values: Mapping[str, Any], where: str) -> ModelSection:
     """Return the model that a config.json describes. Raises UserError for what ModelSection cannot represent."""
-    family, shape, uncovered = read_shape(values, where)
+    family = _family(values, where)
     if family not in TRAINED:
         raise _unknown(family, where, "train", TRAINED)
+    shape, uncovered = read_shape(values, where)
     known = _with_defaults(family, values)
-    uncovered += tuple(f"{key}={known[key]!r}" for key, ours in UNTRAINED.items() if known.get(key, ours) != ours)
+    uncovered += [f"{key}={known[key]!r}" for key, ours in UNTRAINED.items() if known.get(key, ours) != ours]
     if uncovered:
-        raise UserError(
-            f"this {family} cannot be represented: {'; '.join(uncovered)}",
-            where=where,
-            why="minka's model attends to the whole document and has none of these",
-            remedy="use a model without them",
-        )
+        what = f"this {family} has what minka's models do not have: {'; '.join(uncovered)}"
+        raise UserError(what, where=where, remedy="use a model without it")
     fields = {name: getattr(shape, name) for name in SHARED} | _rope(known, where)
     fields |= {ours: known[theirs] for ours, theirs in TRAINED_WITH.items() if theirs in known}
     fields = {"norm_eps": 1e-6, "max_positions": 2048, "qkv_bias": shape.biases == "qkv"} | fields
     try:
         return ModelSection.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{name} = {first['input']!r}: {first['msg']}", where=where, remedy="correct it") from None
+        raise UserError(describe_problems(error), where=where, remedy="correct it") from None
 
 
 def to_config(cfg: ModelSection, family: str, eod_token: int | None, dtype: str) -> dict[str, Any]:
     """Return config.json in the form of transformers 5. Raises UserError where `family` cannot represent `cfg`."""
-    family = family_of(cfg) if family == "auto" else family
+    if family == "auto":
+        family = "qwen3" if cfg.qk_norm else "qwen2" if cfg.qkv_bias else "llama"
     if family not in TRAINED:
         raise _unknown(family, "family", "write", TRAINED)
     if (cfg.qkv_bias, cfg.qk_norm) != (family == "qwen2", family == "qwen3"):
-        raise UserError(
-            f"{family} cannot represent qkv_bias={cfg.qkv_bias} with qk_norm={cfg.qk_norm}",
-            where="family",
-            why="only qwen2 has biases on q, k and v, always, and only qwen3 has norms on q and k, always",
-            remedy='set family="auto", which finds the family that fits if there is one',
-        )
+        what = f"{family} cannot represent qkv_bias={cfg.qkv_bias} with qk_norm={cfg.qk_norm}"
+        why = "only qwen2 has biases on q, k and v, and only qwen3 has norms on q and k"
+        raise UserError(what, where="family", why=why, remedy='set family="auto" for the one that fits, if any does')
     if family == "llama" and cfg.d_model % cfg.heads:
-        raise UserError(
-            f"d_model={cfg.d_model} is not a multiple of heads={cfg.heads}",
-            where="family",
-            why="transformers refuses such a Llama, even with head_dim given",
-            remedy='set family="mistral", which is the same model',
-        )
+        what = f"transformers refuses a Llama whose d_model={cfg.d_model} is not a multiple of heads={cfg.heads}"
+        raise UserError(what, where="family", remedy='set family="mistral", which is the same model')
+    rope = {"rope_theta": cfg.rope_theta, "rope_type": "llama3" if cfg.rope_scaling else "default"}
+    rope |= {theirs: getattr(cfg.rope_scaling, ours) for ours, theirs in LLAMA3_ROPE.items() if cfg.rope_scaling}
     config: dict[str, Any] = {
         **{theirs: getattr(cfg, ours) for ours, theirs in (SIZES | TRAINED_WITH).items()},
         "architectures": [TRAINED[family]],
@@ -161,7 +136,7 @@ def to_config(cfg: ModelSection, family: str, eod_token: int | None, dtype: str)
         "model_type": family,
         "num_key_value_heads": cfg.kv_heads,
         "pad_token_id": None,
-        "rope_parameters": _rope_parameters(cfg),
+        "rope_parameters": rope,
         "tie_word_embeddings": cfg.tied,
         "use_cache": True,
     }
@@ -169,11 +144,6 @@ def to_config(cfg: ModelSection, family: str, eod_token: int | None, dtype: str)
     if family.startswith("qwen"):
         config |= {"use_sliding_window": False}
     return config
-
-
-def family_of(cfg: ModelSection) -> str:
-    """Return the family whose weights `cfg` has; to_config refuses if none has them."""
-    return "qwen3" if cfg.qk_norm else "qwen2" if cfg.qkv_bias else "llama"
 
 
 def _family(values: Mapping[str, Any], where: str) -> str:
@@ -185,12 +155,8 @@ def _family(values: Mapping[str, Any], where: str) -> str:
 
 
 def _unknown(name: object, where: str, done: str, known: Mapping[str, object]) -> UserError:
-    return UserError(
-        f"{name!r} is not an architecture that minka can {done}",
-        where=where,
-        why="every number must be the same, and config.json does not say which biases, norms and matrices there are",
-        remedy=f"known: {', '.join(known)}",
-    )
+    what = f"{name!r} is not an architecture that minka can {done}"
+    return UserError(what, where=where, remedy=f"known: {', '.join(known)}")
 
 
 def _with_defaults(family: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,8 +175,10 @@ def _uncovered(known: Mapping[str, Any], values: Mapping[str, Any], family: str)
     if any(kind != "full_attention" for kind in known.get("layer_types") or []):
         found.append("layer_types other than full_attention")
     everywhere = FAMILIES[family].biases == "all"
-    found += [f"{key}={known[key]}".lower() for key in BIASES if known.get(key, everywhere) != everywhere]
-    found += [f"{key}={known[key]}" for key in DENSE_LAYERS if known.get(key) not in (None, [], 1)]
+    biases = ("attention_bias", "mlp_bias")
+    found += [f"{key}={known[key]}".lower() for key in biases if known.get(key, everywhere) != everywhere]
+    without_experts = ("mlp_only_layers", "decoder_sparse_step")  # some layers
+    found += [f"{key}={known[key]}" for key in without_experts if known.get(key) not in (None, [], 1)]
     return found
 
 
@@ -219,16 +187,11 @@ def _rope(known: Mapping[str, Any], where: str) -> dict[str, Any]:
     rope = known.get("rope_scaling") or known.get("rope_parameters") or {}
     rope = {key: value for key, value in rope.items() if value is not None}
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    unlike = "" if kind in ("default", "llama3") else f"rope_type={kind!r}"
-    if (rope.get("partial_rotary_factor") or known.get("partial_rotary_factor") or 1.0) != 1.0:
-        unlike = "partial_rotary_factor below 1"
-    if unlike:
-        raise UserError(
-            f"{unlike} cannot be represented",
-            where=where,
-            why="minka rotates every channel of a head, by plain or Llama-3 scaled frequencies",
-            remedy="use a model with rope_type default or llama3",
-        )
+    part = rope.get("partial_rotary_factor") or known.get("partial_rotary_factor") or 1.0
+    if kind not in ("default", "llama3") or part != 1.0:
+        what = f"rope_type={kind!r} with partial_rotary_factor={part} cannot be represented"
+        why = "minka rotates every channel of a head, by plain or Llama-3 scaled frequencies"
+        raise UserError(what, where=where, why=why, remedy="use a model with rope_type default or llama3")
     found = {"rope_theta": float(rope.get("rope_theta") or known.get("rope_theta") or 10_000.0)}
     if kind == "default":
         return found
@@ -237,17 +200,10 @@ def _rope(known: Mapping[str, Any], where: str) -> dict[str, Any]:
     return found | {"rope_scaling": {ours: _need(rope, theirs, where) for ours, theirs in LLAMA3_ROPE.items()}}
 
 
-def _rope_parameters(cfg: ModelSection) -> dict[str, Any]:
-    if cfg.rope_scaling is None:
-        return {"rope_theta": cfg.rope_theta, "rope_type": "default"}
-    scaling = {theirs: getattr(cfg.rope_scaling, ours) for ours, theirs in LLAMA3_ROPE.items()}
-    return {"rope_theta": cfg.rope_theta, "rope_type": "llama3", **scaling}
-
-
 def _size(values: Mapping[str, Any], key: str, where: str) -> int:
     size = _need(values, key, where)
     if type(size) is not int or size < 1:
-        raise UserError(f"{key} is {size!r}", where=where, why="it must be an integer above 0", remedy="correct it")
+        raise UserError(f"{key} is {size!r}, not an integer above 0", where=where, remedy="correct it")
     return size
 
 

@@ -30,9 +30,8 @@ class Layout(BaseModel, frozen=True, extra="forbid", strict=True):
     recompute: Literal["none", "block"] = Field("none", description="activations that are recomputed in backward")
     reshard: Literal["auto", "always", "never"] = Field("auto", description="free gathered weights after forward")
     reduce: Literal["step", "micro_batch"] = Field("step", description="sum gradients over shard: once, or each time")
-    precision: Literal["auto", "fp32", "bf16", "fp64"] = Field(
-        "auto", description="compute dtype; weights stay fp32. fp64: weights too, to tell a fault from rounding"
-    )
+    # Weights stay fp32; fp64, which tells a fault from rounding, is for weights too.
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = Field("auto", description="compute dtype")
     engine: Literal["fsdp", "deepspeed"] = Field("fsdp", description="what shards weights and updates them")
     zero_stage: Literal[1, 2, 3] = Field(3, description="deepspeed: cut moments (1), gradients (2), weights (3)")
     offload: Literal["none", "optimizer", "all"] = Field("none", description="what is kept in host memory")
@@ -59,7 +58,7 @@ class Layout(BaseModel, frozen=True, extra="forbid", strict=True):
 
     def rank_of_stage(self, stage: int) -> int:
         """Return the pipeline coordinate of the ranks that hold a stage."""
-        if self.pipeline > 1 and self.schedule in V_SHAPED:
+        if self.splits_backward:
             return min(stage, 2 * self.pipeline - 1 - stage)
         return stage % self.pipeline
 
@@ -76,12 +75,15 @@ class Layout(BaseModel, frozen=True, extra="forbid", strict=True):
         works, needs = [layout.world], counted(layout.world, "rank")
         if not self.shard:
             works, needs = [ranks // ways * ways, -(-ranks // ways) * ways], f"a multiple of {counted(ways, 'rank')}"
+        products = [f"{number:,}" for number in divisors(ranks)]
+        if len(products) > 12:
+            products = [*products[:8], "...", *products[-3:]]
         raise UserError(
             f"the layout ({self.describe()}) needs {needs}, not {ranks:,}",
             where="layout",
             why="every rank has exactly one position on the mesh",
             remedy=f"works: {' or '.join(f'{n:,}' for n in works if n)} ranks; or layout.shard=0 (all ranks left) with "
-            f"axes whose product divides {ranks:,}: {_shortened(divisors(ranks))}",
+            f"axes whose product divides {ranks:,}: {', '.join(products)}",
         )
 
     def describe(self) -> str:
@@ -90,14 +92,10 @@ class Layout(BaseModel, frozen=True, extra="forbid", strict=True):
 
 
 def micro_batches(layout: Layout, data: DataSection) -> list[int]:
-    """Return how many micro-batches a step has, padding included, for each size of batch in the run.
-
-    Empty while `layout.shard` is 0.
-    """
-    if not layout.shard:
-        return []
+    """Return how many micro-batches a step has, padding included, for each size of batch; none while shard is 0."""
     sizes = {stage.batch_tokens for stage in data.batch_warmup} | {data.batch_tokens}
-    return sorted({-(-(size // data.seq_len) // (layout.data_ways * layout.micro_batch)) for size in sizes})
+    at_once = layout.data_ways * layout.micro_batch
+    return sorted({-(-(size // data.seq_len) // at_once) for size in sizes}) if at_once else []
 
 
 def micro_batches_fit(layout: Layout, count: int) -> bool:
@@ -115,17 +113,6 @@ def divisors(*numbers: int) -> list[int]:
     return [n for n in range(1, common + 1) if common % n == 0]
 
 
-def even(layers: int, stages: int) -> list[int]:
-    """Return the layers of each stage, as equal as possible, the first ones larger."""
-    return [layers // stages + (stage < layers % stages) for stage in range(stages)]
-
-
 def counted(number: int, what: str) -> str:
     """Return "1 rank" or "1,024 ranks"."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def _shortened(numbers: list[int]) -> str:
-    """Return a list that is short enough to read."""
-    words = [f"{number:,}" for number in numbers]
-    return ", ".join(words if len(words) <= 12 else [*words[:8], "...", *words[-3:]])

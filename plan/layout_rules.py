@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from minka.plan.config_sections import DataSection, KernelsSection, ModelSection
 from minka.plan.errors import UserError
-from minka.plan.layout import AXES, V_SHAPED, Layout, divisors, even, micro_batches, micro_batches_fit
+from minka.plan.layout import AXES, STAGES_PER_RANK, Layout, counted, divisors, micro_batches, micro_batches_fit
 
 
 class Asked(NamedTuple):
@@ -25,76 +25,71 @@ class Rule(NamedTuple):
     """A combination that cannot be run: the setting in [layout] to blame, and the error's parts as templates."""
 
     key: str
-    broken: Callable[[Asked], bool]
+    broken: Callable[[Asked], object]  # false, or what the templates call {detail}
     why: str
     remedy: str
     what: str = "{key}={value!r} cannot be run with these settings"
-    detail: Callable[[Asked], object] = lambda _: ""
 
 
 def check_layout(asked: Asked) -> None:
     """Raise UserError for the first rule that a run breaks, with the setting, the reason and what would work."""
     for rule in RULES:
-        if rule.broken(asked):
-            value, detail = getattr(asked.layout, rule.key), rule.detail(asked)
-            what, why, remedy = (
-                part.format(key=rule.key, value=value, detail=detail, **asked._asdict())
-                for part in (rule.what, rule.why, rule.remedy)
-            )
+        detail = rule.broken(asked)
+        if detail:
+            named = {"key": rule.key, "value": getattr(asked.layout, rule.key), "detail": detail, **asked._asdict()}
+            what, why, remedy = (part.format(**named) for part in (rule.what, rule.why, rule.remedy))
             raise UserError(what, where=f"layout.{rule.key}", why=why, remedy=remedy)
 
 
 def _tensor_divides(size: str, why: str) -> Rule:
     return Rule(
-        key="tensor",
-        broken=lambda a: getattr(a.model, size) % a.layout.tensor > 0,
+        "tensor",
+        broken=lambda a: getattr(a.model, size) % a.layout.tensor and _tensor_ways(a),
         why=why,
         remedy="works with this model: tensor in {detail}; raise layout.shard or layout.pipeline to use more ranks",
         what=f"tensor={{value}} does not divide model.{size}={{model.{size}}}",
-        detail=_tensor_ways,
     )
 
 
 def _tensor_ways(asked: Asked, *more: int) -> list[int]:
-    m = asked.model
-    return divisors(m.heads, m.kv_heads, m.d_ff, m.vocab, *more)
+    return divisors(asked.model.heads, asked.model.kv_heads, asked.model.d_ff, asked.model.vocab, *more)
 
 
 def _rank_tokens(asked: Asked) -> int:
     return asked.data.seq_len // asked.layout.context
 
 
-def _pipelined(asked: Asked, *schedules: str) -> bool:
-    return asked.layout.pipeline > 1 and asked.layout.schedule in schedules
+def _right_stages(asked: Asked) -> str:
+    """An example of layout.stages, where it is wrong."""
+    layout, layers, words = asked.layout, asked.model.layers, asked.layout.stages.split(",")
+    counts = [int(word) for word in words if word.isascii() and word.strip().isdecimal() and int(word) > 0]
+    right = len(counts) == len(words) == layout.stage_count and sum(counts) == layers
+    if not layout.stages or layout.pipeline == 1 or right:
+        return ""
+    each, more = divmod(layers, layout.stage_count)
+    return ",".join(str(each + (stage < more)) for stage in range(layout.stage_count))
 
 
-def _stages_are_wrong(asked: Asked) -> bool:
-    layout = asked.layout
-    if not layout.stages or layout.pipeline == 1:
-        return False
-    words = [word.strip() for word in layout.stages.split(",")]
-    counts = [int(word) for word in words if word.isascii() and word.isdecimal() and int(word) > 0]
-    return not (len(counts) == len(words) == layout.stage_count and sum(counts) == asked.model.layers)
+def _right_stages_per_rank(asked: Asked) -> str:
+    """The stages on each rank, in words, where layout.stages_per_rank is wrong."""
+    layout, needed = asked.layout, STAGES_PER_RANK[asked.layout.schedule]
+    if layout.pipeline == 1 or layout.stages_per_rank in (0, needed):
+        return ""
+    if layout.schedule == "interleaved":
+        return "at least 2 stages" if layout.stages_per_rank < needed else ""
+    return counted(needed, "stage")
 
 
-def _micro_batches(*schedules: str, why: str) -> Rule:
-    def unfit(a: Asked) -> list[int]:
-        return [count for count in micro_batches(a.layout, a.data) if not micro_batches_fit(a.layout, count)]
-
-    return Rule(
-        key="schedule",
-        broken=lambda a: _pipelined(a, *schedules) and bool(unfit(a)),
-        why=why,
-        remedy="change data.batch_tokens (and data.batch_warmup), layout.micro_batch, or the number of data ranks; "
-        'schedule="gpipe" runs any number',
-        what="schedule={value!r} cannot run the {detail} micro-batches that a rank has in a step",
-        detail=lambda a: unfit(a)[0],
-    )
+def _unfit_micro_batches(asked: Asked) -> int:
+    """A number of micro-batches that a step of the run has and its schedule cannot run; else 0."""
+    if asked.layout.pipeline == 1:
+        return 0
+    return next((n for n in micro_batches(asked.layout, asked.data) if not micro_batches_fit(asked.layout, n)), 0)
 
 
 def _deepspeed(key: str, broken: Callable[[Asked], bool], why: str, remedy: str) -> Rule:
     return Rule(
-        key=key,
+        key,
         broken=lambda a: a.layout.engine == "deepspeed" and broken(a),
         why=why,
         remedy=f'{remedy}, or layout.engine="fsdp"',
@@ -118,19 +113,21 @@ RULES: tuple[Rule, ...] = (
     _tensor_divides("vocab", "every rank holds equally many of its rows"),
     Rule(
         "context",
-        broken=lambda a: a.layout.context > 1 and a.data.seq_len % (2 * a.layout.context) > 0,
+        broken=lambda a: (
+            a.layout.context > 1
+            and a.data.seq_len % (2 * a.layout.context)
+            and [ways for ways in divisors(a.data.seq_len) if ways == 1 or a.data.seq_len % (2 * ways) == 0]
+        ),
         why="each rank takes one part from the head and one from the tail of a sequence, so that causal work is even",
         remedy="works with this length: context in {detail}",
         what="context={value} needs a data.seq_len that is a multiple of 2 x context; it is {data.seq_len}",
-        detail=lambda a: [n for n in divisors(a.data.seq_len) if n == 1 or a.data.seq_len % (2 * n) == 0],
     ),
     Rule(
         "tensor",
-        broken=lambda a: _rank_tokens(a) % a.layout.tensor > 0,
+        broken=lambda a: _rank_tokens(a) % a.layout.tensor and _tensor_ways(a, _rank_tokens(a)),
         why="between attention and feed-forward layers the ranks of a tensor group share a sequence's tokens",
         remedy="works with this length: tensor in {detail}; or set data.seq_len to a multiple of 2 x context x tensor",
         what="tensor={value} does not divide data.seq_len / context = {data.seq_len} / {layout.context}",
-        detail=lambda a: _tensor_ways(a, _rank_tokens(a)),
     ),
     Rule(
         "pipeline",
@@ -140,38 +137,27 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "stages_per_rank",
-        broken=lambda a: _pipelined(a, "interleaved") and a.layout.stages_per_rank == 1,
-        why='schedule="interleaved" has at least two stages on each rank',
-        remedy="leave it out, or set it to 2 or more",
-    ),
-    Rule(
-        "stages_per_rank",
-        broken=lambda a: _pipelined(a, "gpipe", "1f1b") and a.layout.stages_per_rank > 1,
-        why="schedule={layout.schedule!r} has one stage on each rank",
-        remedy='leave it out, or set schedule="interleaved"',
-    ),
-    Rule(
-        "stages_per_rank",
-        broken=lambda a: _pipelined(a, *V_SHAPED) and a.layout.stages_per_rank not in (0, 2),
-        why="schedule={layout.schedule!r} has two stages on each rank",
-        remedy='leave it out, or set schedule="interleaved" for more stages',
+        broken=_right_stages_per_rank,
+        why="schedule={layout.schedule!r} has {detail} on each rank",
+        remedy='leave it out, or set schedule="interleaved" and 2 stages or more',
     ),
     Rule(
         "pipeline",
-        broken=lambda a: a.layout.stage_count > a.model.layers,
+        broken=lambda a: (
+            a.layout.stage_count > a.model.layers
+            and max(1, a.model.layers // (a.layout.stage_count // a.layout.pipeline))
+        ),
         why="every stage needs a layer",
         remedy='with this schedule set pipeline to at most {detail}, or set schedule="1f1b"',
         what="pipeline={value} with schedule={layout.schedule!r} has {layout.stage_count} stages; "
         "model.layers is {model.layers}",
-        detail=lambda a: max(1, a.model.layers // (a.layout.stage_count // a.layout.pipeline)),
     ),
     Rule(
         "stages",
-        broken=_stages_are_wrong,
+        broken=_right_stages,
         why="it lists the layers of each stage, at least one, in the order of the stages",
         remedy='set it to "{detail}", for example, or leave it empty to balance stages by cost',
         what="stages={value!r} does not split {model.layers} layers into {layout.stage_count} stages",
-        detail=lambda a: ",".join(map(str, even(a.model.layers, a.layout.stage_count))),
     ),
     Rule(
         "reshard",
@@ -186,10 +172,14 @@ RULES: tuple[Rule, ...] = (
         why="a compiled block takes both gradients in one pass; split in two they were wrong without an error",
         remedy='set kernels.compile=false, or schedule="1f1b" or "interleaved"',
     ),
-    _micro_batches("1f1b", "dualpipev", why="it needs at least as many as there are stages, {layout.stage_count}"),
-    _micro_batches(
-        "interleaved",
-        why="it takes n in n // pipeline equal rounds: n must be a multiple of {layout.pipeline} or below twice that",
+    Rule(
+        "schedule",
+        broken=_unfit_micro_batches,
+        why='"1f1b" and "dualpipev" need as many as there are stages, {layout.stage_count}; "interleaved" takes n in '
+        "n // pipeline equal rounds: n must be a multiple of {layout.pipeline} or below twice that",
+        remedy="change data.batch_tokens (and data.batch_warmup), layout.micro_batch, or the number of data ranks; "
+        'schedule="gpipe" runs any number',
+        what="schedule={value!r} cannot run the {detail} micro-batches that a rank has in a step",
     ),
     *(_deepspeed_axis(axis) for axis in AXES if axis != "shard"),
     Rule(

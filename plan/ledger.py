@@ -32,10 +32,7 @@ class Ledger:
         self._waiting = b"\n" if size and os.pread(self._file, 1, size - 1) != b"\n" else b""
 
     def append(self, event: str, *, step: int, tokens: int, **fields: object) -> bool:
-        """Write one event. Return False when the disk refused it; it is then written with a later one.
-
-        `step` and `tokens` count what was begun on the current lineage.
-        """
+        """Write one event. Return False when the disk refused it; it is then written with a later one."""
         if event not in EVENTS:
             raise ValueError(f"{event!r} is not a ledger event; known: {sorted(EVENTS)}")
         line = {"event": event, "time": self._clock(), "step": step, "tokens": tokens, **fields}
@@ -95,7 +92,10 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
         event = parse(line)
     except ValueError:
         return None
-    if not (isinstance(event, dict) and _is_event(event)):
+    kind = event.get("event") if isinstance(event, dict) else None
+    if not (isinstance(kind, str) and kind.isidentifier() and abs(number(event.get("time"))) < 1e15):
+        return None
+    if not (is_count(event.get("step")) and is_count(event.get("tokens"))):
         return None
     return {key: value if key in SETTINGS else _floats(value) for key, value in event.items()}
 
@@ -110,16 +110,15 @@ def parse(text: str | bytes) -> Any:
     for _ in range(DEEPEST):
         if not level:
             return value
-        level = [inner for outer in level for inner in _inside(outer)]
+        nested = [inner for inner in level if isinstance(inner, dict | list)]
+        level = [inner for outer in nested for inner in (outer.values() if isinstance(outer, dict) else outer)]
     raise ValueError("nested too deeply")
 
 
 def number(value: object) -> float:
     """A ledger's number as a float; NaN for any other value, and for an integer too large for a float."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan
     try:
-        return float(value)
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     except OverflowError:
         return math.nan
 
@@ -142,25 +141,12 @@ def current(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def finite(value: Any) -> Any:
     """`value` with non-finite floats as the strings NaN, Infinity, -Infinity, which JSON lacks."""
     if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+        return json.dumps(value)
     if isinstance(value, Mapping):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [finite(inner) for inner in value]
     return value
-
-
-def _is_event(event: dict[str, Any]) -> bool:
-    kind, at = event.get("event"), event.get("time")
-    if not (isinstance(kind, str) and kind.isidentifier() and is_count(event.get("step"))):
-        return False
-    return is_count(event.get("tokens")) and abs(number(at)) < 1e15
-
-
-def _inside(value: Any) -> Iterable[Any]:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list) else ()
 
 
 def _floats(value: Any) -> Any:

@@ -3,7 +3,7 @@
 import difflib
 import json
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from minka.plan.config import RunConfig
-from minka.plan.errors import UserError
+from minka.plan.errors import UserError, reading
 
 RECIPES = Path(__file__).parent / "recipes"
 PROVENANCE = "provenance.json"  # next to a run.toml, it marks the folder of a run
@@ -34,16 +34,20 @@ def recipe_names() -> list[str]:
 def load_run(source: str, overrides: Sequence[str] = (), runs: str = "runs") -> Loaded:
     """Load a run from a recipe's name, a TOML file, a run folder or a name under `runs`. Raises UserError."""
     path = find(source, runs)
-    values = _read(path)
+    with reading(path, "it must be a TOML file"):
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     if path.name == "run.toml" and (path.parent / PROVENANCE).is_file() and isinstance(values.get("run"), dict):
         # The folder names the run, whatever it was called at first: it may have been moved, or be a copy.
         values["run"] |= {"name": path.absolute().parent.name, "folder": str(path.parent.parent)}
     before, known, changed = flatten(values), dict(_settings(RunConfig)), {}
-    given = {_split(override)[0] for override in overrides}
+    given = {override.partition("=")[0] for override in overrides}
     if "run.start_from" in given and "run.start_with" not in given:
         values.get("run", {}).pop("start_with", None)  # the file's value belongs to a different parent
     for override in overrides:
-        key, text = _split(override)
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            remedy = "write section.key=value: for example run.max_steps=100 or data.source=stdlib"
+            raise UserError(f"{override!r} is not an override", remedy=remedy)
         if key not in known:
             raise UserError(_unknown(key, known), where=f"override {override!r}", remedy="keys are written section.key")
         value = _value(known[key], text)
@@ -67,46 +71,33 @@ def find(source: str, runs: str = "runs") -> Path:
             return candidate
     names = recipe_names()
     near = difflib.get_close_matches(source, names, n=1)
-    raise UserError(
-        f"there is no run, TOML file or recipe called {source!r}",
-        why=f"did you mean {near[0]!r}?" if near else "",
-        remedy=f"recipes: {', '.join(names)}; or give a path to a .toml file or a run folder",
-    )
+    what, why = f"there is no run, TOML file or recipe called {source!r}", f"did you mean {near[0]!r}?" if near else ""
+    remedy = f"recipes: {', '.join(names)}; or give a path to a .toml file or a run folder"
+    raise UserError(what, why=why, remedy=remedy)
 
 
 def dump_toml(config: RunConfig) -> str:
     """Every value of the run as TOML; `load_run` gives an equal RunConfig. None (not set) is left out."""
-    return tomli_w.dumps(_without_none(config.model_dump(mode="json")))
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, object]:
     """Nested tables as "section.key" -> value."""
     flat: dict[str, object] = {}
     for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
 
 
 def validate(values: dict[str, Any], where: str) -> RunConfig:
     """A RunConfig, or a UserError with a line for each field that is wrong."""
     try:
-        config = from_json(json.dumps(values, default=str))
+        config = RunConfig.model_validate_json(json.dumps(values, default=str))  # strict, but takes lists
     except ValidationError as error:
-        raise UserError(
-            describe_problems(error),
-            where=where,
-            remedy="docs/configuration.md lists every setting and its values",
-        ) from None
+        remedy = "docs/configuration.md lists every setting and its values"
+        raise UserError(describe_problems(error), where=where, remedy=remedy) from None
     config.check()
     return config
-
-
-def from_json(text: str) -> RunConfig:
-    """A RunConfig from JSON, where a list is the only way to write a tuple. Raises pydantic's ValidationError."""
-    return RunConfig.model_validate_json(text)
 
 
 def describe_problems(error: ValidationError) -> str:
@@ -114,47 +105,23 @@ def describe_problems(error: ValidationError) -> str:
     return "; ".join(_explain(problem) for problem in error.errors())
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"not a TOML file: {error}", where=str(path), remedy="correct the file") from None
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
-
-
-def _split(override: str) -> tuple[str, str]:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(
-            f"{override!r} is not an override",
-            why="an override is section.key=value",
-            remedy="for example run.max_steps=100 or data.source=stdlib",
-        )
-    return key, text
-
-
 def _value(field: FieldInfo, text: str) -> object:
     """The value after the equals sign: TOML, or a bare word. For a list, a single value means a list of one."""
-    annotation: Any = field.annotation
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    if annotation is str and not isinstance(value, str):
+    if field.annotation is str and not isinstance(value, str):
         return text  # run.name=2026
-    if get_origin(annotation) is tuple and not isinstance(value, list):
-        return [value]
-    return value
+    return [value] if get_origin(field.annotation) is tuple and not isinstance(value, list) else value
 
 
 def _put(values: dict[str, Any], key: str, value: object) -> None:
     *tables, last = key.split(".")
     for table in tables:
-        inner = values.setdefault(table, {})
-        if not isinstance(inner, dict):
-            raise UserError(f"{table} is {inner!r} in the file, and must be a table for {key}")
-        values = inner
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise UserError(f"{table} is {values!r} in the file, and must be a table for {key}")
     # Only one of the two may be set: the override replaces the value in the file.
     if key in ("run.max_steps", "run.max_tokens"):
         values.pop("max_tokens" if last == "max_steps" else "max_steps", None)
@@ -174,11 +141,9 @@ def _settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, F
             yield prefix + name, field
 
 
-def _unknown(key: str, known: Iterable[str]) -> str:
-    last = key.rsplit(".", 1)[-1]
-    known = list(known)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    near = near or [name for name in known if name.rsplit(".", 1)[-1] == last][:1]
+def _unknown(key: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    near = near or [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     return f"{key} is not a setting" + (f"; did you mean {near[0]}?" if near else "")
 
 
@@ -192,11 +157,3 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "value_error":
         return f"{place}: {reason}" if place else reason
     return f"{place}={problem['input']!r}: {reason[0].lower()}{reason[1:]}"
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
-    if isinstance(value, list):
-        return [_without_none(inner) for inner in value]
-    return value

@@ -23,7 +23,7 @@ def costs(model: ModelSection) -> tuple[int, int]:
     The embedding multiplies nothing, but is given the head's cost: it holds as many weights and moments, and the first
     stage keeps the most activations.
     """
-    return Shape.of(model).layer_matrices, model.vocab * model.d_model
+    return Shape.of(model).layer_matrices(1), model.vocab * model.d_model
 
 
 def balanced(layers: int, stages: int, layer: int, end: int) -> tuple[int, ...]:
@@ -36,16 +36,13 @@ def balanced(layers: int, stages: int, layer: int, end: int) -> tuple[int, ...]:
     @cache
     def best(stage: int, left: int) -> tuple[int, int, tuple[int, ...]]:
         """Return (largest cost, sum of squares, counts) of the stages from `stage` on, which share `left` layers."""
-        if stage == stages - 1:
-            cost = left * layer + at_end[stage]
-            return cost, cost * cost, (left,)
-        found = None
-        for count in range(1, left - (stages - stage - 1) + 1):
+        if stage == stages:
+            return 0, 0, ()
+        found = []
+        for count in range(1, left - (stages - stage - 1) + 1) if stage < stages - 1 else [left]:
             cost = count * layer + at_end[stage]
             largest, squares, counts = best(stage + 1, left - count)
-            candidate = (max(cost, largest), squares + cost * cost, (count, *counts))
-            found = candidate if found is None or candidate < found else found
-        assert found is not None  # stages <= layers (plan/layout_rules.py)
-        return found
+            found.append((max(cost, largest), squares + cost * cost, (count, *counts)))
+        return min(found)  # there is one: stages <= layers (plan/layout_rules.py)
 
     return best(0, layers)[2]

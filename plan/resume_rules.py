@@ -1,9 +1,7 @@
-"""What may differ when a run is resumed, and when a run starts from it: one table, and pure checks of a run's state.
+"""What may differ when a run is resumed, and when a run starts from it: one table, and pure checks of a run's state."""
 
-Nothing here reads a file: run_state.py reads, these functions decide.
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Literal, NamedTuple
 
 from minka.plan.config import RunConfig
@@ -17,7 +15,7 @@ Changes = dict[str, tuple[object, object]]  # "section.key" -> (old value, new v
 
 
 class Rule(NamedTuple):
-    """Whether a resume and a fork may change a key, or the other keys of a section ("model.*")."""
+    """Whether a resume and a fork may change some keys, or the other keys of a section ("model.*")."""
 
     keys: str
     resume: Verdict
@@ -37,15 +35,14 @@ RULES = (
     Rule("guard.*", "free", "free", "it decides when a run stops, not what a step does"),
     Rule("run.folder", "free", "free", "it says where the run is stored"),
     Rule("run.name", "free", "free", "a run is named after its folder, which may have been moved"),
-    Rule("run.start_from", "refused", "free", "a run begins only once"),
-    Rule("run.start_with", "refused", "free", "a run begins only once"),
-    Rule("run.max_steps", "shown", "shown", "the run becomes longer or shorter, and its schedule with it"),
-    Rule("run.max_tokens", "shown", "shown", "the run becomes longer or shorter, and its schedule with it"),
+    Rule("run.start_from run.start_with", "refused", "free", "a run begins only once"),
+    Rule("run.max_steps run.max_tokens", "shown", "shown", "the run and its schedule become longer or shorter"),
     Rule("run.*", "refused", "shown", "the weights and the order of samples follow from it"),
     Rule("schedule.*", "shown", "shown", "it changes the learning rates of later steps"),
     Rule("optimizer.*", "shown", "shown", "it changes later updates"),
-    Rule("data.batch_tokens", "shown", "shown", "the same samples in the same order, in different batches"),
-    Rule("data.batch_warmup", "shown", "shown", "the same samples in the same order, in different batches"),
+    Rule(
+        "data.batch_tokens data.batch_warmup", "shown", "shown", "the same samples in the same order, in other batches"
+    ),
     Rule("data.*", "refused", "shown", "later steps would get different samples than the position stands for"),
     Rule("model.z_loss", "shown", "shown", "it changes the objective of later steps"),
     *(Rule(f"model.{key}", "refused", "refused", "the saved weights would not fit") for key in SHAPE),
@@ -57,7 +54,7 @@ RATE = (*LENGTH, "schedule.", "optimizer.learning_rate", "data.batch_")
 
 def rule_of(key: str) -> Rule:
     """The row of the table for a key. Raises KeyError where there is none."""
-    rows = {rule.keys: rule for rule in RULES}
+    rows = {keys: rule for rule in RULES for keys in rule.keys.split()}
     return rows.get(key) or rows[key.split(".")[0] + ".*"]
 
 
@@ -85,25 +82,22 @@ class Decision(NamedTuple):
 
 
 def decide(state: RunState, config: RunConfig, where: str, *, from_scratch: bool = False) -> Decision:
-    """Decide whether the run in the folder `where`, which has begun, resumes as `config` describes it.
-
-    Raises UserError when it cannot.
-    """
+    """Decide whether the run in the folder `where` resumes as `config` describes it. Raises UserError if it cannot."""
     if state.unreadable_start and not from_scratch:
-        raise UserError(
-            state.unreadable_start,
-            why="it holds the configuration that the run was last trained with, and changes are checked against it; "
-            "a newer version of minka may have written it",
-            remedy=f"resume with the version that wrote it, or restart at step 0 (minka train {where} --from-scratch)",
-        )
+        why = "changes are checked against the configuration in it; a newer version of minka may have written it"
+        remedy = f"resume with the version that wrote it, or restart at step 0 (minka train {where} --from-scratch)"
+        raise UserError(state.unreadable_start, why=why, remedy=remedy)
     changed = changes(state.config, config) if state.config else {}
-    check_resume(changed, config, where, edited=_edited(state))
+    edited = changes(state.started_with, state.in_file) if state.started_with and state.in_file else {}
+    check_resume(changed, config, where, edited=list(edited))
     if from_scratch:
         return Decision(False, changed)
-    longer = any(key in changed for key in LENGTH)
-    if state.finished and not longer:
+    if state.finished and not any(key in changed for key in LENGTH):
         return Decision(True, changed)
-    _check_history(state, where)
+    if state.last_save is not None and not state.checkpoints:
+        what = "this run has saved checkpoints, and all of them are gone: it would begin again at step 0"
+        remedy = f"put them back, or restart on purpose: `minka train {where} --from-scratch`"
+        raise UserError(what, where=f"{where}/checkpoints", remedy=remedy, status=ExitStatus.NEEDS_PERSON)
     at = state.position
     if at is None:  # where no checkpoint can be read, the restore says why
         return Decision(False, changed)
@@ -118,7 +112,7 @@ def check_resume(changed: Changes, config: RunConfig, where: str, *, edited: Seq
 
     `edited` are keys that were changed in its run.toml since it was last started.
     """
-    refused = [key for key in changed if rule_of(key).resume == "refused"]
+    refused = {key: change for key, change in changed.items() if rule_of(key).resume == "refused"}
     if not refused:
         return
     name = config.run.name
@@ -131,56 +125,28 @@ def check_resume(changed: Changes, config: RunConfig, where: str, *, edited: Seq
     typed = [key for key in edited if rule_of(key).resume == "refused"]
     if typed:
         old = f"resume the old one: set {', '.join(typed)} back in {where}/run.toml, which was edited since its start"
-    raise UserError(
-        f"run {name!r} exists with different settings: {_listed(changed, refused)}",
-        where=where,
-        why=_reasons(refused),
-        remedy=f"{new}, or {old}",
-    )
-
-
-def _edited(state: RunState) -> list[str]:
-    return list(changes(state.started_with, state.in_file)) if state.started_with and state.in_file else []
-
-
-def _check_history(state: RunState, where: str) -> None:
-    """Raises UserError when the run has saved checkpoints and none is left: it must not begin again unnoticed."""
-    if state.last_save is not None and not state.checkpoints:
-        raise UserError(
-            "this run has saved checkpoints, and all of them are gone",
-            where=f"{where}/checkpoints",
-            why="it would begin again at step 0, and its training so far would be lost",
-            remedy=f"put them back, or restart on purpose: `minka train {where} --from-scratch`",
-            status=ExitStatus.NEEDS_PERSON,
-        )
+    what = f"run {name!r} exists with different settings: {'; '.join(describe_changes(refused))}"
+    raise UserError(what, where=where, why=_reasons(refused), remedy=f"{new}, or {old}")
 
 
 def check_fork(changed: Changes, parent: str) -> None:
     """Raises UserError naming each change with which a run cannot start from `parent`."""
-    refused = [key for key in changed if rule_of(key).fork == "refused"]
+    refused = {key: change for key, change in changed.items() if rule_of(key).fork == "refused"}
     if refused:
-        raise UserError(
-            f"a run cannot start from {parent} with a different {', '.join(refused)}: {_listed(changed, refused)}",
-            where="run.start_from",
-            why=_reasons(refused),
-            remedy="use the parent's values, or leave run.start_from out to begin from new weights",
-        )
+        what = f"a run cannot start from {parent} with different settings: {'; '.join(describe_changes(refused))}"
+        remedy = "use the parent's values, or leave run.start_from out to begin from new weights"
+        raise UserError(what, where="run.start_from", why=_reasons(refused), remedy=remedy)
 
 
 def check_length(changed: Mapping[str, object], config: RunConfig, step: int, tokens: int) -> None:
     """Raises UserError when a changed length would end the run before its position."""
-    for key, length, at, unit in (
-        ("run.max_steps", config.run.max_steps, step, "step"),
-        ("run.max_tokens", config.run.max_tokens, tokens, "token"),
-    ):
+    run = config.run
+    lengths = (("step", run.max_steps, step), ("token", run.max_tokens, tokens))
+    for key, (unit, length, at) in zip(LENGTH, lengths, strict=True):
         if key in changed and length is not None and length < at:
-            raise UserError(
-                f"the run is at {unit} {at} already, after {key}={length}",
-                where=config.run.name,
-                why="steps that have been trained are not undone",
-                remedy=f"give a greater length, or start a new run from an earlier checkpoint "
-                f"(run.name=NEW run.start_from={config.run.name}@STEP)",
-            )
+            earlier = f"start a new run from an earlier checkpoint (run.name=NEW run.start_from={run.name}@STEP)"
+            what = f"the run is at {unit} {at} already, after {key}={length}; trained steps are not undone"
+            raise UserError(what, where=run.name, remedy=f"give a greater length, or {earlier}")
 
 
 def check_batch(old: RunConfig, new: RunConfig, step: int, tokens: int) -> None:
@@ -193,18 +159,16 @@ def check_batch(old: RunConfig, new: RunConfig, step: int, tokens: int) -> None:
     stages = [stage for stage in old.data.batch_warmup if stage.until_tokens < tokens]
     stages.append(BatchStage(until_tokens=tokens, batch_tokens=old.batch_tokens_at(tokens - 1)))
     listed = ", ".join(f"{{until_tokens={s.until_tokens}, batch_tokens={s.batch_tokens}}}" for s in stages)
-    # The configuration of a parent that was itself a fork does not describe the batches before that fork.
-    remedied = _with_stages(new, stages)
-    works = remedied is not None and _end_is_known(remedied, step, tokens)
-    describe = f"describe the batches so far: 'data.batch_warmup=[{listed}]'; or " if works else ""
-    end = "run.max_steps" if new.run.max_steps is not None else "run.max_tokens"
-    raise UserError(
-        f"{end} with schedule.unit={new.schedule.unit!r} needs the batches that the run has had, and data.batch_tokens "
-        "and data.batch_warmup describe different ones",
-        where=new.run.name,
-        why=f"the end in {new.schedule.unit} would be wrong, and the learning rate with it",
-        remedy=f"{describe}give both in the same unit",
-    )
+    values = new.model_dump(mode="json")
+    values["data"]["batch_warmup"] = [stage.model_dump() for stage in stages]
+    remedy = "give both in the same unit"
+    with suppress(UserError):  # not valid, or not enough: a parent that was a fork does not describe all its batches
+        if _end_is_known(validate(values, new.run.name), step, tokens):
+            remedy = f"describe the batches so far: 'data.batch_warmup=[{listed}]'; or {remedy}"
+    end = LENGTH[0] if new.run.max_steps is not None else LENGTH[1]
+    what = f"{end} with schedule.unit={new.schedule.unit!r} needs the batches that the run has had"
+    why = "data.batch_tokens and data.batch_warmup describe different ones, and would give wrong learning rates"
+    raise UserError(what, where=new.run.name, why=why, remedy=remedy)
 
 
 def _end_is_known(config: RunConfig, step: int, tokens: int) -> bool:
@@ -215,16 +179,6 @@ def _end_is_known(config: RunConfig, step: int, tokens: int) -> bool:
     return config.model_copy(update={"run": here}).total_tokens == tokens
 
 
-def _with_stages(config: RunConfig, stages: Sequence[BatchStage]) -> RunConfig | None:
-    """`config` with these stages as its batch warm-up; None where that is not valid."""
-    values = config.model_dump(mode="json")
-    values["data"]["batch_warmup"] = [stage.model_dump() for stage in stages]
-    try:
-        return validate(values, config.run.name)
-    except UserError:
-        return None
-
-
 def decides_rate(changed: Mapping[str, object]) -> bool:
     """Whether one of the changes affects the learning rate of later steps."""
     return any(key.startswith(RATE) for key in changed)
@@ -232,7 +186,8 @@ def decides_rate(changed: Mapping[str, object]) -> bool:
 
 def describe_changes(changed: Changes) -> list[str]:
     """One line for each change."""
-    return [f"{key} = {_value(new)} (was {_value(old)})" for key, (old, new) in changed.items()]
+    values = {key: ["not set" if value is None else repr(value) for value in both] for key, both in changed.items()}
+    return [f"{key} = {new} (was {old})" for key, (old, new) in values.items()]
 
 
 def _differences(one: Mapping[str, object], other: Mapping[str, object]) -> Changes:
@@ -240,13 +195,5 @@ def _differences(one: Mapping[str, object], other: Mapping[str, object]) -> Chan
     return {key: (one.get(key), other.get(key)) for key in keys if one.get(key) != other.get(key)}
 
 
-def _listed(changed: Changes, keys: list[str]) -> str:
-    return "; ".join(f"{key} was {_value(changed[key][0])} and is now {_value(changed[key][1])}" for key in keys)
-
-
-def _reasons(keys: list[str]) -> str:
+def _reasons(keys: Iterable[str]) -> str:
     return "; ".join(dict.fromkeys(rule_of(key).why for key in keys))
-
-
-def _value(value: object) -> str:
-    return "not set" if value is None else repr(value)

@@ -7,19 +7,15 @@ from minka.plan.config_sections import CheckpointSection
 
 
 class Kept(NamedTuple):
-    """A committed checkpoint. `number` counts the saves of the run: after a return to an earlier step, a lower step
-    can be the newer one."""
+    """A committed checkpoint."""
 
     step: int
-    number: int
+    number: int  # of the save: after a return to an earlier step, a lower step can be the newer one
     permanent: bool = False
 
 
 def permanent(settings: CheckpointSection, step: int, tokens_before: int, tokens: int) -> bool:
-    """Whether the checkpoint after `step` is kept forever: a multiple of keep_every_steps, or the first at a milestone.
-
-    `tokens_before` had been consumed at the save before it.
-    """
+    """Whether a checkpoint is kept forever. `tokens_before` had been consumed at the save before it."""
     every = settings.keep_every_steps
     return (every > 0 and step % every == 0) or milestone_passed(settings, tokens_before, tokens)
 

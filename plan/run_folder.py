@@ -8,11 +8,9 @@ from typing import Any, NamedTuple
 
 from minka.plan.atomic import write_json, write_text, writing
 from minka.plan.config import RunConfig
-from minka.plan.errors import ExitStatus, UserError
+from minka.plan.errors import ExitStatus, UserError, reading
 from minka.plan.ledger import parse
 from minka.plan.load_config import dump_toml, load_run
-
-LINEAGE_FORMAT = 1
 
 
 class RunFolder:
@@ -43,8 +41,11 @@ class RunFolder:
 
     def begun(self) -> bool:
         """Whether the run has a ledger or a checkpoint. Before that, creating it again loses nothing."""
-        recorded = self.ledger_file.exists() and self.ledger_file.stat().st_size > 0
-        return self.exists() and (recorded or any(self.checkpoints.glob("step-*")))
+        return self.exists() and (self.ledger_bytes() > 0 or any(self.checkpoints.glob("step-*")))
+
+    def ledger_bytes(self) -> int:
+        """The size of the ledger; 0 where there is none."""
+        return self.ledger_file.stat().st_size if self.ledger_file.exists() else 0
 
     def config(self) -> RunConfig:
         """The configuration in run.toml. Raises UserError."""
@@ -54,29 +55,23 @@ class RunFolder:
         """The checkpoints that the run came from, nearest first; empty when it began from new weights."""
         if not self.lineage_file.exists():
             return []
-        try:
-            return list(parse(self.lineage_file.read_bytes())["parents"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"cannot be read: {error}", where=str(self.lineage_file), remedy="repair the file"
-            ) from None
+        with reading(self.lineage_file, "repair the file"):
+            parents = list(parse(self.lineage_file.read_bytes())["parents"])
+        return parents
 
     def create(self, config: RunConfig, provenance: Mapping[str, object], lineage: Sequence[object] = ()) -> None:
         """Write the files of a run that has not begun. Raises UserError where they cannot be written here."""
         if not self.exists() and self.path.exists() and any(self.path.iterdir()):
-            raise UserError(
-                "this folder is not empty, and has no run.toml",
-                where=str(self.path),
-                why="minka never writes into a folder that is not a run's",
-                remedy="choose a different run.name or run.folder, or move these files",
-            )
+            what = "this folder is not empty, and is not a run's: it has no run.toml"
+            remedy = "choose a different run.name or run.folder, or move these files"
+            raise UserError(what, where=str(self.path), remedy=remedy)
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self.logs.mkdir(exist_ok=True)
             write_json(self.provenance_file, provenance)
             self.lineage_file.unlink(missing_ok=True)
             if lineage:
-                write_json(self.lineage_file, {"format": LINEAGE_FORMAT, "parents": list(lineage)})
+                write_json(self.lineage_file, {"format": 1, "parents": list(lineage)})
             write_text(self.config_file, dump_toml(config))  # last: with it, the run exists
 
     def training_starts(self, config: RunConfig) -> None:
@@ -88,24 +83,16 @@ class RunFolder:
 
     def check_data(self, store: Path, manifest_sha256: str) -> None:
         """Raises UserError when the run began with a different token store."""
-        file = self.provenance_file
-        try:
-            began_with = parse(file.read_bytes()).get("data", {}).get("manifest_sha256") if file.exists() else None
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"cannot be read: {error}",
-                where=str(file),
-                why="it says which token store this run began with",
-                remedy="repair the file, or start a new run (run.name=...)",
-            ) from None
+        file, began_with = self.provenance_file, None
+        with reading(file, "repair the file, which names the run's token store, or start a new run (run.name=...)"):
+            if file.exists():
+                began_with = parse(file.read_bytes()).get("data", {}).get("manifest_sha256")
         if began_with != manifest_sha256:
-            raise UserError(
-                f"this is not the token store that the run began with (hash {str(began_with)[:8]} then, "
-                f"{manifest_sha256[:8]} now)",
-                where=str(store),
-                why="the same token ids could mean different text",
-                remedy="put the old store back, or start a new run on the new data (run.name=...)",
-            )
+            hashes = f"hash {str(began_with)[:8]} then, {manifest_sha256[:8]} now"
+            what = f"this is not the token store that the run began with ({hashes})"
+            remedy = "put the old store back, or start a new run on the new data (run.name=...)"
+            why = "the same token ids could mean different text"
+            raise UserError(what, where=str(store), why=why, remedy=remedy)
 
     @contextmanager
     def only_writer(self) -> Iterator[None]:
@@ -116,24 +103,16 @@ class RunFolder:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    raise UserError(
-                        "a different process is training this run",
-                        where=str(self.path),
-                        why="two writers would mix their checkpoints",
-                        remedy="wait until it ends, or stop it (create a file called STOP in the folder)",
-                    ) from None
+                    remedy = "wait until it ends, or stop it (create a file called STOP in the folder)"
+                    what = "a different process is training this run"
+                    raise UserError(what, where=str(self.path), remedy=remedy) from None
             yield
 
     def check_may_start(self) -> None:
         """Raises UserError when the run's folder has a STOP file, or a different process trains the run."""
         if self.stop_file.exists():
-            raise UserError(
-                "a file called STOP asks this run to stop",
-                where=str(self.stop_file),
-                why="the run would save and stop again at once",
-                remedy="delete the file to resume the run",
-                status=ExitStatus.NEEDS_PERSON,
-            )
+            what, remedy = "a file called STOP asks this run to stop", "delete the file to resume the run"
+            raise UserError(what, where=str(self.stop_file), remedy=remedy, status=ExitStatus.NEEDS_PERSON)
         with self.only_writer():
             pass
 
@@ -151,11 +130,9 @@ def find_run(name: str, runs: str = "runs") -> RunFolder:
         if RunFolder(path).exists():
             return RunFolder(path)
     names = sorted(path.parent.name for path in Path(runs).glob("*/run.toml"))
-    raise UserError(
-        f"there is no run called {name!r}",
-        why=f"looked for {Path(name) / 'run.toml'} and {Path(runs) / name / 'run.toml'}",
-        remedy=f"runs here: {', '.join(names)}" if names else "train one first: minka train demo",
-    )
+    why = f"looked for {Path(name) / 'run.toml'} and {Path(runs) / name / 'run.toml'}"
+    remedy = f"runs here: {', '.join(names)}" if names else "train one first: minka train demo"
+    raise UserError(f"there is no run called {name!r}", why=why, remedy=remedy)
 
 
 class StorePlace(NamedTuple):
@@ -168,15 +145,9 @@ class StorePlace(NamedTuple):
 
 def store_of(folder: RunFolder) -> StorePlace:
     """The token store of a run, by its provenance. Raises UserError when one of the files is missing."""
-    file = folder.provenance_file
-    try:
-        store = Path(parse(file.read_bytes())["data"]["store"])
-        file = store / "manifest.json"
-        return StorePlace(store, store / "tokenizer", int(parse(file.read_bytes())["eod"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"cannot be read: {error}",
-            where=str(file),
-            why="it says where the run's tokenizer is",
-            remedy="put the run's folder and its token store back where they were",
-        ) from None
+    remedy = "put the run's folder and its token store, which has its tokenizer, back where they were"
+    with reading(folder.provenance_file, remedy):
+        store = Path(parse(folder.provenance_file.read_bytes())["data"]["store"])
+    with reading(store / "manifest.json", remedy):
+        eod = int(parse((store / "manifest.json").read_bytes())["eod"])
+    return StorePlace(store, store / "tokenizer", eod)

@@ -1,11 +1,9 @@
-"""The state of a run: what its folder says about it, read once at a start, checked by resume_rules.py, handed down.
-
-The ledger is read from its end, and only as far back as its last start and its last save.
-"""
+"""The state of a run: what its folder says about it, read once at a start, checked by resume_rules.py, handed down."""
 
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
 from typing import Any, BinaryIO, NamedTuple, Self
 
 from pydantic import BaseModel, ValidationError
@@ -13,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 from minka.plan.ledger import RETURNS, STEP, lines_from_end, parse_event
-from minka.plan.load_config import describe_problems, from_json
+from minka.plan.load_config import describe_problems
 from minka.plan.run_folder import RunFolder
 
 STEP_LINE = re.compile(STEP + rb', "time": [^,]+, "step": (\d+), "tokens": (\d+)')
@@ -30,13 +28,6 @@ class Position(NamedTuple):
     def of(cls, state: Mapping[str, Any]) -> "Position":
         """From the state in a checkpoint's manifest. Raises KeyError, TypeError or ValueError where it has none."""
         return cls(*(int(state[name]) for name in cls._fields))
-
-
-class Header(NamedTuple):
-    """What a start needs of a checkpoint's manifest. `number` grows with every save of the run."""
-
-    number: int
-    position: Position
 
 
 class RunState(BaseModel, frozen=True, extra="forbid"):
@@ -72,82 +63,76 @@ class RunState(BaseModel, frozen=True, extra="forbid"):
 
     def is_current(self, folder: RunFolder, checkpoints: Sequence[int]) -> bool:
         """Whether nobody has trained the run since this was read: neither ledger nor checkpoints have changed."""
-        return self.ledger_bytes == _size(folder) and self.checkpoints == tuple(checkpoints)
+        return self.ledger_bytes == folder.ledger_bytes() and self.checkpoints == tuple(checkpoints)
 
 
 def read_run_state(
-    folder: RunFolder, checkpoints: Sequence[int], read_header: Callable[[int], Header | None]
+    folder: RunFolder, checkpoints: Sequence[int], read_header: Callable[[int], tuple[int, Position] | None]
 ) -> RunState:
     """Read the state of the run in `folder`. Raises UserError when run.toml is needed and not valid.
 
-    `checkpoints` are the steps of its checkpoint folders. `read_header` gives the header of one of them, or None where
-    its manifest cannot be read; normally it is called once.
+    `checkpoints` are the steps of its checkpoint folders. `read_header` gives the number of one of them, which grows
+    with every save of the run, and its position; None where its manifest cannot be read. Normally it is called once.
     """
+    size = folder.ledger_bytes()  # before the reading: what is appended meanwhile makes the state outdated
+    state = RunState(finished=folder.finished(), checkpoints=tuple(checkpoints), ledger_bytes=size)
     if not folder.begun():
-        return RunState(finished=folder.finished(), checkpoints=tuple(checkpoints), ledger_bytes=_size(folder))
-    size = _size(folder)  # before the reading: what is appended meanwhile makes the state outdated
-    tail = _Tail(checkpoints)
-    if size:
-        with folder.ledger_file.open("rb") as ledger:
-            tail.read(ledger)
-    config, problem = tail.configuration(str(folder.ledger_file))
+        return state
+    empty: BinaryIO = BytesIO()
+    with folder.ledger_file.open("rb") if size else empty as ledger:
+        recent = _Recent(ledger)
+        position = _newest_position(checkpoints, recent.last_save, read_header)
+        step = position.step if position else 0
+        tokens_before = _tokens_after(ledger, step - 1) if step > 1 else 0
+    config, problem = recent.configuration(str(folder.ledger_file))
     try:
         in_file = folder.config()
     except UserError:
         if config is None and not problem:
             raise
         in_file = None  # training will write it again
-    position = _newest_position(checkpoints, tail.last_save, read_header)
-    step = position.step if position else 0
-    return RunState(
-        begun=True,
-        started=tail.started,
-        started_with=config,
-        unreadable_start=problem,
-        in_file=in_file,
-        finished=folder.finished(),
-        checkpoints=tuple(checkpoints),
-        position=position,
-        last_save=tail.last_save,
+    found = {
+        "begun": True,
+        "started": recent.started,
+        "started_with": config,
+        "unreadable_start": problem,
+        "in_file": in_file,
+        "position": position,
+        "last_save": recent.last_save,
         # An evaluation comes before the next step, so a checkpoint with a later save after it was evaluated.
-        evaluated=step in tail.evaluated or step < (tail.last_save or 0),
-        tokens_before=tail.tokens.get(step - 1, 0),
-        ledger_bytes=size,
-    )
+        "evaluated": step in recent.evaluated or step < (recent.last_save or 0),
+        "tokens_before": tokens_before,
+    }
+    return state.model_copy(update=found)
 
 
-class _Tail:
-    """The end of a ledger, read backwards."""
+class _Recent:
+    """The events back to the last start and the last save of a ledger, which is read from its end."""
 
-    def __init__(self, checkpoints: Sequence[int]) -> None:
-        self._wanted = {step - 1 for step in checkpoints}
-        self._start: tuple[int, dict[str, Any]] | None = None
-        self._bound = 2**63  # the lowest step that a later event has returned to
-        self._restarted = self._start_counts = False
+    def __init__(self, ledger: BinaryIO) -> None:
         self.started = False
         self.last_save: int | None = None
         self.evaluated: set[int] = set()
-        self.tokens: dict[int, int] = {}  # consumed after the step before each checkpoint
-
-    def read(self, ledger: BinaryIO) -> None:
-        """Read until the last save, a step before it, and the last start are known."""
-        end = None
-        for at, line in lines_from_end(ledger) if self._wanted else ():
-            end = at
-            if line.startswith(STEP):
-                if self._step(line):
-                    break  # everything about the last save has been read
-            else:
-                self._event(at, line)
-            if self._restarted:
-                break
-        for at, line in () if self._complete() else lines_from_end(ledger, end, skip=STEP):
-            self._event(at, line)
-            if self._complete():
-                break
-
-    def _complete(self) -> bool:
-        return self._start is not None and (self._restarted or self.last_save is not None)
+        self._start: tuple[int, dict[str, Any]] | None = None
+        self._start_counts = restarted = False
+        bound = 2**63  # the lowest step that a later event has returned to
+        for at, line in lines_from_end(ledger, skip=STEP):
+            event = parse_event(line)
+            if event is None:
+                continue
+            kind, step = event["event"], event["step"]
+            if kind == "start" and self._start is None:
+                self._start, self._start_counts = (at, event), not restarted
+            if not restarted:
+                self.started |= kind == "start"
+                if kind == "save" and step <= bound and self.last_save is None:
+                    self.last_save = step
+                if kind == "eval" and step <= bound:
+                    self.evaluated.add(step)
+                if kind in RETURNS:
+                    bound, restarted = min(bound, step), kind == "restart"
+            if self._start and (restarted or (self.last_save is not None and step < self.last_save)):
+                break  # an evaluation may have been recorded before its save
 
     def configuration(self, ledger: str) -> tuple[RunConfig | None, str]:
         """The configuration of the last start, if it has one; or why it cannot be read."""
@@ -155,52 +140,27 @@ class _Tail:
         if "config" not in event:
             return None, ""
         try:
-            return from_json(json.dumps(event["config"])), ""
+            return RunConfig.model_validate_json(json.dumps(event["config"])), ""
         except ValidationError as error:
             said = f"{ledger}: the start event at byte {at:,} cannot be read: {describe_problems(error)}"
             return None, said if self._start_counts else ""
 
-    def _step(self, line: bytes) -> bool:
-        """Note the tokens after a step; return whether the last save came after it."""
-        match = STEP_LINE.match(line)
-        if not match:
-            return False
-        step = int(match[1])
-        if step in self._wanted and step <= self._bound:
-            self.tokens.setdefault(step, int(match[2]))
-        return self.last_save is not None and step < self.last_save
 
-    def _event(self, at: int, line: bytes) -> None:
-        event = parse_event(line)
-        if event is None:
-            return
-        kind, step = event["event"], event["step"]
-        if kind == "start" and self._start is None:
-            self._start, self._start_counts = (at, event), not self._restarted
-        if self._restarted:
-            return
-        self.started |= kind == "start"
-        if kind == "save" and step <= self._bound and self.last_save is None:
-            self.last_save = step
-        if kind == "eval" and step <= self._bound:
-            self.evaluated.add(step)
-        if kind in RETURNS:
-            self._bound = min(self._bound, step)
-            self._restarted = kind == "restart"
+def _tokens_after(ledger: BinaryIO, step: int) -> int:
+    """Tokens consumed after `step`; 0 where the run has returned to an earlier one, or the line is not there."""
+    for _, line in lines_from_end(ledger):
+        match = STEP_LINE.match(line)
+        if match and int(match[1]) <= step:
+            return int(match[2]) if int(match[1]) == step else 0
+    return 0
 
 
 def _newest_position(
-    checkpoints: Sequence[int], last_save: int | None, read_header: Callable[[int], Header | None]
+    checkpoints: Sequence[int], last_save: int | None, read_header: Callable[[int], tuple[int, Position] | None]
 ) -> Position | None:
     # The saves that still count ascend in step, so the last of them is the newest when no checkpoint is beyond it.
-    if checkpoints and last_save == max(checkpoints):
-        header = read_header(last_save)
-        if header:
-            return header.position
+    if checkpoints and last_save == max(checkpoints) and (header := read_header(last_save)):
+        return header[1]
     # A crash between a save and its event, or checkpoints of an abandoned lineage: their numbers decide.
     headers = [header for step in checkpoints if (header := read_header(step))]
-    return max(headers, key=lambda header: (header.number, header.position.step)).position if headers else None
-
-
-def _size(folder: RunFolder) -> int:
-    return folder.ledger_file.stat().st_size if folder.ledger_file.exists() else 0
+    return max(headers)[1] if headers else None

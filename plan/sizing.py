@@ -59,11 +59,10 @@ def frees_gathered_weights(layout: Layout, blocks_bytes: int) -> bool:
 
     `blocks_bytes` is that of all blocks on a rank, in the compute dtype.
     """
-    if layout.reshard == "auto" and layout.pipeline > 1:
-        return False  # every micro-batch would gather them again, and a split backward needs those of its forward
-    if layout.reshard == "auto":
-        return blocks_bytes > KEEP_BYTES
-    return layout.reshard == "always"
+    if layout.reshard != "auto":
+        return layout.reshard == "always"
+    # In a pipeline every micro-batch would gather them again, and a split backward needs those of its forward.
+    return layout.pipeline == 1 and blocks_bytes > KEEP_BYTES
 
 
 def logit_rows(vocab: int, device_kind: str) -> int:
@@ -81,12 +80,9 @@ def attention_kind(setting: str, device_kind: str, dtype: str, *, packed: bool =
     if not packed:
         return "causal"
     if setting == "varlen" and not possible:
-        raise UserError(
-            f"variable-length attention does not run on {device_kind} in {dtype}",
-            where="kernels.attention",
-            why="its kernels are for CUDA devices in half precision",
-            remedy='set kernels.attention="auto", or layout.precision="bf16" on a GPU',
-        )
+        what = f"variable-length attention runs on CUDA devices in half precision, not on {device_kind} in {dtype}"
+        remedy = 'set kernels.attention="auto", or layout.precision="bf16" on a GPU'
+        raise UserError(what, where="kernels.attention", remedy=remedy)
     return "varlen" if possible and setting != "sdpa" else "mask"
 
 

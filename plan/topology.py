@@ -57,24 +57,27 @@ class Topology:
 
 def canonical(places: Iterable[Place]) -> list[Place]:
     """Return the places by mesh position: hosts in natural order (node2 before node10), then GPUs."""
-    return sorted(places, key=lambda place: (_natural(place.host), place.host, place.gpu, place.rank))
 
+    def key(place: Place) -> tuple[list[int | str], str, int, int]:
+        parts = enumerate(re.split(r"([0-9]+)", place.host))  # words and numbers alternate, a word first
+        return [int(part) if i % 2 else part for i, part in parts], place.host, place.gpu, place.rank
 
-def order(places: Iterable[Place]) -> tuple[int, ...]:
-    """Return the launcher's rank at each mesh position. A GPU's position does not depend on these ranks."""
-    return tuple(place.rank for place in canonical(places))
+    return sorted(places, key=key)
 
 
 def check(layout: Layout, topology: Topology) -> None:
     """Raise UserError where the layout does not fit these places.
 
-    Where NVLink domains are known, every rank needs its own GPU, and a tensor group must stay inside one domain unless
-    `layout.tensor_across_domains` is set.
+    Where NVLink domains are known, every rank needs its own GPU, and a tensor group must stay inside one domain.
     """
     layout = layout.resolve(len(topology.places))
     if not topology.domain:
         return
-    _each_has_a_gpu(topology)
+    for one, other in pairwise(canonical(topology.places)):
+        if (one.host, one.gpu) == (other.host, other.gpu):
+            what = f"ranks {one.rank} and {other.rank} are both on GPU {one.gpu}"
+            remedy = "start at most one rank a GPU (srun --ntasks-per-node, torchrun --nproc-per-node)"
+            raise UserError(what, where=one.host, why="every rank needs its own GPU", remedy=remedy)
     if not layout.tensor_across_domains:
         _tensor_stays_inside(layout, topology)
 
@@ -127,10 +130,7 @@ def describe(layout: Layout, topology: Topology, layers_by_stage: Sequence[Seque
 
 
 def describe_lines(description: Mapping[str, Any]) -> list[str]:
-    """Return `describe` as lines for people: ranks (hosts, above EACH_RANK ranks) in mesh order, then stages.
-
-    Axes that are not cut and domains that are not known are left out.
-    """
+    """Return `describe` as lines for people: ranks (hosts, above EACH_RANK ranks) in mesh order, then stages."""
     places, world = description["places"], description["world"]
     axes = [axis for axis, ways in description["axes"].items() if ways > 1]
     hosts = [list(group) for _, group in groupby(places, key=lambda place: place["host"])]
@@ -163,22 +163,6 @@ def spans(numbers: Iterable[int]) -> str:
     ends = [n for i, n in enumerate(whole) if i + 1 == len(whole) or whole[i + 1] != n + 1]
     runs = [str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)]
     return ",".join(runs) if len(runs) <= RUNS else f"{','.join(runs[:RUNS])}... ({len(whole)})"
-
-
-def _natural(name: str) -> list[int | str]:
-    """Return a key that sorts numbers within names by value: words and numbers alternate, a word first."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))]
-
-
-def _each_has_a_gpu(topology: Topology) -> None:
-    for one, other in pairwise(canonical(topology.places)):
-        if (one.host, one.gpu) == (other.host, other.gpu):
-            raise UserError(
-                f"ranks {one.rank} and {other.rank} are both on GPU {one.gpu}",
-                where=one.host,
-                why="every rank needs its own GPU",
-                remedy="start at most one rank a GPU (srun --ntasks-per-node, torchrun --nproc-per-node)",
-            )
 
 
 def _tensor_stays_inside(layout: Layout, topology: Topology) -> None:

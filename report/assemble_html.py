@@ -15,7 +15,7 @@ from minka.plan.errors import UserError
 from minka.plan.ledger import finite
 
 HERE = Path(__file__).parent
-SCRIPTS = ("formatting.js", "elements.js", "plots.js", "tables.js", "lineage.js", "header.js", "page.js")
+SCRIPTS = ("formatting.js", "elements.js", "plots.js", "tables.js", "lineage.js", "page.js")
 MARK = '<meta name="generator" content="minka report">'
 
 
@@ -43,9 +43,8 @@ def plotly_script() -> str:
         return base64.b64encode(gzip.compress(file.read_bytes(), mtime=0)).decode()
     except OSError as error:
         raise UserError(
-            f"plotly's script cannot be read: {error.strerror}",
+            f"plotly's script, which draws the page, cannot be read: {error.strerror}",
             where=str(file),
-            why="the page contains this script and draws with it",
             remedy="install plotly again: pip install 'plotly>=6'",
         ) from None
 

@@ -3,13 +3,14 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from minka.plan.cli import new_app, print_json, run_app
 
 WATCH_SECONDS = "10"
+WATCH_HELP = f"write again every SECONDS (default {WATCH_SECONDS}) until the runs have ended; an open page reloads"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -23,25 +24,23 @@ def main(argv: Sequence[str]) -> int:
             Path | None,
             typer.Option(help="file to write (default: report.html in the run's folder; for several runs, here)"),
         ] = None,
-        seconds: Annotated[
-            float | None,
-            typer.Option(
-                "--watch",
-                min=1,
-                metavar="[SECONDS]",
-                help=f"write the page again every SECONDS (default {WATCH_SECONDS}) until the runs have ended; "
-                "an open page reloads itself",
-            ),
-        ] = None,
+        seconds: Annotated[float | None, typer.Option("--watch", min=1, metavar="[SECONDS]", help=WATCH_HELP)] = None,
         as_json: Annotated[bool, typer.Option("--json", help="print the page's numbers as one JSON document")] = False,
     ) -> int:
-        from minka.report.console_lines import ConsoleLines
-        from minka.report.watch import watch
-        from minka.report.write_report import write_report
+        from minka.report.write_report import watch_runs, write_report
 
-        lines = ConsoleLines(sys.stderr, sys.stderr if as_json else sys.stdout)
-        file, data = write_report(runs, out) if seconds is None else watch(runs, out, seconds, lines.print)
-        lines.print(file, data)
+        printed: set[str] = set()
+
+        def announce(file: Path, data: dict[str, Any]) -> None:
+            warnings = [f"minka: {line}" for run in data["runs"] for line in run["warnings"]]
+            numbers = [*map(run_line, data["runs"]), str(file)]
+            for line in [*warnings, *numbers]:
+                if line not in printed:  # each once, however often the page is written
+                    printed.add(line)
+                    print(line, file=sys.stderr if as_json or line in warnings else sys.stdout, flush=True)
+
+        file, data = write_report(runs, out) if seconds is None else watch_runs(runs, out, seconds, announce)
+        announce(file, data)
         if as_json:
             print_json({"format": data["format"], "runs": [run["headline"] for run in data["runs"]], "page": str(file)})
         return 0
@@ -49,12 +48,22 @@ def main(argv: Sequence[str]) -> int:
     return run_app(app, with_watch_seconds(argv), "minka report")
 
 
+def run_line(run: dict[str, Any]) -> str:
+    """Return one run in one line: status, progress, newest loss, best score."""
+    numbers = run["headline"]
+    plan, loss, best = numbers["plan"], numbers["loss"], numbers["best"]
+    of = f" of {plan['steps']:,}" if plan else ""
+    words = [f"{run['name']}: {run['status']['label']}", f"step {numbers['step']:,}{of}"]
+    words += [f"loss {loss:.4f}"] if isinstance(loss, float) else []
+    words += [f"best {best['value']:.4f} bits per byte"] if best else []
+    return ", ".join(words)
+
+
 def with_watch_seconds(argv: Sequence[str]) -> list[str]:
     """Add the default after `--watch` without a number: typer has no option with an optional value."""
-    out: list[str] = []
-    for i, word in enumerate(argv):
-        out.append(word)
-        after = argv[i + 1] if i + 1 < len(argv) else ""
+    words: list[str] = []
+    for word, after in zip(argv, [*argv[1:], ""], strict=True):
+        words.append(word)
         if word == "--watch" and not after.replace(".", "", 1).isdigit():
-            out.append(WATCH_SECONDS)
-    return out
+            words.append(WATCH_SECONDS)
+    return words

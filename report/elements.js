@@ -6,8 +6,8 @@ const several = RUNS.length > 1;
 const root = document.documentElement;
 const $ = (id) => document.getElementById(id);
 
-function remembered(store, key, fallback) {
-  try { return { ...fallback, ...JSON.parse(window[store].getItem(key) || "{}") }; } catch { return { ...fallback }; }
+function remembered(store, key) {
+  try { return JSON.parse(window[store].getItem(key)) || {}; } catch { return {}; }
 }
 
 function remember(store, key, value) {
@@ -15,30 +15,29 @@ function remember(store, key, value) {
 }
 
 const KEY = "minka-report " + location.pathname;
-const view = remembered("sessionStorage", KEY, { // survives a reload
+const view = { // survives a reload
   x: "tokens", smooth: true, log: false, off: [], hidden: ["start"], score: "", range: null, scroll: 0, open: {},
-});
+  ...remembered("sessionStorage", KEY),
+};
 
 // el("td", {class: "n"}, "text", node, ...): text stays text, whatever is in it.
 function el(tag, attributes = {}, ...inside) {
-  const node = document.createElement(tag);
+  const drawn = ["svg", "path", "circle"].includes(tag);
+  const node = drawn ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
-    if (value === undefined || value === null || value === false) continue;
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else if (name === "colour") node.style.setProperty("--colour", value);
-    else node.setAttribute(name, value === true ? "" : value);
+    else if (value !== undefined && value !== false) node.setAttribute(name, value === true ? "" : value);
   }
-  node.append(...inside.flat(Infinity).filter((part) => part !== null && part !== undefined && part !== ""));
+  node.append(...inside.flat(Infinity).filter(Boolean));
   return node;
 }
 
 function card(title, subtitle, ...inside) {
-  return el("section", { class: "card" }, cardHead(title, subtitle), inside);
+  const head = el("div", { class: "head" }, el("h2", {}, title), subtitle && el("span", {}, subtitle));
+  return el("section", { class: "card" }, head, inside);
 }
 
-function cardHead(title, subtitle, ...more) {
-  return el("div", { class: "head" }, el("h2", {}, title), subtitle ? el("span", {}, subtitle) : null, more);
-}
+const body = (...inside) => el("div", { class: "body" }, inside);
 
 function table(head, rows, kinds = []) {
   const cells = (row, tag) => row.map((cell, i) => el(tag, { class: kinds[i] }, cell));
@@ -48,5 +47,5 @@ function table(head, rows, kinds = []) {
 
 const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
 const runColour = (index) => `var(--run-${index % 8})`;
-const swatch = (index) => el("i", { class: "swatch", colour: runColour(index) });
+const swatch = (index) => el("i", { class: "swatch", style: `--colour: ${runColour(index)}` });
 const label = (index) => (several ? [swatch(index), " ", RUNS[index].name] : []);

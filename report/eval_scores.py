@@ -6,13 +6,12 @@ from typing import Any
 import numpy as np
 
 from minka.plan.ledger import is_count, number
-from minka.report.curves import StepColumns
+from minka.report.curves import Columns
 from minka.report.downsample import rounded
 from minka.report.run_files import Event, RunFiles
-from minka.report.running_time import RunningTime
 
 
-def eval_scores(run: RunFiles, steps: StepColumns, time: RunningTime) -> dict[tuple[str, str], list[Event]]:
+def eval_scores(run: RunFiles, steps: Columns) -> dict[tuple[str, str], list[Event]]:
     """Return the points of each (suite, score) by step: {"step", "tokens", "seconds", "value", "stderr"}.
 
     They come from the ledger, and from later evaluations of checkpoints (evals/).
@@ -20,24 +19,24 @@ def eval_scores(run: RunFiles, steps: StepColumns, time: RunningTime) -> dict[tu
     results: dict[tuple[str, int], Event] = {}
     for event in run.kept:
         if event["event"] == "eval" and isinstance(event.get("scores"), dict):
-            results[str(event.get("suite", "")), event["step"]] = event | {"seconds": time.seconds(event["time"])}
-    end = max([*steps.step.tolist(), *(step for _, step in results)], default=math.inf)
+            results[str(event.get("suite", "")), event["step"]] = event
+    end = max([*steps["step"].tolist(), *(step for _, step in results)], default=math.inf)
     for result in run.evals:
         if result["step"] <= end:  # later ones are of steps that count no more
-            seconds = float(np.interp(result["step"], steps.step, steps.seconds)) if len(steps.step) else 0.0
-            results.setdefault((result["suite"], result["step"]), result | {"seconds": seconds})
+            seconds = float(np.interp(result["step"], steps["step"], steps["seconds"])) if len(steps["step"]) else 0.0
+            results.setdefault((result["suite"], result["step"]), {**result, "running_seconds": seconds})
     points: dict[tuple[str, str], list[Event]] = {}
-    for suite, step in sorted(results):
-        result = results[suite, step]
+    for (suite, step), result in sorted(results.items(), key=lambda item: item[0]):
         errors = result.get("stderr")
-        at = {
-            "step": step,
-            "tokens": result["tokens"] if is_count(result.get("tokens")) else None,
-            "seconds": round(result["seconds"], 2),
-        }
         for name, value in result["scores"].items():
-            error = errors.get(name) if isinstance(errors, dict) else None
-            points.setdefault((suite, name), []).append({**at, "value": number(value), "stderr": error})
+            point = {
+                "step": step,
+                "tokens": result["tokens"] if is_count(result.get("tokens")) else None,
+                "seconds": round(result["running_seconds"], 2),
+                "value": number(value),
+                "stderr": errors.get(name) if isinstance(errors, dict) else None,
+            }
+            points.setdefault((suite, name), []).append(point)
     return points
 
 

@@ -9,10 +9,9 @@ from minka.plan.ledger import number
 from minka.report.curves import MAX_MARKS
 from minka.report.downsample import evenly
 from minka.report.run_files import Event
-from minka.report.running_time import RunningTime
 
 
-def events(kept: Sequence[Event], time: RunningTime) -> dict[str, dict[str, list[Any]]]:
+def events(kept: Sequence[Event]) -> dict[str, dict[str, list[Any]]]:
     """Return {"step", "tokens", "seconds", "text"} by kind, thinned evenly to MAX_MARKS."""
     by_kind: dict[str, list[Event]] = {}
     for event in kept:
@@ -25,7 +24,7 @@ def events(kept: Sequence[Event], time: RunningTime) -> dict[str, dict[str, list
         found[kind] = {
             "step": [event["step"] for event in shown],
             "tokens": [event["tokens"] for event in shown],
-            "seconds": [round(time.seconds(event["time"]), 2) for event in shown],
+            "seconds": [round(event["running_seconds"], 2) for event in shown],
             "text": [TEXTS[kind](event) for event in shown],
         }
     return found
@@ -34,20 +33,13 @@ def events(kept: Sequence[Event], time: RunningTime) -> dict[str, dict[str, list
 def changed_settings(event: Event) -> list[tuple[str, Any, Any]]:
     """Return (key, old, new) of each setting that a start, or a fork, changed."""
     changed = event.get("changed")
-    if not isinstance(changed, dict):
-        return []
-    return [(key, *pair) for key, pair in changed.items() if isinstance(pair, list) and len(pair) == 2]
+    pairs = changed.items() if isinstance(changed, dict) else ()
+    return [(key, *pair) for key, pair in pairs if isinstance(pair, list) and len(pair) == 2]
 
 
 def describe_changes(event: Event) -> str:
     """Return the changed settings in words; empty if there are none."""
     return ", ".join(f"{key}: {old} → {new}" for key, old, new in changed_settings(event))
-
-
-def describe_ranks(event: Event) -> str:
-    """Return how many ranks a start had, and on what device."""
-    ranks = event.get("ranks", "?")
-    return f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {event.get('device', '?')}"
 
 
 def format_bytes(count: object) -> str:
@@ -61,8 +53,9 @@ def format_bytes(count: object) -> str:
     return f"{known:.0f} B"
 
 
-def _reason(event: Event) -> str:
-    return str(event.get("reason", ""))
+def _start(event: Event) -> str:
+    ranks = event.get("ranks", "?")
+    return f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {event.get('device', '?')}"
 
 
 def _save(event: Event) -> str:
@@ -75,8 +68,12 @@ def _eval(event: Event) -> str:
     return f"{event.get('suite', '')} {bits:.4f} bits per byte" if isinstance(bits, float) else str(event.get("suite"))
 
 
+def _reason(event: Event) -> str:
+    return str(event.get("reason", ""))
+
+
 TEXTS: dict[str, Callable[[Event], str]] = {
-    "start": describe_ranks,
+    "start": _start,
     "changed": describe_changes,
     "save": _save,
     "eval": _eval,

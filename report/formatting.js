@@ -1,11 +1,10 @@
 // Numbers, times and settings as text.
 
-const finite = (value) => typeof value === "number" && Number.isFinite(value);
+const finite = Number.isFinite;
 const count = (value) => (finite(value) ? value.toLocaleString("en-US") : "–");
 const fixed = (value, digits) => (finite(value) ? value.toFixed(digits) : setting(value ?? undefined));
 const compact = new Intl.NumberFormat("en-US", { notation: "compact", maximumSignificantDigits: 3 }); // 1.23M
 const short = (value) => (finite(value) ? compact.format(value) : "–");
-const plural = (n, word) => `${count(n)} ${word}${n === 1 ? "" : "s"}`;
 const when = (time) => new Date(time * 1000).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
 
 function duration(seconds) {

@@ -4,69 +4,65 @@ import math
 from collections import Counter
 from typing import Any
 
-from minka.report.curves import StepColumns
+from minka.report.curves import Columns
 from minka.report.run_files import Event, RunFiles
-from minka.report.run_status import RunStatus
-from minka.report.running_time import RunningTime
 
 SPEED_STEPS = 200  # newest steps that the remaining time is estimated from
 SUITE, SCORE = "heldout", "bits_per_byte"
 
 
 def headline(
-    run: RunFiles, steps: StepColumns, time: RunningTime, status: RunStatus, scores: dict[tuple[str, str], list[Event]]
+    run: RunFiles, steps: Columns, status: dict[str, Any], scores: dict[tuple[str, str], list[Event]]
 ) -> dict[str, Any]:
     """Return the numbers at the head of the page."""
-    newest = run.events[-1] if run.events else {"step": 0, "tokens": 0, "time": 0.0}
-    last = next((event for event in reversed(run.kept) if event["event"] == "step"), {})
+    newest = run.events[-1] if run.events else {"step": 0, "tokens": 0, "running_seconds": 0.0}
+    last: Event = next((event for event in reversed(run.kept) if event["event"] == "step"), {})
     at = {key: last.get(key, newest[key]) for key in ("step", "tokens")}
-    scored = [point for point in scores.get((SUITE, SCORE), []) if math.isfinite(point["value"])]
-    best = min(scored, key=lambda point: float(point["value"]), default=None)
+    scored = [
+        {"name": SCORE, "suite": SUITE, **{key: point[key] for key in ("step", "value", "stderr")}}
+        for point in scores.get((SUITE, SCORE), [])
+        if math.isfinite(point["value"])
+    ]
     counts = Counter(event["event"] for event in run.events)
     return {
         "run": run.folder.path.name,
         "path": str(run.folder.path),
-        "status": status.kind,
-        "why": status.why,
+        "status": status["kind"],
+        "why": status["why"],
         **at,
         "loss": last.get("loss"),
-        "best": None if best is None else _score(best),
-        "newest_score": None if not scored else _score(scored[-1]),
+        "best": min(scored, key=lambda score: float(score["value"]), default=None),
+        "newest_score": scored[-1] if scored else None,
         "tokens_per_second": last.get("tokens_per_second"),
         "mfu": last.get("mfu"),
-        "running_seconds": round(time.seconds(newest["time"]), 3),
+        "running_seconds": round(newest["running_seconds"], 3),
         "plan": _plan(run, steps, at, status),
         "events": dict(sorted(counts.items())),
-        "steps_void": counts["step"] - len(steps.step),
+        "steps_void": counts["step"] - len(steps["step"]),
         "torn_lines": run.torn_lines,
         "notes": run.notes,
     }
 
 
-def _score(point: Event) -> dict[str, Any]:
-    return {"name": SCORE, "suite": SUITE, **{key: point[key] for key in ("step", "value", "stderr")}}
-
-
-def _plan(run: RunFiles, steps: StepColumns, at: Event, status: RunStatus) -> dict[str, Any] | None:
+def _plan(run: RunFiles, steps: Columns, at: Event, status: dict[str, Any]) -> dict[str, Any] | None:
     """Return what the configuration asks for, the share that is done, and the time left at the current speed."""
     if run.planned is None:
         return None
     total_steps, total_tokens = run.planned.total_steps, run.planned.total_tokens
     by_steps = run.planned.run.max_steps is not None
     done = at["step"] / total_steps if by_steps else at["tokens"] / total_tokens
-    plan: dict[str, Any] = {
+    left = source = None
+    count = min(SPEED_STEPS, len(steps["step"]))
+    if done < 1 and status["kind"] in ("running", "stopped", "silent") and count > 1:
+        seconds, tokens = (float(column[-1] - column[-count]) for column in (steps["seconds"], steps["tokens"]))
+        if seconds > 0 and tokens > 0:
+            left = round(max(0.0, total_tokens - at["tokens"]) * seconds / tokens, 1)
+            source = f"mean of the last {count:,} steps, with their saves and evaluations"
+    return {
         "end": "run.max_steps" if by_steps else "run.max_tokens",
         "steps": total_steps,
         "tokens": total_tokens,
         "done": round(min(1.0, done), 6),
-        "seconds_left": None,
-        "seconds_left_from": None,
+        "seconds_left": left,
+        "seconds_left_from": source,
     }
-    count = min(SPEED_STEPS, len(steps.step))
-    if done < 1 and status.kind in ("running", "stopped", "silent") and count > 1:
-        seconds = float(steps.seconds[-1] - steps.seconds[-count])
-        tokens = float(steps.tokens[-1] - steps.tokens[-count])
-        if seconds > 0 and tokens > 0:
-            plan["seconds_left"] = round(max(0.0, total_tokens - at["tokens"]) * seconds / tokens, 1)
-            plan["seconds_left_from"] = f"mean of the last {count:,} steps, with their saves and evaluations"
-    return plan

@@ -6,20 +6,17 @@ from typing import Any
 
 from minka.plan.load_config import flatten
 from minka.plan.run_folder import RunFolder
-from minka.report.curves import curves, step_columns
+from minka.report.curves import curves, step_columns, time_split
 from minka.report.eval_scores import eval_scores, newest_samples, score_curves
 from minka.report.events import changed_settings, events, format_bytes
 from minka.report.headline import headline
 from minka.report.lineage_graph import lineage_graph
 from minka.report.run_files import RunFiles
-from minka.report.run_status import RunStatus, run_status
-from minka.report.running_time import RunningTime
-from minka.report.time_split import time_split
+from minka.report.run_status import run_status
 
 POINTS, ALL_POINTS, MIN_POINTS = 2000, 6000, 250  # of a curve; of all runs' curves of one kind; in any case
 MAX_CHECKPOINTS = 300
-SHOWN_ELSEWHERE = frozenset({"event", "config", "changed", "lineage"})  # fields of a start
-FORMAT = 1
+SHOWN_ELSEWHERE = frozenset({"event", "config", "changed", "lineage", "running_seconds"})  # fields of a start
 PageData = dict[str, Any]
 
 
@@ -28,10 +25,10 @@ def page_data(runs: Sequence[RunFiles], now: float) -> PageData:
     names = distinct_names([run.folder for run in runs])
     points = min(POINTS, max(MIN_POINTS, ALL_POINTS // len(runs)))
     return {
-        "format": FORMAT,
+        "format": 1,
         "written": now,
         "points": points,
-        "runs": [_run(run, name, run_status(run, now), points) for run, name in zip(runs, names, strict=True)],
+        "runs": [_run(run, name, now, points) for run, name in zip(runs, names, strict=True)],
         "lineage": lineage_graph(runs, names),
     }
 
@@ -45,9 +42,9 @@ def distinct_names(folders: Sequence[RunFolder]) -> list[str]:
     """Return a name for each run: its folder's, with as much of the path as makes it differ from the others."""
     parts = [folder.path.resolve().parts for folder in folders]
     names = [p[-1] for p in parts]
-    for depth in range(2, max((len(p) for p in parts), default=0) + 1):
-        twice = {name for name, count in Counter(names).items() if count > 1}
-        names = ["/".join(p[-depth:]) if name in twice else name for p, name in zip(parts, names, strict=True)]
+    for depth in range(2, max(map(len, parts), default=0) + 1):
+        count = Counter(names)
+        names = ["/".join(p[-depth:]) if count[name] > 1 else name for p, name in zip(parts, names, strict=True)]
     return names
 
 
@@ -58,7 +55,6 @@ def checkpoints(run: RunFiles) -> list[dict[str, Any]]:
         if event["event"] == "save":
             name = str(event.get("path", "")).replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
             fields = ("step", "tokens", "stall_seconds", "total_seconds", "permanent")
-            found.pop(name, None)  # written again: the last one counts
             found[name] = {key: event.get(key) for key in fields} | {"size": format_bytes(event.get("bytes"))}
     for name, step in run.checkpoints.items():
         found.setdefault(name, {"step": step, "only_on_disk": True})
@@ -66,25 +62,25 @@ def checkpoints(run: RunFiles) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: int(row["step"]), reverse=True)
 
 
-def _run(run: RunFiles, name: str, status: RunStatus, points: int) -> dict[str, Any]:
-    time = RunningTime(run.events)
-    steps = step_columns(run, time)
-    scores = eval_scores(run, steps, time)
+def _run(run: RunFiles, name: str, now: float, points: int) -> dict[str, Any]:
+    status = run_status(run, now)
+    steps = step_columns(run)
+    scores = eval_scores(run, steps)
     saved = checkpoints(run)
-    starts = [event for event in run.events if event["event"] == "start"]
+    newest_start = run.starts[-1] if run.starts else {}
     return {
         "name": name,
-        "status": status._asdict() | {"ended": status.ended},
-        "headline": headline(run, steps, time, status, scores),
-        "warnings": run.warnings(),
-        "steps": len(steps.step),
+        "status": status,
+        "headline": headline(run, steps, status, scores),
+        "warnings": run.notes,
+        "steps": len(steps["step"]),
         "curves": curves(steps, points),
-        "events": events(run.kept, time),
+        "events": events(run.kept),
         "scores": score_curves(scores),
-        "time": time_split(run, steps, time),
+        "time": time_split(run, steps),
         "config": run.config,
-        "changed": [[*change, start["step"]] for start in starts for change in changed_settings(start)],
-        "started": {key: value for key, value in starts[-1].items() if key not in SHOWN_ELSEWHERE} if starts else {},
+        "changed": [[*change, start["step"]] for start in run.starts for change in changed_settings(start)],
+        "started": {key: value for key, value in newest_start.items() if key not in SHOWN_ELSEWHERE},
         "provenance": flatten(run.provenance),
         "checkpoints": saved[:MAX_CHECKPOINTS],
         "checkpoints_left_out": max(0, len(saved) - MAX_CHECKPOINTS),

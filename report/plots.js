@@ -18,6 +18,7 @@ const EVENTS = { // kind: [sign, symbol, colour, whether a line crosses every pl
 const PARTS = { compute: "solid", data: "dot", save: "square", eval: "diamond" }; // dash of a line, or symbol
 const SPLIT = { compute: "--part-0", data: "--part-1", save: "--part-2", eval: "--part-3", repeated: "--bad", "starting, waiting": "--part-4" };
 
+const peak = RUNS.map((run) => run.started.mfu_peak_flops).find(Boolean);
 const has = (name) => RUNS.some((run) => run.curves[name]);
 const scoreNames = [...new Set(RUNS.flatMap((run) => Object.keys(run.scores)))];
 const sourceNames = scoreNames.filter((name) => name.includes("bits_per_byte/"));
@@ -29,15 +30,10 @@ const PLOTS = [
   { id: "learning_rate", title: "Learning rate", subtitle: "", traces: () => line("learning_rate"), format: ".3~g" },
   { id: "batch_tokens", title: "Batch size", subtitle: "tokens per step", traces: () => line("batch_tokens"), zero: true },
   { id: "tokens_per_second", title: "Throughput", subtitle: "tokens per second, without saves and evaluations", traces: () => line("tokens_per_second"), zero: true },
-  { id: "mfu", title: "MFU", subtitle: mfuSubtitle(), traces: () => line("mfu"), zero: true, percent: true },
+  { id: "mfu", title: "MFU", subtitle: peak && `of ${short(peak)}FLOP/s per device`, traces: () => line("mfu"), zero: true, percent: true },
   { id: "parts", title: "Seconds per step", subtitle: "— compute  ··· data  ■ save  ◆ eval", if: has("compute") || has("data"), traces: partTraces, always: "log" },
   { id: "split", title: "Where the time went", subtitle: "of all running time", wide: true, if: RUNS.some((run) => Object.values(run.time).some((s) => s > 0)), traces: splitTraces, own: true },
 ].filter((plot) => (plot.if === undefined ? has(plot.id) : plot.if));
-
-function mfuSubtitle() {
-  const start = RUNS.map((run) => run.started).find((started) => started.mfu_peak_flops);
-  return start ? `of ${short(start.mfu_peak_flops)}FLOP/s per device` : "";
-}
 
 const isOn = (index) => !view.off.includes(RUNS[index].name);
 const on = () => RUNS.map((_, index) => index).filter(isOn);
@@ -50,58 +46,52 @@ function timeUnit() {
 
 const xs = (curve) => (view.x === "time" ? curve.seconds.map((s) => s / timeUnit()[0]) : curve[view.x]);
 
+// What is drawn of one run; `role` says which part of the plot it is.
+const trace = (index, role, more) => ({ type: "scatter", mode: "lines", name: nameOf(index), meta: { run: index, role }, ...more });
+
 function line(name) {
-  const traces = [];
-  for (const index of on()) {
-    const curve = RUNS[index].curves[name], smooth = view.smooth && RUNS[index].curves[`${name}_smooth`];
-    const base = { type: "scatter", mode: "lines", name: nameOf(index), connectgaps: false, meta: { run: index } };
-    if (curve) {
-      const alone = curve.value.length === 1;
-      const style = { color: colour(index), width: smooth ? 1 : 1.5 };
-      traces.push({ ...base, mode: alone ? "markers" : "lines", x: xs(curve), y: curve.value, line: style, marker: { color: colour(index) }, opacity: smooth ? 0.35 : 1, meta: { run: index, role: name } });
-    }
-    if (smooth) traces.push({ ...base, x: xs(smooth), y: smooth.value, line: { color: colour(index), width: 2 }, name: `${nameOf(index)}, smoothed`, meta: { run: index, role: `${name}_smooth` } });
-    const bad = RUNS[index].curves.not_finite;
-    if (bad && name === "loss") {
-      const marker = { symbol: "x", size: 8, color: css("--bad") };
-      traces.push({ ...base, mode: "markers", x: xs(bad), y: bad.step.map(() => 0.9), yaxis: "y2", marker, name: "not finite", text: bad.step.map((s) => `${nameOf(index)}: step ${s}`), hovertemplate: "%{text}<extra>loss is not finite</extra>", meta: { run: index, role: "not_finite" } });
-    }
-  }
-  return traces;
+  return on().flatMap((index) => {
+    const { curves } = RUNS[index], curve = curves[name], color = colour(index);
+    const smooth = view.smooth && curves[`${name}_smooth`], bad = name === "loss" && curves.not_finite;
+    const mode = curve?.value.length === 1 ? "markers" : "lines", cross = { symbol: "x", size: 8, color: css("--bad") };
+    return [
+      curve && trace(index, name, { mode, x: xs(curve), y: curve.value, line: { color, width: smooth ? 1 : 1.5 }, marker: { color }, opacity: smooth ? 0.35 : 1 }),
+      smooth && trace(index, `${name}_smooth`, { name: `${nameOf(index)}, smoothed`, x: xs(smooth), y: smooth.value, line: { color, width: 2 } }),
+      bad && trace(index, "not_finite", { name: "not finite", mode: "markers", x: xs(bad), y: bad.step.map(() => 0.9), yaxis: "y2", marker: cross, text: bad.step.map((s) => `${nameOf(index)}: step ${s}`), hovertemplate: "%{text}<extra>loss is not finite</extra>" }),
+    ].filter(Boolean);
+  });
 }
 
 function scoreTraces() {
-  const traces = [], name = scoreNames.includes(view.score) ? view.score : scoreNames[0];
-  for (const index of on()) {
-    const score = RUNS[index].scores[name];
-    if (!score) continue;
-    const x = xs(score), error = score.stderr.map((e) => e ?? 0), meta = (role) => ({ run: index, role });
-    const band = { type: "scatter", mode: "lines", x, line: { width: 0 }, hoverinfo: "skip", showlegend: false };
-    if (x.length > 1) {
-      traces.push({ ...band, y: score.value.map((v, i) => (v === null ? null : v - error[i])), meta: meta("low") });
-      traces.push({ ...band, y: score.value.map((v, i) => (v === null ? null : v + error[i])), fill: "tonexty", fillcolor: clear(colour(index), 0.15), meta: meta("high") });
-    }
-    traces.push({ type: "scatter", mode: "lines+markers", x, y: score.value, name: nameOf(index), line: { color: colour(index), width: 2 }, marker: { color: colour(index), size: 6 }, customdata: score.stderr.map((e) => (e === null ? "" : ` ± ${e.toPrecision(3)}`)), hovertemplate: "%{y:.4f}%{customdata}", error_y: x.length > 1 ? undefined : { array: error, color: colour(index), thickness: 1 }, meta: meta("score") });
-  }
-  return traces;
+  const name = scoreNames.includes(view.score) ? view.score : scoreNames[0];
+  return on().filter((index) => RUNS[index].scores[name]).flatMap((index) => {
+    const score = RUNS[index].scores[name], x = xs(score), color = colour(index), error = score.stderr.map((e) => e ?? 0);
+    const band = x.length > 1 && { x, line: { width: 0 }, hoverinfo: "skip", showlegend: false };
+    const edge = (sign) => score.value.map((v, i) => (v === null ? null : v + sign * error[i]));
+    const margin = score.stderr.map((e) => (e === null ? "" : ` ± ${e.toPrecision(3)}`));
+    return [
+      band && trace(index, "low", { ...band, y: edge(-1) }),
+      band && trace(index, "high", { ...band, y: edge(1), fill: "tonexty", fillcolor: clear(color, 0.15) }),
+      trace(index, "score", { mode: "lines+markers", x, y: score.value, line: { color, width: 2 }, marker: { color, size: 6 }, customdata: margin, hovertemplate: "%{y:.4f}%{customdata}", error_y: band ? undefined : { array: error, color, thickness: 1 } }),
+    ].filter(Boolean);
+  });
 }
 
 function sourceTraces() {
   return on().filter((index) => sourceNames.some((name) => RUNS[index].scores[name])).map((index) => {
-    const found = sourceNames.filter((name) => RUNS[index].scores[name]).map((name) => [name.replace(/^.*bits_per_byte\//, ""), RUNS[index].scores[name]]);
-    return { type: "scatter", mode: "markers", orientation: "h", name: nameOf(index), y: found.map(([name]) => cut(name)), x: found.map(([, s]) => s.value.at(-1)), error_x: { array: found.map(([, s]) => s.stderr.at(-1) ?? 0), thickness: 1, width: 3, color: colour(index) }, marker: { color: colour(index), size: 8 }, hovertemplate: "%{x:.4f}", meta: { run: index, role: "sources" } };
+    const names = sourceNames.filter((name) => RUNS[index].scores[name]), color = colour(index);
+    const y = names.map((name) => cut(name.replace(/^.*bits_per_byte\//, "")));
+    const [x, error] = ["value", "stderr"].map((key) => names.map((name) => RUNS[index].scores[name][key].at(-1)));
+    return trace(index, "sources", { mode: "markers", orientation: "h", y, x, error_x: { array: error.map((e) => e ?? 0), thickness: 1, width: 3, color }, marker: { color, size: 8 }, hovertemplate: "%{x:.4f}" });
   });
 }
 
 function partTraces() {
-  const traces = [];
-  for (const index of on()) for (const [part, style] of Object.entries(PARTS)) {
-    const curve = RUNS[index].curves[part];
-    if (!curve) continue;
-    const spikes = part === "save" || part === "eval";
-    traces.push({ type: "scatter", mode: spikes ? "markers" : "lines", x: xs(curve), y: curve.value.map((v) => (v > 0 ? v : null)), name: several ? `${nameOf(index)}: ${part}` : part, line: { color: colour(index), width: 1.5, dash: spikes ? undefined : style }, marker: { symbol: spikes ? style : "circle", color: colour(index), size: 6 }, hovertemplate: "%{y:.3g} s", meta: { run: index, role: part } });
-  }
-  return traces;
+  return on().flatMap((index) => Object.entries(PARTS).filter(([part]) => RUNS[index].curves[part]).map(([part, style]) => {
+    const curve = RUNS[index].curves[part], spikes = part === "save" || part === "eval", color = colour(index);
+    const dash = spikes ? undefined : style, symbol = spikes ? style : "circle", name = several ? `${nameOf(index)}: ${part}` : part;
+    return trace(index, part, { name, mode: spikes ? "markers" : "lines", x: xs(curve), y: curve.value.map((v) => (v > 0 ? v : null)), line: { color, width: 1.5, dash }, marker: { symbol, color, size: 6 }, hovertemplate: "%{y:.3g} s" });
+  }));
 }
 
 function decades() {
@@ -157,12 +147,11 @@ function plotCards() {
   const narrow = PLOTS.filter((plot) => !plot.wide);
   if (narrow.length % 2) narrow.at(-1).wide = true; // no hole in the grid
   return PLOTS.map((plot) => {
-    const select = plot.select && plot.select.length > 1 && el("select", { "aria-label": "which score", onchange: (event) => { view.score = event.target.value; draw([plot]); } },
-      plot.select.map((name) => el("option", { value: name, selected: name === view.score }, name)));
-    const head = cardHead(plot.title, plot.subtitle, select || null);
-    const rows = plot.id === "split" ? RUNS.length : 0;
-    const node = el("section", { class: `card${plot.wide ? " wide" : ""}${rows ? " short" : ""}` }, head, el("div", { class: "plot", id: `plot-${plot.id}` }));
-    if (rows) node.style.setProperty("--rows", rows + 1);
+    const node = card(plot.title, plot.subtitle, el("div", { class: "plot", id: `plot-${plot.id}` }));
+    node.className = `card${plot.wide ? " wide" : ""}${plot.id === "split" ? " short" : ""}`;
+    const options = (plot.select || []).map((name) => el("option", { value: name, selected: name === view.score }, name));
+    const choose = (event) => { view.score = event.target.value; draw([plot]); };
+    if (options.length > 1) node.firstChild.append(el("select", { "aria-label": "which score", onchange: choose }, options));
     return node;
   });
 }
@@ -187,8 +176,7 @@ function zoomed(from, change) {
   else if (change["xaxis.autorange"]) range = null;
   if (String(range) === String(view.range)) return;
   view.range = range;
-  for (const plot of PLOTS) {
-    if (plot.own || plot === from) continue;
+  for (const plot of PLOTS.filter((other) => !other.own && other !== from)) {
     Plotly.relayout($(`plot-${plot.id}`), range ? { "xaxis.range": [...range] } : { "xaxis.autorange": true });
   }
 }

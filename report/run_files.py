@@ -1,126 +1,114 @@
 """The files of a run's folder, read for the report. Nothing is written, and what cannot be read becomes a note."""
 
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
-from minka.plan.ledger import current, is_count, parse, read_ledger
+from minka.plan.ledger import RETURNS, current, is_count, parse, read_ledger
 from minka.plan.load_config import flatten
-from minka.plan.run_folder import RunFolder, find_run
+from minka.plan.run_folder import find_run
 
 Event = dict[str, Any]
 MAX_LINES_NAMED = 10
+BEFORE_START = RETURNS | {"fallback"}  # what a session may write before its `start`
 
 
-class RunFiles(NamedTuple):
-    """What is on disk of one run. `events` is the whole ledger, `kept` the events that count (plan/ledger.py)."""
+class RunFiles:
+    """What is on disk of the run `given`: a folder, its run.toml, or a name under runs/.
 
-    folder: RunFolder
-    events: list[Event]
-    kept: list[Event]
-    torn_lines: list[int]  # line numbers, from 1
-    config: dict[str, object]  # "section.key" -> value, as last started
-    planned: RunConfig | None  # None: a configuration of a different version
-    exit_reason: dict[str, Any]  # exit_reason.json, and `written`: its time
-    provenance: dict[str, Any]
-    parents: list[dict[str, Any]]  # of lineage.json, nearest first
-    plan_file: object  # content of plan.json, None without one
-    evals: list[dict[str, Any]]  # results in evals/, oldest step first
-    checkpoints: dict[str, int]  # name of each checkpoint on disk -> its step
-    notes: list[str]  # what could not be read, for people
+    Raises UserError if there is no such run, or if its ledger cannot be read.
+    """
 
-    def warnings(self) -> list[str]:
-        """Return what is wrong with the files, one line each."""
-        count = len(self.torn_lines)
-        if not count:
-            return self.notes
-        named = ", ".join(map(str, self.torn_lines[:MAX_LINES_NAMED]))
-        more = f" and {count - MAX_LINES_NAMED:,} more" if count > MAX_LINES_NAMED else ""
-        lines = f"{'line' if count == 1 else 'lines'} {named}{more}"
-        return [f"{self.folder.ledger_file}: skipped {lines}, cut off or damaged", *self.notes]
+    def __init__(self, given: str) -> None:
+        path = Path(given)
+        self.folder = find_run(str(path.parent) if path.name == "run.toml" else given)
+        self.notes: list[str] = []  # what is missing or damaged, for people
+        self.torn_lines: list[int] = []  # of the ledger, from 1
+        self.events = self._ledger()  # all of them
+        self.kept = current(self.events)  # the events that count (plan/ledger.py)
+        self.starts = [event for event in self.events if event["event"] == "start"]
+        self.config = self._config()  # "section.key" -> value, as last started
+        self.planned: RunConfig | None = None  # None: a configuration of a different version
+        with self._noted("the plan of the run is unknown"):
+            self.planned = self.folder.config()
+        self.exit_reason = self._table(self.folder.exit_file)
+        if self.exit_reason:
+            self.exit_reason["written"] = self.folder.exit_file.stat().st_mtime
+        self.provenance = self._table(self.folder.path / "provenance.json")
+        parents = self._table(self.folder.lineage_file).get("parents")
+        parents = parents if isinstance(parents, list) else []
+        self.parents = [p for p in parents if isinstance(p, dict) and p.get("folder")]  # nearest first
+        self.plan_file = self._json(self.folder.path / "plan.json")  # None without one
+        self.evals = list(self._evals())  # oldest step first
+        committed = (file.parent.name for file in sorted(self.folder.checkpoints.glob("step-*/manifest.json")))
+        self.checkpoints = {name: int(name[5:]) for name in committed if name[5:].isdecimal()}  # name -> step
 
+    def _ledger(self) -> list[Event]:
+        file = self.folder.ledger_file
+        try:
+            events = list(read_ledger(file, self.torn_lines.append))
+        except OSError as error:
+            raise UserError(f"cannot be read: {error.strerror}", where=str(file)) from None
+        if not file.exists():
+            self.notes.append(f"{file} does not exist: the run has written nothing yet")
+        if count := len(self.torn_lines):
+            named = ", ".join(map(str, self.torn_lines[:MAX_LINES_NAMED]))
+            more = f" and {count - MAX_LINES_NAMED:,} more" if count > MAX_LINES_NAMED else ""
+            lines = f"{'line' if count == 1 else 'lines'} {named}{more}"
+            self.notes.append(f"{file}: skipped {lines}, cut off or damaged")
+        add_running_seconds(events)
+        return events
 
-def read_run_files(given: str) -> RunFiles:
-    """Read the run `given`: a folder, its run.toml, or a name under runs/. Raises UserError if it does not exist."""
-    path = Path(given)
-    folder = find_run(str(path.parent) if path.name == "run.toml" else given)
-    notes: list[str] = []
-    events, torn_lines = _ledger(folder.ledger_file, notes)
-    exit_reason = _read_table(folder.exit_file, notes)
-    if exit_reason:
-        exit_reason["written"] = folder.exit_file.stat().st_mtime
-    parents = _read_table(folder.path / "lineage.json", notes).get("parents", [])
-    committed = (path.parent.name for path in sorted(folder.checkpoints.glob("step-*/manifest.json")))
-    return RunFiles(
-        folder=folder,
-        events=events,
-        kept=current(events),
-        torn_lines=torn_lines,
-        config=_config(folder, events, notes),
-        planned=_planned(folder, notes),
-        exit_reason=exit_reason,
-        provenance=_read_table(folder.path / "provenance.json", notes),
-        parents=[p for p in parents if isinstance(p, dict)] if isinstance(parents, list) else [],
-        plan_file=_read_json(folder.path / "plan.json", notes),
-        evals=list(_evals(folder.evals, notes)),
-        checkpoints={name: int(name[5:]) for name in committed if name[5:].isdecimal()},
-        notes=notes,
-    )
+    def _config(self) -> dict[str, object]:
+        """Return the configuration of the last `start`, else run.toml as plain TOML, so that any version works."""
+        started = [start["config"] for start in self.starts if isinstance(start.get("config"), dict)]
+        if started:
+            return flatten(started[-1])
+        config: dict[str, object] = {}
+        with self._noted(str(self.folder.config_file)):
+            config = flatten(tomllib.loads(self.folder.config_file.read_text(encoding="utf-8")))
+        return config
 
+    def _evals(self) -> Iterator[dict[str, Any]]:
+        """Yield results. `suite` is the file's name where the settings were not the run's (heldout@1-HASH)."""
+        for file in sorted(self.folder.evals.glob("step-*/*.json")):
+            result = self._table(file)
+            if is_count(result.get("step")) and isinstance(result.get("scores"), dict):
+                suite = file.stem if "-" in file.stem else str(result.get("suite", file.stem))
+                yield {**result, "suite": suite}
 
-def _ledger(file: Path, notes: list[str]) -> tuple[list[Event], list[int]]:
-    torn_lines: list[int] = []
-    try:
-        events = list(read_ledger(file, torn_lines.append))
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=str(file)) from None
-    if not file.exists():
-        notes.append(f"{file} does not exist: the run has written nothing yet")
-    return events, torn_lines
+    def _json(self, file: Path) -> object:
+        found = None
+        with self._noted(f"{file} cannot be read"):
+            found = parse(file.read_bytes()) if file.exists() else None
+        return found
 
+    def _table(self, file: Path) -> dict[str, Any]:
+        found = self._json(file)
+        return found if isinstance(found, dict) else {}
 
-def _config(folder: RunFolder, events: list[Event], notes: list[str]) -> dict[str, object]:
-    """Return the configuration of the last `start`, else of run.toml: read as plain TOML, so that any version works."""
-    started = [e["config"] for e in events if e["event"] == "start" and isinstance(e.get("config"), dict)]
-    if started:
-        return flatten(started[-1])
-    try:
-        return flatten(tomllib.loads(folder.config_file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError) as error:
-        notes.append(f"{folder.config_file}: {error}")
-        return {}
-
-
-def _planned(folder: RunFolder, notes: list[str]) -> RunConfig | None:
-    try:
-        return folder.config()
-    except (UserError, RecursionError) as error:
-        notes.append(f"the plan of the run is unknown: {error}")
-        return None
+    @contextmanager
+    def _noted(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RecursionError, UserError) as error:
+            self.notes.append(f"{what}: {error}")
 
 
-def _read_json(file: Path, notes: list[str]) -> object:
-    if not file.exists():
-        return None
-    try:
-        return parse(file.read_bytes())
-    except (OSError, ValueError) as error:
-        notes.append(f"{file} cannot be read: {error}")
-        return None
-
-
-def _read_table(file: Path, notes: list[str]) -> dict[str, Any]:
-    found = _read_json(file, notes)
-    return found if isinstance(found, dict) else {}
-
-
-def _evals(folder: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield results. `suite` is the file's name where the settings were not the run's (heldout@1-HASH)."""
-    for file in sorted(folder.glob("step-*/*.json")):
-        result = _read_table(file, notes)
-        if is_count(result.get("step")) and isinstance(result.get("scores"), dict):
-            suite = file.stem if "-" in file.stem else str(result.get("suite", file.stem))
-            yield {**result, "suite": suite}
+def add_running_seconds(events: Sequence[Event]) -> None:
+    """Give each event `running_seconds`: since the run began, without the pauses between its sessions."""
+    begins = set()  # index of each session's first event: its `start`, or what it wrote right before
+    for i, event in enumerate(events):
+        if event["event"] == "start":
+            while i and events[i - 1]["event"] in BEFORE_START:
+                i -= 1
+            begins.add(i)
+    paused = 0.0
+    for i, event in enumerate(events):
+        if i and i in begins:
+            paused += max(0.0, event["time"] - events[i - 1]["time"])
+        event["running_seconds"] = max(0.0, event["time"] - events[0]["time"] - paused)

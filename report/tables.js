@@ -5,43 +5,40 @@ const AXES = ["pipeline", "replicate", "shard", "context", "tensor"];
 function eachRun(part) { // a heading for each run that has the part
   return RUNS.map((run, index) => {
     const inside = part(run, index);
-    return inside && [several ? el("h3", {}, label(index)) : null, inside];
-  });
+    return inside && [several && el("h3", {}, label(index)), inside];
+  }).filter(Boolean);
 }
 
 function planCard() {
   const head = ["steps", "planned", "tokens", "planned", "done", "ends by", "left"], kinds = ["n", "n", "n", "n", "n", "who", "n"];
-  const rows = RUNS.map((run, index) => {
-    const h = run.headline, plan = h.plan, left = plan && plan.seconds_left !== null ? duration(plan.seconds_left) : "–";
-    const row = plan ? [count(h.step), count(plan.steps), short(h.tokens), short(plan.tokens), `${(100 * plan.done).toFixed(1)} %`, plan.end, left] : [count(h.step), "?", short(h.tokens), "?", "–", "–", "–"];
+  const rows = RUNS.map(({ headline: { step, tokens, plan } }, index) => {
+    const row = [count(step), count(plan?.steps), short(tokens), short(plan?.tokens), plan ? `${(100 * plan.done).toFixed(1)} %` : "–", plan?.end ?? "–", duration(plan?.seconds_left)];
     return several ? [label(index), ...row] : row;
   });
   const from = RUNS.map((run) => run.headline.plan?.seconds_left_from).find(Boolean);
-  const files = RUNS.map((run, index) => (run.plan_file === null ? null : [el("h3", {}, label(index), several ? " · " : "", "plan.json"), el("pre", {}, JSON.stringify(run.plan_file, null, 2))]));
-  return card("Plan and progress", "as configured", el("div", { class: "body" },
+  const files = RUNS.map((run, index) => run.plan_file !== null && [el("h3", {}, label(index), several && " · ", "plan.json"), el("pre", {}, JSON.stringify(run.plan_file, null, 2))]);
+  return card("Plan and progress", "as configured", body(
     several ? table(["", ...head], rows, ["who", ...kinds]) : table(head, rows, kinds),
-    from ? el("p", { class: "why" }, `Time left: estimated from the ${from}.`) : null, files));
+    from && el("p", { class: "why" }, `Time left: estimated from the ${from}.`), files));
 }
 
 function checkpointCard() {
-  if (!RUNS.some((run) => run.checkpoints.length)) return null;
-  const body = eachRun((run) => {
-    if (!run.checkpoints.length) return null;
+  const parts = eachRun((run) => {
     const rows = run.checkpoints.map((c) => ({
       class: c.on_disk ? "" : "dim",
       cells: [count(c.step), count(c.tokens), c.size || "–", duration(c.stall_seconds), duration(c.total_seconds), `${c.on_disk ? "yes" : "deleted"}${c.permanent ? ", kept forever" : ""}${c.only_on_disk ? ", not in the ledger" : ""}`],
     }));
-    return [table(["step", "tokens", "size", "stall", "total", "on disk"], rows, ["n", "n", "n", "n", "n", ""]),
-      run.checkpoints_left_out ? el("p", { class: "why" }, `${count(run.checkpoints_left_out)} older ones are not shown.`) : null];
+    return rows.length && [table(["step", "tokens", "size", "stall", "total", "on disk"], rows, ["n", "n", "n", "n", "n", ""]),
+      run.checkpoints_left_out > 0 && el("p", { class: "why" }, `${count(run.checkpoints_left_out)} older ones are not shown.`)];
   });
-  return card("Checkpoints", "newest first", el("div", { class: "body" }, body));
+  return parts.length && card("Checkpoints", "newest first", body(parts));
 }
 
-// Values by "section.key", one column for each run. Of several runs, the values that differ come first.
+// Values by "section.key", one column for each run. Of several runs, the values that differ come first, and the rest
+// is in a <details> that stays open over a reload.
 function settingsTable(id, columns, ignore) {
   const keys = [...new Set(columns.flatMap((column) => Object.keys(column)))];
   const differs = (key) => new Set(columns.map((column) => JSON.stringify(column[key]))).size > 1;
-  const unlike = keys.filter((key) => differs(key) && !ignore.includes(key));
   const rows = (wanted) => {
     const out = [];
     let section = "";
@@ -51,21 +48,19 @@ function settingsTable(id, columns, ignore) {
       section = first;
       out.push({ class: several && differs(key) ? "differs" : "", cells: [rest.join(".") || key, ...columns.map((column) => setting(column[key]))] });
     }
-    return table(["", ...columns.map((_, index) => (several ? label(index) : ""))], out, ["key", ...columns.map(() => "value")]);
+    return table(["", ...columns.map((_, index) => label(index))], out, ["key", ...columns.map(() => "value")]);
   };
-  if (!several) return [rows(keys)];
-  const summary = unlike.length ? `${plural(unlike.length, "value")} differ${unlike.length === 1 ? "s" : ""}` : "no value differs";
-  return [el("p", { class: "why" }, summary), unlike.length ? rows(unlike) : null, folded(id, "all values", rows(keys))];
+  if (!several) return rows(keys);
+  const unlike = keys.filter((key) => differs(key) && !ignore.includes(key)), n = unlike.length;
+  const summary = n ? `${count(n)} ${n === 1 ? "value differs" : "values differ"}` : "no value differs";
+  const toggle = (event) => { view.open[id] = event.target.open; };
+  return [el("p", { class: "why" }, summary), n && rows(unlike),
+    el("details", { open: Boolean(view.open[id]), ontoggle: toggle }, el("summary", {}, "all values"), rows(keys))];
 }
 
 function configCard() {
-  const changed = eachRun((run) => run.changed.length ? table(["changed", "from", "to", "at step"], run.changed.map(([key, old, now, step]) => [key, setting(old), setting(now), count(step)]), ["", "", "", "n"]) : null).filter(Boolean);
-  return card("Configuration", "as last started", el("div", { class: "body" }, changed, settingsTable("config", RUNS.map((run) => run.config), ["run.name"])));
-}
-
-// A <details> that stays open over a reload.
-function folded(key, title, ...inside) {
-  return el("details", { open: Boolean(view.open[key]), ontoggle: (event) => { view.open[key] = event.target.open; } }, el("summary", {}, title), inside);
+  const changed = eachRun((run) => run.changed.length && table(["changed", "from", "to", "at step"], run.changed.map(([key, old, now, step]) => [key, setting(old), setting(now), count(step)]), ["", "", "", "n"]));
+  return card("Configuration", "as last started", body(changed, settingsTable("config", RUNS.map((run) => run.config), ["run.name"])));
 }
 
 function provenanceCard() {
@@ -75,27 +70,27 @@ function provenanceCard() {
     for (const key of Object.keys(values)) if (Array.isArray(values[key])) values[key] = values[key].join(" ");
     if (values.time) values.time = when(values.time);
     for (const [key, value] of Object.entries(started)) values[`last start.${key}`] = value >= 1e4 ? count(value) : value;
-    const axes = Object.entries(layout).filter(([key, value]) => AXES.includes(key) && value > 1).map(([key, value]) => `${key} ${value}`);
+    const axes = AXES.filter((axis) => layout[axis] > 1).map((axis) => `${axis} ${layout[axis]}`);
     if (Object.keys(layout).length) values["last start.layout"] = axes.join(", ") || "one device";
     return values;
   });
-  return card("Provenance", "", el("div", { class: "body" }, settingsTable("provenance", columns, ["folder", "time", "command"])));
+  return card("Provenance", "", body(settingsTable("provenance", columns, ["folder", "time", "command"])));
 }
 
 function sampleCard() {
-  if (!RUNS.some((run) => run.samples)) return null;
-  return card("Samples", "of the newest evaluation", el("div", { class: "body" }, eachRun((run) => run.samples && [
+  const parts = eachRun((run) => run.samples && [
     el("p", { class: "why" }, `step ${count(run.samples.step)}`),
     run.samples.texts.map(([prompt, text]) => el("pre", {}, el("b", {}, prompt), text.trimEnd())),
-  ])));
+  ]);
+  return parts.length && card("Samples", "of the newest evaluation", body(parts));
 }
 
 function eventCard() {
-  const kinds = Object.keys(EVENTS).filter((kind) => RUNS.some((run) => run.events[kind] && EVENTS[kind][3]));
-  if (!kinds.length) return null;
-  const body = eachRun((run) => {
-    const rows = kinds.flatMap((kind) => { const m = run.events[kind]; return m ? m.step.map((step, i) => [step, kind, m.text[i]]) : []; }).sort((a, b) => a[0] - b[0]);
-    return rows.length ? table(["step", "event", "description"], rows.map(([step, kind, text]) => [count(step), kind.replace("_", " "), text]), ["n", "who", ""]) : null;
+  const kinds = Object.keys(EVENTS).filter((kind) => EVENTS[kind][3]);
+  const parts = eachRun((run) => {
+    const marks = kinds.filter((kind) => run.events[kind]).flatMap((kind) => run.events[kind].step.map((step, i) => [step, kind, run.events[kind].text[i]]));
+    const rows = marks.sort((a, b) => a[0] - b[0]).map(([step, kind, text]) => [count(step), kind.replace("_", " "), text]);
+    return rows.length && table(["step", "event", "description"], rows, ["n", "who", ""]);
   });
-  return card("Events", "", el("div", { class: "body" }, body));
+  return parts.length && card("Events", "", body(parts));
 }

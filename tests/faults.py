@@ -25,20 +25,20 @@ def put(owner: Any, name: str, new: Any) -> None:
 
 def divisor() -> None:
     """Divide by this rank's targets times the ranks: right only where every rank has equally many."""
-    right = engine.TorchEngine.forward_backward
+    right = engine.Engine.forward_backward
 
-    def wrong(self: engine.TorchEngine, micro_batches: Any, target_count: int) -> Any:
+    def wrong(self: engine.Engine, micro_batches: Any, target_count: int) -> Any:
         mine = sum(int((batch.targets != -100).sum()) for batch in micro_batches)
         return right(self, micro_batches, mine * self.mesh.ranks)
 
-    put(engine.TorchEngine, "forward_backward", wrong)
+    put(engine.Engine, "forward_backward", wrong)
 
 
 def norm_reduction() -> None:
     """Give each rank the gradient norm of its own pieces."""
-    right = engine.TorchEngine.grad_norm
+    right = engine.Engine.grad_norm
 
-    def wrong(self: engine.TorchEngine) -> Tensor:
+    def wrong(self: engine.Engine) -> Tensor:
         summed = Mesh.sum_
         Mesh.sum_ = lambda mesh, tensor: tensor  # type: ignore[method-assign,assignment]
         try:
@@ -46,7 +46,7 @@ def norm_reduction() -> None:
         finally:
             Mesh.sum_ = summed  # type: ignore[method-assign]
 
-    put(engine.TorchEngine, "grad_norm", wrong)
+    put(engine.Engine, "grad_norm", wrong)
 
 
 def document_boundaries() -> None:

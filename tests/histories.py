@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from minka.checkpoint import catalogue as shelf
-from minka.checkpoint.commit import FINAL, step_name
+from minka.checkpoint.commit import step_name
 from minka.checkpoint.index import INDEX
-from minka.checkpoint.manifest import NAME
+from minka.checkpoint.manifest import NAME, STEP_FOLDER
 from minka.checkpoint.restore import restore, restore_from
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece
@@ -131,7 +131,7 @@ class History:
     def check_names(self) -> None:
         """No part stands under a name that means a whole, whatever the process was at when it died."""
         for name, folder in self.fs.root.names.items():
-            if FINAL.fullmatch(name) or name.endswith((".replaced", ".leaving")):
+            if STEP_FOLDER.fullmatch(name) or name.endswith((".replaced", ".leaving")):
                 assert isinstance(folder, Folder)
                 assert sorted(folder.names) == [INDEX, NAME, "rank-00000.json", "rank-00000.safetensors"], name
 
@@ -179,7 +179,7 @@ class History:
             self.fs.fails, self.faulty = never, False
 
     def _names(self) -> list[str]:
-        return [name for name in self.fs.root.names if FINAL.fullmatch(name)]
+        return [name for name in self.fs.root.names if STEP_FOLDER.fullmatch(name)]
 
 
 def random_history(base: Path, seed: int, events: int = 8) -> Mapping[str, int]:

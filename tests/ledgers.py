@@ -10,7 +10,7 @@ from minka.plan.ledger import finite
 from minka.plan.load_config import dump_toml, validate
 from minka.plan.run_folder import RunFolder
 from minka.report.page_data import page_data
-from minka.report.run_files import read_run_files
+from minka.report.run_files import RunFiles
 
 BEGAN = 1_700_000_000.0  # Unix seconds
 BATCH = 4 * SEQ  # tokens a step, as in configs.values
@@ -66,7 +66,7 @@ def ended(folder: RunFolder, code: int, step: int, reason: str = "done") -> None
 
 def page_run(folder: RunFolder, now: float = BEGAN + 30) -> dict[str, Any]:
     """The run as the page has it at `now`."""
-    shown: dict[str, Any] = page_data([read_run_files(str(folder.path))], now)["runs"][0]
+    shown: dict[str, Any] = page_data([RunFiles(str(folder.path))], now)["runs"][0]
     return shown
 
 

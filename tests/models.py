@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minka.model.hub_folder import hf_config, read_config, read_tensors
-from minka.model.transformer import IGNORED, Transformer
+from minka.kernels.linear_cross_entropy import IGNORED
+from minka.model.hub_folder import read_config, read_tensors
+from minka.model.transformer import Transformer
 from minka.plan.config_sections import ModelSection
+from minka.plan.hub_config import to_config
 
 SHAPE: dict[str, Any] = {
     "layers": 2,
@@ -57,9 +59,11 @@ def from_folder(folder: Path) -> Transformer:
 
 def from_section(cfg: ModelSection, family: str = "auto") -> Any:
     """transformers' model of the same shape, with its own random weights perturbed."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    theirs = AutoModelForCausalLM.from_config(hf_config(cfg, family), attn_implementation="sdpa").eval()
+    values = to_config(cfg, family, None, "float32")
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    theirs = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     perturb(theirs)
     return theirs
 

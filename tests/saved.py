@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from minka.checkpoint.async_saver import AsyncSaver
 from minka.checkpoint.filesystem import LOCAL, FileSystem
-from minka.checkpoint.write import Saved, SaveRequest
+from minka.checkpoint.write import SaveRequest
 from minka.data.prepare import open_or_prepare
 from minka.parallel.apply import build_parts, named_parameters
 from minka.parallel.mesh import Mesh, start_mesh
@@ -18,6 +18,11 @@ from minka.plan.run_folder import RunFolder
 from tiny import tiny
 
 ALONE = Mesh(Layout(shard=1), torch.device("cpu"), 0, None)
+
+
+class Saved(NamedTuple):
+    path: Path
+    bytes: int
 
 
 def tensors(seed: int = 0) -> dict[str, Piece]:

@@ -14,10 +14,9 @@ from minka.benchmarks.training import our_step, peer_step, synthetic_batch
 from minka.checkpoint.async_saver import AsyncSaver, Outcome
 from minka.checkpoint.restore import restore_from
 from minka.checkpoint.write import SaveRequest
-from minka.model.attention import attention, document_structure, uses_varlen
+from minka.model.attention import attention, document_structure
 from minka.parallel.mesh import start_mesh
 from minka.parallel.pieces import piece_of
-from minka.plan.config_sections import KernelsSection
 from minka.plan.flops import parameters
 from minka.plan.layout import Layout
 from minka.plan.ledger import read_ledger
@@ -42,13 +41,8 @@ def test_varlen_attention_is_masked_attention(kv_heads: int) -> None:
     shapes = [(2, 8, 512, 64), (2, kv_heads, 512, 64), (2, kv_heads, 512, 64)]
     inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
     found = {}
-    for name, kernels, dtype in (
-        ("varlen", KernelsSection(), torch.bfloat16),
-        ("sdpa", KernelsSection(attention="sdpa"), torch.bfloat16),
-        ("truth", KernelsSection(attention="sdpa"), torch.float32),
-    ):
-        varlen = uses_varlen(kernels, torch.device("cuda"), dtype)
-        structure = document_structure(documents, varlen=varlen).to(torch.device("cuda"), dtype)
+    for name, dtype in (("varlen", torch.bfloat16), ("sdpa", torch.bfloat16), ("truth", torch.float32)):
+        structure = document_structure(documents, varlen=name == "varlen").to(torch.device("cuda"), dtype)
         q, k, v = (x.to(dtype) for x in inputs)
         y = attention(q, k, v, structure)
         gradients = torch.autograd.grad(y.float().square().sum(), inputs)

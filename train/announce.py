@@ -6,9 +6,9 @@ import torch
 
 from minka.parallel.mesh import Mesh
 from minka.plan.atomic import write_json
+from minka.plan.batch_padding import describe_padding
 from minka.plan.flops import FORMULAS, parameters, training_flops_per_token
 from minka.plan.hardware import find
-from minka.plan.padding import describe_padding
 from minka.plan.pipeline_stages import stages_of
 from minka.plan.resume_rules import Changes, describe_changes
 from minka.plan.topology import describe, describe_lines

@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 
 from minka.model.transformer import Transformer
-from minka.parallel.apply import build_parts, named_parameters
+from minka.parallel.apply import build_parts, weight_pieces
 from minka.parallel.deepspeed_engine import build_deepspeed_engine
-from minka.parallel.engine import Engine, TorchEngine
+from minka.parallel.engine import Engine
 from minka.parallel.fsdp_engine import FsdpExecutor
 from minka.parallel.inputs import InputCutter
 from minka.parallel.mesh import Mesh
-from minka.parallel.pieces import parameter_piece
 from minka.parallel.pipeline_engine import PipelineExecutor
 from minka.plan.config import RunConfig
 from minka.train.layer_stats import Updates
@@ -24,10 +23,10 @@ def build_engine(config: RunConfig, mesh: Mesh) -> tuple[Engine, Updates]:
     return engine_over(build_parts(config, mesh), InputCutter.of(config, mesh), config)
 
 
-def engine_over(parts: Sequence[Transformer], cutter: InputCutter, config: RunConfig) -> tuple[TorchEngine, AdamW]:
+def engine_over(parts: Sequence[Transformer], cutter: InputCutter, config: RunConfig) -> tuple[Engine, AdamW]:
     """The engine and optimizer of model parts that have been built already."""
     mesh = cutter.mesh
-    pieces = {name: parameter_piece(parameter) for name, parameter in named_parameters(parts).items()}
-    optimizer = AdamW([(n, p.local, len(p.global_shape)) for n, p in pieces.items()], config.optimizer)
+    parameters = [(name, piece.local, len(piece.global_shape)) for name, piece in weight_pieces(parts).items()]
+    optimizer = AdamW(parameters, config.optimizer)
     executor = PipelineExecutor(parts, mesh) if mesh.layout.pipeline > 1 else FsdpExecutor(parts, mesh)
-    return TorchEngine(executor, cutter, optimizer), optimizer
+    return Engine(executor, cutter, optimizer), optimizer

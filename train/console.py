@@ -1,8 +1,11 @@
 """What rank 0 shows while it trains: a progress bar on a terminal, plain lines elsewhere. Other ranks show nothing."""
 
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, TextIO
 
+from minka.plan.cli import print_table
 from minka.plan.config import RunConfig
 from minka.train.metrics import StepRecord
 
@@ -17,15 +20,17 @@ class Console:
 
     def say(self, text: str) -> None:
         """Print lines that stay, above the bar when there is one."""
-        if not self.speaks:
-            return
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
-            return
-        try:
-            print(text, file=self.out, flush=True)
-        except BrokenPipeError:  # the reader has closed the pipe (`| head`); the run continues
-            self.speaks = False
+        elif self.speaks:
+            with suppress(BrokenPipeError):  # the reader has closed the pipe (`| head`); the run continues
+                print(text, file=self.out, flush=True)
+
+    def table(self, rows: Sequence[Sequence[str]]) -> None:
+        """Print a table, once the bar has ended."""
+        with suppress(BrokenPipeError):
+            print_table(rows, file=self.out)
+            self.out.flush()
 
     def start(self, step: int) -> None:
         """Show the bar on a terminal, with `step` steps done."""
@@ -49,7 +54,6 @@ class Console:
             self.say(f"step {record.step:>{len(str(self._total))}}/{self._total}  {text}")
 
     def end(self) -> None:
-        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -8,7 +8,8 @@ test: Smith 2017, arXiv:1506.01186).
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +18,6 @@ import torch
 from minka.data.batch import Batch
 from minka.data.loader import Loader
 from minka.data.prepare import open_or_prepare
-from minka.model.attention import uses_varlen
-from minka.parallel.engine import Engine
 from minka.parallel.mesh import Mesh, local_device, start_mesh
 from minka.plan.cli import print_json, print_table, progress
 from minka.plan.config import RunConfig
@@ -27,8 +26,9 @@ from minka.plan.errors import ExitStatus, UserError
 from minka.plan.flops import parameters
 from minka.plan.hardware import find
 from minka.plan.layout import Layout
+from minka.plan.sizing import attention_kind
 from minka.train.build_engine import build_engine
-from minka.train.layer_stats import LayerStats
+from minka.train.layer_stats import layer_of, layers_of
 from minka.train.provenance import processor, versions
 
 PACKAGES = (
@@ -38,6 +38,7 @@ SEQUENCES = 4  # at most, in the batch that the checks share
 OVERFIT_NATS, OVERFIT_STEPS = 0.1, 600
 RANGE_STEPS, RANGE_LOW, RANGE_HIGH = 60, 1e-5, 1.0
 STATE_BYTES = 16  # per parameter: fp32 weight, gradient and two moments
+MEMORY_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 ATTENTION = {"mask": "torch's scaled_dot_product_attention with a document mask", "varlen": "torch's varlen_attn"}
 
 
@@ -67,32 +68,37 @@ def examine(config: RunConfig | None, *, as_json: bool) -> int:
 def this_machine(config: RunConfig | None) -> dict[str, str]:
     """Describe the machine, and what minka will use on it."""
     device = local_device()
-    on_gpu = device.type == "cuda"
-    gpus = "none: minka trains on the CPU"
-    if on_gpu:
-        name = torch.cuda.get_device_name(device)
+    gpus, collectives, dtype = "none: minka trains on the CPU", "gloo", "fp32"
+    if device.type == "cuda":
+        name, collectives, dtype = torch.cuda.get_device_name(device), "nccl", "bf16"
         gpu = find(name)
         peak = f"{gpu.bf16_tflops:g} TFLOP/s bf16 ({gpu.source})" if gpu else "peak unknown, so no MFU"
         gpus = f"{torch.cuda.device_count()} x {name}, {peak}"
     found = versions(*PACKAGES)
     kernels = config.kernels if config is not None else KernelsSection()
-    dtype = torch.bfloat16 if on_gpu else torch.float32
     return {
         "processor": f"{processor()}, {os.cpu_count()} cores",
-        "memory": f"{_memory_bytes() / 2**30:.1f} GiB",
+        "memory": f"{MEMORY_BYTES / 2**30:.1f} GiB",
         "disk": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB free here",
         "GPUs": gpus,
         "packages": ", ".join(f"{name} {version}" for name, version in found.items() if version),
         "not installed": ", ".join(name for name, version in found.items() if not version) or "nothing",
-        "collectives": "nccl" if on_gpu else "gloo",
-        "compute": f"{str(dtype).removeprefix('torch.')} on fp32 weights",
-        "attention": ATTENTION["varlen" if uses_varlen(kernels, device, dtype) else "mask"],
+        "collectives": collectives,
+        "compute": f"{dtype} on fp32 weights",
+        "attention": ATTENTION[attention_kind(kernels.attention, device.type, dtype)],
     }
 
 
 def run_checks(config: RunConfig) -> Iterator[Check]:
     """Run the checks on one rank with one small batch, in the order in which a failure explains later ones."""
-    _check_memory(config)
+    device, need = local_device(), parameters(config.model) * STATE_BYTES
+    have = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else MEMORY_BYTES
+    if need > have:
+        raise UserError(
+            f"the model needs {need / 2**30:,.0f} GiB of state, and this device has {have / 2**30:,.0f} GiB",
+            where="model",
+            remedy="check a smaller model of the same family (model.layers=2), or use a larger machine",
+        )
     store = open_or_prepare(config, Path(), progress)
     layout = Layout(micro_batch=1, recompute=config.layout.recompute, precision=config.layout.precision)
     config = config.model_copy(update={"layout": layout})
@@ -108,21 +114,18 @@ def run_checks(config: RunConfig) -> Iterator[Check]:
 
 
 def _first_step(config: RunConfig, mesh: Mesh, batch: Batch) -> Iterator[Check]:
-    engine, optimizer = build_engine(config, mesh)
+    engine, _ = build_engine(config, mesh)
     sums = engine.forward_backward([engine.prepare(batch)], batch.target_count)
     loss, uniform = float(sums.loss) / batch.target_count, math.log(config.model.vocab)
     near = abs(loss - uniform) < 0.1 * uniform
     yield Check("first loss is that of uniform guessing", near, f"{loss:.3f} nats, ln(vocab) is {uniform:.3f}")
-    dead = [
-        name
-        for name, (gradient, *_) in engine.gradient_pieces().items()
-        if not (torch.isfinite(gradient).all() and gradient.abs().max() > 0)
-    ]
+    gradients = {name: piece.local for name, piece in engine.gradient_pieces().items()}
+    dead = [name for name, gradient in gradients.items() if not (gradient.isfinite().all() and gradient.any())]
     yield Check("gradients reach every weight", not dead, ", ".join(dead) or "all finite, none zero")
-    engine.grad_norm()
-    stats = LayerStats(engine, optimizer, mesh, config.model)
-    stats.before_apply(batch, len(batch.samples))
-    norms = stats.gradient_norms()
+    squares = dict.fromkeys(layers_of(config.model), 0.0)
+    for name, gradient in gradients.items():
+        squares[layer_of(name)] += float(gradient.double().square().sum())
+    norms = {layer: square**0.5 for layer, square in squares.items()}
     blocks = [norm for name, norm in norms.items() if name.startswith("blocks.")]
     ratio = max(blocks) / max(min(blocks), 1e-30)
     text = "  ".join(f"{name.removeprefix('blocks.')} {norm:.2g}" for name, norm in norms.items())
@@ -131,56 +134,42 @@ def _first_step(config: RunConfig, mesh: Mesh, batch: Batch) -> Iterator[Check]:
 
 
 def _overfit(config: RunConfig, mesh: Mesh, batch: Batch) -> Check:
-    engine, _ = build_engine(config, mesh)
-    best, rate = math.inf, config.optimizer.learning_rate
-    with progress(OVERFIT_STEPS, "overfitting one batch", "steps") as advance:
-        for step in range(1, OVERFIT_STEPS + 1):
-            best = min(best, _train_step(engine, config, batch, rate * min(1.0, step / 10)))
-            advance(1)
-            if best < OVERFIT_NATS:
-                break
-    return Check("one batch is overfitted", best < OVERFIT_NATS, f"{best:.3f} nats after {step} steps at lr {rate:.1e}")
+    rate, losses = config.optimizer.learning_rate, []
+    rates = [rate * min(1.0, step / 10) for step in range(1, OVERFIT_STEPS + 1)]
+    for loss in _losses(config, mesh, [batch], rates, "overfitting one batch"):
+        losses.append(loss)
+        if loss < OVERFIT_NATS:
+            break
+    found = f"{min(losses):.3f} nats after {len(losses)} steps at lr {rate:.1e}"
+    return Check("one batch is overfitted", loss < OVERFIT_NATS, found)
 
 
 def _range_test(config: RunConfig, mesh: Mesh, batch: Batch) -> Check:
     """Raise the learning rate each step until the loss diverges. The run's rate should be below that point."""
-    engine, _ = build_engine(config, mesh)
     parts = batch.micro_batches(1)
+    growth = (RANGE_HIGH / RANGE_LOW) ** (1 / (RANGE_STEPS - 1))
+    rates = [RANGE_LOW * growth**step for step in range(RANGE_STEPS)]
     best, best_rate, diverges = math.inf, RANGE_LOW, math.inf
-    with progress(RANGE_STEPS, "learning-rate range test", "steps") as advance:
-        for step in range(RANGE_STEPS):
-            rate = RANGE_LOW * (RANGE_HIGH / RANGE_LOW) ** (step / (RANGE_STEPS - 1))
-            loss = _train_step(engine, config, parts[step % len(parts)], rate)
-            advance(1)
-            if loss < best:
-                best, best_rate = loss, rate
-            if not math.isfinite(loss) or (step > 5 and loss > 1.5 * best):
-                diverges = rate
-                break
+    for step, loss in enumerate(_losses(config, mesh, parts, rates, "learning-rate range test")):
+        if loss < best:
+            best, best_rate = loss, rates[step]
+        if not math.isfinite(loss) or (step > 5 and loss > 1.5 * best):
+            diverges = rates[step]
+            break
     rate = config.optimizer.learning_rate
     found = f"loss lowest at {best_rate:.1e}, diverges at {diverges:.1e}; the run uses {rate:.1e}"
     return Check("the learning rate is below the one that diverges", rate < diverges, found)
 
 
-def _train_step(engine: Engine, config: RunConfig, batch: Batch, rate: float) -> float:
-    sums = engine.forward_backward([engine.prepare(batch)], batch.target_count)
-    norm = engine.grad_norm()
-    engine.apply(rate, config.optimizer.max_norm, torch.isfinite(norm))
-    return float(sums.loss) / max(batch.target_count, 1)
-
-
-def _check_memory(config: RunConfig) -> None:
-    device = local_device()
-    need = parameters(config.model) * STATE_BYTES
-    have = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _memory_bytes()
-    if need > have:
-        raise UserError(
-            f"the model needs {need / 2**30:,.0f} GiB of state, and this device has {have / 2**30:,.0f} GiB",
-            where="model",
-            why="the checks train the model on one device",
-            remedy="check a smaller model of the same family (model.layers=2), or use a larger machine",
-        )
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def _losses(
+    config: RunConfig, mesh: Mesh, batches: Sequence[Batch], rates: Sequence[float], what: str
+) -> Iterator[float]:
+    """Train the model on `batches` in turn, one step at each of `rates`. Yields the loss before each update."""
+    engine, _ = build_engine(config, mesh)
+    with progress(len(rates), what, "steps") as advance:
+        for batch, rate in zip(cycle(batches), rates, strict=False):
+            sums = engine.forward_backward([engine.prepare(batch)], batch.target_count)
+            norm = engine.grad_norm()
+            engine.apply(rate, config.optimizer.max_norm, torch.isfinite(norm))
+            advance(1)
+            yield float(sums.loss) / max(batch.target_count, 1)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minka.parallel.apply import cut
-from minka.parallel.engine import TorchEngine
+from minka.parallel.engine import Engine
 from minka.parallel.inputs import InputCutter, ModelInputs
 from minka.parallel.memory_trace import MemoryTrace, Peak
 from minka.parallel.mesh import Mesh, lay_mesh
@@ -139,7 +139,7 @@ def _traced(
 
 
 def traced_step(
-    engine: TorchEngine,
+    engine: Engine,
     optimizer: AdamW,
     batches: Sequence[ModelInputs],
     config: RunConfig,

@@ -8,11 +8,11 @@ from typing import Any
 
 from minka.parallel.mesh import MESH_AXES
 from minka.parallel.traffic import Transfer, sent_bytes
+from minka.plan.batch_padding import describe_padding, padding_share
 from minka.plan.cli import print_json, table_lines
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
-from minka.plan.memory import MEMORY_KINDS
-from minka.plan.padding import describe_padding, padding_share
+from minka.plan.memory_kinds import MEMORY_KINDS
 from minka.plan.topology import spans
 from minka.train.dry_run import DryRun, Shard, after_warmup, dry_run
 

@@ -1,33 +1,32 @@
 """The summary at the end of a run: a table, or one JSON document."""
 
 import math
-from pathlib import Path
 
 from minka.checkpoint.commit import step_name
-from minka.eval.compressors import compressed_bits_per_byte
-from minka.model.hub_folder import MARKER
+from minka.eval.bits_per_byte import compressed_bits_per_byte
 from minka.plan.cli import print_json
 from minka.plan.errors import ExitStatus
-from minka.plan.ledger import parse
-from minka.plan.run_folder import RunFolder
 from minka.train.recorder import Recorder
 from minka.train.start_check import read_state
 from minka.train.state import State
 
-MOST_DOCUMENTS = 100_000
+MAX_DOCUMENTS = 100_000  # more are not compressed
 
 
-def summarise(record: Recorder, state: State, status: ExitStatus, *, as_json: bool) -> None:
+def summarise(record: Recorder, state: State, status: ExitStatus, export: str | None, *, as_json: bool) -> None:
     """Print how the run ended, and its bits per byte next to those of compressors on the same documents."""
-    config, scores = record.config, record.scores
-    compressors = _compressors(record) if scores is not None else {}
-    bits = scores.scores["bits_per_byte"] if scores is not None else None
-    saved, export = (record.folder.checkpoints / step_name(state.step)).is_dir(), _export(record.folder, state)
+    folder, scores, last = record.folder, record.scores, record.last
+    saved = (folder.checkpoints / step_name(state.step)).is_dir()
+    bits, compressors = None, {}
+    if scores is not None:
+        bits = scores.scores["bits_per_byte"]
+        if scores.documents <= MAX_DOCUMENTS:
+            split = record.store.split("validation")
+            compressors = compressed_bits_per_byte(split.text_of(i).encode() for i in range(scores.documents))
     if as_json:
-        last = record.last
         print_json(
             {
-                "run": str(record.folder.path),
+                "run": str(folder.path),
                 "status": int(status),
                 "step": state.step,
                 "tokens": state.tokens,
@@ -42,51 +41,26 @@ def summarise(record: Recorder, state: State, status: ExitStatus, *, as_json: bo
         )
         return
     ended = "trained" if status == ExitStatus.DONE else "stopped after"
-    lines = {ended: f"step {state.step:,} of {config.total_steps:,}, {state.tokens:,} tokens"}
-    if record.last is not None:
-        lines["loss"] = f"{record.last.loss:.4f} nats a token"
+    rows = [(ended, f"step {state.step:,} of {record.config.total_steps:,}, {state.tokens:,} tokens")]
+    if last is not None:
+        rows.append(("loss", f"{last.loss:.4f} nats a token"))
     if scores is not None and bits is not None:
-        held = f"{scores.documents:,} documents, {scores.bytes:,} bytes of validation"
         error = scores.stderr["bits_per_byte"]
         error_text = f"standard error {error:.4f}" if math.isfinite(error) else "one document: no standard error"
         at = f", at step {record.evaluated_at:,}" if record.evaluated_at != state.step else ""
-        lines["bits per byte"] = f"{bits:.4f}  ({held}{at}; {error_text})"
-        for name, value in compressors.items():
-            lines[f"  {name}"] = f"{value:.4f}  (this model: {bits / value:.3f} of that)"
+        held_out = f"{scores.documents:,} documents, {scores.bytes:,} bytes of validation{at}; {error_text}"
+        rows.append(("bits per byte", f"{bits:.4f}  ({held_out})"))
+        rows += [(f"  {k}", f"{v:.4f}  (this model: {bits / v:.3f} of that)") for k, v in compressors.items()]
     if record.refused_steps:
-        lines["refused steps"] = f"{record.refused_steps:,}: not finite, no weight changed (see `skip` in the ledger)"
-    lines["run"] = str(record.folder.path)
+        refused = f"{record.refused_steps:,}: not finite, no weight changed (see `skip` in the ledger)"
+        rows.append(("refused steps", refused))
+    rows.append(("run", str(folder.path)))
     if not saved:
-        position = read_state(record.folder).position
-        newest = f"the newest checkpoint is of step {position.step:,}" if position else "there is no checkpoint"
-        lines["NOT SAVED"] = f"step {state.step:,} could not be written; {newest}"
+        newest = read_state(folder).position
+        left = f"the newest checkpoint is of step {newest.step:,}" if newest else "there is no checkpoint"
+        rows.append(("NOT SAVED", f"step {state.step:,} could not be written; {left}"))
     if export is not None:
-        lines["for transformers"] = export
+        rows.append(("for transformers", export))
     if not saved or status == ExitStatus.STOPPED:
-        lines["to resume"] = f"minka train {record.folder.path}"
-    record.console.say(table(lines))
-
-
-def table(lines: dict[str, str]) -> str:
-    """Two columns between two rules, on a terminal and in a log."""
-    width = max(map(len, lines))
-    rows = [f"{name:<{width}}  {value}" for name, value in lines.items()]
-    rule = "-" * max(map(len, rows))
-    return "\n".join([rule, *rows, rule])
-
-
-def _export(folder: RunFolder, state: State) -> str | None:
-    """The folder of the run's export, if it was made from the checkpoint of `state`."""
-    try:
-        source = parse((folder.export / MARKER).read_bytes())["source"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return str(folder.export) if Path(str(source)).name == step_name(state.step) else None
-
-
-def _compressors(record: Recorder) -> dict[str, float]:
-    split = record.store.split("validation")
-    count = min(record.config.eval.max_documents or split.n_documents, split.n_documents)
-    if count > MOST_DOCUMENTS:
-        return {}
-    return compressed_bits_per_byte(split.text_of(i).encode() for i in range(count))
+        rows.append(("to resume", f"minka train {folder.path}"))
+    record.console.table(rows)

@@ -43,16 +43,12 @@ class LayerStats:
                     largest[self.mesh.rank, layer] = torch.maximum(largest[self.mesh.rank, layer], logit)
         self._logits = self.mesh.sum_(largest).amax(dim=0).tolist()
 
-    def gradient_norms(self) -> dict[str, float]:
-        """By layer, of the gradients that before_apply saw."""
-        return {layer: square**0.5 for layer, square in self._gradients.items()}
-
     def after_apply(self, learning_rate: float) -> dict[str, object]:
         """The ledger's `detail` fields, by layer."""
         updated, pieces = self.optimizer.update_squares(learning_rate), self.engine.weight_pieces()
         weights, updates = self._over_ranks(_squares(pieces), pieces), self._over_ranks(updated, pieces)
         return {
-            "grad_norm": self.gradient_norms(),
+            "grad_norm": {layer: square**0.5 for layer, square in self._gradients.items()},
             "update_ratio": {name: (updates[name] / max(weights[name], 1e-60)) ** 0.5 for name in updates},
             "max_attention_logit": {f"blocks.{i}": value for i, value in enumerate(self._logits)},
         }

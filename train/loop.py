@@ -36,8 +36,7 @@ class Session:
 def train(run: Session, state: State) -> tuple[State, ExitStatus]:
     """Train from `state` to the end of the run, a stop, or a verdict that needs a person. Collective."""
     config, mesh, engine, record = run.config, run.mesh, run.engine, run.record
-    metrics, watch, status = Metrics(config, mesh), Stopwatch(), ExitStatus.DONE
-    metrics.start(state)
+    metrics, watch, status = Metrics(config, mesh, state), Stopwatch(), ExitStatus.DONE
     if run.evaluate_first:
         record.evaluate(state, engine, watch)
     while status == ExitStatus.DONE and not config.finished(state.step, state.tokens):

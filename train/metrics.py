@@ -14,7 +14,7 @@ from torch import Tensor
 from minka.parallel.engine import Sums
 from minka.parallel.mesh import Mesh
 from minka.plan.config import RunConfig
-from minka.plan.flops import mfu
+from minka.plan.flops import training_flops_per_token
 from minka.plan.hardware import find
 from minka.train.state import State
 
@@ -61,19 +61,14 @@ class Metrics:
 
     config: RunConfig
     mesh: Mesh
-    _waiting: list[tuple[State, int, float, dict[str, float]]] = field(default_factory=list)
-    _numbers: list[Tensor] = field(default_factory=list)
+    state: State  # at the last measurement of speed; at first, where training starts
     _since: float = field(default_factory=time.perf_counter)
-    _tokens_at: int = 0
-
-    def start(self, state: State) -> None:
-        """Begin to measure speed at `state`."""
-        self._since, self._tokens_at = time.perf_counter(), state.tokens
+    _waiting: list[tuple[State, Tensor, float, int, dict[str, float]]] = field(default_factory=list)
 
     def note(self, state: State, sums: Sums, norm: Tensor, rate: float, targets: int, watch: Stopwatch) -> None:
         """Keep a step; nothing is read from the device."""
-        self._numbers.append(torch.stack([sums.loss.double(), sums.z_loss.double(), norm.double()]))
-        self._waiting.append((state, targets, rate, watch.read()))
+        numbers = torch.stack([sums.loss.double(), sums.z_loss.double(), norm.double()])
+        self._waiting.append((state, numbers, rate, targets, watch.read()))
 
     @property
     def due(self) -> bool:
@@ -84,31 +79,24 @@ class Metrics:
         """The steps since the last flush, read from the device at once."""
         if not self._waiting:
             return []
-        numbers = torch.stack(self._numbers).tolist()
-        records = [
+        waiting, self._waiting = self._waiting, []
+        rows = torch.stack([numbers for _, numbers, *_ in waiting]).tolist()
+        return [
             StepRecord(s.step, s.tokens, loss / max(targets, 1), z / max(targets, 1), norm, rate, targets, seconds)
-            for (s, targets, rate, seconds), (loss, z, norm) in zip(self._waiting, numbers, strict=True)
+            for (s, _, rate, targets, seconds), (loss, z, norm) in zip(waiting, rows, strict=True)
         ]
-        self._waiting.clear()
-        self._numbers.clear()
-        return records
 
     def speed(self, state: State, left_out_seconds: float) -> dict[str, float | None]:
         """tokens_per_second and mfu since the last call, without saves and evaluations; mfu is None where unknown."""
-        elapsed = max(time.perf_counter() - self._since - left_out_seconds, 1e-9)
-        rate = (state.tokens - self._tokens_at) / elapsed
-        self.start(state)
-        return {"tokens_per_second": rate, "mfu": device_mfu(rate, self.config, self.mesh)}
-
-
-def device_mfu(tokens_per_second: float, config: RunConfig, mesh: Mesh) -> float | None:
-    """Share of the peak of all ranks' GPUs, by the exact causal count (plan/flops.py); None for an unknown device."""
-    if mesh.device.type != "cuda":
-        return None
-    gpu = find(torch.cuda.get_device_name(mesh.device))
-    if gpu is None:
-        return None
-    return mfu(tokens_per_second, config.model, config.data.seq_len, gpu.bf16_tflops * 1e12, mesh.ranks).value
+        now = time.perf_counter()
+        rate = (state.tokens - self.state.tokens) / max(now - self._since - left_out_seconds, 1e-9)
+        self._since, self.state = now, state
+        gpu = find(torch.cuda.get_device_name(self.mesh.device)) if self.mesh.device.type == "cuda" else None
+        share = None
+        if gpu is not None:  # of all ranks' GPUs, by the exact causal count (plan/flops.py)
+            flops = training_flops_per_token(self.config.model, self.config.data.seq_len)
+            share = rate * flops / (gpu.peak_flops * self.mesh.ranks)
+        return {"tokens_per_second": rate, "mfu": share}
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -20,10 +20,9 @@ from minka.plan.atomic import writing
 from minka.plan.cli import progress
 from minka.plan.config import RunConfig
 from minka.plan.config_sections import ModelSection
-from minka.plan.errors import UserError
+from minka.plan.errors import UserError, reading
 from minka.plan.hub_config import from_config
 from minka.plan.ledger import parse
-from minka.plan.load_config import from_json
 from minka.plan.resume_rules import Changes, changes, check_batch, check_fork, model_changes
 from minka.plan.run_folder import RunFolder, find_run, store_of
 from minka.plan.run_state import Position
@@ -139,15 +138,9 @@ def check_tokenizer(parent: Parent, config: RunConfig) -> None:
     """Raises UserError when the parent's token ids mean different text than those of the run's token store."""
     folder = store_of(RunFolder(parent.folder)).tokenizer if parent.checkpoint else parent.folder
     file = folder / "tokenizer.json"
-    try:
+    remedy = f"it says what token ids mean to {parent.name}: put it back (AutoTokenizer's save_pretrained writes one)"
+    with reading(file, remedy):
         theirs = _meaning(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"the tokenizer of {parent.name} cannot be read: {error}",
-            where=str(file),
-            why="it says which text the token ids mean that the weights were trained on",
-            remedy="put it back; transformers' AutoTokenizer writes one with save_pretrained",
-        ) from None
     ours = _tokenizer(config)
     if ours is None or _meaning(ours) != theirs:
         raise UserError(
@@ -207,24 +200,20 @@ def hash_hub_folder(folder: Path) -> str:
 
 
 def _checkpoint(run: RunFolder, path: Path) -> Parent:
-    try:
+    with reading(path, "use a different checkpoint (RUN@STEP)"):
         header = read_header(path)
         state, at = header.state, Position.of(header.state)
-        config = from_json(json.dumps(state["config"])) if "config" in state else run.config()
+        config = RunConfig.model_validate_json(json.dumps(state["config"])) if "config" in state else run.config()
         began = parse(run.provenance_file.read_bytes()) if run.provenance_file.exists() else {}
         data = state.get("data_sha256") or began.get("data", {}).get("manifest_sha256", "")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"damaged: {error}", where=str(path), remedy="use a different checkpoint (RUN@STEP)") from None
     name, rate = run.path.resolve().name, state.get("learning_rate")
     return Parent(name, run.path, path, config, config.model, at, data, header.sha256, rate)
 
 
 def _hub_folder(folder: Path) -> Parent:
     file = folder / "config.json"
-    try:
+    with reading(file, "fetch the folder again"):
         values = dict(parse(file.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"cannot be read: {error}", where=str(file), remedy="fetch the folder again") from None
     return Parent("", folder, None, None, from_config(values, str(file)), Position(), "", "")
 
 

@@ -20,7 +20,7 @@ class Profile:
         if self.first < self.last and step == self.first:
             self._profiler = torch.profiler.profile(record_shapes=True)
             self._profiler.start()
-        elif self._profiler is not None and step >= self.last:
+        elif step >= self.last:
             self.close()
 
     def close(self) -> None:

@@ -6,8 +6,8 @@ import platform
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from minka.data.token_store import TokenStore
@@ -40,7 +40,11 @@ def provenance(config: RunConfig, store: TokenStore, command: Sequence[str]) -> 
 
 def versions(*packages: str) -> dict[str, str | None]:
     """Return the installed version of each package, None where it is not installed."""
-    return {name: _version(name) for name in packages}
+    found: dict[str, str | None] = dict.fromkeys(packages)
+    for name in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def processor() -> str:
@@ -52,22 +56,12 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        source = ROOT / "pyproject.toml"
-        if name != "minka" or not source.exists():
-            return None
-        return str(tomllib.loads(source.read_text(encoding="utf-8"))["project"]["version"])
-
-
 def _git(*arguments: str) -> str | None:
     """Return git's output on minka's own repository; None where minka is installed inside a different one."""
     if not (ROOT / ".git").exists():  # a file in a worktree
         return None
+    command = ["git", "-C", str(ROOT), *arguments]
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=10).strip()
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None

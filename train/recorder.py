@@ -188,4 +188,4 @@ class Recorder:
 
     def _track(self, step: int, numbers: Mapping[str, float]) -> None:
         for tracker in self.trackers:
-            tracker.log(step, numbers)
+            tracker.log(numbers, step)

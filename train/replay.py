@@ -1,12 +1,10 @@
 """`minka train RUN --replay N`: run a step again on one process, from the checkpoint before it, and compare.
 
-Nothing is written into the run except a lease while its checkpoint is read, so the run may be training meanwhile.
+Nothing is written into the run except a lease while its checkpoint is read: it may be training meanwhile.
 """
 
-import json
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,17 +72,14 @@ class Replay:
         one_rank = {**dict.fromkeys(AXES, 1), "precision": precision, "engine": "fsdp", "offload": "none"}
         return config.model_copy(update={"layout": config.layout.model_copy(update=one_rank)})
 
-    def loader(self, config: RunConfig, state: State, engine: Engine) -> Loader:
-        return Loader(config, self.store.split("train"), 0, 1, state.loader, engine.prepare)
-
 
 def replay_command(source: str, step: int, as_json: bool) -> int:
     """Replay step `step` of a run and print how it compares. Return the exit status."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a replay runs on one process, and the launcher started several", where="--replay")
     path = Path(source)
-    is_config = path.suffix == ".toml" and path.name != "run.toml" and path.is_file()
-    folder = RunFolder.of(load_run(source).config) if is_config else find_run(run_and_step(source)[0])
+    by_file = path.suffix == ".toml" and path.name != "run.toml" and path.is_file()
+    folder = RunFolder.of(load_run(source).config) if by_file else find_run(run_and_step(source)[0])
     result = replay(folder, step)
     if as_json:
         print_json(result)
@@ -94,9 +89,16 @@ def replay_command(source: str, step: int, as_json: bool) -> int:
 
 
 def replay(folder: RunFolder, step: int) -> dict[str, Any]:
-    """Replay all steps from the checkpoint before `step` to `step`. Return what `--json` prints."""
-    job = find_replay(folder, step)
-    config, start = job.settings(step), job.recorded.steps[step].start
+    """Replay all steps from the checkpoint before `step` to `step`. Return what `--json` prints. Raises UserError."""
+    recorded = recorded_run(read_ledger(folder.ledger_file))
+    on_disk = [int(path.name.removeprefix("step-")) for path in checkpoints(folder.checkpoints)]
+    checkpoint = checkpoint_before(recorded, step, on_disk, str(folder.path))
+    event, start = recorded.steps[step]
+    check_comparable(event, str(folder.ledger_file))
+    store = TokenStore.open(store_of(folder).folder)
+    folder.check_data(store.folder, store.hash)
+    job = Replay(folder, store, recorded, step, checkpoint)
+    config = job.settings(step)
     if is_count(start.get("threads")):  # a sum over a different number of threads rounds differently
         torch.set_num_threads(min(max(1, start["threads"]), os.cpu_count() or 1))
     with start_mesh(config.layout) as mesh:
@@ -104,6 +106,8 @@ def replay(folder: RunFolder, step: int) -> dict[str, Any]:
         dtype = str(mesh.compute_dtype).removeprefix("torch.")
         device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else processor()
     replayed = {"ranks": 1, "device": device, "compute_dtype": dtype}
+    split, ids = store.split("train"), [sample for sample in batch.samples.tolist() if sample != PADDING]
+    windows = order_of(config, split).windows_at(ids).tolist()
     judged = verdicts({at: compared for at, compared in steps.items() if compared}, dtype)
     verdict = max(judged.values(), key=VERDICTS.index)
     return {
@@ -117,49 +121,37 @@ def replay(folder: RunFolder, step: int) -> dict[str, Any]:
         "bounds": BOUNDS.get(dtype, BOUNDS["float32"]),
         "first_difference": next((at for at, one in judged.items() if one == "differs"), None),
         "steps": [{"step": at, **compared} for at, compared in steps.items()],
-        "samples": _samples(config, job.store, batch),
+        "samples": [
+            {"sample": sample, "window": window, "pieces": split.trace_window(window, config.data.seq_len)}
+            for sample, window in zip(ids, windows, strict=True)
+        ],
     }
-
-
-def find_replay(folder: RunFolder, step: int) -> Replay:
-    """Find the step in the ledger, the checkpoint before it, and the token store. Raises UserError."""
-    recorded = recorded_run(read_ledger(folder.ledger_file))
-    on_disk = [int(path.name.removeprefix("step-")) for path in checkpoints(folder.checkpoints)]
-    checkpoint = checkpoint_before(recorded, step, on_disk, str(folder.path))
-    check_comparable(recorded.steps[step].event, str(folder.ledger_file))
-    store = TokenStore.open(store_of(folder).folder)
-    data = json.loads((folder.path / "provenance.json").read_text(encoding="utf-8"))["data"]
-    if data.get("manifest_sha256") not in (None, store.hash):
-        raise UserError(
-            "this is not the token store that the run was trained on",
-            where=str(store.folder),
-            why="the same samples would hold different text",
-            remedy="restore the original store",
-        )
-    return Replay(folder, store, recorded, step, checkpoint)
 
 
 def _run_steps(job: Replay, mesh: Mesh) -> tuple[dict[int, dict[str, dict[str, float]]], Batch, str]:
     """Return the differences by step, the batch of the last step, and what the replay started from."""
-    first = min(job.recorded.steps) if job.checkpoint is None else job.checkpoint + 1
-    config = job.settings(first)
+    config = job.settings((job.checkpoint or 0) + 1)
     mesh = replace(mesh, layout=config.layout)  # its precision may differ from that of the last step
     engine, _ = build_engine(config, mesh)
     state, origin = _restore(job, config, engine, mesh)
     compared: dict[int, dict[str, dict[str, float]]] = {}
-    with progress(job.step - state.step, "replaying", "steps") as advance, ExitStack() as stack:
-        loader = stack.enter_context(job.loader(config, state, engine))
+    with progress(job.step - state.step, "replaying", "steps") as advance:
         while state.step < job.step:
             settings = job.settings(state.step + 1)
             if settings != config:  # here the run was resumed with different settings
-                mesh = replace(mesh, layout=settings.layout)
-                engine, config = _rebuilt(engine, settings, mesh), settings
-                loader.close()
-                loader = stack.enter_context(job.loader(config, state, engine))
-            state, record, batch = _run_step(config, engine, loader, state, mesh)
-            recorded = job.recorded.steps.get(state.step)
-            compared[state.step] = differences(recorded.event, record._asdict()) if recorded else {}
-            advance(1)
+                config, before = settings, engine.tensors()
+                mesh = replace(mesh, layout=config.layout)
+                engine, _ = build_engine(config, mesh)
+                with torch.no_grad():
+                    for name, piece in engine.tensors().items():
+                        piece.local.copy_(before[name].local)
+                engine.after_restore()
+            with Loader(config, job.store.split("train"), 0, 1, state.loader, engine.prepare) as loader:
+                while state.step < job.step and job.settings(state.step + 1) == config:
+                    state, record, batch = _run_step(config, engine, loader, state, mesh)
+                    recorded = job.recorded.steps.get(state.step)
+                    compared[state.step] = differences(recorded.event, record._asdict()) if recorded else {}
+                    advance(1)
     return compared, batch, origin
 
 
@@ -178,17 +170,6 @@ def _restore(job: Replay, config: RunConfig, engine: Engine, mesh: Mesh) -> tupl
     return State(*begins_at(parent, config, job.store.hash)[0]), f"its parent, {parent.name}"
 
 
-def _rebuilt(old: Engine, config: RunConfig, mesh: Mesh) -> Engine:
-    """Return an engine for different settings that holds the tensors of `old`."""
-    engine, _ = build_engine(config, mesh)
-    tensors = old.tensors()
-    with torch.no_grad():
-        for name, piece in engine.tensors().items():
-            piece.local.copy_(tensors[name].local)
-    engine.after_restore()
-    return engine
-
-
 def _run_step(
     config: RunConfig, engine: Engine, loader: Loader, state: State, mesh: Mesh
 ) -> tuple[State, StepRecord, Batch]:
@@ -200,25 +181,10 @@ def _run_step(
     sums = engine.forward_backward(micro_batches, batch.target_count)
     norm = engine.grad_norm()
     engine.apply(rate, config.optimizer.max_norm, accepts(sums, norm))
-    state, metrics = state.after(loaded), Metrics(config, mesh)
+    state, metrics = state.after(loaded), Metrics(config, mesh, state)
     metrics.note(state, sums, norm, rate, batch.target_count, Stopwatch())
     (record,) = metrics.flush()
     return state, record, batch
-
-
-def _samples(config: RunConfig, store: TokenStore, batch: Batch) -> list[dict[str, Any]]:
-    """Return the samples of a batch, each with the documents that it was cut from."""
-    split = store.split("train")
-    ids = [sample for sample in batch.samples.tolist() if sample != PADDING]
-    windows = order_of(config, split).windows_at(ids)
-    return [
-        {
-            "sample": sample,
-            "window": int(window),
-            "pieces": [span._asdict() for span in split.trace_window(int(window), config.data.seq_len)],
-        }
-        for sample, window in zip(ids, windows, strict=True)
-    ]
 
 
 def print_result(result: Mapping[str, Any]) -> None:
@@ -236,10 +202,8 @@ def print_result(result: Mapping[str, Any]) -> None:
     ]
     print_table(rows, ("", "recorded", "replayed", "difference"))
     if earlier:
-        loss, norm = (
-            max((one[name]["difference"] for one in earlier if name in one), default=0.0)
-            for name in ("loss", "grad_norm")
-        )
+        numbers = [{name: one[name]["difference"] for name in one if name != "step"} for one in earlier]
+        loss, norm = (max(found.get(name, 0.0) for found in numbers) for name in ("loss", "grad_norm"))
         print(f"largest difference in the {len(earlier)} step(s) before it: loss {loss:.1e}, norm {norm:.1e}")
     for sample in result["samples"][:SHOWN_SAMPLES]:
         spans = ", ".join(
@@ -250,18 +214,10 @@ def print_result(result: Mapping[str, Any]) -> None:
     left = len(result["samples"]) - SHOWN_SAMPLES
     if left > 0:
         print(f"and {left} more samples (--json lists them; `minka data inspect RUN --sample I` shows one)")
-    print(describe_verdict(result))
-
-
-def describe_verdict(result: Mapping[str, Any]) -> str:
-    """Return the verdict as a sentence."""
-    replayed, bounds = result["replayed"], result["bounds"]
-    limit = f"{replayed['compute_dtype']}: loss {bounds['loss']:.1e}, norm {bounds['grad_norm']:.1e}, relative"
-    other_device = result["recorded"]["device"] != replayed["device"]
-    note = "; it was recorded on a different device, which may be the only cause" if other_device else ""
-    return {
-        "bit for bit": "bit for bit the same",
-        "equal to rounding": f"equal to rounding ({limit})",
-        "rounding that grew": f"the same within rounding that grew without a jump ({limit} for a single step)",
-        "differs": f"DIFFERS from step {result['first_difference']} on, by more than rounding ({limit}){note}",
-    }[result["verdict"]]
+    verdict, bounds, note = result["verdict"], result["bounds"], ""
+    if verdict == "differs":
+        verdict = f"DIFFERS from step {result['first_difference']} on, by more than rounding"
+        if recorded["device"] != replayed["device"]:
+            note = "; it was recorded on a different device, which may be the only cause"
+    limits = f"loss {bounds['loss']:.1e}, norm {bounds['grad_norm']:.1e}, relative, for a single step"
+    print(f"{verdict} ({replayed['compute_dtype']}: {limits}){note}")

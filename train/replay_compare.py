@@ -1,12 +1,9 @@
-"""The steps that a ledger records, the checkpoint to replay a step from, and how a replayed step compares.
-
-Pure functions over events and numbers.
-"""
+"""Pure functions: the steps that a ledger records, the checkpoint to replay one from, and how the two compare."""
 
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from minka.plan.errors import UserError
 from minka.plan.ledger import RETURNS, number
@@ -20,8 +17,7 @@ BOUNDS = {
     "bfloat16": {"loss": 1e-3, "grad_norm": 2e-2, "learning_rate": 1e-9, "target_count": 0.0},
 }
 GROWTH = 10.0  # the most by which rounding differences grow from one step to the next
-Verdict = Literal["bit for bit", "equal to rounding", "rounding that grew", "differs"]
-VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+VERDICTS = ("bit for bit", "equal to rounding", "rounding that grew", "differs")
 
 
 class RecordedStep(NamedTuple):
@@ -61,13 +57,16 @@ def recorded_run(events: Iterable[Mapping[str, Any]]) -> RecordedRun:
 
 
 def checkpoint_before(run: RecordedRun, step: int, on_disk: Collection[int], where: str) -> int | None:
-    """Return the step of the checkpoint to replay `step` from, or None to replay from the start of the run.
+    """Return the step of the checkpoint to replay `step` from; None: the start of the run. Raises UserError.
 
-    `on_disk` holds the steps of the existing checkpoints. Raises UserError when the current lineage does not have
-    `step`, or when no checkpoint precedes it.
+    `on_disk` holds the steps of the existing checkpoints.
     """
     if step not in run.steps:
-        raise _not_recorded(run, step, where)
+        what = f"the ledger has no step {step}"
+        if step in run.void:
+            what = f"step {step} was discarded: the run returned to step {run.void[step]} and has not reached it again"
+        recorded = f"recorded steps: {min(run.steps)} to {max(run.steps)}" if run.steps else "no step is recorded yet"
+        raise UserError(what, where=where, remedy=recorded)
     usable = sorted(run.saves & set(on_disk))
     before = [at for at in usable if at < step]
     if before:
@@ -80,17 +79,13 @@ def checkpoint_before(run: RecordedRun, step: int, on_disk: Collection[int], whe
     raise UserError(
         f"no checkpoint before step {step} is left",
         where=where,
-        why="the run keeps its newest checkpoints (checkpoint.keep), and those that checkpoint.keep_every_steps and "
-        "checkpoint.keep_tokens name",
+        why="the run keeps the checkpoints named by checkpoint.keep, keep_every_steps and keep_tokens",
         remedy=f"steps that can be replayed: {replayable}" if replayable else "no step can be replayed",
     )
 
 
 def difference(one: float, other: float) -> float:
-    """Return the difference relative to the larger number.
-
-    0 for equal numbers and for two NaNs; infinite when only one of them is finite.
-    """
+    """Relative to the larger number; 0 for equal numbers and two NaNs, infinite when only one of them is finite."""
     if one == other or (math.isnan(one) and math.isnan(other)):
         return 0.0
     if not (math.isfinite(one) and math.isfinite(other)):
@@ -107,23 +102,19 @@ def differences(event: Mapping[str, Any], replayed: Mapping[str, Any]) -> dict[s
             "difference": difference(number(event[name]), float(replayed[name])),
         }
         for name in COMPARED
-        if _is_number(event.get(name))
+        if type(event.get(name)) in (int, float)
     }
 
 
 def check_comparable(event: Mapping[str, Any], where: str) -> None:
     """Raise UserError when a `step` event lacks the numbers that identify the step."""
-    lost = [name for name in FROM_WEIGHTS if not _is_number(event.get(name))]
+    lost = [name for name in FROM_WEIGHTS if type(event.get(name)) not in (int, float)]
     if lost:
-        raise UserError(
-            f"the ledger's line of step {event['step']} lacks {' and '.join(lost)}",
-            where=where,
-            why="a replay has nothing to compare with",
-            remedy="the line is damaged; replay a different step",
-        )
+        what = f"the ledger's line of step {event['step']} lacks {' and '.join(lost)}"
+        raise UserError(what, where=where, why="the line is damaged", remedy="replay a different step")
 
 
-def verdicts(steps: Mapping[int, Mapping[str, Mapping[str, float]]], dtype: str) -> dict[int, Verdict]:
+def verdicts(steps: Mapping[int, Mapping[str, Mapping[str, float]]], dtype: str) -> dict[int, str]:
     """Judge the differences of each step, computed in `dtype`. The steps must be in order.
 
     Training carries a rounding difference from step to step and makes it grow slowly. A fault, different data or
@@ -132,7 +123,7 @@ def verdicts(steps: Mapping[int, Mapping[str, Mapping[str, float]]], dtype: str)
     """
     bounds = BOUNDS.get(dtype, BOUNDS["float32"])
     largest = dict.fromkeys(FROM_WEIGHTS, 0.0)
-    judged: dict[int, Verdict] = {}
+    judged = {}
     for step, compared in steps.items():
         found = {name: numbers["difference"] for name, numbers in compared.items()}
         if all(d == 0 for d in found.values()):
@@ -146,18 +137,3 @@ def verdicts(steps: Mapping[int, Mapping[str, Mapping[str, float]]], dtype: str)
             continue
         largest = {name: max(largest[name], found.get(name, 0.0)) for name in FROM_WEIGHTS}
     return judged
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _not_recorded(run: RecordedRun, step: int, where: str) -> UserError:
-    remedy = f"recorded steps: {min(run.steps)} to {max(run.steps)}" if run.steps else "no step is recorded yet"
-    if step not in run.void:
-        return UserError(f"the ledger has no step {step}", where=where, remedy=remedy)
-    return UserError(
-        f"step {step} was discarded: the run returned to step {run.void[step]} and has not reached it again",
-        where=where,
-        remedy=remedy,
-    )

@@ -18,7 +18,6 @@ from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece, tensor_name
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
-from minka.plan.load_config import from_json
 from minka.plan.resume_rules import changes, decides_rate
 from minka.plan.run_state import RunState
 from minka.train.parent_run import Parent, begins_at, pinned_parent
@@ -78,7 +77,7 @@ def check_rate(saved: Mapping[str, Any], started: RunConfig | None, config: RunC
     the rates differ though no setting did.
     """
     rate = learning_rate(config, state.step, state.tokens)
-    old = from_json(json.dumps(saved["config"])) if "config" in saved else started
+    old = RunConfig.model_validate_json(json.dumps(saved["config"])) if "config" in saved else started
     if old is not None and decides_rate(changes(old, config)):
         was = saved.get("learning_rate", learning_rate(old, state.step, state.tokens))
         both = f"{was:.4g} with the saved settings, {rate:.4g} with the new ones"

@@ -15,7 +15,7 @@ from minka.plan.errors import UserError
 from minka.plan.ledger import Ledger
 from minka.plan.resume_rules import Decision, decide
 from minka.plan.run_folder import RunFolder
-from minka.plan.run_state import Header, Position, RunState, read_run_state
+from minka.plan.run_state import Position, RunState, read_run_state
 from minka.train.parent_run import Parent, check_parent, check_tokenizer, find_parent, hash_hub_folder, pinned_parent
 
 
@@ -112,9 +112,9 @@ def restart(folder: RunFolder) -> Path | None:
     return aside
 
 
-def _header(checkpoints: Path, step: int) -> Header | None:
+def _header(checkpoints: Path, step: int) -> tuple[int, Position] | None:
     try:
         header = read_header(checkpoints / step_name(step))
-        return Header(header.number, Position.of(header.state))
+        return header.number, Position.of(header.state)
     except (OSError, ValueError, KeyError, TypeError):
         return None  # the restore reports what is wrong with it

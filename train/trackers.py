@@ -1,19 +1,19 @@
 """Optional trackers that get the ledger's numbers: wandb (online or offline) and TensorBoard."""
 
 import importlib.util
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 from minka.plan.run_folder import RunFolder
 
 
-class Tracker(Protocol):
+class Tracker(NamedTuple):
     """Receives numbers by name, and the step that they belong to."""
 
-    def log(self, step: int, numbers: Mapping[str, float]) -> None: ...
-    def close(self) -> None: ...
+    log: Callable[[dict[str, float], int], None]
+    close: Callable[[], None]
 
 
 def check_trackers(config: RunConfig) -> None:
@@ -21,59 +21,35 @@ def check_trackers(config: RunConfig) -> None:
     wanted = {"wandb": config.tracking.wandb != "off", "tensorboard": config.tracking.tensorboard}
     for package in wanted:
         if wanted[package] and importlib.util.find_spec(package) is None:
-            raise UserError(
-                f"{package} is not installed",
-                where=f"tracking.{package}",
-                remedy=f"pip install 'minka[{package}]', or drop the setting: the ledger is always written",
-            )
+            remedy = f"pip install 'minka[{package}]', or drop the setting: the ledger is always written"
+            raise UserError(f"{package} is not installed", where=f"tracking.{package}", remedy=remedy)
 
 
 def open_trackers(config: RunConfig, folder: RunFolder) -> list[Tracker]:
-    """Open the trackers of the run. Raises UserError when one is not installed."""
-    check_trackers(config)
-    trackers: list[Tracker] = []
+    """Open the trackers of the run. wandb's id is the run's name, so a resumed run continues the same page."""
+    trackers = []
     if config.tracking.wandb != "off":
-        trackers.append(Wandb(config, folder))
-    if config.tracking.tensorboard:
-        trackers.append(TensorBoard(folder))
-    return trackers
-
-
-class Wandb:
-    """Weights & Biases. The run's name is its id, so a resumed run continues the same page."""
-
-    def __init__(self, config: RunConfig, folder: RunFolder) -> None:
         import wandb
 
-        self._run: Any = wandb.init(
+        run = wandb.init(
             project=config.tracking.wandb_project,
             name=config.run.name,
             id=config.run.name,
             resume="allow",
-            mode="online" if config.tracking.wandb == "online" else "offline",
+            mode=config.tracking.wandb,
             dir=str(folder.path),
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(console="off", silent=True),
         )
-
-    def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        self._run.log(dict(numbers), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class TensorBoard:
-    """Event files in logs/tensorboard."""
-
-    def __init__(self, folder: RunFolder) -> None:
+        trackers.append(Tracker(run.log, run.finish))
+    if config.tracking.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(log_dir=str(folder.logs / "tensorboard"))
+        writer = SummaryWriter(log_dir=str(folder.logs / "tensorboard"))
 
-    def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        for name, value in numbers.items():
-            self._writer.add_scalar(name, value, step)
+        def log(numbers: dict[str, float], step: int) -> None:
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        self._writer.close()
+        trackers.append(Tracker(log, writer.close))
+    return trackers

@@ -163,14 +163,16 @@ def _finish(job: Job, run: Session, state: State, status: ExitStatus) -> ExitSta
     # Before the export, which may be cut off.
     write_exit_reason(folder, status, reason, state.step, requeue=status == ExitStatus.STOPPED)
     checkpoint = folder.checkpoints / step_name(state.step)  # the one just written, not the last by name
+    export = None
     if config.checkpoint.export and checkpoint.exists():
         store = run.record.store
         try:
             export_checkpoint(checkpoint, folder.export, config.model, store.tokenizer_folder, store.eod)
+            export = str(folder.export)
         except (OSError, ValueError, UserError) as error:
             run.record.event("save_failed", state, reason=f"export: {error}")
             remedy = f"`minka export {folder.path} FOLDER` tries again"
             run.record.console.say(f"the export could not be written ({error}); {remedy}")
             status = ExitStatus.FAILED if status == ExitStatus.DONE else status
-    summarise(run.record, state, status, as_json=job.as_json)
+    summarise(run.record, state, status, export, as_json=job.as_json)
     return status

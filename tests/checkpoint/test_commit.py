@@ -11,7 +11,7 @@ import torch
 
 from histories import History, random_history
 from minka.checkpoint import catalogue as shelf
-from minka.checkpoint.commit import Remove, Rename, recovery, steps_among
+from minka.checkpoint.commit import recovery, steps_among
 
 FAST, ALL, CHUNK = 550, 10_000, 3_150
 
@@ -130,14 +130,18 @@ def test_what_a_dead_save_has_left_is_cleared_before_room_is_looked_for(tmp_path
 
 
 def test_mending_gives_whole_ones_their_name_and_clears_the_rest() -> None:
-    assert recovery([".step-00000004.replaced", ".step-00000004.saving-1f"]) == [
-        Rename(".step-00000004.replaced", "step-00000004"),
-        Remove(".step-00000004.saving-1f"),
-    ]
-    assert recovery([".step-00000004.leaving"]) == [Rename(".step-00000004.leaving", "step-00000004")]
-    assert recovery(["step-00000004", ".step-00000004.leaving"]) == [Remove(".step-00000004.leaving")]
-    assert recovery([".step-00000004.deleting"]) == [Remove(".step-00000004.deleting")]
-    assert recovery(["step-00000004", "step-00000004.damaged-1", ".nfs01", ".step-4.leaving", "notes"]) == []
+    assert recovery([".step-00000004.replaced", ".step-00000004.saving-1f"]) == (
+        {".step-00000004.replaced": "step-00000004"},
+        [".step-00000004.saving-1f"],
+    )
+    assert recovery([".step-00000004.leaving"]) == ({".step-00000004.leaving": "step-00000004"}, [])
+    assert recovery([".step-00000004.leaving", ".step-00000004.replaced"]) == (
+        {".step-00000004.leaving": "step-00000004"},
+        [".step-00000004.replaced"],
+    )
+    assert recovery(["step-00000004", ".step-00000004.leaving"]) == ({}, [".step-00000004.leaving"])
+    assert recovery([".step-00000004.deleting"]) == ({}, [".step-00000004.deleting"])
+    assert recovery(["step-00000004", "step-00000004.damaged-1", ".nfs01", ".step-4.leaving", "notes"]) == ({}, [])
 
 
 def test_a_step_has_one_name() -> None:

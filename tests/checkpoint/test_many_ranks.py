@@ -73,9 +73,9 @@ def find_share(pipe: Connection, path: str, stage: int, shards: int, rank: int) 
     }
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before, began = status("VmRSS"), time.process_time()
-    header = read_header(Path(path))
+    read_header(Path(path))
     header_seconds = time.process_time() - began
-    checkpoint = StoredCheckpoint(Path(path), header=header)
+    checkpoint = StoredCheckpoint(Path(path))
     missing = {name: piece.local.numel() for name, piece in pieces.items()}
     needed = needed_ranks(checkpoint.index, pieces)
     for other, names in needed.items():

@@ -34,7 +34,7 @@ def test_a_damaged_manifest_is_refused(damage: str, copy: Path) -> None:
     for ask in (TokenStore.open, verify):
         with pytest.raises(UserError, match=MANIFEST) as caught:
             ask(copy)
-        assert caught.value.where == str(copy)
+        assert caught.value.where in (str(copy), str(copy / MANIFEST))
         assert "prepare" in caught.value.remedy
 
 
@@ -86,7 +86,7 @@ def test_a_token_beyond_the_vocabulary_is_found_by_verify(copy: Path) -> None:
 
 def test_a_missing_end_of_document_is_found_by_verify(copy: Path) -> None:
     split = TokenStore.open(copy).split("train")
-    end, documents = int(split.document_ends[3]) - 1, split.n_documents
+    end, documents = int(split.index.lengths[:4].sum()) - 1, split.n_documents
     change_tokens(copy, lambda tokens: tokens.__setitem__(end, 65))
     with pytest.raises(UserError, match=f"{documents - 1} end-of-document tokens for {documents} documents"):
         verify(copy)

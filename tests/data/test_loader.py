@@ -176,7 +176,7 @@ def test_the_thread_builds_a_bounded_number_of_batches_ahead(train: Split) -> No
     config = run_config()  # four sequences a batch
     with Loader(config, replace(train, tokens=cast(Any, Counting())), 0, 1):
         time.sleep(0.5)
-        assert len(read) == 3 * global_batch(config, LoaderState())  # two wait in the queue, one for room in it
+        assert len(read) == 3 * global_batch(config, LoaderState())
 
 
 def test_micro_batches_are_prepared_in_the_thread(train: Split) -> None:
@@ -187,7 +187,7 @@ def test_micro_batches_are_prepared_in_the_thread(train: Split) -> None:
     with Loader(config, train, 0, 1, prepare=prepare) as loader:
         batch, prepared, _ = next(loader)
     assert [samples for samples, _ in prepared] == [part.samples.tolist() for part in batch.micro_batches(2)]
-    assert {name for _, name in prepared} == {"loader of rank 0"}
+    assert {name for _, name in prepared} == {"loader of rank 0_0"}
 
 
 def test_a_rank_outside_its_ways_is_refused(train: Split) -> None:

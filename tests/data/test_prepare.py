@@ -85,9 +85,9 @@ def test_a_tokenizer_sees_the_training_split_only(tmp_path: Path) -> None:
     prepare(data_section(**fields, tokenizer="bpe"), 300, tmp_path / "s")
     store = TokenStore.open(tmp_path / "s")
     train = [text for text in given if text in set(split_texts(store)["train"])]
-    alone = train_bpe([text.encode() for text in train], 300, 0)
+    alone = train_bpe([text.encode() for text in train], 300)
     assert store.tokenizer.backend.to_str() == alone.backend.to_str()
-    everything = train_bpe([text.encode() for text in given], 300, 0)
+    everything = train_bpe([text.encode() for text in given], 300)
     assert everything.backend.to_str() != alone.backend.to_str()
 
 

@@ -22,7 +22,7 @@ TEXTS = texts(12)
 
 def read(**fields: Any) -> list[Document]:
     """The documents of a corpus."""
-    return [hashed.document for hashed in read_documents(data_section(**fields))]
+    return list(read_documents(data_section(**fields)))
 
 
 def test_the_standard_library_is_read_whole_in_order_without_tests() -> None:
@@ -57,8 +57,8 @@ def test_files_folders_and_globs_of_text_are_each_read_once(tmp_path: Path) -> N
 def test_newlines_marks_and_nulls_of_a_file_are_kept(tmp_path: Path) -> None:
     raw = "\ufeffone\r\ntwo\rthree\n\x00\u2028end".encode()
     (tmp_path / "a.txt").write_bytes(raw)
-    (hashed,) = read_documents(data_section(source="text", paths=[str(tmp_path)]))
-    assert hashed.raw == raw
+    (document,) = read(source="text", paths=[str(tmp_path)])
+    assert document.raw == raw
 
 
 def test_a_byte_order_mark_before_json_is_not_part_of_it(tmp_path: Path) -> None:

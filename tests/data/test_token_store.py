@@ -25,6 +25,13 @@ def index_bytes(lengths: list[int], code: int, itemsize: int) -> bytes:
     return raw + b"".join(struct.pack("<q", i) for i in range(len(lengths) + 1))
 
 
+def write_index(path: Path, lengths: list[int], dtype: np.dtype[Any]) -> None:
+    """Write an .idx as SplitWriter does."""
+    with path.open("wb") as file:
+        file.write(bytes(indexed_dataset.HEADER.size) + np.array(lengths, dtype="<i4").tobytes())
+        indexed_dataset.finish_index(file, dtype)
+
+
 def read_by_layout(folder: Path, name: str) -> list[list[int]]:
     """The documents of a .bin/.idx pair, read field by field without any of our code."""
     index, tokens = (folder / f"{name}.idx").read_bytes(), (folder / f"{name}.bin").read_bytes()
@@ -58,8 +65,7 @@ def test_tokens_are_u16_below_65500_entries_and_i32_from_there(
 ) -> None:
     dtype = indexed_dataset.token_dtype(vocab)
     assert dtype.itemsize == itemsize
-    (tmp_path / "lengths").write_bytes(np.array([3, 1, 7], dtype="<i4").tobytes())
-    indexed_dataset.write_index(tmp_path / "x.idx", tmp_path / "lengths", dtype)
+    write_index(tmp_path / "x.idx", [3, 1, 7], dtype)
     assert (tmp_path / "x.idx").read_bytes() == index_bytes([3, 1, 7], code, itemsize)
     index = indexed_dataset.read_index(tmp_path / "x.idx")
     assert (index.dtype, index.lengths.tolist()) == (dtype, [3, 1, 7])
@@ -69,8 +75,7 @@ def test_tokens_are_u16_below_65500_entries_and_i32_from_there(
 def test_an_index_larger_than_one_block_is_written_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(indexed_dataset, "CHUNK", 4)
     lengths = [5, 2, 9, 1, 1, 3, 8, 8, 2, 4, 6]
-    (tmp_path / "lengths").write_bytes(np.array(lengths, dtype="<i4").tobytes())
-    indexed_dataset.write_index(tmp_path / "x.idx", tmp_path / "lengths", np.dtype("<u2"))
+    write_index(tmp_path / "x.idx", lengths, np.dtype("<u2"))
     assert (tmp_path / "x.idx").read_bytes() == index_bytes(lengths, 8, 2)
 
 
@@ -97,11 +102,9 @@ def test_every_document_comes_back_exactly_with_its_provenance(kind: str, reques
     assert seen == given.keys()
 
 
-def test_starts_and_ends_tile_the_stream(store: TokenStore) -> None:
+def test_the_documents_one_after_the_other_are_the_stream(store: TokenStore) -> None:
     split = store.split("train")
-    assert split.document_starts[0] == 0
-    assert np.array_equal(split.document_ends[:-1], split.document_starts[1:])
-    assert split.document_ends[-1] == split.n_tokens
+    assert np.array_equal(np.concatenate([split.document(i) for i in range(split.n_documents)]), split.tokens)
 
 
 @pytest.mark.parametrize("seq_len", [2, 7, 64])
@@ -109,11 +112,11 @@ def test_a_window_leads_back_to_the_documents_it_was_cut_from(store: TokenStore,
     split = store.split("train")
     for window in range(0, split.n_tokens // seq_len + 1, 97 // seq_len + 1):
         spans = split.trace_window(window, seq_len)
-        cut = [split.document(span.document)[span.first : span.last] for span in spans]
+        cut = [split.document(span["document"])[span["first"] : span["last"]] for span in spans]
         assert np.array_equal(
             np.concatenate(cut) if cut else [], split.tokens[window * seq_len : (window + 1) * seq_len]
         )
-        assert all(span.provenance == split.provenance(span.document) for span in spans)
+        assert all(span["provenance"] == split.provenance(span["document"]) for span in spans)
 
 
 def test_provenance_is_found_in_every_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

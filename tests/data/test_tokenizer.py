@@ -15,7 +15,7 @@ from minka.data.token_store import TokenStore
 from minka.data.tokenizer import EOD_TOKEN, TextTokenizer, bytes_tokenizer, load_hf, read_tokenizer, train_bpe
 from minka.plan.errors import UserError
 
-TRAINED = train_bpe([text.encode() for text in texts(100)], 300, 0)
+TRAINED = train_bpe([text.encode() for text in texts(100)], 300)
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 
@@ -55,22 +55,22 @@ def test_a_saved_tokenizer_is_read_back_the_same(tmp_path: Path) -> None:
 
 
 def test_training_is_deterministic_and_fills_the_vocabulary_exactly() -> None:
-    again = train_bpe([text.encode() for text in texts(100)], 300, 0)
+    again = train_bpe([text.encode() for text in texts(100)], 300)
     assert again.backend.to_str() == TRAINED.backend.to_str()
     assert TRAINED.backend.get_vocab_size() == TRAINED.entries == 300
 
 
 def test_a_vocabulary_that_the_text_cannot_fill_names_one_that_it_can() -> None:
     with pytest.raises(UserError) as caught:
-        train_bpe([b"abababab cdcd"], 5_000, 13)
+        train_bpe([b"abababab cdcd"], 5_000)
     fits = int(caught.value.what.split()[3])
     assert f"model.vocab={fits}" in caught.value.remedy
-    assert train_bpe([b"abababab cdcd"], fits, 13).entries == fits
+    assert train_bpe([b"abababab cdcd"], fits).entries == fits
 
 
-def test_a_vocabulary_without_room_for_the_bytes_is_refused() -> None:
+def test_a_vocabulary_without_room_for_the_bytes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="257"):
-        train_bpe([b"abc"], 256, 3)
+        prepare(data_section(tokenizer="bpe"), 256, tmp_path / "store")
 
 
 def test_a_hugging_face_folder_tokenizes_a_store(tmp_path: Path) -> None:

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from minka.data.prepare import open_or_prepare
-from minka.eval.bits_per_byte import Scores, bits_per_byte, ratio_of_sums
-from minka.eval.compressors import compressed_bits_per_byte
+from minka.eval.bits_per_byte import Scores, bits_per_byte, compressed_bits_per_byte, ratio_of_sums
 from minka.parallel.fsdp_engine import build_scorer
 from minka.parallel.mesh import start_mesh
 from minka.plan.config import RunConfig

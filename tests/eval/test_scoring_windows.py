@@ -39,8 +39,9 @@ def test_overlap_gives_context_and_positions_restart() -> None:
 
 
 def test_a_padding_batch_scores_nothing() -> None:
-    assert (padding_batch(8, 2, 5).targets == -100).all()
-    assert (padding_batch(8, 2, 5).owners == -1).all()
+    padding = padding_batch(8, 2, 5)
+    assert (padding.targets == -100).all()
+    assert (padding.owners == -1).all()
 
 
 @pytest.mark.parametrize("stride", [8, 4])

@@ -146,7 +146,7 @@ def test_a_finished_run_says_so_and_a_changed_one_is_refused(tmp_path: Path) -> 
     assert (status, "finished" in output) == (ExitStatus.DONE, True)
     status, _, errors = ended(config, "run.seed=8")
     assert status == ExitStatus.REFUSED
-    assert "run.seed was 7 and is now 8" in errors
+    assert "run.seed = 8 (was 7)" in errors
     assert "Traceback" not in errors
 
 

@@ -17,10 +17,9 @@ from minka.model.attention import (
     document_starts,
     document_structure,
     largest_logit,
-    uses_varlen,
 )
-from minka.plan.config_sections import KernelsSection
 from minka.plan.errors import UserError
+from minka.plan.sizing import attention_kind
 from models import packed
 
 CPU = torch.device("cpu")
@@ -43,12 +42,11 @@ def test_rows_of_one_document_take_the_causal_kernel_and_others_a_mask() -> None
 
 def test_varlen_kernels_are_taken_where_they_can_run_and_refused_where_they_cannot() -> None:
     with pytest.raises(UserError, match=r"kernels\.attention"):
-        uses_varlen(KernelsSection(attention="varlen"), CPU, torch.bfloat16)
-    cuda = torch.device("cuda")
-    assert uses_varlen(KernelsSection(), cuda, torch.bfloat16)
-    assert not uses_varlen(KernelsSection(), cuda, torch.float32)
-    assert not uses_varlen(KernelsSection(attention="sdpa"), cuda, torch.bfloat16)
-    assert not uses_varlen(KernelsSection(), CPU, torch.bfloat16)
+        attention_kind("varlen", "cpu", "bf16")
+    assert attention_kind("auto", "cuda", "bf16") == "varlen"
+    assert attention_kind("auto", "cuda", "fp32") == "mask"
+    assert attention_kind("sdpa", "cuda", "bf16") == "mask"
+    assert attention_kind("auto", "cpu", "bf16") == "mask"
 
 
 def test_starts_are_cumulative_lengths_padded_to_a_power_of_two() -> None:

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minka.model.head import IGNORED, Head, HeadSums
+from minka.kernels.linear_cross_entropy import IGNORED
+from minka.model.head import Head, HeadSums
 from minka.plan import sizing
 
 D, V = 24, 337

@@ -104,19 +104,19 @@ REFUSED = {
     "one stage a rank in a schedule of two": Refused(
         {"layout": {"pipeline": 2, "schedule": "zbv", "stages_per_rank": 1}},
         "stages_per_rank",
-        "two stages",
+        "2 stages",
         {"layout": {"stages_per_rank": 2}},
     ),
     "two stages a rank in a schedule of one": Refused(
         {"layout": {"pipeline": 2, "stages_per_rank": 2}},
         "stages_per_rank",
-        "one stage",
+        "1 stage",
         {"layout": {"schedule": "interleaved"}},
     ),
     "one stage a rank interleaved": Refused(
         {"layout": {"pipeline": 2, "schedule": "interleaved", "stages_per_rank": 1}},
         "stages_per_rank",
-        "at least two",
+        "at least 2 stages",
         {"layout": {"stages_per_rank": 2}},
     ),
     "more stages than layers": Refused(

@@ -179,7 +179,7 @@ def test_an_unknown_source_names_the_nearest_recipe() -> None:
     assert "dense-125m" in refusal.value.remedy
 
 
-@pytest.mark.parametrize(("text", "said"), [("a = [", "not a TOML file"), ("[run]\nname = 1\n", "run.name=1")])
+@pytest.mark.parametrize(("text", "said"), [("a = [", "cannot be read"), ("[run]\nname = 1\n", "run.name=1")])
 def test_a_file_that_is_wrong_is_named(text: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(text)

@@ -13,7 +13,7 @@ from minka.plan.ledger import Ledger
 from minka.plan.load_config import dump_toml, load_run
 from minka.plan.resume_rules import decide
 from minka.plan.run_folder import RunFolder
-from minka.plan.run_state import Header, Position, RunState, read_run_state
+from minka.plan.run_state import Position, RunState, read_run_state
 
 DEEP = "[" * 100_000
 SECONDS = 2.0  # of CPU time to read a ledger of a million steps whose start is a million lines back
@@ -31,9 +31,9 @@ def read(folder: RunFolder, *checkpoints: int, damaged: tuple[int, ...] = (), ne
     """The state with these checkpoints; `newest` has the highest number, where it is not the highest step."""
     read.opened = []  # type: ignore[attr-defined]
 
-    def header(step: int) -> Header | None:
+    def header(step: int) -> tuple[int, Position] | None:
         read.opened.append(step)  # type: ignore[attr-defined]
-        return None if step in damaged else Header(10**6 if step == newest else step, Position(step, step, 10 * step))
+        return None if step in damaged else (10**6 if step == newest else step, Position(step, step, 10 * step))
 
     return read_run_state(folder, checkpoints, header)
 
@@ -79,7 +79,7 @@ def test_a_run_toml_edited_by_hand_does_not_hide_a_change(run: RunFolder) -> Non
     where = str(run.path.parent)
     edited = load_run("demo", [f"run.folder={where}", "run.seed=1", "schedule.warmup=3"]).config
     run.config_file.write_text(dump_toml(edited))
-    with pytest.raises(UserError, match=r"run\.seed was 0 and is now 1") as caught:
+    with pytest.raises(UserError, match=r"run\.seed = 1 \(was 0\)") as caught:
         decide(read(run), edited, str(run.path))
     assert "set run.seed back" in caught.value.remedy
     run.config_file.write_text("not TOML")

@@ -13,7 +13,6 @@ from minka.plan.topology import (
     check,
     coordinates,
     describe,
-    order,
     tensor_choices,
 )
 from places import filled, shuffled
@@ -40,8 +39,8 @@ def test_no_numbering_by_the_launcher_changes_which_gpu_has_which_position(
         st.permutations([Place(f"node{host}", gpu, rank) for (host, gpu), rank in zip(at, ranks, strict=True)])
     )
     by_rank = {place.rank: (place.host, place.gpu) for place in places}
-    assert [by_rank[rank] for rank in order(places)] == [(f"node{host}", gpu) for host, gpu in at]
-    assert order(places) == tuple(ranks)
+    assert [by_rank[place.rank] for place in canonical(places)] == [(f"node{host}", gpu) for host, gpu in at]
+    assert [place.rank for place in canonical(places)] == ranks
 
 
 @given(hosts=st.lists(st.text("ab019-", min_size=1, max_size=6), unique=True, min_size=1, max_size=6), data=st.data())

@@ -16,7 +16,6 @@ from minka.plan.topology import (
     coordinates,
     describe,
     describe_lines,
-    order,
     spans,
 )
 from places import even_layers, filled, shuffled
@@ -29,7 +28,7 @@ def test_a_description_agrees_with_the_functions_and_is_json(schedule: str) -> N
     layers = even_layers(layout)
     described = describe(asked, topology, layers)
     assert json.loads(json.dumps(described)) == described
-    assert [place["rank"] for place in described["places"]] == list(order(topology.places))
+    assert [place["rank"] for place in described["places"]] == [place.rank for place in canonical(topology.places)]
     for at, (place, row) in enumerate(zip(canonical(topology.places), described["places"], strict=True)):
         assert (row["position"], row["host"], row["gpu"], row["rank"]) == (at, *place)
         assert row["domain"] == at // 4

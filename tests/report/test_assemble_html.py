@@ -10,13 +10,13 @@ from pathlib import Path
 from ledgers import event, run_of, start, steps
 from minka.report.assemble_html import HERE, SCRIPTS, assemble_html, embed_json, plotly_script
 from minka.report.page_data import page_data
-from minka.report.run_files import read_run_files
+from minka.report.run_files import RunFiles
 
 EVIL = "</script><script>window.pwned=1</script><!--<img src=x onerror='window.pwned=1'>&amp;\u2028"
 
 
 def page_of(folder: Path) -> str:
-    return assemble_html(page_data([read_run_files(str(folder))], 1_700_000_100.0), plotly="")
+    return assemble_html(page_data([RunFiles(str(folder))], 1_700_000_100.0), plotly="")
 
 
 def test_data_cannot_end_its_script_and_comes_back_unchanged() -> None:

@@ -11,7 +11,7 @@ from minka.plan.ledger import read_ledger
 from minka.plan.run_folder import RunFolder
 from minka.report.command import WATCH_SECONDS, main, with_watch_seconds
 from minka.report.page_data import PageData
-from minka.report.watch import watch
+from minka.report.write_report import watch_runs
 
 Trained = tuple[RunFolder, RunFolder]
 
@@ -100,7 +100,7 @@ def test_a_run_without_a_step_has_a_page(
     assert ("has written nothing yet" in said.err) == (not lines)
 
 
-def test_watching_writes_again_until_the_run_has_ended(tmp_path: Path) -> None:
+def test_watching_writes_again_until_the_run_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = run_of(tmp_path, "a", [start(), *steps(1, 2)])
     seen: list[tuple[int, float]] = []
 
@@ -117,18 +117,20 @@ def test_watching_writes_again_until_the_run_has_ended(tmp_path: Path) -> None:
         if step == 4:
             ended(folder, ExitStatus.STOPPED, 4, "stopped and saved")
 
-    file, data = watch([str(folder.path)], None, 7, said, go_on)
+    monkeypatch.setattr("time.sleep", go_on)
+    file, data = watch_runs([str(folder.path)], None, 7, said)
     assert seen == [(2, 7.0), (3, 7.0), (4, 0.0)]  # the last page does not reload itself
     assert (file, data["runs"][0]["status"]["kind"]) == (folder.path / "report.html", "stopped")
 
 
-def test_interrupted_watching_leaves_a_page_that_stays_still(tmp_path: Path) -> None:
+def test_interrupted_watching_leaves_a_page_that_stays_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = run_of(tmp_path, "a", [start(), *steps(1, 2)])
 
     def interrupt(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    file, _ = watch([str(folder.path)], None, 5, lambda *_: None, interrupt)
+    monkeypatch.setattr("time.sleep", interrupt)
+    file, _ = watch_runs([str(folder.path)], None, 5, lambda *_: None)
     assert '"refresh_seconds":0.0' in file.read_text()
 
 

@@ -9,11 +9,11 @@ import pytest
 from ledgers import event, run_of, start, steps
 from minka.plan.run_folder import RunFolder
 from minka.report.lineage_graph import MAX_ROWS, history_rows, lineage_graph
-from minka.report.run_files import read_run_files
+from minka.report.run_files import RunFiles
 
 
 def drawn(*folders: RunFolder) -> dict[str, Any]:
-    return lineage_graph([read_run_files(str(folder.path)) for folder in folders], [f.path.name for f in folders])
+    return lineage_graph([RunFiles(str(folder.path)) for folder in folders], [f.path.name for f in folders])
 
 
 def comes_from(folder: RunFolder, *parents: tuple[Path, int]) -> None:
@@ -67,7 +67,7 @@ def test_a_resume_is_one_row_with_the_steps_to_repeat_and_the_changed_settings(t
             *steps(6, 10),
         ],
     )
-    rows = history_rows(read_run_files(str(run.path)))
+    rows = history_rows(RunFiles(str(run.path)))
     assert [(row["kind"], row["step"], row["title"]) for row in rows] == [
         ("start", 0, "started"),
         ("fallback", 5, "checkpoint skipped"),
@@ -79,7 +79,7 @@ def test_a_resume_is_one_row_with_the_steps_to_repeat_and_the_changed_settings(t
 
 def test_a_run_resumed_a_hundred_times_is_folded_in_the_middle(tmp_path: Path) -> None:
     lines = [line for n in range(100) for line in (event("restore", n, reason=""), start(n))]
-    rows = history_rows(read_run_files(str(run_of(tmp_path, "a", [start(), *lines]).path)))
+    rows = history_rows(RunFiles(str(run_of(tmp_path, "a", [start(), *lines]).path)))
     assert len(rows) == MAX_ROWS + 1
     assert [row["title"] for row in rows if row["kind"] == "fold"] == [f"{101 - MAX_ROWS} more"]
     assert (rows[0]["title"], rows[-1]["step"]) == ("started", 99)

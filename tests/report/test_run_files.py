@@ -9,7 +9,7 @@ import pytest
 from ledgers import event, page_run, run_of, start, steps
 from minka.plan.run_folder import RunFolder
 from minka.report.assemble_html import embed_json
-from minka.report.run_files import read_run_files
+from minka.report.run_files import RunFiles
 
 HUGE = 10**400  # an integer to JSON, and too large for a float
 DEEP = "[" * 100_000
@@ -27,7 +27,7 @@ def test_torn_lines_are_skipped_and_their_numbers_kept(tmp_path: Path) -> None:
     lines[2] = b'{"event": "step", "ti\n'
     lines.insert(4, b"\xff\x00\n")
     folder.ledger_file.write_bytes(b"".join(lines) + b'{"event": "st')
-    run = read_run_files(str(folder.path))
+    run = RunFiles(str(folder.path))
     assert run.torn_lines == [3, 5, 7]
     assert [e["step"] for e in run.kept if e["event"] == "step"] == [1, 3, 4]
 
@@ -50,9 +50,7 @@ def test_torn_lines_are_skipped_and_their_numbers_kept(tmp_path: Path) -> None:
     ],
 )
 def test_a_line_without_valid_numbers_is_skipped_and_its_number_kept(odd: dict[str, Any], tmp_path: Path) -> None:
-    run = read_run_files(
-        str(run_of(tmp_path, "a", [start(), *steps(1, 1), {**event("step", 2), **odd}, *steps(3, 3)]).path)
-    )
+    run = RunFiles(str(run_of(tmp_path, "a", [start(), *steps(1, 1), {**event("step", 2), **odd}, *steps(3, 3)]).path))
     assert [e["step"] for e in run.events] == [0, 1, 3]
     assert run.torn_lines == [3]
 
@@ -60,7 +58,7 @@ def test_a_line_without_valid_numbers_is_skipped_and_its_number_kept(odd: dict[s
 def test_a_configuration_of_another_version_is_shown_without_its_plan(tmp_path: Path) -> None:
     folder = run_of(tmp_path, "a", [start(), *steps(1, 2)])
     folder.config_file.write_text('[run]\nname = "a"\nfuture = 3\n')
-    run = read_run_files(str(folder.path))
+    run = RunFiles(str(folder.path))
     assert run.config == {"run.name": "a", "run.future": 3}
     assert run.planned is None
     assert any("run.future" in note for note in run.notes)
@@ -70,7 +68,7 @@ def test_a_configuration_of_another_version_is_shown_without_its_plan(tmp_path: 
 def test_a_configuration_that_is_nested_too_deeply_becomes_a_note(tmp_path: Path) -> None:
     folder = run_of(tmp_path, "a", [start(), *steps(1, 2)])
     folder.config_file.write_text("a = " + DEEP)
-    run = read_run_files(str(folder.path))
+    run = RunFiles(str(folder.path))
     assert (run.config, run.planned, len(run.notes)) == ({}, None, 2)
     shown(folder)
 
@@ -81,7 +79,7 @@ def test_the_configuration_is_the_one_last_started(tmp_path: Path) -> None:
         *steps(1, 2),
         start(2, config={"run": {"max_steps": 9}}),
     ]
-    assert read_run_files(str(run_of(tmp_path, "a", lines).path)).config == {"run.max_steps": 9}
+    assert RunFiles(str(run_of(tmp_path, "a", lines).path)).config == {"run.max_steps": 9}
 
 
 def test_a_plan_in_the_folder_is_shown_as_it_stands(tmp_path: Path) -> None:
@@ -112,7 +110,7 @@ def test_a_file_that_cannot_be_read_costs_its_own_part_only(name: str, text: str
     file = folder.path / name
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(text.encode(errors="surrogateescape"))
-    run = read_run_files(str(folder.path))
+    run = RunFiles(str(folder.path))
     assert len(run.kept) == 3
     assert bool(run.notes) == (text.startswith(("{cut", "\udcff", "[[", '{"a"')))
     shown(folder)

@@ -69,7 +69,7 @@ def test_a_run_of_that_name_with_another_configuration(tmp_path: Path) -> None:
     config = tiny(tmp_path, run={"max_steps": 1}, schedule={"warmup": 0})
     assert minka("train", str(written(config)), "--ranks", "1").returncode == 0
     before = {p: p.read_bytes() for p in RunFolder.of(config).path.rglob("*") if p.is_file()}
-    assert "run.seed was 7 and is now 8" in refused(config, "run.seed=8")
+    assert "run.seed = 8 (was 7)" in refused(config, "run.seed=8")
     assert before == {p: p.read_bytes() for p in RunFolder.of(config).path.rglob("*") if p.is_file()}
 
 

@@ -13,7 +13,7 @@ from minka.checkpoint.catalogue import checkpoints
 from minka.checkpoint.restore import whole_tensors
 from minka.data.loader import Loader
 from minka.launch.supervisor_link import SupervisorLink
-from minka.parallel.engine import TorchEngine
+from minka.parallel.engine import Engine
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
 from minka.plan.ledger import current, read_ledger
@@ -27,10 +27,10 @@ STEPS = 24
 CLOCKS = ("time", "seconds", "tokens_per_second", "mfu", "memory_bytes")
 MOMENTS: dict[str, tuple[type, str]] = {  # the points of a cycle, in their order
     "data": (Loader, "__next__"),
-    "forward and backward": (TorchEngine, "forward_backward"),
-    "gradient norm": (TorchEngine, "grad_norm"),
+    "forward and backward": (Engine, "forward_backward"),
+    "gradient norm": (Engine, "grad_norm"),
     "waiting for a copy": (Recorder, "wait_for_copy"),
-    "update": (TorchEngine, "apply"),
+    "update": (Engine, "apply"),
     "judging": (Recorder, "judge"),
     "beginning a save": (AsyncSaver, "save"),
     "evaluation": (Recorder, "evaluate"),

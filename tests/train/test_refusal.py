@@ -10,7 +10,7 @@ from torch import Tensor
 from minka.checkpoint.catalogue import checkpoints
 from minka.checkpoint.manifest import read_header
 from minka.checkpoint.restore import whole_tensors
-from minka.parallel.engine import Sums, TorchEngine
+from minka.parallel.engine import Engine, Sums
 from minka.parallel.inputs import ModelInputs
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
@@ -62,10 +62,10 @@ def test_refused_steps_in_a_row_stop_the_run_for_a_person(tmp_path: Path) -> Non
 
 def train_with_nan(config: RunConfig, what: str, at: list[int]) -> tuple[list[tuple[int, bool]], int]:
     """(step, whether all local state kept its bits) of each step, and the status of the run."""
-    forward_backward, apply = TorchEngine.forward_backward, TorchEngine.apply
+    forward_backward, apply = Engine.forward_backward, Engine.apply
     steps: list[tuple[int, bool]] = []
 
-    def broken(self: TorchEngine, micro_batches: list[ModelInputs], target_count: int) -> Sums:
+    def broken(self: Engine, micro_batches: list[ModelInputs], target_count: int) -> Sums:
         sums = forward_backward(self, micro_batches, target_count)
         if len(steps) + 1 in at and what == "loss":
             return Sums(sums.loss * math.nan, sums.z_loss)
@@ -73,15 +73,15 @@ def train_with_nan(config: RunConfig, what: str, at: list[int]) -> tuple[list[tu
             next(g for g in self.gradients().values() if g.numel()).view(-1)[0] = math.inf
         return sums
 
-    def watched(self: TorchEngine, rate: float, max_norm: float, accept: Tensor) -> None:
+    def watched(self: Engine, rate: float, max_norm: float, accept: Tensor) -> None:
         before = {name: piece.local.clone() for name, piece in self.tensors().items()}
         apply(self, rate, max_norm, accept)
         same = all(torch.equal(before[name], piece.local) for name, piece in self.tensors().items())
         steps.append((len(steps) + 1, same))
 
-    TorchEngine.forward_backward, TorchEngine.apply = broken, watched  # type: ignore[assignment,method-assign]
+    Engine.forward_backward, Engine.apply = broken, watched  # type: ignore[assignment,method-assign]
     try:
         status = train_rank(config)
     finally:
-        TorchEngine.forward_backward, TorchEngine.apply = forward_backward, apply  # type: ignore[method-assign]
+        Engine.forward_backward, Engine.apply = forward_backward, apply  # type: ignore[method-assign]
     return steps, status

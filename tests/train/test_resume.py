@@ -126,10 +126,10 @@ def train_from(config: RunConfig, state: RunState | None) -> int:
     [
         ("run.max_steps=19", "the run is at step 20 already, after run.max_steps=19"),
         ("run.max_tokens=6000", "the run is at token 6272 already"),
-        ("run.seed=8", "run.seed was 7 and is now 8"),
-        ("data.seq_len=16", "data.seq_len was 32 and is now 16"),
-        ("model.rope_theta=5", "model.rope_theta was 10000.0 and is now 5.0"),
-        ("model.layers=3", "model.layers was 2 and is now 3"),
+        ("run.seed=8", "run.seed = 8 (was 7)"),
+        ("data.seq_len=16", "data.seq_len = 16 (was 32)"),
+        ("model.rope_theta=5", "model.rope_theta = 5.0 (was 10000.0)"),
+        ("model.layers=3", "model.layers = 3 (was 2)"),
     ],
 )
 def test_what_may_not_be_another_is_refused_by_name(

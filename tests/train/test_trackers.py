@@ -4,18 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from commands import minka, written
 from minka.model.transformer import Transformer
-from minka.parallel.mesh import Mesh
 from minka.plan.errors import ExitStatus, UserError
-from minka.plan.layout import Layout
 from minka.plan.ledger import Ledger, read_ledger
 from minka.plan.run_folder import RunFolder
 from minka.train.command import parse_window
 from minka.train.layer_stats import layer_of, layers_of
-from minka.train.metrics import device_mfu
 from ranks import on_ranks
 from tiny import tiny, train_rank
 
@@ -60,11 +56,6 @@ def test_details_are_those_of_one_rank(ranks: int, tmp_path: Path) -> None:
     for alone, together in zip(*found, strict=True):
         for kind in ("grad_norm", "update_ratio"):
             assert together[kind] == pytest.approx(alone[kind], rel=1e-4)
-
-
-def test_an_unknown_device_has_no_mfu(tmp_path: Path) -> None:
-    mesh = Mesh(Layout(shard=1), torch.device("cpu"), 0, None)
-    assert device_mfu(1e6, tiny(tmp_path), mesh) is None
 
 
 def test_every_parameter_belongs_to_a_layer_that_has_weights(tmp_path: Path) -> None:

@@ -2,9 +2,9 @@
 
 import pytest
 
+from minka.plan.batch_padding import describe_padding, padding_share
 from minka.plan.config import RunConfig
 from minka.plan.load_config import load_run
-from minka.plan.padding import describe_padding, padding_share
 
 
 def of_1024_sequences() -> RunConfig:
