@@ -60,7 +60,7 @@ def build_batch(
     are padded.
     """
     block = np.full((len(windows), seq_len + 1), eod, dtype=stream.dtype)  # targets of eod are ignored
-    real = np.zeros(len(windows), dtype=np.int64)  # how many of the first T tokens of each row are no padding
+    real = np.zeros(len(windows), dtype=np.int64)  # how many of the first T tokens of each row are not padding
     for row, window in enumerate(windows):
         start = int(window) * seq_len
         part = stream[start : start + seq_len + 1] if window != PADDING else stream[:0]

@@ -4,13 +4,12 @@ import hashlib
 import os
 import random
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-from house import sizes, sources, wording
+from house import sizes
 
 ROOT = Path(__file__).resolve().parent.parent
 THIRDS = 3
@@ -40,7 +39,7 @@ def third_of(test: str) -> int:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Sizes are a budget: say after each run where it is spent, and how much wording is still to be mended."""
+    """Sizes are a budget: say after each run where it is spent."""
     found = sizes(ROOT)
     total = sum(found.folders.values())
     folders = ", ".join(f"{folder} {n:,}" for folder, n in found.folders.items() if n)
@@ -48,11 +47,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for kind, long in (("files over 300 lines", found.long_files), ("functions over 60 lines", found.long_functions)):
         if long:
             terminalreporter.write_line(f"house: {kind}: {', '.join(long)}")
-    files = [path.relative_to(ROOT).as_posix() for path in (*sources(ROOT), *sorted((ROOT / "docs").glob("*.md")))]
-    phrases = Counter(breach.where.split("/")[0] for breach in wording(ROOT, files))
-    if phrases:
-        where = ", ".join(f"{folder} {n}" for folder, n in phrases.items())
-        terminalreporter.write_line(f"house: {phrases.total()} phrases to reword ({where})")
 
 
 @pytest.fixture(autouse=True)

@@ -186,6 +186,6 @@ class Recorder:
         if self._samples is not None:
             self._samples.close()
 
-    def _track(self, step: int, numbers: Mapping[str, float]) -> None:
+    def _track(self, step: int, numbers: dict[str, float]) -> None:
         for tracker in self.trackers:
             tracker.log(numbers, step)
