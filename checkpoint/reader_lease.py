@@ -60,8 +60,8 @@ def leased(run: Path, checkpoint: Path) -> Iterator[None]:
         waited = time.monotonic()
         while not checkpoint.is_dir():
             if time.monotonic() - waited > PATIENCE_SECONDS:
-                what = "this checkpoint has been deleted: the run keeps only the newest ones (checkpoint.keep)"
-                raise UserError(what, where=str(checkpoint), remedy="take a newer one")
+                remedy = "take a newer one; the run keeps only the newest ones (checkpoint.keep)"
+                raise UserError("this checkpoint has been deleted", where=str(checkpoint), remedy=remedy)
             time.sleep(0.05)
         yield
     finally:
