@@ -56,7 +56,7 @@ class Ranks:
     """What the supervisor knows of its ranks, by rank."""
 
     pids: dict[int, int] = field(default_factory=dict)
-    heard: dict[int, float] = field(default_factory=dict)  # when the last heartbeat came
+    beats: dict[int, float] = field(default_factory=dict)  # when the last heartbeat came
     steps: dict[int, int] = field(default_factory=dict)
     rest: bytes = b""  # of an incomplete line
 
@@ -76,13 +76,13 @@ class Ranks:
     def heartbeat(self, line: str, now: float) -> None:
         """One line of the pipe: `rank pid step`, and `done` when the rank has nothing left but to exit."""
         rank, pid, step = (int(word) for word in line.split()[:3])
-        self.pids[rank], self.heard[rank], self.steps[rank] = pid, now, step
+        self.pids[rank], self.beats[rank], self.steps[rank] = pid, now, step
         if line.endswith("done"):
-            del self.heard[rank]
+            del self.beats[rank]
 
     def silent(self, now: float, seconds: float) -> list[int]:
         """Ranks without a heartbeat for more than `seconds`."""
-        return sorted(rank for rank, when in self.heard.items() if now - when > seconds)
+        return sorted(rank for rank, when in self.beats.items() if now - when > seconds)
 
 
 @dataclass

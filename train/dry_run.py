@@ -162,17 +162,13 @@ def _check(config: RunConfig, world: int, rank: int) -> Layout:
     if dist.is_initialized():
         raise UserError("a dry run cannot be made while training", why="its process group would replace the other one")
     if config.layout.engine == "deepspeed":
-        raise UserError(
-            "DeepSpeed has no dry run with --world: it allocates and communicates while it starts",
-            where="layout.engine",
-            remedy='set layout.engine="fsdp"; ZeRO stage 3 is similar to reshard="always"',
-        )
+        what = "DeepSpeed has no dry run with --world: it allocates and communicates while it starts"
+        remedy = 'set layout.engine="fsdp"; ZeRO stage 3 is similar to reshard="always"'
+        raise UserError(what, where="layout.engine", remedy=remedy)
     if config.layout.offload != "none":
-        raise UserError(
-            "there is no dry run with --world of offload, which moves memory to the host",
-            where="layout.offload",
-            remedy='set layout.offload="none"; weights and optimizer of its peak are what would move',
-        )
+        what = "offload has no dry run with --world: the memory of one device is counted, not what moves to the host"
+        remedy = 'set layout.offload="none"; weights and optimizer of its peak are what would move'
+        raise UserError(what, where="layout.offload", remedy=remedy)
     layout = config.check(world)
     if not 0 <= rank < world:
         what, remedy = f"rank {rank:,} is not among {world:,}", f"give 0 to {world - 1:,}, or stages"

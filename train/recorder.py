@@ -136,15 +136,8 @@ class Recorder:
             self._failed(state, "checkpoint", outcome.error)
             return
         self.last_saved = state
-        self.event(
-            "save",
-            state,
-            path=str(outcome.path),
-            bytes=outcome.bytes,
-            stall_seconds=outcome.stall_seconds,
-            total_seconds=outcome.total_seconds,
-            permanent=outcome.request.permanent,
-        )
+        numbers = {name: getattr(outcome, name) for name in ("bytes", "stall_seconds", "total_seconds")}
+        self.event("save", state, path=str(outcome.path), **numbers, permanent=outcome.request.permanent)
 
     def _beat(self, state: State) -> Callable[[], None]:
         return lambda: self.supervisor.heartbeat(state.step)
@@ -186,6 +179,6 @@ class Recorder:
         if self._samples is not None:
             self._samples.close()
 
-    def _track(self, step: int, numbers: Mapping[str, float]) -> None:
+    def _track(self, step: int, numbers: dict[str, float]) -> None:
         for tracker in self.trackers:
             tracker.log(numbers, step)
