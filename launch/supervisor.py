@@ -1,7 +1,7 @@
-"""The supervisor: owns the ranks of this machine and never imports torch.
+"""The supervisor: owns the ranks of this machine, which train/forker.py forks, and never imports torch.
 
-It starts one process that imports torch once and forks the ranks (train/forker.py), passes signals on, reads the ranks'
-heartbeats from a pipe, has them write their stacks and ends them when one stops beating, and decides the exit status.
+It passes signals on, reads the ranks' heartbeats from a pipe, has them write their stacks and ends them when one stops
+beating, and decides the exit status.
 """
 
 import os

@@ -70,8 +70,8 @@ class AdamW:
     def update_squares(self, learning_rate: float) -> dict[str, Tensor]:
         """Squared norm of what the last step took from each local tensor, rebuilt from the moments; 0 if refused.
 
-        The step took lr * (m_hat / (sqrt(v_hat) + eps) + decay * weight). One tensor at a time: no second copy of
-        the model is needed. The weight is that after the step, which differs by lr * decay of itself.
+        One tensor at a time: no second copy of the model is needed. The step decayed the weight before it, which
+        differs from the one used here by lr * decay of itself.
         """
         s, found = self.settings, {}
         for name, weight in self._weights.items():

@@ -104,9 +104,9 @@ class Recorder:
         self._track(state.step, flat)
 
     def save(self, state: State, tensors: Mapping[str, Piece], watch: Stopwatch) -> None:
-        """Start a save, after the one before it has ended. A failure is an event and does not end the run. Collective.
+        """Start a save, after the one before it; no tensor may change before `wait_for_copy`. Collective.
 
-        No tensor may change before `wait_for_copy`.
+        A failure is an event, and does not end the run.
         """
         if self.saved(state, watch):
             return

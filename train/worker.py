@@ -89,10 +89,7 @@ def work_joined(job: Job) -> int:
 
 
 def _claim_run(job: Job, stack: ExitStack) -> tuple[RunState, Changes] | None:
-    """Check that the run may start, take its lock, and restart it if asked. Raises UserError.
-
-    Return its state and the changes since its last start; None when it is over.
-    """
+    """Take the run's lock, and restart it if asked. Return its state and what has changed, or None if it is over."""
     config, folder, state = job.config, RunFolder.of(job.config), job.state
     if state is None:
         state = read_state(folder)
