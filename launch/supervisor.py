@@ -1,7 +1,7 @@
-"""The supervisor: owns the ranks of this machine and never imports torch.
+"""The supervisor: owns the ranks of this machine, which train/forker.py forks, and never imports torch.
 
-It starts one process that imports torch once and forks the ranks (train/forker.py), passes signals on, reads the ranks'
-heartbeats from a pipe, has them write their stacks and ends them when one stops beating, and decides the exit status.
+It passes signals on, reads the ranks' heartbeats from a pipe, has them write their stacks and ends them when one stops
+beating, and decides the exit status.
 """
 
 import os
@@ -56,7 +56,7 @@ class Ranks:
     """What the supervisor knows of its ranks, by rank."""
 
     pids: dict[int, int] = field(default_factory=dict)
-    last_heartbeat: dict[int, float] = field(default_factory=dict)  # when the last heartbeat came
+    beats: dict[int, float] = field(default_factory=dict)  # when the last heartbeat came
     steps: dict[int, int] = field(default_factory=dict)
     rest: bytes = b""  # of an incomplete line
 
@@ -76,13 +76,13 @@ class Ranks:
     def heartbeat(self, line: str, now: float) -> None:
         """One line of the pipe: `rank pid step`, and `done` when the rank has nothing left but to exit."""
         rank, pid, step = (int(word) for word in line.split()[:3])
-        self.pids[rank], self.last_heartbeat[rank], self.steps[rank] = pid, now, step
+        self.pids[rank], self.beats[rank], self.steps[rank] = pid, now, step
         if line.endswith("done"):
-            del self.last_heartbeat[rank]
+            del self.beats[rank]
 
     def silent(self, now: float, seconds: float) -> list[int]:
         """Ranks without a heartbeat for more than `seconds`."""
-        return sorted(rank for rank, when in self.last_heartbeat.items() if now - when > seconds)
+        return sorted(rank for rank, when in self.beats.items() if now - when > seconds)
 
 
 @dataclass

@@ -40,8 +40,15 @@ def announce(record: Recorder, state: State, mesh: Mesh, changed: Changes) -> No
         changed=changed,
         lineage=record.lineage,
     )
-    padding = describe_padding(config, mesh.layout)
-    for line in [*describe_changes(changed), *_places(record, mesh), *([padding] if padding else [])]:
+    lines = [*describe_changes(changed)]
+    if mesh.topology and mesh.is_first:
+        places = describe(mesh.layout, mesh.topology, stages_of(mesh.layout, config.model))
+        with suppress(OSError):  # no run ends because of this file
+            write_json(record.folder.topology_file, places)
+        # Printed where the layout is more than data parallelism on one host.
+        if len({place.host for place in mesh.topology.places}) > 1 or mesh.layout.data_ways < mesh.ranks:
+            lines += describe_lines(places)
+    for line in filter(None, [*lines, describe_padding(config, mesh.layout)]):
         record.console.say(line)
     record.console.say(
         f"{config.run.name}: {parameters(config.model):,} parameters, {config.total_tokens:,} tokens in "
@@ -53,15 +60,3 @@ def announce(record: Recorder, state: State, mesh: Mesh, changed: Changes) -> No
         f"{record.store.folder}: {training.n_tokens:,} tokens to train on ({epochs:.2g} epochs), "
         f"{validation.n_documents:,} documents for validation"
     )
-
-
-def _places(record: Recorder, mesh: Mesh) -> list[str]:
-    """Write topology.json; the lines to print, where the layout is more than data parallelism on one host."""
-    if mesh.topology is None or not mesh.is_first:
-        return []
-    layers = stages_of(mesh.layout, record.config.model)
-    description = describe(mesh.layout, mesh.topology, layers)
-    with suppress(OSError):  # no run ends because of this file
-        write_json(record.folder.topology_file, description)
-    hosts = {place.host for place in mesh.topology.places}
-    return describe_lines(description) if len(hosts) > 1 or mesh.layout.data_ways < mesh.ranks else []

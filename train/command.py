@@ -150,10 +150,9 @@ def _start(loaded: "Loaded", ranks: int | None, window: tuple[int, int], from_sc
     if joins == "slurm":
         os.environ.update(slurm_environment(os.environ))
     if joins:
-        from minka.train.forker import run_guarded
         from minka.train.worker import work_joined
 
-        return run_guarded(lambda: work_joined(job), as_json)
+        return work_joined(job)
     folder, outlook = RunFolder.of(config), read_and_check(config, from_scratch=from_scratch)
     if outlook.decision.over:
         print_finished(folder, outlook.decision.ignored, as_json=as_json)

@@ -1,8 +1,6 @@
 """One rank's part of a run of any size, built and stepped without its memory and without its peers.
 
-Build, forward, backward and update are training's own, under torch's fake process group and on fake tensors, which have
-shapes and no numbers; what they hold and send is traced as in a real step.
-
+It is training's own code, under torch's fake process group and on fake tensors, which have shapes and no numbers.
 `as_gpu` computes as on a GPU: bf16, variable-length attention, the fused RMS norm, larger chunks of logits. The tensors
 are fake CPU tensors all the same: autograd asks for a device's driver even for fake tensors. Blocks run eagerly;
 compiled, they hold less workspace and choose what they save.
@@ -72,11 +70,7 @@ class Step(NamedTuple):
 
 
 def dry_run(config: RunConfig, world: int, rank: int, *, as_gpu: bool = True) -> DryRun:
-    """Return a step of the rank, after the batch warm-up.
-
-    Raises UserError for a layout that is not legal on `world` ranks, a rank that is not among them, DeepSpeed, offload,
-    and where a process group exists: the fake one would replace it.
-    """
+    """Return a step of the rank, after the batch warm-up. Raises UserError for what cannot be traced (`_check`)."""
     config = _as_traced(after_warmup(config), "cuda" if as_gpu else "cpu")
     layout = _check(config, world, rank)
     whole = max(micro_batches(layout, config.data))
@@ -162,17 +156,13 @@ def _check(config: RunConfig, world: int, rank: int) -> Layout:
     if dist.is_initialized():
         raise UserError("a dry run cannot be made while training", why="its process group would replace the other one")
     if config.layout.engine == "deepspeed":
-        raise UserError(
-            "DeepSpeed has no dry run with --world: it allocates and communicates while it starts",
-            where="layout.engine",
-            remedy='set layout.engine="fsdp"; ZeRO stage 3 is similar to reshard="always"',
-        )
+        what = "DeepSpeed has no dry run with --world: it allocates and communicates while it starts"
+        remedy = 'set layout.engine="fsdp"; ZeRO stage 3 is similar to reshard="always"'
+        raise UserError(what, where="layout.engine", remedy=remedy)
     if config.layout.offload != "none":
-        raise UserError(
-            "there is no dry run with --world of offload, which moves memory to the host",
-            where="layout.offload",
-            remedy='set layout.offload="none"; weights and optimizer of its peak are what would move',
-        )
+        what = "offload has no dry run with --world: the memory of one device is counted, not what moves to the host"
+        remedy = 'set layout.offload="none"; weights and optimizer of its peak are what would move'
+        raise UserError(what, where="layout.offload", remedy=remedy)
     layout = config.check(world)
     if not 0 <= rank < world:
         what, remedy = f"rank {rank:,} is not among {world:,}", f"give 0 to {world - 1:,}, or stages"

@@ -39,10 +39,7 @@ class NotedInputs(ModelInputs):
 def assumed_inputs(
     config: RunConfig, cutter: InputCutter, mode: FakeTensorMode, note: Callable[[], None]
 ) -> NotedInputs:
-    """A micro-batch of fake tensors, whose numbers are never looked at.
-
-    A row of it is one document to varlen kernels, and two to a mask.
-    """
+    """A micro-batch of fake tensors, of which no number is read: a row is one document to varlen kernels, else two."""
     rows, length = config.layout.micro_batch, config.data.seq_len
     with unset_fake_temporarily():
         zeros = torch.zeros((rows, length), dtype=torch.int64)

@@ -79,23 +79,6 @@ def die_with(parent: int | None) -> None:
             os._exit(int(ExitStatus.FAILED))
 
 
-def run_guarded(body: Callable[[], int | None], as_json: bool) -> int:
-    """The exit status of `body`. Errors are printed as every command prints them."""
-    try:
-        return int(body() or 0)
-    except UserError as error:
-        print_error(error, as_json=as_json)
-        return int(error.status)
-    except KeyboardInterrupt:
-        print("minka: interrupted before training began; nothing incomplete was kept.", file=sys.stderr)
-        return int(ExitStatus.FAILED)
-    except SystemExit as end:
-        return int(end.code or 0)
-    except Exception:
-        traceback.print_exc()
-        return int(ExitStatus.FAILED)
-
-
 def _rank(job: Job, rank: int, store: str) -> int:
     threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or max(1, len(os.sched_getaffinity(0)) // job.ranks)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.ranks), MINKA_STORE=store)
@@ -123,7 +106,16 @@ def _fork(body: Callable[[], int | None], as_json: bool, *, hold: bool) -> int:
         if not hold:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         die_with(me)
-        status = run_guarded(body, as_json)
+        status = int(body() or 0)
+    except UserError as error:
+        print_error(error, as_json=as_json)
+        status = int(error.status)
+    except KeyboardInterrupt:
+        print("minka: interrupted before training began; nothing incomplete was kept.", file=sys.stderr)
+    except SystemExit as end:
+        status = int(end.code or 0)
+    except Exception:
+        traceback.print_exc()
     finally:
         for stream in (sys.stdout, sys.stderr):
             with suppress(BrokenPipeError):
@@ -142,7 +134,8 @@ def _wait(pids: list[int], logs: dict[int, tuple[int, Path]]) -> int:
             code = code if code >= 0 else int(ExitStatus.FAILED)
             if code and status in (0, *ON_PURPOSE) and status != code:
                 status, failed_at = code, time.monotonic()
-                _report(code, raw, *logs.get(pid, (0, None)))
+                if code not in ON_PURPOSE:
+                    _report(raw, *logs.get(pid, (0, None)))
         elif not pid:
             time.sleep(0.02)
         # Ranks that stopped on purpose end by themselves: rank 0 still exports.
@@ -153,14 +146,12 @@ def _wait(pids: list[int], logs: dict[int, tuple[int, Path]]) -> int:
     return status
 
 
-def _report(code: int, raw: int, rank: int, log: Path | None) -> None:
+def _report(raw: int, rank: int, log: Path | None) -> None:
     """Print which rank failed first, and the end of its log; rank 0 has printed its own error."""
-    if code in ON_PURPOSE:
-        return
-    by_signal = os.WIFSIGNALED(raw)
-    if by_signal or rank:
-        how = f"by signal {os.WTERMSIG(raw)}" if by_signal else f"with status {code}"
-        print(f"minka: rank {rank} ended {how}.", file=sys.stderr)
+    if os.WIFSIGNALED(raw):
+        print(f"minka: rank {rank} ended by signal {os.WTERMSIG(raw)}.", file=sys.stderr)
+    elif rank:
+        print(f"minka: rank {rank} ended with status {os.waitstatus_to_exitcode(raw)}.", file=sys.stderr)
     if rank and log is not None and log.exists():
         tail = log.read_text(errors="replace").splitlines()[-20:]
         print("\n".join(f"  {line}" for line in tail), file=sys.stderr)

@@ -1,6 +1,6 @@
 """AdamW on local shards (Loshchilov & Hutter 2019, algorithm 2): one fused call a group, refusal without a sync."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,17 +23,14 @@ class AdamW:
     biases, are never decayed; embeddings and head only with `decay_embeddings`.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, Tensor, int]], settings: OptimizerSection) -> None:
+    def __init__(self, parameters: Sequence[tuple[str, Tensor, int]], settings: OptimizerSection) -> None:
         self.settings = settings
-        self._weights: dict[str, Tensor] = {}
-        self._decay: dict[str, float] = {}
-        for name, tensor, dims in parameters:
-            self._weights[name] = tensor
-            self._decay[name] = decay_of(name, dims, settings)
+        self._weights = {name: tensor for name, tensor, _ in parameters}
+        self._decay = {name: decay_of(name, dims, settings) for name, _, dims in parameters}
         self._moment1 = {name: torch.zeros_like(tensor) for name, tensor in self._weights.items()}
         self._moment2 = {name: torch.zeros_like(tensor) for name, tensor in self._weights.items()}
         device = next(iter(self._weights.values())).device
-        self._count = torch.zeros((), dtype=torch.float32, device=device)
+        self._count = torch.zeros((), dtype=torch.float32, device=device)  # the kernel reads fp32
         self._accepted = torch.zeros((), dtype=torch.bool, device=device)
 
     def step(self, gradients: Mapping[str, Tensor], learning_rate: float, divisor: Tensor, accept: Tensor) -> None:
@@ -65,18 +62,16 @@ class AdamW:
             )
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """{"moment1": {name: local tensor}, "moment2": ...}; the tensors themselves, so a restore writes into them."""
         return {"moment1": self._moment1, "moment2": self._moment2}
 
     def count(self) -> Tensor:
-        """Accepted steps, a scalar tensor (fp32: the kernel reads it)."""
         return self._count
 
     def update_squares(self, learning_rate: float) -> dict[str, Tensor]:
         """Squared norm of what the last step took from each local tensor, rebuilt from the moments; 0 if refused.
 
-        The step took lr * (m_hat / (sqrt(v_hat) + eps) + decay * weight). One tensor at a time: no second copy of
-        the model is needed. The weight is that after the step, which differs by lr * decay of itself.
+        One tensor at a time: no second copy of the model is needed. The step decayed the weight before it, which
+        differs from the one used here by lr * decay of itself.
         """
         s, found = self.settings, {}
         for name, weight in self._weights.items():

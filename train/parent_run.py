@@ -82,11 +82,8 @@ def find_parent(config: RunConfig) -> Parent | None:
         what = f"{given!r} is neither a run nor a Hugging Face folder"
         raise UserError(what, where="run.start_from", why=error.why) from None
     if found.path.resolve() == RunFolder.of(config).path.resolve():
-        raise UserError(
-            "a run cannot start from itself",
-            where="run.start_from",
-            remedy=f"give the new run a name (run.name=NEW), or leave it out to resume (minka train {found.path})",
-        )
+        remedy = f"give the new run a name (run.name=NEW), or leave it out to resume (minka train {found.path})"
+        raise UserError("a run cannot start from itself", where="run.start_from", remedy=remedy)
     return _checkpoint(found, find_checkpoint(found.checkpoints, step))
 
 
@@ -114,23 +111,17 @@ def check_parent(parent: Parent, config: RunConfig) -> None:
     """Raises UserError naming what keeps the run from starting from `parent`."""
     entire = config.run.start_with == "all"
     if entire and parent.config is None:
-        raise UserError(
-            "a Hugging Face folder has weights only",
-            where="run.start_with",
-            why="optimizer, counters and data position are in checkpoints of runs",
-            remedy='set run.start_with="weights"',
-        )
+        what = "a Hugging Face folder has weights only: no optimizer, counters or data position"
+        raise UserError(what, where="run.start_with", remedy='set run.start_with="weights"')
     check_fork(changes_of(parent, config), parent.name)
     if not entire or parent.config is None:
         return
     run, (step, _, tokens) = config.run, parent.position
     if config.finished(step, tokens):
         end = f"max_steps={run.max_steps}" if run.max_steps is not None else f"max_tokens={run.max_tokens}"
-        raise UserError(
-            f"the run begins at {parent.name} ({tokens} tokens), and run.{end} ends it there or earlier",
-            where="run.start_from",
-            remedy='give a greater length, an earlier checkpoint, or run.start_with="weights", which counts from 0',
-        )
+        what = f"the run begins at {parent.name} ({tokens} tokens), and run.{end} ends it there or earlier"
+        remedy = 'give a greater length, an earlier checkpoint, or run.start_with="weights", which counts from 0'
+        raise UserError(what, where="run.start_from", remedy=remedy)
     check_batch(parent.config, config, step, tokens)
 
 

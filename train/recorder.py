@@ -104,9 +104,9 @@ class Recorder:
         self._track(state.step, flat)
 
     def save(self, state: State, tensors: Mapping[str, Piece], watch: Stopwatch) -> None:
-        """Start a save, after the one before it has ended. A failure is an event and does not end the run. Collective.
+        """Start a save, after the one before it; no tensor may change before `wait_for_copy`. Collective.
 
-        No tensor may change before `wait_for_copy`.
+        A failure is an event, and does not end the run.
         """
         if self.saved(state, watch):
             return
@@ -136,15 +136,8 @@ class Recorder:
             self._failed(state, "checkpoint", outcome.error)
             return
         self.last_saved = state
-        self.event(
-            "save",
-            state,
-            path=str(outcome.path),
-            bytes=outcome.bytes,
-            stall_seconds=outcome.stall_seconds,
-            total_seconds=outcome.total_seconds,
-            permanent=outcome.request.permanent,
-        )
+        numbers = {name: getattr(outcome, name) for name in ("bytes", "stall_seconds", "total_seconds")}
+        self.event("save", state, path=str(outcome.path), **numbers, permanent=outcome.request.permanent)
 
     def _beat(self, state: State) -> Callable[[], None]:
         return lambda: self.supervisor.heartbeat(state.step)

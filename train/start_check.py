@@ -74,11 +74,9 @@ def check_start(config: RunConfig, state: RunState, *, from_scratch: bool) -> Ou
     if state.started and not state.position and not decision.over and not from_scratch:
         parent = pinned_parent(folder)
         if parent and not parent.run and hash_hub_folder(parent.folder) != parent.sha256:
-            raise UserError(
-                "the weights that this run starts from have changed since it was created",
-                where=str(parent.folder),
-                remedy="restore the folder, or start a run of a different name (run.name=...)",
-            )
+            what = "the weights that this run starts from have changed since it was created"
+            remedy = "restore the folder, or start a run of a different name (run.name=...)"
+            raise UserError(what, where=str(parent.folder), remedy=remedy)
     return Outlook(state, decision, from_scratch=from_scratch)
 
 

@@ -45,21 +45,17 @@ def manifest_state(
 ) -> dict[str, Any]:
     """The `state` of a checkpoint's manifest, plain JSON. A resume reads the numbers of `state` and checks the rest."""
     values = config.model_dump(mode="json")
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return {
         **asdict(state),
         "config": values,
-        "config_sha256": config_hash(values),
+        "config_sha256": hashlib.sha256(canonical.encode()).hexdigest(),
         "layout": mesh.layout.model_dump(mode="json"),
         "data_sha256": data_sha256,
         "learning_rate": learning_rate(config, state.step, state.tokens),  # of the next step
         "lineage": [dict(parent) for parent in lineage],
         "versions": versions("minka", "torch", "numpy", "safetensors"),
     }
-
-
-def config_hash(values: Mapping[str, Any]) -> str:
-    """sha256 of a configuration's canonical JSON."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def random_state() -> dict[str, Piece]:

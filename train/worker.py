@@ -4,7 +4,6 @@ import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -37,14 +36,6 @@ from minka.train.state import State
 GROUP_SECONDS = 300.0  # beyond guard.hang_seconds: the supervisor must notice a hang before the process group times out
 
 
-class Claim(NamedTuple):
-    """What rank 0 knows of the run that it may now write."""
-
-    state: RunState
-    changed: Changes  # against the configuration of the last start
-    over: bool = False
-
-
 def work(job: Job) -> int:
     """Train this rank's part of the run; the exit status."""
     if job.threads is not None:
@@ -56,14 +47,14 @@ def work(job: Job) -> int:
         refusals_recorded(RunFolder.of(config), writes=mesh.is_first),
         ExitStack() as stack,
     ):
-        claim = Claim(RunState(), {})
+        claim: tuple[RunState, Changes] | None = RunState(), {}
         with agreed(mesh):
             if mesh.is_first:
                 claim = _claim_run(job, stack)
-        (over,) = mesh.sum_on_host([claim.over])
-        if over:
+        (over,) = mesh.sum_on_host([claim is None])
+        if claim is None or over:
             return int(ExitStatus.DONE)
-        run, state = _start_session(job, mesh, stack, claim)
+        run, state = _start_session(job, mesh, stack, *claim)
         state, status = train(run, state)
         run.profile.close()
         run.record.console.end()
@@ -97,22 +88,22 @@ def work_joined(job: Job) -> int:
     return work(job)
 
 
-def _claim_run(job: Job, stack: ExitStack) -> Claim:
-    """Check that the run may start, take its lock, and restart it if asked. Raises UserError."""
+def _claim_run(job: Job, stack: ExitStack) -> tuple[RunState, Changes] | None:
+    """Take the run's lock, and restart it if asked. Return its state and what has changed, or None if it is over."""
     config, folder, state = job.config, RunFolder.of(job.config), job.state
     if state is None:
         state = read_state(folder)
         if _is_over(job, state):
-            return Claim(state, {}, over=True)
+            return None
         open_run(config, job.command)
     folder.check_may_start()
     stack.enter_context(folder.only_writer())
     if not state.is_current(folder, steps_of(folder.checkpoints)):  # a different process has trained it meanwhile
         state = read_state(folder)
         if _is_over(job, state):
-            return Claim(state, {}, over=True)
+            return None
     if not state.begun:
-        return Claim(state, {})
+        return state, {}
     changed = decide(state, config, str(folder.path), from_scratch=job.from_scratch).changed
     if job.from_scratch:  # last: a refusal must leave everything as it was
         pinned_parent(folder)
@@ -120,7 +111,7 @@ def _claim_run(job: Job, stack: ExitStack) -> Claim:
         state = state.restarted()
         if aside and not job.as_json:
             print(f"the old checkpoints are now in {aside}", flush=True)
-    return Claim(state, changed)
+    return state, changed
 
 
 def _is_over(job: Job, state: RunState) -> bool:
@@ -132,7 +123,7 @@ def _is_over(job: Job, state: RunState) -> bool:
     return decision.over
 
 
-def _start_session(job: Job, mesh: Mesh, stack: ExitStack, claim: Claim) -> tuple[Session, State]:
+def _start_session(job: Job, mesh: Mesh, stack: ExitStack, before: RunState, changed: Changes) -> tuple[Session, State]:
     """Everything that a rank trains with, and the state to train from. `stack` closes all of it. Collective."""
     config, folder = job.config, RunFolder.of(job.config)
     store = TokenStore.open(store_folder(config, Path()))
@@ -143,12 +134,12 @@ def _start_session(job: Job, mesh: Mesh, stack: ExitStack, claim: Claim) -> tupl
     record = Recorder(config, mesh, store, supervisor, as_json=job.as_json)
     stack.callback(record.close)
     engine, optimizer = build_engine(config, mesh)
-    state = restore_or_init(engine, record, mesh, claim.state)
+    state = restore_or_init(engine, record, mesh, before)
     with agreed(mesh):
         if mesh.is_first:
             folder.training_starts(config)
-    announce(record, state, mesh, claim.changed)
-    (missed,) = mesh.sum_on_host([mesh.is_first and evaluation_missed(config, claim.state, state)])
+    announce(record, state, mesh, changed)
+    (missed,) = mesh.sum_on_host([mesh.is_first and evaluation_missed(config, before, state)])
     loader = Loader(config, store.split("train"), mesh.data_rank, mesh.layout.data_ways, state.loader, engine.prepare)
     stack.callback(loader.close)
     profile = Profile(job.profile, folder.logs / f"trace-{mesh.rank:05d}.json")
