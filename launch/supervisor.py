@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel
 
-from minka.launch.exit_reason import ExitReason, read_exit_reason, write_exit_reason
+from minka.launch.exit_reason_file import ExitReason, read_exit_reason, write_exit_reason
 from minka.launch.supervisor_link import STACKS_SIGNAL, handle_stop_signals
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus

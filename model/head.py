@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minka.kernels.accumulation_dtype import wide
 from minka.kernels.linear_cross_entropy import ALL_ROWS, VocabShard, linear_cross_entropy, token_losses
-from minka.plan.sizing import logit_rows
+from minka.plan.execution_choices import logit_rows
 
 
 class HeadSums(NamedTuple):

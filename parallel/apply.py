@@ -15,8 +15,8 @@ from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece, parameter_piece
 from minka.parallel.tensor import cut_tensor
 from minka.plan.config import RunConfig
+from minka.plan.execution_choices import compiles_full_graph
 from minka.plan.pipeline_stages import stages_of
-from minka.plan.sizing import compiles_full_graph
 
 
 def build_parts(config: RunConfig, mesh: Mesh) -> list[Transformer]:

@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from minka.parallel.mesh import Mesh
-from minka.plan.sizing import frees_gathered_weights, fsdp_units, needs_fsdp
+from minka.plan.execution_choices import frees_gathered_weights, fsdp_units, needs_fsdp
 
 
 def shard_model(model: nn.Module, blocks: list[nn.Module], mesh: Mesh) -> None:
@@ -39,7 +39,7 @@ def shard_model(model: nn.Module, blocks: list[nn.Module], mesh: Mesh) -> None:
 
 
 def frees_blocks(mesh: Mesh, blocks: Iterable[nn.Module]) -> bool:
-    """Return whether gathered weights of blocks are freed after forward (plan/sizing.py)."""
+    """Return whether gathered weights of blocks are freed after forward (plan/execution_choices.py)."""
     return frees_gathered_weights(mesh.layout, sum(block_bytes(blocks, mesh.compute_dtype)))
 
 

@@ -14,7 +14,7 @@ from minka.model.attention import Structure, document_structure, map_tensors
 from minka.parallel.context import places, shard_structure
 from minka.parallel.mesh import Mesh
 from minka.plan.config import RunConfig
-from minka.plan.sizing import attention_kind, compute_dtype_name
+from minka.plan.execution_choices import attention_kind, compute_dtype_name
 
 
 class MicroBatch(Protocol):

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from minka.plan.execution_choices import compute_dtype_name
 from minka.plan.hardware import nvlink_domain
 from minka.plan.layout import Layout
-from minka.plan.sizing import compute_dtype_name
 from minka.plan.topology import Place, Topology, canonical, check, coordinates
 
 SAVE_TIMEOUT = timedelta(days=1)  # of groups for saves, which a slow disk must not break; the supervisor sees a hang

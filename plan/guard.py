@@ -1,4 +1,4 @@
-"""Decides about a step from its numbers. train/guard.py applies the decision."""
+"""Decides about a step from its numbers. train/accept_step.py applies the decision."""
 
 import math
 from typing import Literal, NamedTuple

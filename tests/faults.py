@@ -14,7 +14,7 @@ from minka.parallel import pipeline_engine as pipeline
 from minka.parallel.inputs import InputCutter, ModelInputs
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece, squared_norm
-from minka.plan import sizing
+from minka.plan import execution_choices
 
 
 def put(owner: Any, name: str, new: Any) -> None:
@@ -120,7 +120,7 @@ def scale_grads() -> None:
 def resharding() -> None:
     """Free gathered weights after forward under every schedule."""
     put(shard, "frees_gathered_weights", lambda *given: True)
-    put(sizing, "UNIT_BYTES", 1)
+    put(execution_choices, "UNIT_BYTES", 1)
 
 
 def dropped_all_reduce() -> None:

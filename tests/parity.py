@@ -14,13 +14,13 @@ from minka.parallel.engine import Engine
 from minka.parallel.inputs import ModelInputs
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.parallel.pieces import Piece, piece_of, tensor_name
-from minka.plan import sizing
+from minka.plan import execution_choices
 from minka.plan.config import RunConfig
 from minka.plan.ledger import read_ledger
 from minka.plan.load_config import validate
 from minka.plan.run_folder import RunFolder
+from minka.train.accept_step import accepts
 from minka.train.build_engine import build_engine
-from minka.train.guard import accepts
 from models import packed
 from ranks import on_ranks
 from tiny import train_rank
@@ -111,7 +111,7 @@ def rank_of(config: RunConfig, fault: Fault, steps: int) -> dict[str, Any]:
 
 def units_of_one_block() -> None:
     """Make every block a unit of FSDP."""
-    sizing.UNIT_BYTES = 1
+    execution_choices.UNIT_BYTES = 1
 
 
 def batch_of(config: RunConfig, step: int) -> Batch:

@@ -17,7 +17,7 @@ from minka.parallel.inputs import InputCutter
 from minka.parallel.memory_trace import MemoryTrace, Peak
 from minka.parallel.mesh import start_mesh
 from minka.parallel.traffic import Traffic, Transfer
-from minka.plan import sizing
+from minka.plan import execution_choices
 from minka.plan.config import RunConfig
 from minka.plan.load_config import validate
 from minka.train.build_engine import engine_over
@@ -27,7 +27,7 @@ from ranks import on_ranks
 
 SHAPE = {"layers": 4, "d_model": 256, "heads": 8, "kv_heads": 4, "head_dim": 32, "d_ff": 512, "vocab": 512}
 LENGTH, ROWS = 128, 16
-UNIT_BYTES = sizing.UNIT_BYTES
+UNIT_BYTES = execution_choices.UNIT_BYTES
 
 
 class Patient(TorchDispatchMode):
@@ -69,12 +69,12 @@ def real(config: RunConfig, *, unit_bytes: int = UNIT_BYTES, seconds: float = 20
 
 def dry(config: RunConfig, rank: int, *, unit_bytes: int = UNIT_BYTES) -> DryRun:
     """The dry run of one of them."""
-    with patch.object(sizing, "UNIT_BYTES", unit_bytes):
+    with patch.object(execution_choices, "UNIT_BYTES", unit_bytes):
         return dry_run(config, config.layout.world, rank, as_gpu=False)
 
 
 def _rank(config: RunConfig, unit_bytes: int) -> tuple[Any, ...]:
-    sizing.UNIT_BYTES = unit_bytes
+    execution_choices.UNIT_BYTES = unit_bytes
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen, start_mesh(config.layout) as mesh:
         engine, optimizer = engine_over(build_parts(config, mesh), InputCutter(mesh, varlen=False), config)
         ways, size = config.layout.data_ways, config.layout.micro_batch

@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
         replay: Annotated[int | None, REPLAY] = None,
         as_json: Annotated[bool, JSON] = False,
     ) -> int:
-        from minka.launch.exit_reason import refusals_recorded
+        from minka.launch.exit_reason_file import refusals_recorded
         from minka.plan.load_config import load_run
         from minka.plan.run_folder import RunFolder
 
@@ -134,7 +134,7 @@ def _check_absent(given: dict[str, object], where: str, why: str) -> None:
 def _start(loaded: "Loaded", ranks: int | None, window: tuple[int, int], from_scratch: bool, as_json: bool) -> int:
     from minka.launch.supervisor import Job, supervise
     from minka.plan.run_folder import RunFolder
-    from minka.train.start_check import print_finished, read_and_check, read_state
+    from minka.train.start_or_resume import print_finished, read_and_check, read_state
     from minka.train.trackers import check_trackers
 
     config, joins, gpus = loaded.config, launcher(os.environ), visible_gpus(os.environ)
@@ -176,7 +176,7 @@ def _print_run(loaded: "Loaded", ranks: int | None, from_scratch: bool, as_json:
     from minka.plan.flops import parameters, training_flops_per_token
     from minka.plan.load_config import dump_toml
     from minka.plan.run_folder import RunFolder
-    from minka.train.start_check import read_and_check
+    from minka.train.start_or_resume import read_and_check
 
     config = loaded.config
     outlook = read_and_check(config, from_scratch=from_scratch)

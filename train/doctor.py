@@ -23,10 +23,10 @@ from minka.plan.cli import print_json, print_table, progress
 from minka.plan.config import RunConfig
 from minka.plan.config_sections import KernelsSection
 from minka.plan.errors import ExitStatus, UserError
+from minka.plan.execution_choices import attention_kind
 from minka.plan.flops import parameters
 from minka.plan.hardware import find
 from minka.plan.layout import Layout
-from minka.plan.sizing import attention_kind
 from minka.train.build_engine import build_engine
 from minka.train.layer_stats import layer_of, layers_of
 from minka.train.provenance import processor, versions

@@ -24,12 +24,12 @@ from minka.parallel.pieces import Piece
 from minka.parallel.traffic import Traffic, Transfer
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
+from minka.plan.execution_choices import attention_kind, compute_dtype_name
 from minka.plan.layout import Layout, micro_batches, micro_batches_fit
-from minka.plan.sizing import attention_kind, compute_dtype_name
 from minka.plan.topology import coordinates
+from minka.train.accept_step import accepts
 from minka.train.build_engine import engine_over
 from minka.train.dry_run_fakes import alone, assumed_inputs, tensors_in, without_numbers
-from minka.train.guard import accepts
 from minka.train.optimizer import AdamW
 
 TRACED_LAYERS = 300  # in a pipeline: layers of a rank times micro-batches that take less than a minute

@@ -7,7 +7,7 @@ from minka.eval.bits_per_byte import compressed_bits_per_byte
 from minka.plan.cli import print_json
 from minka.plan.errors import ExitStatus
 from minka.train.recorder import Recorder
-from minka.train.start_check import read_state
+from minka.train.start_or_resume import read_state
 from minka.train.state import State
 
 MAX_DOCUMENTS = 100_000  # more are not compressed

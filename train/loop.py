@@ -8,8 +8,8 @@ from minka.parallel.engine import Engine
 from minka.parallel.mesh import Mesh
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
+from minka.train.accept_step import accepts, refuse_tokens
 from minka.train.due import checkpoint_due, detail_due, eval_due
-from minka.train.guard import accepts, refuse_tokens
 from minka.train.layer_stats import LayerStats, Updates
 from minka.train.metrics import Metrics, Stopwatch
 from minka.train.profiler import Profile

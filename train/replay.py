@@ -27,8 +27,8 @@ from minka.plan.layout import AXES
 from minka.plan.ledger import is_count, read_ledger
 from minka.plan.load_config import load_run, validate
 from minka.plan.run_folder import RunFolder, find_run, store_of
+from minka.train.accept_step import accepts, refuse_tokens
 from minka.train.build_engine import build_engine
-from minka.train.guard import accepts, refuse_tokens
 from minka.train.metrics import Metrics, StepRecord, Stopwatch
 from minka.train.parent_run import begins_at, pinned_parent
 from minka.train.provenance import processor

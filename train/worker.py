@@ -13,7 +13,7 @@ from minka.checkpoint.export import export_checkpoint
 from minka.data.loader import Loader
 from minka.data.prepare import store_folder
 from minka.data.token_store import TokenStore
-from minka.launch.exit_reason import refusals_recorded, write_exit_reason
+from minka.launch.exit_reason_file import refusals_recorded, write_exit_reason
 from minka.launch.supervisor import Job
 from minka.launch.supervisor_link import SupervisorLink
 from minka.parallel.mesh import Mesh, start_mesh
@@ -30,7 +30,7 @@ from minka.train.parent_run import open_run, pinned_parent
 from minka.train.profiler import Profile
 from minka.train.recorder import Recorder
 from minka.train.restore_or_init import agreed, restore_or_init
-from minka.train.start_check import check_start, print_finished, read_state, restart
+from minka.train.start_or_resume import check_start, print_finished, read_state, restart
 from minka.train.state import State
 
 GROUP_SECONDS = 300.0  # beyond guard.hang_seconds: the supervisor must notice a hang before the process group times out

@@ -19,7 +19,7 @@ from minka.model.attention import (
     largest_logit,
 )
 from minka.plan.errors import UserError
-from minka.plan.sizing import attention_kind
+from minka.plan.execution_choices import attention_kind
 from models import packed
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from minka.kernels.linear_cross_entropy import IGNORED
 from minka.model.head import Head, HeadSums
-from minka.plan import sizing
+from minka.plan import execution_choices
 
 D, V = 24, 337
 Z = 1e-2  # large, so that a fault in it shows
@@ -125,7 +125,7 @@ def test_a_frozen_side_gets_no_gradient_and_the_other_the_same(frozen: str) -> N
 
 def test_bf16_is_as_near_to_the_truth_as_torch_and_sums_chunks_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bar is torch's own error in bf16; 32 chunks, since sums over chunks in bf16 would fail it."""
-    monkeypatch.setattr(sizing, "CPU_ROWS", 16)
+    monkeypatch.setattr(execution_choices, "CPU_ROWS", 16)
     head = make_head(dtype=torch.bfloat16)
     hidden, targets = batch(256, torch.bfloat16)
 
@@ -151,7 +151,7 @@ def test_the_sum_does_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -
     whole.objective.backward()
     gradient = head.weight.grad
     head.weight.grad = None
-    monkeypatch.setattr(sizing, "CPU_ROWS", 33)
+    monkeypatch.setattr(execution_choices, "CPU_ROWS", 33)
     cut = head(hidden, targets)
     cut.objective.backward()
     torch.testing.assert_close(cut.loss, whole.loss, rtol=1e-6, atol=0)

@@ -12,9 +12,9 @@ import pytest
 
 from minka.plan.config_sections import KernelsSection
 from minka.plan.errors import UserError
+from minka.plan.execution_choices import logit_rows
 from minka.plan.load_config import load_run
 from minka.plan.memory_kinds import MEMORY_KINDS
-from minka.plan.sizing import logit_rows
 from minka.train import dry_run as dry_runs
 from minka.train.command import main
 from minka.train.dry_run import DryRun, dry_run

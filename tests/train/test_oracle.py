@@ -14,8 +14,8 @@ from minka.data.batch import Batch
 from minka.model.hub_folder import their_name
 from minka.parallel.mesh import start_mesh
 from minka.plan.config import RunConfig
+from minka.train.accept_step import accepts
 from minka.train.build_engine import build_engine
-from minka.train.guard import accepts
 from minka.train.schedule import learning_rate
 from ranks import on_ranks
 from tiny import tiny

@@ -39,7 +39,7 @@ from minka.train import restore_or_init
 from minka.train.command import main
 from minka.train.restore_or_init import check_rate
 from minka.train.schedule import learning_rate
-from minka.train.start_check import read_state
+from minka.train.start_or_resume import read_state
 from minka.train.state import State, manifest_state
 from minka.train.worker import work
 from ranks import on_ranks

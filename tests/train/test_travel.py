@@ -15,8 +15,8 @@ from minka.parallel.mesh import start_mesh
 from minka.plan.config import RunConfig
 from minka.plan.ledger import read_ledger
 from minka.plan.run_folder import RunFolder
+from minka.train.accept_step import accepts
 from minka.train.build_engine import build_engine
-from minka.train.guard import accepts
 from minka.train.schedule import learning_rate
 from minka.train.state import State
 from parity import boxes_of, put_together

@@ -1,4 +1,4 @@
-"""What decides a rank's memory and traffic, as functions of numbers. Training and predictions call the same functions.
+"""Choices that decide a rank's memory and traffic, as functions of numbers. Training and predictions call the same.
 
 A kind of device is torch's word for it: "cuda" or "cpu".
 """

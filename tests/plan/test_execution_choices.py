@@ -9,9 +9,7 @@ from minka.model.transformer import Block
 from minka.parallel.fsdp import block_bytes
 from minka.plan.config_sections import ModelSection
 from minka.plan.errors import UserError
-from minka.plan.flops import Shape
-from minka.plan.layout import Layout
-from minka.plan.sizing import (
+from minka.plan.execution_choices import (
     CPU_ROWS,
     GPU_LOGITS,
     KEEP_BYTES,
@@ -24,6 +22,8 @@ from minka.plan.sizing import (
     logit_rows,
     needs_fsdp,
 )
+from minka.plan.flops import Shape
+from minka.plan.layout import Layout
 
 
 @given(st.lists(st.integers(1, 3 * UNIT_BYTES), max_size=40))
