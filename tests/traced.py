@@ -16,7 +16,7 @@ from minka.parallel.apply import build_parts
 from minka.parallel.inputs import InputCutter
 from minka.parallel.memory_trace import MemoryTrace, Peak
 from minka.parallel.mesh import start_mesh
-from minka.parallel.traffic import Traffic, Transfer
+from minka.parallel.traffic import Transfer
 from minka.plan import execution_choices
 from minka.plan.config import RunConfig
 from minka.plan.load_config import validate
@@ -85,13 +85,12 @@ def _rank(config: RunConfig, unit_bytes: int) -> tuple[Any, ...]:
                     engine.prepare(packed_batch(size, LENGTH, config.model.vocab, seed=step * count + n))
                     for n in range(count)
                 ]
-                traffic = Traffic(mesh)
-                traced_step(engine, optimizer, batches, config, memory, traffic)
+                peak, traffic = traced_step(engine, optimizer, batches, config, memory=memory)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         seen.export_chrome_trace(str(path))
         allocated = allocated_peak(json.loads(path.read_text()), "both steps")
-    return tuple(memory.peak()), dict(traffic.calls), dict(traffic.payload_bytes), allocated
+    return tuple(peak), dict(traffic.calls), dict(traffic.payload_bytes), allocated
 
 
 def allocated_peak(trace: Mapping[str, Any], within: str) -> int:

@@ -1,13 +1,14 @@
 """One rank's part of a run of any size, built and stepped without its memory and without its peers.
 
-It is training's own code, under torch's fake process group and on fake tensors, which have shapes and no numbers.
+The build is training's own, under torch's fake process group and on fake tensors, which have shapes and no numbers. So
+are forward, backward and update; what they hold and send is traced as in a real step.
+
 `as_gpu` computes as on a GPU: bf16, variable-length attention, the fused RMS norm, larger chunks of logits. The tensors
 are fake CPU tensors all the same: autograd asks for a device's driver even for fake tensors. Blocks run eagerly;
 compiled, they hold less workspace and choose what they save.
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from minka.plan.layout import Layout, micro_batches, micro_batches_fit
 from minka.plan.topology import coordinates
 from minka.train.accept_step import accepts
 from minka.train.build_engine import engine_over
-from minka.train.dry_run_fakes import alone, assumed_inputs, tensors_in, without_numbers
+from minka.train.dry_run_fakes import AssumedInputs, alone, gpu_ways, tensors_in, without_numbers
 from minka.train.optimizer import AdamW
 
 TRACED_LAYERS = 300  # in a pipeline: layers of a rank times micro-batches that take less than a minute
@@ -68,23 +69,50 @@ class Step(NamedTuple):
     calls: Mapping[Transfer, int]
     payload_bytes: Mapping[Transfer, int]
 
+    def plus(self, other: "Step", times: float) -> "Step":
+        """Return this step and `times` times the other."""
+        total = round(self.memory.total + times * other.memory.total)
+        memory = Peak(total, *(_plus(*pair, times) for pair in zip(self.memory[1:], other.memory[1:], strict=True)))
+        return Step(memory, *(_plus(*pair, times) for pair in zip(self[1:], other[1:], strict=True)))
+
+    def minus(self, other: "Step") -> "Step":
+        """Return what this step has beyond the other."""
+        return self.plus(other, -1)
+
+
+class Traced(NamedTuple):
+    """A step, what one more micro-batch in its middle would add (without a pipeline), and the rank's shards."""
+
+    step: Step
+    middle: Step  # holds nothing beyond its tokens
+    shards: dict[str, Shard]
+    layers: tuple[int, ...]
+
 
 def dry_run(config: RunConfig, world: int, rank: int, *, as_gpu: bool = True) -> DryRun:
-    """Return a step of the rank, after the batch warm-up. Raises UserError for what cannot be traced (`_check`)."""
+    """Return a step of the rank, after the batch warm-up.
+
+    Raises UserError for a layout that is not legal on `world` ranks, a rank that is not among them, DeepSpeed, offload,
+    and where a process group exists: the fake one would replace it.
+    """
     config = _as_traced(after_warmup(config), "cuda" if as_gpu else "cpu")
     layout = _check(config, world, rank)
     whole = max(micro_batches(layout, config.data))
     traced = _enough(config, layout, whole)
-    step, middle, shards, layers = _traced(config, layout, rank, traced, as_gpu)
+    found = _traced(config, layout, rank, traced, as_gpu)
+    step = found.step
     if traced < whole and layout.pipeline == 1:
-        step = _plus(step, middle, whole - traced)
+        step = step.plus(found.middle, whole - traced)
     elif traced < whole:  # a pipeline has a buffer for each; built again, because a first step finds nothing gathered
-        # The next count that adds what all further ones add.
-        interleaved = layout.schedule == "interleaved"
-        count = traced + layout.pipeline if interleaved else _legal(layout, traced + 1, whole)
-        more, *_ = _traced(config, layout, rank, count, as_gpu)
-        step = _plus(step, _plus(more, step, -1), (whole - traced) / (count - traced))
-    return DryRun(layout, rank, coordinates(layout, rank), layers, shards, *step, whole, traced)
+        count = _after(layout, traced, whole)
+        more = _traced(config, layout, rank, count, as_gpu).step
+        step = step.plus(more.minus(step), (whole - traced) / (count - traced))
+    return DryRun(layout, rank, coordinates(layout, rank), found.layers, found.shards, *step, whole, traced)
+
+
+def stage_ranks(layout: Layout) -> list[int]:
+    """Return the first rank of each pipeline coordinate; its other ranks differ only where other cuts are uneven."""
+    return list(range(0, layout.world, layout.world // layout.pipeline))
 
 
 def after_warmup(config: RunConfig) -> RunConfig:
@@ -92,44 +120,31 @@ def after_warmup(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"data": config.data.model_copy(update={"batch_warmup": ()})})
 
 
-def _traced(
-    config: RunConfig, layout: Layout, rank: int, count: int, as_gpu: bool
-) -> tuple[Step, Step, dict[str, Shard], tuple[int, ...]]:
-    """Build the rank's part and trace a step of `count` micro-batches. Return it, with the rank's shards and layers.
-
-    The second step is what one more micro-batch in the middle would add, without a pipeline: it holds only its tokens.
-    """
-    device, kind = torch.device("cpu"), "cuda" if as_gpu else "cpu"
+def _traced(config: RunConfig, layout: Layout, rank: int, count: int, as_gpu: bool) -> Traced:
+    """Build the rank's part and trace a step of `count` micro-batches."""
     with alone(layout.world, rank), ExitStack() as stack:
-        # As start_mesh does: a single rank has a process group only for bf16.
-        grouped = layout.world > 1 or layout.precision == "bf16"
-        mesh = lay_mesh(layout, device, rank) if grouped else Mesh(layout, device, rank, None)
+        mesh = _mesh(layout, rank)
         parts = cut(config, mesh)
         for part in parts:
             part.head.device_kind = "cuda" if as_gpu else ""
         mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(without_numbers(as_gpu=as_gpu))
+        stack.enter_context(gpu_ways() if as_gpu else ExitStack())
         for part in parts:
-            part.to_empty(device=device)
-        attention = attention_kind(config.kernels.attention, kind, layout.precision)
-        cutter = InputCutter(mesh, varlen=attention == "varlen")
+            part.to_empty(device=mesh.device)
+        stack.enter_context(without_numbers())
+        kind = attention_kind(config.kernels.attention, "cuda" if as_gpu else "cpu", layout.precision)
+        cutter = InputCutter(mesh, varlen=kind == "varlen")
         engine, optimizer = engine_over(parts, cutter, config)
+        inputs = AssumedInputs(config, cutter)
         shards = {name: _shard(piece) for name, piece in engine.tensors().items()}
-        memory, traffic = MemoryTrace(), Traffic(mesh)
-        sent: list[tuple[Counter[Transfer], Counter[Transfer]]] = []  # before each micro-batch
-
-        def note() -> None:
-            sent.append((Counter(traffic.calls), Counter(traffic.payload_bytes)))
-
-        batches = [assumed_inputs(config, cutter, mode, note) for _ in range(count)]
-        traced_step(engine, optimizer, batches, config, memory, traffic)
-        step = Step(memory.peak(), dict(traffic.calls), dict(traffic.payload_bytes))
+        batches = [inputs.make(mode) for _ in range(count)]
+        memory, traffic = traced_step(engine, optimizer, batches, config, inputs.watch)
+        step = Step(memory, dict(traffic.calls), dict(traffic.payload_bytes))
+        layers = tuple(int(layer) for part in parts for layer in part.blocks)
         given = sum(tensor.nbytes for tensor in tensors_in(batches[0]))
-        middle = Step(Peak(given, {"workspace": given}, {"workspace": given}), {}, {})
-        if count >= TRACED and layout.pipeline == 1:
-            (calls, payload), (calls_after, payload_after) = sent[1:3]
-            middle = Step(middle.memory, calls_after - calls, payload_after - payload)
-        return step, middle, shards, tuple(int(layer) for part in parts for layer in part.blocks)
+        held = Peak(given, {"workspace": given}, {"workspace": given})
+        middle = Step(held, *(inputs.middle() if count >= TRACED and layout.pipeline == 1 else ({}, {})))
+        return Traced(step, middle, shards, layers)
 
 
 def traced_step(
@@ -137,10 +152,15 @@ def traced_step(
     optimizer: AdamW,
     batches: Sequence[ModelInputs],
     config: RunConfig,
-    memory: MemoryTrace,
-    traffic: Traffic,
-) -> None:
-    """Run a step of training, on real ranks or a fake one, and trace what it holds and sends."""
+    start: Callable[[Traffic], None] = lambda _: None,
+    memory: MemoryTrace | None = None,
+) -> tuple[Peak, Traffic]:
+    """Run a step of training on real ranks or a fake one, and return what it held and sent.
+
+    `start` gets the counts before the step. `memory` continues the trace of earlier steps.
+    """
+    memory, traffic = memory or MemoryTrace(), Traffic(engine.mesh)
+    start(traffic)
     memory.watch("weights", [piece.local for piece in engine.weight_pieces().values()])
     moments = [tensor for tensors in optimizer.state().values() for tensor in tensors.values()]
     memory.watch("optimizer", [*moments, optimizer.count()])
@@ -150,23 +170,39 @@ def traced_step(
         memory.watch("gradients", engine.gradients().values())
         norm = engine.grad_norm()
         engine.apply(config.optimizer.learning_rate, config.optimizer.max_norm, accepts(sums, norm))
+    return memory.peak(), traffic
+
+
+def _mesh(layout: Layout, rank: int) -> Mesh:
+    """Return what start_mesh returns on these ranks; a single rank has a process group only for bf16."""
+    device = torch.device("cpu")
+    if layout.world == 1 and layout.precision != "bf16":
+        return Mesh(layout, device, rank, None)
+    return lay_mesh(layout, device, rank)
 
 
 def _check(config: RunConfig, world: int, rank: int) -> Layout:
     if dist.is_initialized():
         raise UserError("a dry run cannot be made while training", why="its process group would replace the other one")
     if config.layout.engine == "deepspeed":
-        what = "DeepSpeed has no dry run with --world: it allocates and communicates while it starts"
-        remedy = 'set layout.engine="fsdp"; ZeRO stage 3 is similar to reshard="always"'
-        raise UserError(what, where="layout.engine", remedy=remedy)
+        raise UserError(
+            'engine="deepspeed" has no dry run with --world',
+            where="layout.engine",
+            why="DeepSpeed allocates and communicates while it starts",
+            remedy='set layout.engine="fsdp"; ZeRO stage 3 is similar to reshard="always"',
+        )
     if config.layout.offload != "none":
-        what = "offload has no dry run with --world: the memory of one device is counted, not what moves to the host"
-        remedy = 'set layout.offload="none"; weights and optimizer of its peak are what would move'
-        raise UserError(what, where="layout.offload", remedy=remedy)
+        raise UserError(
+            f"offload={config.layout.offload!r} has no dry run with --world",
+            where="layout.offload",
+            why="it counts the memory of one device, and cannot tell what was moved to the host",
+            remedy='set layout.offload="none"; weights and optimizer of its peak are what would move',
+        )
     layout = config.check(world)
     if not 0 <= rank < world:
-        what, remedy = f"rank {rank:,} is not among {world:,}", f"give 0 to {world - 1:,}, or stages"
-        raise UserError(what, where="--rank", remedy=remedy)
+        raise UserError(
+            f"rank {rank:,} is not among {world:,}", where="--rank", remedy=f"give 0 to {world - 1:,}, or stages"
+        )
     return layout
 
 
@@ -196,14 +232,14 @@ def _enough(config: RunConfig, layout: Layout, whole: int) -> int:
     return _legal(layout, min(whole, full), whole)
 
 
+def _after(layout: Layout, traced: int, whole: int) -> int:
+    """Return the next count that adds what all further ones add."""
+    return traced + layout.pipeline if layout.schedule == "interleaved" else _legal(layout, traced + 1, whole)
+
+
 def _legal(layout: Layout, least: int, most: int) -> int:
     return next(n for n in range(least, most + 1) if n == most or micro_batches_fit(layout, n))
 
 
-def _plus(one: Any, other: Any, times: float) -> Any:
-    """Return `one` and `times` times the other: steps, and the tables and numbers in them."""
-    if isinstance(one, tuple):
-        return type(one)(*(_plus(*pair, times) for pair in zip(one, other, strict=True)))
-    if isinstance(one, dict):
-        return {key: _plus(one.get(key, 0), other.get(key, 0), times) for key in {**one, **other}}
-    return round(one + times * other)
+def _plus(one: Mapping[Any, int], other: Mapping[Any, int], times: float) -> dict[Any, int]:
+    return {key: round(one.get(key, 0) + times * other.get(key, 0)) for key in {**one, **other}}

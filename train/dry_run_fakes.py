@@ -1,6 +1,7 @@
 """Replacements for the numbers, the peers and the GPU that a dry run does not have."""
 
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from minka.model import transformer
 from minka.model.attention import map_tensors
 from minka.parallel import tensor as tensor_parallel
 from minka.parallel.inputs import InputCutter, ModelInputs
+from minka.parallel.traffic import Traffic, Transfer
 from minka.plan.config import RunConfig
 
 
@@ -36,20 +38,38 @@ class NotedInputs(ModelInputs):
         return super().to(device, dtype)
 
 
-def assumed_inputs(
-    config: RunConfig, cutter: InputCutter, mode: FakeTensorMode, note: Callable[[], None]
-) -> NotedInputs:
-    """A micro-batch of fake tensors, of which no number is read: a row is one document to varlen kernels, else two."""
-    rows, length = config.layout.micro_batch, config.data.seq_len
-    with unset_fake_temporarily():
-        zeros = torch.zeros((rows, length), dtype=torch.int64)
-        documents = zeros.clone()
-        if not cutter.varlen:
-            documents[:, length // 2 :] = 1
-        batch = Batch(zeros, zeros.clone(), documents, zeros.clone(), zeros[:, 0], zeros.numel())
-        real = cutter.prepare(batch)
-    inputs: ModelInputs = map_tensors(real, mode.from_tensor)
-    return NotedInputs(inputs.tokens, inputs.positions, inputs.structure, inputs.targets, note)
+class AssumedInputs:
+    """Micro-batches whose numbers are never looked at: a row is one document to varlen kernels, and two to a mask."""
+
+    def __init__(self, config: RunConfig, cutter: InputCutter) -> None:
+        self.shape, self.cutter = (config.layout.micro_batch, config.data.seq_len), cutter
+        self._traffic: Traffic | None = None
+        self._before: list[tuple[Counter[Transfer], Counter[Transfer]]] = []
+
+    def make(self, mode: FakeTensorMode) -> NotedInputs:
+        """A micro-batch of fake tensors."""
+        with unset_fake_temporarily():
+            zeros = torch.zeros(self.shape, dtype=torch.int64)
+            documents = zeros.clone()
+            if not self.cutter.varlen:
+                documents[:, self.shape[1] // 2 :] = 1
+            batch = Batch(zeros, zeros.clone(), documents, zeros.clone(), zeros[:, 0], zeros.numel())
+            real = self.cutter.prepare(batch)
+        inputs: ModelInputs = map_tensors(real, mode.from_tensor)
+        return NotedInputs(inputs.tokens, inputs.positions, inputs.structure, inputs.targets, self._note)
+
+    def watch(self, traffic: Traffic) -> None:
+        """Note what has been sent when each micro-batch starts."""
+        self._traffic, self._before = traffic, []
+
+    def middle(self) -> tuple[Counter[Transfer], Counter[Transfer]]:
+        """Calls and bytes that a micro-batch sends that is neither the first nor the last."""
+        (calls, payload), (calls_after, payload_after) = self._before[1:3]
+        return calls_after - calls, payload_after - payload
+
+    def _note(self) -> None:
+        if self._traffic is not None:
+            self._before.append((Counter(self._traffic.calls), Counter(self._traffic.payload_bytes)))
 
 
 def tensors_in(inputs: ModelInputs) -> list[Tensor]:
@@ -88,11 +108,8 @@ class _Held:
 
 
 @contextmanager
-def without_numbers(*, as_gpu: bool = False) -> Iterator[None]:
-    """Replace parts of torch that read numbers or addresses, which fake tensors do not have, or that hold messages.
-
-    `as_gpu` also takes the RMS norm that runs on a GPU.
-    """
+def without_numbers() -> Iterator[None]:
+    """Replace parts of torch that read numbers or addresses, which fake tensors do not have, or that hold messages."""
     send = schedules._batch_p2p
 
     def hold(ops: list[Any], desc: str | None = None) -> list[_Held]:
@@ -102,15 +119,23 @@ def without_numbers(*, as_gpu: bool = False) -> Iterator[None]:
         for stage in stages:
             stage._inference_mode = InferenceMode.STATIC  # what ranks agree on where all know their shapes
 
-    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        found: Tensor = torch.ops.aten._fused_rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)[0]
-        return found
-
     with ExitStack() as stack:
         # It tells by address whether a shard is padded already, and would pad it twice, next to the optimizer's copy.
         stack.enter_context(patch.object(FSDPParam, "reset_sharded_param", lambda _: None))
         stack.enter_context(patch.object(schedules._PipelineSchedule, "_warmup_p2p", warm_up))
         stack.enter_context(patch.object(schedules, "_batch_p2p", hold))
-        for module in (transformer, tensor_parallel) if as_gpu else ():
-            stack.enter_context(patch.object(module, "rms_norm", rms_norm))
+        yield
+
+
+@contextmanager
+def gpu_ways() -> Iterator[None]:
+    """Take the RMS norm that runs on a GPU."""
+
+    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        found: Tensor = torch.ops.aten._fused_rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)[0]
+        return found
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(transformer, "rms_norm", rms_norm))
+        stack.enter_context(patch.object(tensor_parallel, "rms_norm", rms_norm))
         yield

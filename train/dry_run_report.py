@@ -14,7 +14,7 @@ from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 from minka.plan.memory_kinds import MEMORY_KINDS
 from minka.plan.topology import spans
-from minka.train.dry_run import DryRun, Shard, after_warmup, dry_run
+from minka.train.dry_run import DryRun, Shard, after_warmup, dry_run, stage_ranks
 
 STAGES = "stages"
 WEIGHTS, MOMENTS = "model", ("moment1", "moment2")  # first words of the names of a checkpoint's tensors
@@ -24,14 +24,8 @@ LAYER = re.compile(r"(?<=\bblocks\.)\d+(?=\.)")
 
 def dry_run_command(config: RunConfig, world: int, rank: str, *, as_json: bool) -> int:
     """Print the dry run of a rank, or those of one rank at each pipeline coordinate (`rank` = "stages")."""
-    if rank == STAGES:
-        layout = after_warmup(config).check(world)
-        ranks = range(0, world, world // layout.pipeline)  # others of a stage differ only where cuts are uneven
-    elif rank.isascii() and rank.isdecimal():
-        ranks = range(int(rank), int(rank) + 1)
-    else:
-        remedy = f"give one of 0 to {world - 1:,}, or {STAGES}"
-        raise UserError(f"{rank!r} is not a rank", where="--rank", remedy=remedy)
+    ranks = _ranks(config, world, rank)
+    warning = warmup_refused(config, world)
     found = []
     for number, one in enumerate(ranks):
         start = time.monotonic()
@@ -42,13 +36,9 @@ def dry_run_command(config: RunConfig, world: int, rank: str, *, as_json: bool) 
         if not as_json:
             head = [] if number else [f"{world:,} ranks: {dry.layout.describe()}", ""]
             print("\n".join([*head, *describe_lines(dry, time.monotonic() - start)]), flush=True)
-    warning = ""
-    try:
-        config.check(world)
-    except UserError as refused:
-        warning = str(refused)
     if as_json:
-        whole = {"world": world, "warmup_refused": warning, "padding_share": padding_share(config, found[0].layout)}
+        share = padding_share(config, found[0].layout)
+        whole = {"world": world, "warmup_refused": warning, "padding_share": share}
         print_json({**whole, "ranks": [as_dict(dry) for dry in found]})
         return 0
     if len(found) > 1:
@@ -60,6 +50,15 @@ def dry_run_command(config: RunConfig, world: int, rank: str, *, as_json: bool) 
     if warning:
         print(f"note: this layout is not legal during the batch warm-up: {warning}")
     return 0
+
+
+def warmup_refused(config: RunConfig, world: int) -> str:
+    """Return why a layout that is legal for the last size of batch is not legal for an earlier one; else empty."""
+    try:
+        config.check(world)
+    except UserError as refused:
+        return str(refused)
+    return ""
 
 
 def as_dict(found: DryRun) -> dict[str, Any]:
@@ -106,6 +105,16 @@ def describe_lines(found: DryRun, seconds: float) -> list[str]:
         *table_lines(sent, numbers=(1, 2, 3)),
         "",
     ]
+
+
+def _ranks(config: RunConfig, world: int, rank: str) -> Sequence[int]:
+    if rank == STAGES:
+        return stage_ranks(after_warmup(config).check(world))
+    if not (rank.isascii() and rank.isdecimal()):
+        raise UserError(
+            f"{rank!r} is not a rank", where="--rank", remedy=f"give one of 0 to {world - 1:,}, or {STAGES}"
+        )
+    return [int(rank)]
 
 
 def _shard_rows(shards: dict[str, Shard]) -> list[list[str]]:
