@@ -79,14 +79,13 @@ def test_stops_at_any_point_of_a_cycle_change_no_bit(ranks: int, folder: Path) -
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.slow  # 30 s; with two ranks it failed once on a loaded machine: to be looked at
 def test_a_run_killed_on_the_way_and_begun_again_is_the_same_to_the_bit(ranks: int, folder: Path) -> None:
     schedule: dict[str, Any] = {"kind": "cosine", "warmup": 5}
     straight = run(folder, f"unkilled-{ranks}", **schedule)
     killed = run(folder, f"killed-{ranks}", asynchronous=ranks > 1, **schedule)  # or step 12 is hardly ever committed
     assert on_ranks(train_asked, ranks, straight) == [ExitStatus.DONE] * ranks
     for moment, step in (("update", 8), ("evaluation", 12), ("update", 17)):
-        with pytest.raises(AssertionError, match="exit code -9"):
+        with pytest.raises(AssertionError, match="without an error"):
             on_ranks(train_asked, ranks, killed, moment, step, 0, signal.SIGKILL)
     assert on_ranks(train_asked, ranks, killed) == [ExitStatus.DONE] * ranks
     assert_same_bits(straight, killed)
