@@ -55,6 +55,7 @@ def _collect(pipes: list[Connection], processes: list[Any], deadline: float) -> 
             try:
                 good, value = pipe.recv()
             except EOFError:
+                processes[rank].join(5.0)  # its pipe closes a moment before its exit code is known
                 good, value = False, f"ended with exit code {processes[rank].exitcode} and without an error"
             (results if good else failures)[rank] = value
         if failures:
