@@ -145,8 +145,10 @@ def build_index(tables: Iterable[tuple[Table, Sealed | None]]) -> Index:
 
 
 def shard_name(rank: int) -> str:
+    """Name of the file with a rank's tensors."""
     return f"rank-{rank:05d}.safetensors"
 
 
 def table_name(rank: int) -> str:
+    """Name of the file that says what is where in a rank's shard."""
     return f"rank-{rank:05d}.json"

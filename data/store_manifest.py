@@ -80,6 +80,7 @@ def hash_file(path: Path) -> FileInfo:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json into `folder`, which the caller publishes whole."""
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
