@@ -1,9 +1,6 @@
 """Exit statuses, and errors for users: one paragraph, no traceback."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import IntEnum
-from pathlib import Path
 
 
 class ExitStatus(IntEnum):
@@ -45,12 +42,3 @@ class UserError(Exception):
         """For `--json`."""
         parts = {"where": self.where, "why": self.why, "remedy": self.remedy}
         return {"error": self.what, **parts, "status": int(self.status)}
-
-
-@contextmanager
-def reading(file: Path, remedy: str) -> Iterator[None]:
-    """Turn an error of the block, which reads and parses `file`, into a UserError about it."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot be read: {error}", where=str(file), remedy=remedy) from None

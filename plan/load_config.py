@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from minka.plan.config import RunConfig
-from minka.plan.errors import UserError, reading
+from minka.plan.errors import UserError
+from minka.plan.read_file import MALFORMED, reading
 
 RECIPES = Path(__file__).parent / "recipes"
 PROVENANCE = "provenance.json"  # next to a run.toml, it marks the folder of a run
@@ -34,7 +35,7 @@ def recipe_names() -> list[str]:
 def load_run(source: str, overrides: Sequence[str] = (), runs: str = "runs") -> Loaded:
     """Load a run from a recipe's name, a TOML file, a run folder or a name under `runs`. Raises UserError."""
     path = find(source, runs)
-    with reading(path, "it must be a TOML file"):
+    with reading(path, "", *MALFORMED, remedy="it must be a TOML file"):
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     if path.name == "run.toml" and (path.parent / PROVENANCE).is_file() and isinstance(values.get("run"), dict):
         # The folder names the run, whatever it was called at first: it may have been moved, or be a copy.

@@ -8,6 +8,8 @@ from typing import Any
 
 from minka.plan.errors import UserError
 
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # what values of a different shape raise
+
 
 @contextmanager
 def reading(path: Path, kind: str = "", *errors: type[Exception], why: str = "", remedy: str = "") -> Iterator[None]:

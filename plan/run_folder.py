@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 from minka.plan.atomic import write_json, write_text, writing
 from minka.plan.config import RunConfig
-from minka.plan.errors import ExitStatus, UserError, reading
+from minka.plan.errors import ExitStatus, UserError
 from minka.plan.ledger import parse
 from minka.plan.load_config import dump_toml, load_run
+from minka.plan.read_file import MALFORMED, reading
 
 
 class RunFolder:
@@ -55,7 +56,7 @@ class RunFolder:
         """The checkpoints that the run came from, nearest first; empty when it began from new weights."""
         if not self.lineage_file.exists():
             return []
-        with reading(self.lineage_file, "repair the file"):
+        with reading(self.lineage_file, "", *MALFORMED, remedy="repair the file"):
             parents = list(parse(self.lineage_file.read_bytes())["parents"])
         return parents
 
@@ -84,7 +85,12 @@ class RunFolder:
     def check_data(self, store: Path, manifest_sha256: str) -> None:
         """Raises UserError when the run began with a different token store."""
         file, began_with = self.provenance_file, None
-        with reading(file, "repair the file, which names the run's token store, or start a new run (run.name=...)"):
+        with reading(
+            file,
+            "",
+            *MALFORMED,
+            remedy="repair the file, which names the run's token store, or start a new run (run.name=...)",
+        ):
             if file.exists():
                 began_with = parse(file.read_bytes()).get("data", {}).get("manifest_sha256")
         if began_with != manifest_sha256:
@@ -146,8 +152,8 @@ class StorePlace(NamedTuple):
 def store_of(folder: RunFolder) -> StorePlace:
     """The token store of a run, by its provenance. Raises UserError when one of the files is missing."""
     remedy = "put the run's folder and its token store, which has its tokenizer, back where they were"
-    with reading(folder.provenance_file, remedy):
+    with reading(folder.provenance_file, "", *MALFORMED, remedy=remedy):
         store = Path(parse(folder.provenance_file.read_bytes())["data"]["store"])
-    with reading(store / "manifest.json", remedy):
+    with reading(store / "manifest.json", "", *MALFORMED, remedy=remedy):
         eod = int(parse((store / "manifest.json").read_bytes())["eod"])
     return StorePlace(store, store / "tokenizer", eod)

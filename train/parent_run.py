@@ -20,9 +20,10 @@ from minka.plan.atomic import writing
 from minka.plan.cli import progress
 from minka.plan.config import RunConfig
 from minka.plan.config_sections import ModelSection
-from minka.plan.errors import UserError, reading
+from minka.plan.errors import UserError
 from minka.plan.hub_config import from_config
 from minka.plan.ledger import parse
+from minka.plan.read_file import MALFORMED, reading
 from minka.plan.resume_rules import Changes, changes, check_batch, check_fork, model_changes
 from minka.plan.run_folder import RunFolder, find_run, store_of
 from minka.plan.run_state import Position
@@ -130,7 +131,7 @@ def check_tokenizer(parent: Parent, config: RunConfig) -> None:
     folder = store_of(RunFolder(parent.folder)).tokenizer if parent.checkpoint else parent.folder
     file = folder / "tokenizer.json"
     remedy = f"it says what token ids mean to {parent.name}: put it back (AutoTokenizer's save_pretrained writes one)"
-    with reading(file, remedy):
+    with reading(file, "", *MALFORMED, remedy=remedy):
         theirs = _meaning(file.read_text(encoding="utf-8"))
     ours = _tokenizer(config)
     if ours is None or _meaning(ours) != theirs:
@@ -191,7 +192,7 @@ def hash_hub_folder(folder: Path) -> str:
 
 
 def _checkpoint(run: RunFolder, path: Path) -> Parent:
-    with reading(path, "use a different checkpoint (RUN@STEP)"):
+    with reading(path, "", *MALFORMED, remedy="use a different checkpoint (RUN@STEP)"):
         header = read_header(path)
         state, at = header.state, Position.of(header.state)
         config = RunConfig.model_validate_json(json.dumps(state["config"])) if "config" in state else run.config()
@@ -203,7 +204,7 @@ def _checkpoint(run: RunFolder, path: Path) -> Parent:
 
 def _hub_folder(folder: Path) -> Parent:
     file = folder / "config.json"
-    with reading(file, "fetch the folder again"):
+    with reading(file, "", *MALFORMED, remedy="fetch the folder again"):
         values = dict(parse(file.read_bytes()))
     return Parent("", folder, None, None, from_config(values, str(file)), Position(), "", "")
 
