@@ -2,11 +2,8 @@
 
 import difflib
 import importlib
-import importlib.metadata
 import sys
-import tomllib
 from collections.abc import Sequence
-from pathlib import Path
 
 COMMANDS = {  # command: (module:function, which takes argv and returns the exit status; one line of help)
     "data": ("minka.data.command:main", "turn documents into a token store"),
@@ -34,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE.format(commands="\n".join(f"  {name:<6}  {line}" for name, (_, line) in COMMANDS.items())))
         return DONE
     if command in ("-V", "--version"):
-        print(f"minka {version()}")
+        print(f"minka {importlib.import_module('minka.plan.version').version()}")
         return DONE
     if command not in COMMANDS:
         return unknown_command(command, as_json="--json" in rest)
@@ -58,15 +55,6 @@ def unknown_command(command: str, *, as_json: bool) -> int:
     )
     cli.print_error(error, as_json=as_json)
     return REFUSED
-
-
-def version() -> str:
-    """Return the installed version, or the version of this source tree."""
-    try:
-        return importlib.metadata.version("minka")
-    except importlib.metadata.PackageNotFoundError:
-        pyproject = Path(__file__).resolve().parent / "pyproject.toml"
-        return str(tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["version"])
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ FORMAT = 3
 NAME = "manifest.json"
 CHUNK_BYTES = 4 * 2**20  # hashed while still in the cache: 11 to 13 % of a save where 16 MiB were 7 to 15 (LOG.md)
 MAX_CHUNK_BYTES = 64 * 2**20
-MAX_BYTES = 2**30  # of a file of JSON: index.json has 6 MB at 16,384 ranks; a format-2 manifest had 424 MB
+MAX_BYTES = 2**30  # of a file of JSON: index.json has 4 MB at 16,384 ranks; a format-2 manifest had 300 MB
 STEP_FOLDER = re.compile(r"step-([0-9]{8,})")
 OLD_DEFAULTS = {"number": 0, "time": 0.0, "permanent": False, "chunk_bytes": 16 * 2**20}
 
@@ -96,9 +96,9 @@ def read_header(path: Path, fs: FileSystem = LOCAL) -> Header:
         end = len(raw) - len(_last_line(b""))
         if raw[end:] != _last_line(raw[:end]):
             raise Damage(f"{file} does not match its own hash")
-        header = parse(Header, raw, file)
+        header = parse_model(Header, raw, file)
     else:
-        header = parse(Header, OLD_DEFAULTS | _read_old(raw, file), file)
+        header = parse_model(Header, OLD_DEFAULTS | _read_old(raw, file), file)
     if (header.index is None) == (header.old_tables is None):
         raise Damage(f"{file} has no index")
     named = STEP_FOLDER.fullmatch(path.name)
@@ -118,7 +118,7 @@ def read_sealed(file: Path, seal: Sealed, fs: FileSystem) -> bytearray:
     return raw
 
 
-def parse(model: type[Model], content: Bytes | Mapping[str, Any], file: Path) -> Model:
+def parse_model(model: type[Model], content: Bytes | Mapping[str, Any], file: Path) -> Model:
     """JSON, or values read from it, as a model. Raises Damage that names `file` and the first wrong entry."""
     try:
         return model.model_validate(content) if isinstance(content, Mapping) else model.model_validate_json(content)

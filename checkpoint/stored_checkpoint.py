@@ -5,7 +5,7 @@ from typing import Any
 
 from minka.checkpoint.filesystem import LOCAL, FileSystem, Heartbeat
 from minka.checkpoint.index import INDEX, Index, PieceGroup, Table, build_index, shard_name, table_name
-from minka.checkpoint.manifest import NAME, Damage, Sealed, parse, read_header, read_sealed
+from minka.checkpoint.manifest import NAME, Damage, Sealed, parse_model, read_header, read_sealed
 
 
 class StoredCheckpoint:
@@ -17,10 +17,11 @@ class StoredCheckpoint:
         if self.header.index:
             file = path / INDEX
             self._tables: list[Table] = []
-            self.index = parse(Index, read_sealed(file, self.header.index, fs), file)
+            self.index = parse_model(Index, read_sealed(file, self.header.index, fs), file)
+            if len(self.index.table_bytes) != len(self.index.bytes):
+                raise Damage(f"{file}: shard files without a table")
         else:
-            self._tables = _old_tables(self.header.old_tables, path / NAME)
-            self.index = build_index((table, None) for table in self._tables)
+            self._tables, self.index = _old_tables(self.header.old_tables, path / NAME)
 
     def table(self, rank: int) -> Table:
         """What a rank has written."""
@@ -28,7 +29,7 @@ class StoredCheckpoint:
             return self._tables[rank]
         file, index = self.path / table_name(rank), self.index
         seal = Sealed(bytes=index.table_bytes[rank], sha256=index.table_sha256[rank])
-        table = parse(Table, read_sealed(file, seal, self.fs), file)
+        table = parse_model(Table, read_sealed(file, seal, self.fs), file)
         if table.bytes != index.bytes[rank]:
             raise Damage(f"{file} is of {table.bytes:,} bytes; the index has {index.bytes[rank]:,}")
         return table
@@ -47,7 +48,7 @@ class StoredCheckpoint:
                 raise Damage(f"{self.path / name} has {size:,} bytes instead of {expected:,}")
 
 
-def _old_tables(old: Any, file: Path) -> list[Table]:
+def _old_tables(old: Any, file: Path) -> tuple[list[Table], Index]:
     """The tables of a checkpoint of format 1 or 2, from those in its manifest `file`. Raises Damage."""
     try:
         groups: dict[str, dict[str, PieceGroup]] = {shard_name(rank): {} for rank in range(len(old["files"]))}
@@ -57,6 +58,7 @@ def _old_tables(old: Any, file: Path) -> list[Table]:
                 group = PieceGroup(**described, offset=piece["offset"], size=piece["size"], keys=[key])
                 if groups[piece["file"]].setdefault(key, group) is not group:
                     raise ValueError(f"{key} is twice in {piece['file']}")
-        return [Table(**old["files"][name], groups=list(pieces.values())) for name, pieces in groups.items()]
+        tables = [Table(**old["files"][name], groups=list(pieces.values())) for name, pieces in groups.items()]
+        return tables, build_index((table, None) for table in tables)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise Damage(f"{file}: its tables are wrong: {str(error)[:200]}") from None

@@ -11,7 +11,7 @@ from minka.checkpoint.catalogue import Catalogue
 from minka.checkpoint.commit import commit, recover, step_name
 from minka.checkpoint.filesystem import FileSystem
 from minka.checkpoint.index import INDEX, PieceGroup, Table, build_index, shard_name, table_name
-from minka.checkpoint.manifest import Sealed, parse, seal
+from minka.checkpoint.manifest import Sealed, parse_model, seal
 from minka.checkpoint.shard_file import ChunkHasher, dtype_name
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Pieces
@@ -89,7 +89,7 @@ def written_tables(fs: FileSystem, written: Path, ranks: int) -> Iterator[tuple[
     for rank in range(ranks):
         file = written / table_name(rank)
         raw = fs.read(file, 0, fs.size(file))
-        table = parse(Table, raw, file)
+        table = parse_model(Table, raw, file)
         if fs.size(written / shard_name(rank)) != table.bytes:
             raise OSError(f"{written / shard_name(rank)} is not what rank {rank} has just written")
         yield table, Sealed.of(raw)

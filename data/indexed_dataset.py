@@ -24,7 +24,7 @@ LONGEST = 2**31 - 1  # lengths are i32
 CHUNK = 1 << 20  # index entries written at once
 
 
-class Index(NamedTuple):
+class DatasetIndex(NamedTuple):
     """An .idx. lengths (tokens) and pointers (bytes) are [S], mapped from disk; document_index is [S + 1]."""
 
     dtype: np.dtype[Any]
@@ -55,7 +55,7 @@ def finish_index(file: IO[bytes], dtype: np.dtype[Any]) -> None:
     file.write(HEADER.pack(MAGIC, 1, code, size, size + 1))
 
 
-def read_index(path: Path) -> Index:
+def read_index(path: Path) -> DatasetIndex:
     """Map an .idx. Raises UserError when it is not an .idx or is cut short."""
     with reading(path, "an index", ValueError, struct.error):
         raw = np.memmap(path, dtype=np.uint8, mode="r")
@@ -66,7 +66,7 @@ def read_index(path: Path) -> Index:
     if len(raw) < ends[-1]:
         raise UserError(f"the index is cut short: it has {len(raw)} bytes and needs {ends[-1]}", where=str(path))
     parts = [np.asarray(raw[a:b]) for a, b in pairwise(ends)]
-    return Index(np.dtype(DTYPE_CODES[code]), parts[0].view("<i4"), parts[1].view("<i8"), parts[2].view("<i8"))
+    return DatasetIndex(np.dtype(DTYPE_CODES[code]), parts[0].view("<i4"), parts[1].view("<i8"), parts[2].view("<i8"))
 
 
 def read_tokens(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -43,7 +43,7 @@ def global_batch(config: RunConfig, state: LoaderState) -> int:
     return config.batch_tokens_at(state.tokens) // config.data.seq_len
 
 
-class Loaded(NamedTuple):
+class LoadedBatch(NamedTuple):
     """What one step trains on: this rank's part of the global batch, its micro-batches, and the state after it."""
 
     batch: Batch
@@ -51,7 +51,7 @@ class Loaded(NamedTuple):
     state: LoaderState
 
 
-class Loader(Iterator[Loaded]):
+class Loader(Iterator[LoadedBatch]):
     """Endless iterator over the parts of the global batches that are those of `rank`, among `ways` ranks.
 
     A thread builds DEPTH of them ahead, and calls `prepare` for each micro-batch: host work that the training does not
@@ -74,7 +74,7 @@ class Loader(Iterator[Loaded]):
         self._thread = ThreadPoolExecutor(1, f"loader of rank {rank}")
         self._ahead = deque(self._thread.submit(self._build) for _ in range(DEPTH))
 
-    def __next__(self) -> Loaded:
+    def __next__(self) -> LoadedBatch:
         if not self._ahead:
             raise StopIteration
         self._ahead.append(self._thread.submit(self._build))
@@ -91,7 +91,7 @@ class Loader(Iterator[Loaded]):
         self._ahead.clear()
         self._thread.shutdown(cancel_futures=True)
 
-    def _build(self) -> Loaded:
+    def _build(self) -> LoadedBatch:
         """The next part, padded with PADDING to as many sequences as the other ranks have."""
         config, first, size = self.config, self._state.samples, global_batch(self.config, self._state)
         whole = -(-size // (self.ways * config.layout.micro_batch)) * self.ways * config.layout.micro_batch
@@ -104,4 +104,4 @@ class Loader(Iterator[Loaded]):
         batch = build_batch(self.split.tokens, windows, positions, config.data.seq_len, self.split.eod)
         prepared = [self.prepare(part) for part in batch.micro_batches(config.layout.micro_batch)]
         self._state = self._state.after(size, config.data.seq_len)
-        return Loaded(batch, prepared, self._state)
+        return LoadedBatch(batch, prepared, self._state)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from minka.data.indexed_dataset import Index, read_index, read_tokens
+from minka.data.indexed_dataset import DatasetIndex, read_index, read_tokens
 from minka.data.store_manifest import MANIFEST, SPLITS, Manifest, damaged_store, hash_file, read_manifest
 from minka.data.tokenizer import TextTokenizer, read_tokenizer
 from minka.plan.errors import UserError
@@ -29,7 +29,7 @@ class Split:
     folder: Path
     name: str
     tokens: NDArray[Any]
-    index: Index
+    index: DatasetIndex
     eod: int
     tokenizer: TextTokenizer
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from minka.eval.bits_per_byte import Scores
 from minka.plan.atomic import write_json
-from minka.plan.ledger import parse
+from minka.plan.ledger import parse_json
 
 SUITE = "heldout"
 VERSION = 1
@@ -56,5 +56,5 @@ def _read(file: Path) -> dict[str, Any]:
     """Return an existing result; empty if there is none, or if it cannot be read."""
     found = None
     with suppress(OSError, ValueError):
-        found = parse(file.read_bytes())
+        found = parse_json(file.read_bytes())
     return found if isinstance(found, dict) else {}

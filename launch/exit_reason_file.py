@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from minka.plan.atomic import write_json
 from minka.plan.errors import ExitStatus, UserError
-from minka.plan.ledger import is_count, lines_from_end, parse, parse_event
+from minka.plan.ledger import is_count, lines_from_end, parse_event, parse_json
 from minka.plan.run_folder import RunFolder
 
 
@@ -22,7 +22,7 @@ def read_exit_reason(folder: RunFolder) -> ExitReason | None:
     """The run's last exit reason; None where there is none, or none that can be read."""
     try:
         stat = folder.exit_file.stat()
-        code = parse(folder.exit_file.read_bytes())["code"]
+        code = parse_json(folder.exit_file.read_bytes())["code"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return ExitReason(code, (stat.st_ino, stat.st_mtime_ns)) if is_count(code) else None

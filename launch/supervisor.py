@@ -31,7 +31,7 @@ class Job(BaseModel, frozen=True):
     """What to train, for the forker (as JSON on its stdin) and for each rank."""
 
     config: RunConfig
-    state: RunState | None = None  # of the run before this start; None under torchrun and Slurm: rank 0 reads it
+    state: RunState | None = None  # of the run before this start; under torchrun and Slurm the first rank reads it
     ranks: int = 0  # to be started here
     profile: tuple[int, int] = (0, 0)  # first and last step to trace
     as_json: bool = False

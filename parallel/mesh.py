@@ -3,8 +3,9 @@
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -13,12 +14,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from minka.plan.errors import UserError
 from minka.plan.execution_choices import compute_dtype_name
 from minka.plan.hardware import nvlink_domain
 from minka.plan.layout import Layout
 from minka.plan.topology import Place, Topology, canonical, check, coordinates
 
 SAVE_TIMEOUT = timedelta(days=1)  # of groups for saves, which a slow disk must not break; the supervisor sees a hang
+END_SECONDS = 10.0  # for every rank to learn that the first one refuses the run
 MESSAGE_BYTES = 500  # of an error that one rank sends to all
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 # data = shard x context: FSDP cuts weights over the ranks of a sequence too, which have different tokens of it.
@@ -119,18 +122,23 @@ class Mesh:
 
 
 @contextmanager
-def start_mesh(layout: Layout, *, timeout_seconds: float = 600.0) -> Iterator[Mesh]:
+def start_mesh(
+    layout: Layout, *, timeout_seconds: float = 600.0, prepare: Callable[[], None] | None = None
+) -> Iterator[Mesh]:
     """Join the process group that the environment describes and lay the mesh over it.
 
     Reads RANK, LOCAL_RANK and WORLD_SIZE (absent: one rank), and either MINKA_STORE, a file for this run alone, or
     MASTER_ADDR and MASTER_PORT. MINKA_HOST names this host, where its own name is not unique. Raises UserError when the
-    layout does not fit the ranks, or their places.
+    layout does not fit the ranks, or their places. The mesh's first rank calls `prepare` once all ranks have met; the
+    others wait without a time limit, and a UserError of it ends them with its exit status.
     """
     ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     layout = layout.resolve(ranks)
     device = local_device()
     # bf16 compute is FSDP2's mixed precision, and DeepSpeed always asks for a group.
     if ranks == 1 and device.type == "cpu" and layout.precision != "bf16" and layout.engine == "fsdp":
+        if prepare:
+            prepare()
         yield Mesh(layout, device, 0, None)
         return
     timeout = timedelta(seconds=timeout_seconds)
@@ -144,6 +152,8 @@ def start_mesh(layout: Layout, *, timeout_seconds: float = 600.0) -> Iterator[Me
     topology = find_topology(store, ranks, rank, device)
     check(layout, topology)
     rank = [place.rank for place in canonical(topology.places)].index(rank)  # from here on a position on the mesh
+    if prepare:
+        _first_prepares(prepare, store, rank, ranks)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         timeout=timeout,
@@ -187,6 +197,41 @@ def find_topology(store: Any, ranks: int, rank: int, device: torch.device) -> To
     reports = json.loads(store.get("places"))
     places = (Place(host, gpu, number) for number, (host, gpu, _, _) in enumerate(reports))
     return Topology(tuple(places), min(row[3] for row in reports), max(row[2] for row in reports))
+
+
+def _first_prepares(prepare: Callable[[], None], store: Any, rank: int, ranks: int) -> None:
+    """`prepare` on the first rank, while the others ask the store whether it is done.
+
+    There is no process group yet: its collectives would time out long before a large corpus is ready. Where the first
+    rank dies, the launcher ends all of them, or the store has died with it.
+    """
+    if rank:
+        pause = 0.02
+        while not store.check(["prepared"]):
+            time.sleep(pause)
+            pause = min(2 * pause, 2.0)  # thousands of ranks ask one process
+        status = int(store.get("prepared"))
+        if status:
+            _end_together(store, ranks)
+            raise SystemExit(status)
+        return
+    try:
+        prepare()
+    except UserError as error:
+        store.set("prepared", str(int(error.status)))
+        _end_together(store, ranks)
+        raise
+    store.set("prepared", "0")
+
+
+def _end_together(store: Any, ranks: int) -> None:
+    """Wait until every rank knows that all end: one of them serves the store."""
+    until = time.monotonic() + END_SECONDS
+    with suppress(RuntimeError):  # it has ended, since every rank knew
+        known = store.add("ending", 1)
+        while known < ranks and time.monotonic() < until:
+            time.sleep(0.1)
+            known = store.add("ending", 0)
 
 
 def local_device() -> torch.device:

@@ -54,7 +54,7 @@ GPUS = (
 )
 
 
-def find(name: str) -> Gpu | None:
+def find_gpu(name: str) -> Gpu | None:
     """Return the GPU that a driver (or a person) calls `name`, or None unless it is certain.
 
     A slice of a GPU (MIG) is not certain: its peak is not that of the whole GPU.
@@ -70,7 +70,7 @@ def nvlink_domain(name: str, host_gpus: int) -> int:
 
     Assumes that one board fills a host. A host with two boards (of four, say) has smaller domains than this returns.
     """
-    gpu = find(name)
+    gpu = find_gpu(name)
     if gpu is None:
         return 0
     return gpu.nvlink_domain if gpu.nvlink_domain == NVL72 else min(gpu.nvlink_domain, host_gpus)

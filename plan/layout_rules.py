@@ -21,7 +21,7 @@ class Asked(NamedTuple):
     kernels: KernelsSection
 
 
-class Rule(NamedTuple):
+class LayoutRule(NamedTuple):
     """A combination that cannot be run: the setting in [layout] to blame, and the error's parts as templates."""
 
     key: str
@@ -41,8 +41,8 @@ def check_layout(asked: Asked) -> None:
             raise UserError(what, where=f"layout.{rule.key}", why=why, remedy=remedy)
 
 
-def _tensor_divides(size: str, why: str) -> Rule:
-    return Rule(
+def _tensor_divides(size: str, why: str) -> LayoutRule:
+    return LayoutRule(
         "tensor",
         broken=lambda a: getattr(a.model, size) % a.layout.tensor and _tensor_ways(a),
         why=why,
@@ -87,8 +87,8 @@ def _unfit_micro_batches(asked: Asked) -> int:
     return next((n for n in micro_batches(asked.layout, asked.data) if not micro_batches_fit(asked.layout, n)), 0)
 
 
-def _deepspeed(key: str, broken: Callable[[Asked], bool], why: str, remedy: str) -> Rule:
-    return Rule(
+def _deepspeed(key: str, broken: Callable[[Asked], bool], why: str, remedy: str) -> LayoutRule:
+    return LayoutRule(
         key,
         broken=lambda a: a.layout.engine == "deepspeed" and broken(a),
         why=why,
@@ -97,7 +97,7 @@ def _deepspeed(key: str, broken: Callable[[Asked], bool], why: str, remedy: str)
     )
 
 
-def _deepspeed_axis(axis: str) -> Rule:
+def _deepspeed_axis(axis: str) -> LayoutRule:
     return _deepspeed(
         axis,
         broken=lambda a: getattr(a.layout, axis) > 1,
@@ -106,12 +106,12 @@ def _deepspeed_axis(axis: str) -> Rule:
     )
 
 
-RULES: tuple[Rule, ...] = (
+RULES: tuple[LayoutRule, ...] = (
     _tensor_divides("heads", "a rank must own whole query and key/value heads"),
     _tensor_divides("kv_heads", "a rank must own whole query and key/value heads"),
     _tensor_divides("d_ff", "every rank holds equally many of its columns"),
     _tensor_divides("vocab", "every rank holds equally many of its rows"),
-    Rule(
+    LayoutRule(
         "context",
         broken=lambda a: (
             a.layout.context > 1
@@ -122,26 +122,26 @@ RULES: tuple[Rule, ...] = (
         remedy="works with this length: context in {detail}",
         what="context={value} needs a data.seq_len that is a multiple of 2 x context; it is {data.seq_len}",
     ),
-    Rule(
+    LayoutRule(
         "tensor",
         broken=lambda a: _rank_tokens(a) % a.layout.tensor and _tensor_ways(a, _rank_tokens(a)),
         why="between attention and feed-forward layers the ranks of a tensor group share a sequence's tokens",
         remedy="works with this length: tensor in {detail}; or set data.seq_len to a multiple of 2 x context x tensor",
         what="tensor={value} does not divide data.seq_len / context = {data.seq_len} / {layout.context}",
     ),
-    Rule(
+    LayoutRule(
         "pipeline",
         broken=lambda a: a.layout.pipeline > 1 and a.model.tied,
         why="with model.tied=true embedding and head would be the same weights on two stages",
         remedy="set model.tied=false, or pipeline=1 and raise layout.shard or layout.tensor",
     ),
-    Rule(
+    LayoutRule(
         "stages_per_rank",
         broken=_right_stages_per_rank,
         why="schedule={layout.schedule!r} has {detail} on each rank",
         remedy='leave it out, or set schedule="interleaved" and 2 stages or more',
     ),
-    Rule(
+    LayoutRule(
         "pipeline",
         broken=lambda a: (
             a.layout.stage_count > a.model.layers
@@ -152,27 +152,27 @@ RULES: tuple[Rule, ...] = (
         what="pipeline={value} with schedule={layout.schedule!r} has {layout.stage_count} stages; "
         "model.layers is {model.layers}",
     ),
-    Rule(
+    LayoutRule(
         "stages",
         broken=_right_stages,
         why="it lists the layers of each stage, at least one, in the order of the stages",
         remedy='set it to "{detail}", for example, or leave it empty to balance stages by cost',
         what="stages={value!r} does not split {model.layers} layers into {layout.stage_count} stages",
     ),
-    Rule(
+    LayoutRule(
         "reshard",
         broken=lambda a: a.layout.splits_backward and a.layout.reshard == "always",
         why="schedule={layout.schedule!r} takes gradients of weights in a pass of their own: "
         "with freed weights they would be wrong without an error",
         remedy='set reshard="never" or "auto", or schedule="1f1b" or "interleaved"',
     ),
-    Rule(
+    LayoutRule(
         "schedule",
         broken=lambda a: a.layout.splits_backward and a.kernels.compile,
         why="a compiled block takes both gradients in one pass; split in two they were wrong without an error",
         remedy='set kernels.compile=false, or schedule="1f1b" or "interleaved"',
     ),
-    Rule(
+    LayoutRule(
         "schedule",
         broken=_unfit_micro_batches,
         why='"1f1b" and "dualpipev" need as many as there are stages, {layout.stage_count}; "interleaved" takes n in '
@@ -182,7 +182,7 @@ RULES: tuple[Rule, ...] = (
         what="schedule={value!r} cannot run the {detail} micro-batches that a rank has in a step",
     ),
     *(_deepspeed_axis(axis) for axis in AXES if axis != "shard"),
-    Rule(
+    LayoutRule(
         "offload",
         broken=lambda a: a.layout.engine == "fsdp" and a.layout.offload == "optimizer",
         why="FSDP moves weights, gradients and moments to the host's memory together",
@@ -212,7 +212,7 @@ RULES: tuple[Rule, ...] = (
         why="when gradients are summed follows from the stage: 1 sums once a step, 2 and 3 after each micro-batch",
         remedy='set layout.reduce="step" and layout.zero_stage',
     ),
-    Rule(
+    LayoutRule(
         "reduce",
         broken=lambda a: a.layout.pipeline > 1 and a.layout.reduce != "step",
         why="with pipeline={layout.pipeline} a stage's gradients are summed after its last micro-batch",

@@ -89,7 +89,7 @@ def lines_from_end(file: BinaryIO, end: int | None = None, *, skip: bytes = b"\n
 def parse_event(line: bytes) -> dict[str, Any] | None:
     """The event of a line; None where the line does not hold one."""
     try:
-        event = parse(line)
+        event = parse_json(line)
     except ValueError:
         return None
     kind = event.get("event") if isinstance(event, dict) else None
@@ -100,7 +100,7 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
     return {key: value if key in SETTINGS else _floats(value) for key, value in event.items()}
 
 
-def parse(text: str | bytes) -> Any:
+def parse_json(text: str | bytes) -> Any:
     """Parse JSON from any source. Raises ValueError where it is not JSON, not UTF-8, or nested too deeply."""
     try:
         value = json.loads(text)

@@ -19,7 +19,7 @@ RECIPES = Path(__file__).parent / "recipes"
 PROVENANCE = "provenance.json"  # next to a run.toml, it marks the folder of a run
 
 
-class Loaded(NamedTuple):
+class LoadedRun(NamedTuple):
     """A resolved run and its overridden values: "section.key" -> (value before, value given)."""
 
     config: RunConfig
@@ -32,9 +32,9 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
-def load_run(source: str, overrides: Sequence[str] = (), runs: str = "runs") -> Loaded:
+def load_run(source: str, overrides: Sequence[str] = (), runs: str = "runs") -> LoadedRun:
     """Load a run from a recipe's name, a TOML file, a run folder or a name under `runs`. Raises UserError."""
-    path = find(source, runs)
+    path = find_source(source, runs)
     with reading(path, "", *MALFORMED, remedy="it must be a TOML file"):
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     if path.name == "run.toml" and (path.parent / PROVENANCE).is_file() and isinstance(values.get("run"), dict):
@@ -57,10 +57,10 @@ def load_run(source: str, overrides: Sequence[str] = (), runs: str = "runs") -> 
         if old != value:
             changed[key] = (old, value)
     where = f"{path} with {' '.join(overrides)}" if overrides else str(path)
-    return Loaded(validate(values, where), changed, str(path))
+    return LoadedRun(validate(values, where), changed, str(path))
 
 
-def find(source: str, runs: str = "runs") -> Path:
+def find_source(source: str, runs: str = "runs") -> Path:
     """The TOML file that `source` means: a file, a run's folder, a recipe, or a name under `runs`, in this order.
 
     A recipe's name always means the recipe, even where a run has that name. Raises UserError with the nearest recipe.

@@ -14,7 +14,7 @@ Verdict = Literal["free", "shown", "refused"]
 Changes = dict[str, tuple[object, object]]  # "section.key" -> (old value, new value)
 
 
-class Rule(NamedTuple):
+class ChangeRule(NamedTuple):
     """Whether a resume and a fork may change some keys, or the other keys of a section ("model.*")."""
 
     keys: str
@@ -26,33 +26,33 @@ class Rule(NamedTuple):
 SHAPE = "layers d_model heads kv_heads head_dim d_ff vocab tied qkv_bias qk_norm".split()
 # A key's own row takes precedence over its section's. `free`: no effect on the numbers beyond rounding.
 RULES = (
-    Rule("format", "refused", "refused", "the file has a different meaning"),
-    Rule("layout.*", "free", "free", "every layout gives the same numbers and reads every checkpoint"),
-    Rule("checkpoint.*", "free", "free", "saving changes no weight"),
-    Rule("eval.*", "free", "free", "a score changes no weight"),
-    Rule("tracking.*", "free", "free", "recording changes no weight"),
-    Rule("kernels.*", "free", "free", "every implementation has the same definition"),
-    Rule("guard.*", "free", "free", "it decides when a run stops, not what a step does"),
-    Rule("run.folder", "free", "free", "it says where the run is stored"),
-    Rule("run.name", "free", "free", "a run is named after its folder, which may have been moved"),
-    Rule("run.start_from run.start_with", "refused", "free", "a run begins only once"),
-    Rule("run.max_steps run.max_tokens", "shown", "shown", "the run and its schedule become longer or shorter"),
-    Rule("run.*", "refused", "shown", "the weights and the order of samples follow from it"),
-    Rule("schedule.*", "shown", "shown", "it changes the learning rates of later steps"),
-    Rule("optimizer.*", "shown", "shown", "it changes later updates"),
-    Rule(
+    ChangeRule("format", "refused", "refused", "the file has a different meaning"),
+    ChangeRule("layout.*", "free", "free", "every layout gives the same numbers and reads every checkpoint"),
+    ChangeRule("checkpoint.*", "free", "free", "saving changes no weight"),
+    ChangeRule("eval.*", "free", "free", "a score changes no weight"),
+    ChangeRule("tracking.*", "free", "free", "recording changes no weight"),
+    ChangeRule("kernels.*", "free", "free", "every implementation has the same definition"),
+    ChangeRule("guard.*", "free", "free", "it decides when a run stops, not what a step does"),
+    ChangeRule("run.folder", "free", "free", "it says where the run is stored"),
+    ChangeRule("run.name", "free", "free", "a run is named after its folder, which may have been moved"),
+    ChangeRule("run.start_from run.start_with", "refused", "free", "a run begins only once"),
+    ChangeRule("run.max_steps run.max_tokens", "shown", "shown", "the run and its schedule become longer or shorter"),
+    ChangeRule("run.*", "refused", "shown", "the weights and the order of samples follow from it"),
+    ChangeRule("schedule.*", "shown", "shown", "it changes the learning rates of later steps"),
+    ChangeRule("optimizer.*", "shown", "shown", "it changes later updates"),
+    ChangeRule(
         "data.batch_tokens data.batch_warmup", "shown", "shown", "the same samples in the same order, in other batches"
     ),
-    Rule("data.*", "refused", "shown", "later steps would get different samples than the position stands for"),
-    Rule("model.z_loss", "shown", "shown", "it changes the objective of later steps"),
-    *(Rule(f"model.{key}", "refused", "refused", "the saved weights would not fit") for key in SHAPE),
-    Rule("model.*", "refused", "shown", "the same weights would compute a different function"),
+    ChangeRule("data.*", "refused", "shown", "later steps would get different samples than the position stands for"),
+    ChangeRule("model.z_loss", "shown", "shown", "it changes the objective of later steps"),
+    *(ChangeRule(f"model.{key}", "refused", "refused", "the saved weights would not fit") for key in SHAPE),
+    ChangeRule("model.*", "refused", "shown", "the same weights would compute a different function"),
 )
 LENGTH = ("run.max_steps", "run.max_tokens")
 RATE = (*LENGTH, "schedule.", "optimizer.learning_rate", "data.batch_")
 
 
-def rule_of(key: str) -> Rule:
+def rule_of(key: str) -> ChangeRule:
     """The row of the table for a key. Raises KeyError where there is none."""
     rows = {keys: rule for rule in RULES for keys in rule.keys.split()}
     return rows.get(key) or rows[key.split(".")[0] + ".*"]
@@ -85,7 +85,8 @@ def decide(state: RunState, config: RunConfig, where: str, *, from_scratch: bool
     """Decide whether the run in the folder `where` resumes as `config` describes it. Raises UserError if it cannot."""
     if state.unreadable_start and not from_scratch:
         why = "changes are checked against the configuration in it; a newer version of minka may have written it"
-        remedy = f"resume with the version that wrote it, or restart at step 0 (minka train {where} --from-scratch)"
+        again = f"restart at step 0 (minka train {where} --from-scratch)"
+        remedy = f"resume with the version that wrote it, repair the line, or {again}"
         raise UserError(state.unreadable_start, why=why, remedy=remedy)
     changed = changes(state.config, config) if state.config else {}
     edited = changes(state.started_with, state.in_file) if state.started_with and state.in_file else {}

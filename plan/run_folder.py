@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from minka.plan.atomic import write_json, write_text, writing
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
-from minka.plan.ledger import parse
+from minka.plan.ledger import parse_json
 from minka.plan.load_config import dump_toml, load_run
 from minka.plan.read_file import MALFORMED, reading
 
@@ -57,7 +57,7 @@ class RunFolder:
         if not self.lineage_file.exists():
             return []
         with reading(self.lineage_file, "", *MALFORMED, remedy="repair the file"):
-            parents = list(parse(self.lineage_file.read_bytes())["parents"])
+            parents = list(parse_json(self.lineage_file.read_bytes())["parents"])
         return parents
 
     def create(self, config: RunConfig, provenance: Mapping[str, object], lineage: Sequence[object] = ()) -> None:
@@ -92,7 +92,7 @@ class RunFolder:
             remedy="repair the file, which names the run's token store, or start a new run (run.name=...)",
         ):
             if file.exists():
-                began_with = parse(file.read_bytes()).get("data", {}).get("manifest_sha256")
+                began_with = parse_json(file.read_bytes()).get("data", {}).get("manifest_sha256")
         if began_with != manifest_sha256:
             hashes = f"hash {str(began_with)[:8]} then, {manifest_sha256[:8]} now"
             what = f"this is not the token store that the run began with ({hashes})"
@@ -125,7 +125,7 @@ class RunFolder:
     def finished(self) -> bool:
         """Whether the run has reached its end, according to its exit reason."""
         try:
-            return bool(parse(self.exit_file.read_bytes())["code"] == ExitStatus.DONE)
+            return bool(parse_json(self.exit_file.read_bytes())["code"] == ExitStatus.DONE)
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -153,7 +153,7 @@ def store_of(folder: RunFolder) -> StorePlace:
     """The token store of a run, by its provenance. Raises UserError when one of the files is missing."""
     remedy = "put the run's folder and its token store, which has its tokenizer, back where they were"
     with reading(folder.provenance_file, "", *MALFORMED, remedy=remedy):
-        store = Path(parse(folder.provenance_file.read_bytes())["data"]["store"])
+        store = Path(parse_json(folder.provenance_file.read_bytes())["data"]["store"])
     with reading(store / "manifest.json", "", *MALFORMED, remedy=remedy):
-        eod = int(parse((store / "manifest.json").read_bytes())["eod"])
+        eod = int(parse_json((store / "manifest.json").read_bytes())["eod"])
     return StorePlace(store, store / "tokenizer", eod)

@@ -53,8 +53,12 @@ class RunState(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def newest(self) -> int | None:
-        """Step of the checkpoint to restore, where the ledger alone says which one is the newest."""
-        return self.last_save if self.position and self.position.step == self.last_save else None
+        """Step of the checkpoint to restore, where the ledger alone says which one is the newest.
+
+        One beyond the last save may be newer: a crash can come between a save and its event.
+        """
+        known = self.position and self.position.step == self.last_save == max(self.checkpoints, default=None)
+        return self.last_save if known else None
 
     def restarted(self) -> Self:
         """The state after `--from-scratch` has moved the checkpoints away."""
@@ -117,7 +121,7 @@ class _Recent:
         self._start_counts = restarted = False
         bound = 2**63  # the lowest step that a later event has returned to
         for at, line in lines_from_end(ledger, skip=STEP):
-            event = parse_event(line)
+            event = parse_event(line) or _damaged_start(line)
             if event is None:
                 continue
             kind, step = event["event"], event["step"]
@@ -142,8 +146,15 @@ class _Recent:
         try:
             return RunConfig.model_validate_json(json.dumps(event["config"])), ""
         except ValidationError as error:
-            said = f"{ledger}: the start event at byte {at:,} cannot be read: {describe_problems(error)}"
+            reason = describe_problems(error) if event["config"] else "the line is damaged"
+            said = f"{ledger}: the start event at byte {at:,} cannot be read: {reason}"
             return None, said if self._start_counts else ""
+
+
+def _damaged_start(line: bytes) -> dict[str, Any] | None:
+    """A start event without its configuration, if the line was one. One that a crash cut off trained nothing."""
+    is_start = line.startswith(b'{"event": "start"') or b'"config": {"format":' in line
+    return {"event": "start", "step": 0, "config": None} if is_start and line.endswith(b"}") else None
 
 
 def _tokens_after(ledger: BinaryIO, step: int) -> int:

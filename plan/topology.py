@@ -129,7 +129,7 @@ def describe(layout: Layout, topology: Topology, layers_by_stage: Sequence[Seque
     }
 
 
-def describe_lines(description: Mapping[str, Any]) -> list[str]:
+def topology_lines(description: Mapping[str, Any]) -> list[str]:
     """Return `describe` as lines for people: ranks (hosts, above EACH_RANK ranks) in mesh order, then stages."""
     places, world = description["places"], description["world"]
     axes = [axis for axis, ways in description["axes"].items() if ways > 1]

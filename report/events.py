@@ -37,7 +37,7 @@ def changed_settings(event: Event) -> list[tuple[str, Any, Any]]:
     return [(key, *pair) for key, pair in pairs if isinstance(pair, list) and len(pair) == 2]
 
 
-def describe_changes(event: Event) -> str:
+def changes_text(event: Event) -> str:
     """Return the changed settings in words; empty if there are none."""
     return ", ".join(f"{key}: {old} → {new}" for key, old, new in changed_settings(event))
 
@@ -74,7 +74,7 @@ def _reason(event: Event) -> str:
 
 TEXTS: dict[str, Callable[[Event], str]] = {
     "start": _start,
-    "changed": describe_changes,
+    "changed": changes_text,
     "save": _save,
     "eval": _eval,
     "fallback": lambda event: f"{Path(str(event.get('path', ''))).name}: {_reason(event)}",

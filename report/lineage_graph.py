@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from minka.plan.ledger import RETURNS
-from minka.report.events import TEXTS, describe_changes
+from minka.report.events import TEXTS, changes_text
 from minka.report.run_files import Event, RunFiles
 
 MAX_ROWS = 24  # of one run; the middle of a longer history is folded into one row
@@ -75,7 +75,7 @@ def history_rows(run: RunFiles) -> list[Row]:
     first = next((row for row in rows if row["kind"] == "start"), {"text": ""})
     first["title"] = "started"
     for parent in run.parents[:1]:
-        changed = describe_changes(parent)
+        changed = changes_text(parent)
         origin = f"from {parent.get('run') or parent['folder']} at step {parent.get('step')}"
         first["text"] = _join(f"{origin}, with {changed}" if changed else origin, first["text"])
     left = len(rows) - MAX_ROWS
@@ -91,7 +91,7 @@ def _history_row(event: Event, reached: int) -> Row:
     text = "" if kind == "restore" or reason == "done" else TEXTS[kind](event)  # the titles say it
     lost = max(0, reached - step) if kind in RETURNS else 0
     repeat = f"{lost:,} {'step' if lost == 1 else 'steps'} to repeat" if lost else ""
-    return _row(kind, step, title, _join(text, repeat, describe_changes(event)), event["time"], lost)
+    return _row(kind, step, title, _join(text, repeat, changes_text(event)), event["time"], lost)
 
 
 def _fork_row(rows: list[Row], parent: dict[str, Any]) -> Row:

@@ -48,7 +48,7 @@ def distinct_names(folders: Sequence[RunFolder]) -> list[str]:
     return names
 
 
-def checkpoints(run: RunFiles) -> list[dict[str, Any]]:
+def checkpoint_rows(run: RunFiles) -> list[dict[str, Any]]:
     """Return checkpoints, newest first: those in the ledger, and those that are only on disk."""
     found: dict[str, dict[str, Any]] = {}
     for event in run.events:
@@ -66,7 +66,7 @@ def _run(run: RunFiles, name: str, now: float, points: int) -> dict[str, Any]:
     status = run_status(run, now)
     steps = step_columns(run)
     scores = eval_scores(run, steps)
-    saved = checkpoints(run)
+    saved = checkpoint_rows(run)
     newest_start = run.starts[-1] if run.starts else {}
     return {
         "name": name,

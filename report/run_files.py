@@ -8,7 +8,7 @@ from typing import Any
 
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
-from minka.plan.ledger import RETURNS, current, is_count, parse, read_ledger
+from minka.plan.ledger import RETURNS, current, is_count, parse_json, read_ledger
 from minka.plan.load_config import flatten
 from minka.plan.run_folder import find_run
 
@@ -84,7 +84,7 @@ class RunFiles:
     def _json(self, file: Path) -> object:
         found = None
         with self._noted(f"{file} cannot be read"):
-            found = parse(file.read_bytes()) if file.exists() else None
+            found = parse_json(file.read_bytes()) if file.exists() else None
         return found
 
     def _table(self, file: Path) -> dict[str, Any]:

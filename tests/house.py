@@ -121,6 +121,18 @@ def wording(root: Path, files: Iterable[str]) -> list[Breach]:
     ]
 
 
+def shared_names(root: Path) -> dict[str, list[str]]:
+    """Public classes and functions of the product that have one name and are in several files."""
+    found: dict[str, list[str]] = {}
+    for path in sources(root):
+        name = path.relative_to(root).as_posix()
+        if name.split("/")[0] not in OUTSIDE_THE_WHEEL:
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                    found.setdefault(node.name, []).append(name)
+    return {name: files for name, files in found.items() if len(files) > 1}
+
+
 def _long_functions(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

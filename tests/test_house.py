@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic.fields import FieldInfo
 
-from house import FILE_LINES, FLOORS, FUNCTION_LINES, PRODUCT_LINES, sizes, sources, wording
+from house import FILE_LINES, FLOORS, FUNCTION_LINES, PRODUCT_LINES, shared_names, sizes, sources, wording
 from minka.__main__ import COMMANDS
 from minka.plan.config import RunConfig
 from minka.plan.config_sections import BatchStage, RopeScaling
@@ -149,6 +149,18 @@ def test_a_banned_phrase_is_found(line: str, phrases: int, tmp_path: Path) -> No
     plant(tmp_path, {"a.md": f"\n{line}\n"})
     found = wording(tmp_path, ["a.md"])
     assert [breach.where for breach in found] == phrases * ["a.md:2"]
+
+
+def test_classes_and_functions_that_are_different_things_have_different_names(root: Path, tmp_path: Path) -> None:
+    assert shared_names(root).keys() == {"main"}
+    plant(tmp_path, {"plan/a.py": "class State: ...\n", "train/b.py": "def State() -> None: ...\n"})
+    assert shared_names(tmp_path) == {"State": ["plan/a.py", "train/b.py"]}
+
+
+def test_prose_wraps_at_120_columns(root: Path) -> None:
+    pages = [root / "README.md", root / "CHANGELOG.md", root / "SECURITY.md", *sorted((root / "docs").glob("*.md"))]
+    lines = [(page.name, n, line) for page in pages for n, line in enumerate(page.read_text().splitlines(), 1)]
+    assert [line for line in lines if len(line[2]) > 120 and not line[2].startswith("|")] == []
 
 
 def test_nothing_is_left_open_in_the_code(root: Path) -> None:

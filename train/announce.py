@@ -8,10 +8,10 @@ from minka.parallel.mesh import Mesh
 from minka.plan.atomic import write_json
 from minka.plan.batch_padding import describe_padding
 from minka.plan.flops import FORMULAS, parameters, training_flops_per_token
-from minka.plan.hardware import find
+from minka.plan.hardware import find_gpu
 from minka.plan.pipeline_stages import stages_of
 from minka.plan.resume_rules import Changes, describe_changes
-from minka.plan.topology import describe, describe_lines
+from minka.plan.topology import describe, topology_lines
 from minka.train.provenance import processor
 from minka.train.recorder import Recorder
 from minka.train.state import State
@@ -21,7 +21,7 @@ def announce(record: Recorder, state: State, mesh: Mesh, changed: Changes) -> No
     """Record and print the start of training. `changed` is against the start before."""
     config = record.config
     gpu_name = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else ""
-    gpu = find(gpu_name) if gpu_name else None
+    gpu = find_gpu(gpu_name) if gpu_name else None
     device = gpu_name or processor()
     dtype = str(mesh.compute_dtype).removeprefix("torch.")
     record.event(
@@ -47,7 +47,7 @@ def announce(record: Recorder, state: State, mesh: Mesh, changed: Changes) -> No
             write_json(record.folder.topology_file, places)
         # Printed where the layout is more than data parallelism on one host.
         if len({place.host for place in mesh.topology.places}) > 1 or mesh.layout.data_ways < mesh.ranks:
-            lines += describe_lines(places)
+            lines += topology_lines(places)
     for line in filter(None, [*lines, describe_padding(config, mesh.layout)]):
         record.console.say(line)
     record.console.say(

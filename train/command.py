@@ -12,7 +12,7 @@ from minka.plan.cli import new_app, print_json, run_app
 from minka.plan.errors import UserError
 
 if TYPE_CHECKING:
-    from minka.plan.load_config import Loaded
+    from minka.plan.load_config import LoadedRun
 
 SOURCE = typer.Argument(help="recipe, run.toml, run folder, or name under runs/")
 OVERRIDES = typer.Argument(help="section.key=value, any number of them; docs/configuration.md lists the settings")
@@ -64,9 +64,7 @@ def main(argv: Sequence[str]) -> int:
         replay: Annotated[int | None, REPLAY] = None,
         as_json: Annotated[bool, JSON] = False,
     ) -> int:
-        from minka.launch.exit_reason_file import refusals_recorded
         from minka.plan.load_config import load_run
-        from minka.plan.run_folder import RunFolder
 
         given: dict[str, object] = {"--ranks": ranks, "--from-scratch": from_scratch, "--profile": profile}
         if replay is not None:
@@ -88,8 +86,7 @@ def main(argv: Sequence[str]) -> int:
         window = parse_window(profile, loaded.config.total_steps)
         if dry_run:
             return _print_run(loaded, ranks, from_scratch, as_json)
-        with refusals_recorded(RunFolder.of(loaded.config)):
-            return _start(loaded, ranks, window, from_scratch, as_json)
+        return _start(loaded, ranks, window, from_scratch, as_json)
 
     return run_app(app, argv, "minka train")
 
@@ -131,7 +128,8 @@ def _check_absent(given: dict[str, object], where: str, why: str) -> None:
         raise UserError(f"{', '.join(names)} cannot be given", where=where, why=why, remedy="leave that out")
 
 
-def _start(loaded: "Loaded", ranks: int | None, window: tuple[int, int], from_scratch: bool, as_json: bool) -> int:
+def _start(loaded: "LoadedRun", ranks: int | None, window: tuple[int, int], from_scratch: bool, as_json: bool) -> int:
+    from minka.launch.exit_reason_file import refusals_recorded
     from minka.launch.supervisor import Job, supervise
     from minka.plan.run_folder import RunFolder
     from minka.train.start_or_resume import print_finished, read_and_check, read_state
@@ -150,10 +148,12 @@ def _start(loaded: "Loaded", ranks: int | None, window: tuple[int, int], from_sc
     if joins == "slurm":
         os.environ.update(slurm_environment(os.environ))
     if joins:
-        from minka.train.worker import work_joined
+        from minka.train.worker import work
 
-        return work_joined(job)
-    folder, outlook = RunFolder.of(config), read_and_check(config, from_scratch=from_scratch)
+        return work(job)
+    folder = RunFolder.of(config)
+    with refusals_recorded(folder):
+        outlook = read_and_check(config, from_scratch=from_scratch)
     if outlook.decision.over:
         print_finished(folder, outlook.decision.ignored, as_json=as_json)
         return 0
@@ -171,7 +171,7 @@ def _start(loaded: "Loaded", ranks: int | None, window: tuple[int, int], from_sc
     return ending.status
 
 
-def _print_run(loaded: "Loaded", ranks: int | None, from_scratch: bool, as_json: bool) -> int:
+def _print_run(loaded: "LoadedRun", ranks: int | None, from_scratch: bool, as_json: bool) -> int:
     """Print the run and what starting it would do. Nothing is asked of this machine: a different one may train it."""
     from minka.plan.flops import parameters, training_flops_per_token
     from minka.plan.load_config import dump_toml

@@ -25,7 +25,7 @@ from minka.plan.config_sections import KernelsSection
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.execution_choices import attention_kind
 from minka.plan.flops import parameters
-from minka.plan.hardware import find
+from minka.plan.hardware import find_gpu
 from minka.plan.layout import Layout
 from minka.train.build_engine import build_engine
 from minka.train.layer_stats import layer_of, layers_of
@@ -71,7 +71,7 @@ def this_machine(config: RunConfig | None) -> dict[str, str]:
     gpus, collectives, dtype = "none: minka trains on the CPU", "gloo", "fp32"
     if device.type == "cuda":
         name, collectives, dtype = torch.cuda.get_device_name(device), "nccl", "bf16"
-        gpu = find(name)
+        gpu = find_gpu(name)
         peak = f"{gpu.bf16_tflops:g} TFLOP/s bf16 ({gpu.source})" if gpu else "peak unknown, so no MFU"
         gpus = f"{torch.cuda.device_count()} x {name}, {peak}"
     found = versions(*PACKAGES)

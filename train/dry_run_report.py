@@ -35,7 +35,7 @@ def dry_run_command(config: RunConfig, world: int, rank: str, *, as_json: bool) 
         found.append(dry)
         if not as_json:
             head = [] if number else [f"{world:,} ranks: {dry.layout.describe()}", ""]
-            print("\n".join([*head, *describe_lines(dry, time.monotonic() - start)]), flush=True)
+            print("\n".join([*head, *dry_run_lines(dry, time.monotonic() - start)]), flush=True)
     if as_json:
         share = padding_share(config, found[0].layout)
         whole = {"world": world, "warmup_refused": warning, "padding_share": share}
@@ -82,7 +82,7 @@ def as_dict(found: DryRun) -> dict[str, Any]:
     }
 
 
-def describe_lines(found: DryRun, seconds: float) -> list[str]:
+def dry_run_lines(found: DryRun, seconds: float) -> list[str]:
     """Return the same as lines and tables for people. `seconds` is how long the dry run took."""
     at = ", ".join(f"{axis} {index}" for axis, index in found.coordinate.items() if getattr(found.layout, axis) > 1)
     traced = "" if found.traced == found.micro_batches else f", of which {found.traced} were traced"

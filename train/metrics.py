@@ -15,7 +15,7 @@ from minka.parallel.engine import Sums
 from minka.parallel.mesh import Mesh
 from minka.plan.config import RunConfig
 from minka.plan.flops import training_flops_per_token
-from minka.plan.hardware import find
+from minka.plan.hardware import find_gpu
 from minka.train.state import State
 
 PARTS = ("data", "compute", "save", "eval")
@@ -91,7 +91,7 @@ class Metrics:
         now = time.perf_counter()
         rate = (state.tokens - self.state.tokens) / max(now - self._since - left_out_seconds, 1e-9)
         self._since, self.state = now, state
-        gpu = find(torch.cuda.get_device_name(self.mesh.device)) if self.mesh.device.type == "cuda" else None
+        gpu = find_gpu(torch.cuda.get_device_name(self.mesh.device)) if self.mesh.device.type == "cuda" else None
         share = None
         if gpu is not None:  # of all ranks' GPUs, by the exact causal count (plan/flops.py)
             flops = training_flops_per_token(self.config.model, self.config.data.seq_len)

@@ -22,7 +22,7 @@ from minka.plan.config import RunConfig
 from minka.plan.config_sections import ModelSection
 from minka.plan.errors import UserError
 from minka.plan.hub_config import from_config
-from minka.plan.ledger import parse
+from minka.plan.ledger import parse_json
 from minka.plan.read_file import MALFORMED, reading
 from minka.plan.resume_rules import Changes, changes, check_batch, check_fork, model_changes
 from minka.plan.run_folder import RunFolder, find_run, store_of
@@ -196,7 +196,7 @@ def _checkpoint(run: RunFolder, path: Path) -> Parent:
         header = read_header(path)
         state, at = header.state, Position.of(header.state)
         config = RunConfig.model_validate_json(json.dumps(state["config"])) if "config" in state else run.config()
-        began = parse(run.provenance_file.read_bytes()) if run.provenance_file.exists() else {}
+        began = parse_json(run.provenance_file.read_bytes()) if run.provenance_file.exists() else {}
         data = state.get("data_sha256") or began.get("data", {}).get("manifest_sha256", "")
     name, rate = run.path.resolve().name, state.get("learning_rate")
     return Parent(name, run.path, path, config, config.model, at, data, header.sha256, rate)
@@ -205,7 +205,7 @@ def _checkpoint(run: RunFolder, path: Path) -> Parent:
 def _hub_folder(folder: Path) -> Parent:
     file = folder / "config.json"
     with reading(file, "", *MALFORMED, remedy="fetch the folder again"):
-        values = dict(parse(file.read_bytes()))
+        values = dict(parse_json(file.read_bytes()))
     return Parent("", folder, None, None, from_config(values, str(file)), Position(), "", "")
 
 

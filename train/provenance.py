@@ -12,6 +12,7 @@ from pathlib import Path
 
 from minka.data.token_store import TokenStore
 from minka.plan.config import RunConfig
+from minka.plan.version import version
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("minka", "torch", "numpy", "tokenizers", "transformers", "datasets", "pyarrow", "safetensors", "triton")
@@ -43,7 +44,7 @@ def versions(*packages: str) -> dict[str, str | None]:
     found: dict[str, str | None] = dict.fromkeys(packages)
     for name in packages:
         with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
+            found[name] = version() if name == "minka" else importlib.metadata.version(name)
     return found
 
 

@@ -1,7 +1,7 @@
 """One rank, from its environment to its exit status: claim the run, restore it, train, export."""
 
 import os
-import time
+import socket
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from minka.launch.supervisor import Job
 from minka.launch.supervisor_link import SupervisorLink
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.plan.errors import ExitStatus, UserError
-from minka.plan.resume_rules import Changes, decide
+from minka.plan.resume_rules import Changes, Decision, decide
 from minka.plan.run_folder import RunFolder
 from minka.plan.run_state import RunState
 from minka.train.announce import announce
@@ -40,17 +40,26 @@ def work(job: Job) -> int:
     """Train this rank's part of the run; the exit status."""
     if job.threads is not None:
         torch.set_num_threads(job.threads)
-    config = job.config
+    config, known = job.config, job.state
     config.check(int(os.environ.get("WORLD_SIZE", "1")))
+
+    def prepare() -> None:
+        nonlocal known
+        known = _prepare(job)
+
     with (
-        start_mesh(config.layout, timeout_seconds=config.guard.hang_seconds + GROUP_SECONDS) as mesh,
+        start_mesh(
+            config.layout,
+            timeout_seconds=config.guard.hang_seconds + GROUP_SECONDS,
+            prepare=None if known else prepare,
+        ) as mesh,
         refusals_recorded(RunFolder.of(config), writes=mesh.is_first),
         ExitStack() as stack,
     ):
         claim: tuple[RunState, Changes] | None = RunState(), {}
         with agreed(mesh):
-            if mesh.is_first:
-                claim = _claim_run(job, stack)
+            if known and mesh.is_first:
+                claim = _claim_run(job, known, stack)
         (over,) = mesh.sum_on_host([claim is None])
         if claim is None or over:
             return int(ExitStatus.DONE)
@@ -63,48 +72,31 @@ def work(job: Job) -> int:
         return int(_finish(job, run, state, status) if mesh.is_first else status)
 
 
-def work_joined(job: Job) -> int:
-    """`work` for a rank that torchrun or Slurm started: no supervisor has prepared the data. Raises UserError.
-
-    Rank 0 prepares it before the ranks meet, and the others wait as long as it does: outside the process group, whose
-    collectives time out long before a large corpus is done.
-    """
-    store, folder = store_folder(job.config, Path()), RunFolder.of(job.config)
-    is_first, last_sign = os.environ["RANK"] == "0", time.monotonic()
-    # Of a run that is over, nothing is prepared: once the ranks have met, rank 0 checks it again and ends them all.
-    if is_first and not (folder.begun() and (store.exists() or _is_over(job, read_state(folder)))):
-        open_run(job.config, job.command)
-    while not (is_first or store.exists()):
-        if any(store.parent.glob(f".{store.name}.*.partial")):
-            last_sign = time.monotonic()
-        if time.monotonic() - last_sign > GROUP_SECONDS:
-            raise UserError(
-                f"rank 0 has not started to prepare it for {GROUP_SECONDS:.0f} s",
-                where=str(store),
-                why="this rank sees it on a shared file system only",
-                remedy="put data.store on one; `minka data prepare` makes the store beforehand",
-            )
-        time.sleep(0.2)
-    return work(job)
-
-
-def _claim_run(job: Job, stack: ExitStack) -> tuple[RunState, Changes] | None:
-    """Take the run's lock, and restart it if asked. Return its state and what has changed, or None if it is over."""
-    config, folder, state = job.config, RunFolder.of(job.config), job.state
-    if state is None:
+def _prepare(job: Job) -> RunState:
+    """Check the run and make its data and folder ready, where torchrun or Slurm started the ranks."""
+    folder = RunFolder.of(job.config)
+    with refusals_recorded(folder):
         state = read_state(folder)
-        if _is_over(job, state):
-            return None
-        open_run(config, job.command)
+        if not (state.begun and check_start(job.config, state, from_scratch=job.from_scratch).decision.over):
+            open_run(job.config, job.command)
+    return state
+
+
+def _claim_run(job: Job, state: RunState, stack: ExitStack) -> tuple[RunState, Changes] | None:
+    """Take the run's lock, and restart it if asked. Return its state and what has changed, or None if it is over."""
+    folder = RunFolder.of(job.config)
+    if _is_over(job, state):
+        return None
     folder.check_may_start()
     stack.enter_context(folder.only_writer())
     if not state.is_current(folder, steps_of(folder.checkpoints)):  # a different process has trained it meanwhile
         state = read_state(folder)
+        check_start(job.config, state, from_scratch=job.from_scratch)
         if _is_over(job, state):
             return None
     if not state.begun:
         return state, {}
-    changed = decide(state, config, str(folder.path), from_scratch=job.from_scratch).changed
+    changed = _decide(job, state).changed
     if job.from_scratch:  # last: a refusal must leave everything as it was
         pinned_parent(folder)
         aside = restart(folder)
@@ -114,10 +106,14 @@ def _claim_run(job: Job, stack: ExitStack) -> tuple[RunState, Changes] | None:
     return state, changed
 
 
+def _decide(job: Job, state: RunState) -> Decision:
+    return decide(state, job.config, str(RunFolder.of(job.config).path), from_scratch=job.from_scratch)
+
+
 def _is_over(job: Job, state: RunState) -> bool:
     if not state.begun:
         return False
-    decision = check_start(job.config, state, from_scratch=job.from_scratch).decision
+    decision = _decide(job, state)
     if decision.over:
         print_finished(RunFolder.of(job.config), decision.ignored, as_json=job.as_json)
     return decision.over
@@ -126,7 +122,8 @@ def _is_over(job: Job, state: RunState) -> bool:
 def _start_session(job: Job, mesh: Mesh, stack: ExitStack, before: RunState, changed: Changes) -> tuple[Session, State]:
     """Everything that a rank trains with, and the state to train from. `stack` closes all of it. Collective."""
     config, folder = job.config, RunFolder.of(job.config)
-    store = TokenStore.open(store_folder(config, Path()))
+    with agreed(mesh):
+        store = _open_store(store_folder(config, Path()), mesh)
     stacks = folder.logs / f"stacks-{mesh.rank:05d}.txt"
     supervisor = SupervisorLink(mesh.rank, folder.stop_file, job.heartbeat_pipe, stacks)
     stack.callback(supervisor.close)
@@ -145,6 +142,14 @@ def _start_session(job: Job, mesh: Mesh, stack: ExitStack, before: RunState, cha
     profile = Profile(job.profile, folder.logs / f"trace-{mesh.rank:05d}.json")
     record.console.start(state.step)
     return Session(config, mesh, engine, optimizer, loader, record, supervisor, profile, bool(missed)), state
+
+
+def _open_store(folder: Path, mesh: Mesh) -> TokenStore:
+    if not (mesh.is_first or folder.exists()):
+        what = f"there is no token store on {socket.gethostname()}, the host of rank {mesh.rank}"
+        why = "the first rank has prepared it, and every rank reads it"
+        raise UserError(what, where=str(folder), why=why, remedy="put data.store on a file system that all hosts share")
+    return TokenStore.open(folder)
 
 
 def _finish(job: Job, run: Session, state: State, status: ExitStatus) -> ExitStatus:

@@ -134,6 +134,7 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
     "format 2, a piece of a file that is a list": old_piece(file=[]),
     "format 2, a piece of the manifest": old_piece(file="manifest.json"),
     "format 2, a piece at 2^62": old_piece(offset=[2**62, 0]),
+    "format 2, a piece beyond the tensor": old_piece(offset=[5, 0]),
     "format 2, a piece of fewer dimensions": old_piece(offset=[0], size=[7]),
     "format 2, pieces that are a number": old_manifest(lambda m: next(iter(m["tensors"].values())).update(pieces=5), 2),
     "format 2, tensors that are a list": old_manifest(lambda m: m.update(tensors=[]), 2),

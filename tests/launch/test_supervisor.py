@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from commands import environment, train, written
 from minka.checkpoint.catalogue import checkpoints
 from minka.checkpoint.restore import whole_tensors
+from minka.data.prepare import store_folder
 from minka.launch.exit_reason_file import read_exit_reason, write_exit_reason
 from minka.launch.supervisor import Ending, Ranks, Signals, complete_exit_reason, ending_of, next_action
 from minka.plan.config import RunConfig
@@ -209,20 +211,42 @@ def test_joins_ranks_that_torchrun_started(tmp_path: Path) -> None:
     assert re.search(r"^trained +step 20 of 20", done.stdout, re.MULTILINE)
 
 
-def test_joins_ranks_that_srun_started(tmp_path: Path) -> None:
-    config = tiny(tmp_path)
-    file = written(config)
+def srun(file: Path, *overrides: str) -> list[tuple[int, str]]:
+    """Exit status and stderr of two tasks of a job step."""
     step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
     tasks = []
     for task in ("0", "1"):
         place = environment(**step, SLURM_PROCID=task, SLURM_LOCALID=task, SLURM_STEP_NODELIST="localhost")
-        command = [sys.executable, "-m", "minka", "train", str(file)]
+        command = [sys.executable, "-m", "minka", "train", str(file), *overrides]
         tasks.append(subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=place))
-    for process in tasks:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    try:
+        return [(process.returncode, errors) for process in tasks for _, errors in [process.communicate(timeout=120)]]
+    finally:
+        for process in tasks:
+            process.kill()
+            process.wait()
+
+
+def test_joins_ranks_that_srun_started(tmp_path: Path) -> None:
+    config = tiny(tmp_path)
+    for status, errors in srun(written(config)):
+        assert status == 0, errors
     steps = [line for line in read_ledger(RunFolder.of(config).ledger_file) if line["event"] == "step"]
     assert len(steps) == 20
+
+
+def test_no_rank_waits_for_a_first_rank_that_has_nothing_to_do_or_refuses(tmp_path: Path) -> None:
+    """No agent ends the tasks of a job step. The ranks have no process group yet."""
+    config = tiny(tmp_path, run={"max_steps": 2}, data={"batch_warmup": []}, schedule={"kind": "constant", "warmup": 1})
+    file = written(config)
+    assert ended(config)[0] == 0
+    shutil.rmtree(store_folder(config, Path()))
+    over = srun(file)  # it is finished: the store is neither made nor waited for
+    assert [status for status, _ in over] == [0, 0], over
+    other = srun(file, "run.name=other", "run.start_from=missing")
+    assert [status for status, _ in other] == [2, 2], other
+    assert "missing" in other[0][1]
+    assert "Traceback" not in other[0][1] + other[1][1]
 
 
 def ended(config: RunConfig, *overrides: str, ranks: int = 2) -> tuple[int, str, str]:

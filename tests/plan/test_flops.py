@@ -8,7 +8,7 @@ import pytest
 
 from minka.plan.config_sections import ModelSection
 from minka.plan.flops import Shape, parameters, training_flops_per_token
-from minka.plan.hardware import find
+from minka.plan.hardware import find_gpu
 from minka.plan.load_config import load_run
 
 GOLDENS = Path(__file__).resolve().parent.parent / "goldens"
@@ -81,7 +81,7 @@ def test_the_llama_recipes_have_the_published_shapes(size: str) -> None:
 
 @pytest.mark.parametrize("row", THROUGHPUT, ids=lambda r: f"{r['model']}-{r['seq_len']}-{r['gpus']}")
 def test_published_mfu_follows_from_published_throughput(row: dict[str, str]) -> None:
-    shape, gpu = mpt_shape(row), find("H100-SXM")
+    shape, gpu = mpt_shape(row), find_gpu("H100-SXM")
     assert gpu is not None
     assert parameters(shape) == int(row["params"])
     each = int(row["tokens_per_second_per_gpu"])

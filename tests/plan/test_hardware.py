@@ -2,7 +2,7 @@
 
 import pytest
 
-from minka.plan.hardware import GPUS, Gpu, find, nvlink_domain
+from minka.plan.hardware import GPUS, Gpu, find_gpu, nvlink_domain
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ from minka.plan.hardware import GPUS, Gpu, find, nvlink_domain
     ],
 )
 def test_a_drivers_name_finds_the_one_gpu_it_means(driver: str, name: str) -> None:
-    gpu = find(driver)
+    gpu = find_gpu(driver)
     assert gpu is not None
     assert gpu.name == name
 
@@ -38,12 +38,12 @@ def test_a_drivers_name_finds_the_one_gpu_it_means(driver: str, name: str) -> No
 )
 def test_an_unknown_gpu_is_none(name: str) -> None:
     """A bare "H100" too: the SXM and the PCIe card differ by a third."""
-    assert find(name) is None
+    assert find_gpu(name) is None
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
 def test_each_gpu_is_found_by_its_own_name_and_has_a_source(gpu: Gpu) -> None:
-    found = find(gpu.name)
+    found = find_gpu(gpu.name)
     assert found == gpu
     assert gpu.source
 

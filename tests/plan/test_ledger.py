@@ -10,7 +10,7 @@ import pytest
 
 from ledgers import event, steps
 from minka.plan import ledger as ledger_module
-from minka.plan.ledger import DEEPEST, Ledger, is_count, lines_from_end, number, parse, read_ledger
+from minka.plan.ledger import DEEPEST, Ledger, is_count, lines_from_end, number, parse_json, read_ledger
 
 HUGE = 10**400  # an integer to JSON, and too large for a float
 NO_COUNTS: tuple[Any, ...] = ("x", -1, 1.5, True, None, [1], HUGE, 2**63)
@@ -57,7 +57,7 @@ def test_what_is_nested_as_deep_as_events_are_is_read(tmp_path: Path) -> None:
     assert json.dumps(line["reason"]) == nested(DEEPEST - 2)
     for text in (nested(DEEPEST), nested(100_000), '{"a":' * DEEPEST + "1" + "}" * DEEPEST):
         with pytest.raises(ValueError, match="nested too deeply"):
-            parse(text)
+            parse_json(text)
 
 
 def test_a_run_may_be_called_by_a_word_that_elsewhere_is_a_number(tmp_path: Path) -> None:

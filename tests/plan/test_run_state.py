@@ -129,6 +129,29 @@ def test_a_start_event_that_this_version_cannot_parse_is_reported_and_not_replac
     assert read(run).unreadable_start == ""  # nothing depends on it any more
 
 
+@pytest.mark.parametrize(("old", "new"), [(b'"seed": 0', b'"seed": \x00'), (b'"event"', b'"evenu"')])
+def test_a_damaged_start_event_is_not_replaced_by_an_older_one(old: bytes, new: bytes, run: RunFolder) -> None:
+    config = run.config()
+    other = load_run("demo", [f"run.folder={run.path.parent}", "schedule.warmup=3"]).config
+    log(run, start(config), ("save", 1))
+    at = run.ledger_file.stat().st_size
+    log(run, start(other, 1), ("step", 2))
+    raw = run.ledger_file.read_bytes()
+    run.ledger_file.write_bytes(raw[:at] + raw[at:].replace(old, new, 1))
+    with pytest.raises(UserError, match=f"start event at byte {at:,} cannot be read: the line is damaged"):
+        decide(read(run, 1), config, str(run.path))
+
+
+def test_a_start_event_that_a_crash_cut_off_changed_nothing(run: RunFolder) -> None:
+    config = run.config()
+    log(run, start(config), ("save", 1))
+    raw = run.ledger_file.read_bytes()
+    with run.ledger_file.open("ab") as file:
+        file.write(raw[: raw.index(b"seed")])
+    log(run, ("restore", 1))  # the next session, which ended before its start event
+    assert (read(run, 1).started_with, read(run, 1).unreadable_start) == (config, "")
+
+
 def test_the_newest_checkpoint_is_that_of_the_last_save_and_its_manifest_alone_is_opened(run: RunFolder) -> None:
     log(run, start(run.config()), *((kind, step) for step in (5, 10, 15) for kind in ("step", "save")), ("step", 16))
     state = read(run, 5, 10, 15)
@@ -152,6 +175,8 @@ def test_a_newest_manifest_that_cannot_be_read_leaves_the_order_to_the_restore(r
     log(run, start(run.config()), ("save", 5), ("save", 10))
     state = read(run, 5, 10, damaged=(10,))
     assert (state.position, state.newest, state.last_save) == (Position(5, 5, 50), None, 10)
+    state = read(run, 5, 10, 15, damaged=(15,))  # a crash between its save and the event; and then the disk
+    assert (state.position, state.newest) == (Position(10, 10, 100), None)
     assert read(run, 5, 10, damaged=(5, 10)).position is None
 
 

@@ -15,8 +15,8 @@ from minka.plan.topology import (
     check,
     coordinates,
     describe,
-    describe_lines,
     spans,
+    topology_lines,
 )
 from places import even_layers, filled, shuffled
 
@@ -44,8 +44,8 @@ def test_a_description_agrees_with_the_functions_and_is_json(schedule: str) -> N
 
 def test_a_small_run_has_a_line_for_each_rank_and_a_large_one_for_each_host() -> None:
     layout = Layout(pipeline=2, tensor=2)
-    small = describe_lines(describe(layout, filled([8] * 4, 8, shuffled(32)), even_layers(layout)))
-    large = describe_lines(describe(layout, filled([8] * 5, 8, shuffled(40)), even_layers(layout)))
+    small = topology_lines(describe(layout, filled([8] * 4, 8, shuffled(32)), even_layers(layout)))
+    large = topology_lines(describe(layout, filled([8] * 5, 8, shuffled(40)), even_layers(layout)))
     for lines, rows in ((small, EACH_RANK), (large, 5)):
         assert [len(list(part)) for blank, part in groupby(lines, key=lambda line: line == "") if not blank] == [
             2 + rows,
@@ -56,7 +56,7 @@ def test_a_small_run_has_a_line_for_each_rank_and_a_large_one_for_each_host() ->
 def test_a_table_shows_where_everything_is_and_leaves_out_what_is_not_cut() -> None:
     layout = Layout(pipeline=2, tensor=4, schedule="zbv")
     described = describe(layout, filled([8] * 6, 8), even_layers(layout, 3))
-    assert describe_lines(described) == [
+    assert topology_lines(described) == [
         "48 ranks on 6 hosts: pipeline 2 x shard 6 x tensor 4; 8 GPUs in an NVLink domain",
         "host   gpu  position  rank   domain  pipeline  shard  tensor  stages  layers",
         "node1  0-7  0-7       0-7    0       0         0-1    0-3     0,3     0-2,9-11",
@@ -77,12 +77,12 @@ def test_a_table_shows_where_everything_is_and_leaves_out_what_is_not_cut() -> N
 def test_the_ranks_of_a_layer_are_the_launchers_numbers() -> None:
     layout = Layout(pipeline=2)
     cyclic = [host + 4 * gpu for host in range(4) for gpu in range(2)]  # rank 0 on node1, rank 1 on node2, ...
-    lines = describe_lines(describe(layout, filled([2] * 4, ranks=cyclic), even_layers(layout)))
+    lines = topology_lines(describe(layout, filled([2] * 4, ranks=cyclic), even_layers(layout)))
     assert lines[0] == "8 ranks on 4 hosts: pipeline 2 x shard 4; NVLink domains not known"
     assert lines[1].split() == "host gpu position rank pipeline shard stages layers".split()
     assert lines[3].split() == "node1 1 1 4 0 1 0 0-1".split()
     assert lines[-2].split() == "0-1 0 0-3 0-1,4-5".split()
-    assert describe_lines(describe(Layout(), filled([1]), [range(2)]))[0].startswith("1 rank on 1 host: one rank;")
+    assert topology_lines(describe(Layout(), filled([1]), [range(2)]))[0].startswith("1 rank on 1 host: one rank;")
 
 
 @given(st.sets(st.integers(0, 40), min_size=1))
@@ -124,7 +124,7 @@ def test_sixteen_thousand_ranks_take_about_as_long_for_each_as_a_thousand() -> N
     def seconds(hosts: int) -> float:
         topology, began = filled([8] * hosts, 8, shuffled(8 * hosts)), time.perf_counter()
         check(layout, topology)
-        lines = describe_lines(describe(layout, topology, even_layers(layout)))
+        lines = topology_lines(describe(layout, topology, even_layers(layout)))
         assert len(lines) == 4 + hosts + layout.stage_count
         return time.perf_counter() - began
 
