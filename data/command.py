@@ -49,7 +49,7 @@ def _inspect(
     sample: Annotated[
         int | None, typer.Option(help="show the documents of this sample, a position in the run's order (needs a run)")
     ] = None,
-    split: Annotated[str, typer.Option(help="train or validation; a run's samples are of train")] = "train",
+    split: Annotated[str, typer.Option(help="of --document: train (the default) or validation")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Show the contents of a store, one of its documents, or the documents that a sample of a run was cut from."""
@@ -62,9 +62,21 @@ def _inspect(
         check_store(store, config)
     if document is not None and sample is not None:
         raise UserError("give --document or --sample, not both")
+    if split and document is None:
+        raise UserError(
+            "it needs --document",
+            where="--split",
+            why="a store is shown with both splits, and a run's samples are of train",
+            remedy="leave it out",
+        )
     if document is not None:
-        chosen = store.split(split)
-        found = {"document": document, "split": split, **chosen.provenance(document), "text": chosen.text_of(document)}
+        chosen = store.split(split or "train")
+        found = {
+            "document": document,
+            "split": chosen.name,
+            **chosen.provenance(document),
+            "text": chosen.text_of(document),
+        }
     elif sample is not None:
         found = _trace_sample(store.split("train"), config, sample, where)
     else:

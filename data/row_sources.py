@@ -71,7 +71,9 @@ def document_of_row(row: object, field: str, source: str, path: str, number: int
     if not isinstance(text, str):
         kind = "null" if text is None else type(text).__name__
         what = f"{field!r} is {kind}, not text" if field in row else f"the row has no {field!r}"
-        raise UserError(what, where=where, remedy=f"set data.text_field to one of the row's fields: {', '.join(row)}")
+        texts = [str(name) for name, value in row.items() if isinstance(value, str)]
+        remedy = f"set data.text_field to a field with text: {', '.join(texts)}" if texts else "remove the row"
+        raise UserError(what, where=where, remedy=remedy)
     provenance: dict[str, str] = {}
     for name in PROVENANCE_COLUMNS:
         value = row.get(name)

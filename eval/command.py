@@ -1,5 +1,6 @@
 """`minka eval`: score a checkpoint of a run, on this machine, in one process."""
 
+import math
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -25,8 +26,10 @@ def main(argv: Sequence[str]) -> int:
         if as_json:
             print_json(result)
         else:
-            errors = result["stderr"]
-            print_table([(name, f"{value:.4f} +- {errors[name]:.4f}") for name, value in result["scores"].items()])
+            errors = {name: f" +- {value:.4f}" for name, value in result["stderr"].items() if math.isfinite(value)}
+            print_table([(name, f"{value:.4f}{errors.get(name, '')}") for name, value in result["scores"].items()])
+            for sample in result["samples"]:
+                print(f"{sample['prompt']!r} -> {sample['text']!r}")
             print(result["path"])
         return 0
 

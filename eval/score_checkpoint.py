@@ -9,6 +9,7 @@ from minka.checkpoint.reader_lease import leased
 from minka.checkpoint.restore import restore_from
 from minka.data.token_store import TokenStore
 from minka.eval.bits_per_byte import bits_per_byte
+from minka.eval.continue_prompts import continue_prompts
 from minka.eval.result_file import write_result
 from minka.parallel.fsdp_engine import build_scorer
 from minka.parallel.mesh import start_mesh
@@ -44,6 +45,9 @@ def score_checkpoint(run: str, overrides: Sequence[str], heartbeat: Callable[[],
         with leased(folder.path, checkpoint):
             state = restore_from(checkpoint, scorer.weights(), mesh)
         scores = bits_per_byte(scorer, store.split("validation"), config, mesh, store.eod, heartbeat)
+        written = continue_prompts(scorer, store.tokenizer_folder / "tokenizer.json", config, mesh, store.eod)
     with writing(folder.evals):
         step, tokens = state["step"], state["tokens"]
-        return write_result(folder.evals, step, tokens, scores, checkpoint=checkpoint, own_settings=own_settings)
+        return write_result(
+            folder.evals, step, tokens, scores, written or None, checkpoint=checkpoint, own_settings=own_settings
+        )

@@ -97,7 +97,8 @@ def write_folder(
     family can represent `cfg` or something else is in this place; and, with nothing changed, when the disk is full.
     """
     config = to_config(cfg, family, eod_token, str(dtype).removeprefix("torch."))
-    with atomic_folder(Path(os.path.realpath(folder)), check_replaceable=_check_replaceable) as new:
+    place, remedy = Path(os.path.realpath(folder)), "choose a different folder"
+    with atomic_folder(place, check_replaceable=_check_replaceable, remedy=remedy) as new:
         _write_shards(new.path, tensors, dtype, max_shard_bytes)
         _write_json(new.path / "config.json", config)
         generation = {"bos_token_id": None, "do_sample": False, "eos_token_id": eod_token, "use_cache": True}

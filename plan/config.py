@@ -75,22 +75,24 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     @property
     def total_steps(self) -> int:
         """Steps of the whole run, batch warm-up included."""
-        return self._end()[0]
+        return self.end()[0]
 
     @property
     def total_tokens(self) -> int:
         """Tokens consumed by the whole run."""
-        return self._end()[1]
+        return self.end()[1]
 
     @property
     def horizon(self) -> int:
         """Length of the run in schedule.unit."""
-        return self._end()[0 if self.schedule.unit == "steps" else 1]
+        return self.end()[0 if self.schedule.unit == "steps" else 1]
 
-    def _end(self) -> tuple[int, int]:
-        """Steps and tokens of the whole run, by whole stages of the batch: a run may have millions of steps."""
+    def end(self, step: int = 0, tokens: int = 0) -> tuple[int, int]:
+        """Steps and tokens at the end of a run that is at `step` and `tokens`: other settings may have led there.
+
+        Counted by whole stages of the batch: a run may have millions of steps.
+        """
         stages = [(stage.until_tokens, stage.batch_tokens) for stage in self.data.batch_warmup]
-        step = tokens = 0
         for until, batch_tokens in (*stages, (None, self.data.batch_tokens)):
             ends = [end for end in (until, self.run.max_tokens) if end is not None]
             lefts = [-(-(end - tokens) // batch_tokens) for end in ends]

@@ -8,6 +8,7 @@ from pathlib import Path
 from minka.plan.config import RunConfig
 from minka.plan.load_config import dump_toml
 
+STARTED: list["subprocess.Popen[str]"] = []
 SOURCE = Path(__file__).resolve().parent.parent / ".ns"
 
 
@@ -19,9 +20,21 @@ def minka(*arguments: str, seconds: float = 120.0) -> "subprocess.CompletedProce
 
 def train(config: RunConfig, *overrides: str, ranks: int = 2) -> "subprocess.Popen[str]":
     """Start `minka train` on a configuration."""
-    command = [sys.executable, "-m", "minka", "train", str(written(config)), *overrides, "--ranks", str(ranks)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment())
+    return start("minka", "train", str(written(config)), *overrides, "--ranks", str(ranks))
+
+
+def start(module: str, *arguments: str, **more: str) -> "subprocess.Popen[str]":
+    """Start `python -m module`, with `more` in its environment. It ends with the test, if not before."""
+    command, pipe = [sys.executable, "-m", module, *arguments], subprocess.PIPE
+    STARTED.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment(**more)))
+    return STARTED[-1]
+
+
+def end_started() -> None:
+    """Kill what a test has left running, as one does that fails while it waits."""
+    while STARTED:
+        with STARTED.pop() as process:
+            process.kill()
 
 
 def written(config: RunConfig) -> Path:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,14 @@ def _seeds() -> None:
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _started() -> Iterator[None]:
+    """No process outlives the test that started it."""
+    yield
+    if "commands" in sys.modules:
+        sys.modules["commands"].end_started()
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from minka.plan.atomic import write_json
 from minka.plan.batch_padding import describe_padding
 from minka.plan.flops import FORMULAS, parameters, training_flops_per_token
 from minka.plan.hardware import find_gpu
+from minka.plan.layout import counted
 from minka.plan.pipeline_stages import stages_of
 from minka.plan.resume_rules import Changes, describe_changes
 from minka.plan.topology import describe, topology_lines
@@ -50,13 +51,14 @@ def announce(record: Recorder, state: State, mesh: Mesh, changed: Changes) -> No
             lines += topology_lines(places)
     for line in filter(None, [*lines, describe_padding(config, mesh.layout)]):
         record.console.say(line)
+    steps, tokens = config.end(state.step, state.tokens)
     record.console.say(
-        f"{config.run.name}: {parameters(config.model):,} parameters, {config.total_tokens:,} tokens in "
-        f"{config.total_steps:,} steps; {mesh.ranks} {'rank' if mesh.ranks == 1 else 'ranks'} on {device}, {dtype}"
+        f"{config.run.name}: {parameters(config.model):,} parameters, {tokens:,} tokens in {steps:,} steps; "
+        f"{counted(mesh.ranks, 'rank')} on {device}, {dtype}"
     )
     training, validation = record.store.split("train"), record.store.split("validation")
-    epochs = config.total_tokens / training.n_tokens
+    epochs = tokens / training.n_tokens
     record.console.say(
         f"{record.store.folder}: {training.n_tokens:,} tokens to train on ({epochs:.2g} epochs), "
-        f"{validation.n_documents:,} documents for validation"
+        f"{counted(validation.n_documents, 'document')} for validation"
     )

@@ -1,5 +1,6 @@
 """`--profile 10:13`: trace these steps into one file per rank in the run's logs (chrome://tracing, Perfetto)."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,4 +29,5 @@ class Profile:
         if self._profiler is not None:
             self._profiler.stop()
             self._profiler.export_chrome_trace(str(self.file))
+            print(f"trace of steps {self.first + 1} to {self.last}: {self.file}", file=sys.stderr, flush=True)
             self._profiler = None

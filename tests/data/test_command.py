@@ -113,6 +113,7 @@ def test_a_sample_needs_a_run_and_a_document_is_not_a_sample(
         (["inspect", *arguments, "--sample", "1", "--document", "1"], "--sample"),
         (["inspect", store, "--document", "5000"], "5000"),
         (["inspect", store, "--document", "0", "--split", "test"], "'test'"),
+        (["inspect", store, "--split", "validation"], "--document"),
     ):
         assert main(argv) == 2
         assert says in capsys.readouterr().err

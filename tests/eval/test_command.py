@@ -56,6 +56,15 @@ def test_equal_settings_replace_the_result_and_keep_its_samples(run: RunFolder) 
     assert found["samples"] == [{"prompt": "one", "text": "two"}]
 
 
+def test_prompts_are_continued_and_printed(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run.path), 'eval.prompts=["w1"]', "eval.sample_tokens=3"]) == 0
+    (sample,) = results(run)[OWN]["samples"]
+    assert sample["prompt"] == "w1"
+    said = capsys.readouterr().out
+    assert f"'w1' -> {sample['text']!r}" in said
+    assert "nan" not in said  # the error of a mean over too few documents
+
+
 @pytest.mark.parametrize("old", ["{}", "[]", "cut o"])
 def test_a_result_without_settings_is_not_replaced(old: str, run: RunFolder) -> None:
     own = run.evals / "step-00000003" / OWN

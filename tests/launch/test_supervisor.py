@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from commands import environment, train, written
+from commands import environment, start, train, written
 from minka.checkpoint.catalogue import checkpoints
 from minka.checkpoint.restore import whole_tensors
 from minka.data.prepare import store_folder
@@ -214,17 +214,13 @@ def test_joins_ranks_that_torchrun_started(tmp_path: Path) -> None:
 def srun(file: Path, *overrides: str) -> list[tuple[int, str]]:
     """Exit status and stderr of two tasks of a job step."""
     step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
-    tasks = []
-    for task in ("0", "1"):
-        place = environment(**step, SLURM_PROCID=task, SLURM_LOCALID=task, SLURM_STEP_NODELIST="localhost")
-        command = [sys.executable, "-m", "minka", "train", str(file), *overrides]
-        tasks.append(subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=place))
-    try:
-        return [(process.returncode, errors) for process in tasks for _, errors in [process.communicate(timeout=120)]]
-    finally:
-        for process in tasks:
-            process.kill()
-            process.wait()
+    step["SLURM_STEP_NODELIST"] = "localhost"
+    tasks = [
+        start("minka", "train", str(file), *overrides, **step, SLURM_PROCID=task, SLURM_LOCALID=task)
+        for task in ("0", "1")
+    ]
+    errors = [task.communicate(timeout=200)[1] for task in tasks]
+    return [(task.returncode, said) for task, said in zip(tasks, errors, strict=True)]
 
 
 def test_joins_ranks_that_srun_started(tmp_path: Path) -> None:
@@ -256,7 +252,7 @@ def ended(config: RunConfig, *overrides: str, ranks: int = 2) -> tuple[int, str,
     return process.returncode, output, errors
 
 
-def at_step(config: RunConfig, step: int, seconds: float = 60.0) -> None:
+def at_step(config: RunConfig, step: int, seconds: float = 200.0) -> None:
     """Wait until the run has logged `step`."""
     deadline = time.monotonic() + seconds
     while not any(e["event"] == "step" and e["step"] >= step for e in read_ledger(RunFolder.of(config).ledger_file)):

@@ -12,9 +12,8 @@ from minka.plan.config import RunConfig
 from minka.plan.load_config import dump_toml, load_run, recipe_names, validate
 
 
-def walk(config: RunConfig) -> tuple[int, int]:
-    """Steps and tokens of a run, by taking each step: the definition that the closed form must meet."""
-    step = tokens = 0
+def walk(config: RunConfig, step: int = 0, tokens: int = 0) -> tuple[int, int]:
+    """Steps and tokens at a run's end, by taking each step: the definition that the closed form must meet."""
     while not config.finished(step, tokens):
         step, tokens = step + 1, tokens + config.batch_tokens_at(tokens)
     return step, tokens
@@ -33,6 +32,8 @@ def test_the_length_of_a_run_is_what_walking_it_gives(
     run = {"name": "x", "max_steps": end} if in_steps else {"name": "x", "max_tokens": end * 7}
     config = validate(values(data={"batch_tokens": batch * SEQ, "batch_warmup": warmup}) | {"run": run}, "a test")
     assert (config.total_steps, config.total_tokens) == walk(config)
+    position = end // 2, end * 3  # reached with other settings
+    assert config.end(*position) == walk(config, *position)
 
 
 def test_the_batch_grows_with_the_tokens_consumed() -> None:

@@ -2,15 +2,13 @@
 
 import json
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from commands import environment, written
+from commands import start, written
 from minka.checkpoint.catalogue import checkpoints
 from minka.checkpoint.restore import whole_tensors
 from minka.plan.config import RunConfig
@@ -28,19 +26,13 @@ def agents(config: RunConfig, first: str) -> None:
     running = []
     for host in HOSTS:
         number = 0 if host == first else 1
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
-        command += ["--node-rank", str(number), "--master-addr", "127.0.0.1", "--master-port", str(port)]
+        command = ["--nnodes", "2", "--nproc-per-node", "2", "--node-rank", str(number)]
+        command += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
         command += ["-m", "minka", "train", str(written(config))]
-        env = {**environment(), "MINKA_HOST": host, "OMP_NUM_THREADS": "1"}
-        running.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    try:
-        for process in running:
-            said, _ = process.communicate(timeout=150)
-            assert process.returncode == 0, said
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
+        running.append(start("torch.distributed.run", *command, MINKA_HOST=host))
+    for process in running:
+        said = process.communicate(timeout=150)
+        assert process.returncode == 0, said
 
 
 @pytest.mark.slow
