@@ -1,5 +1,6 @@
 """A checkpoint on the disk: its header, its index, and the tables of its shard files, each checked when read."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +52,21 @@ class StoredCheckpoint:
 def _old_tables(old: Any, file: Path) -> tuple[list[Table], Index]:
     """The tables of a checkpoint of format 1 or 2, from those in its manifest `file`. Raises Damage."""
     try:
-        groups: dict[str, dict[str, PieceGroup]] = {shard_name(rank): {} for rank in range(len(old["files"]))}
+        # By box, since there are millions of pieces and many of a file are the same box of tensors of one shape.
+        files: dict[str, dict[Any, list[str]]] = {shard_name(rank): {} for rank in range(len(old["files"]))}
         for name, tensor in old["tensors"].items():
             for piece in tensor["pieces"]:
-                key, described = piece.get("key", name), {"dtype": tensor["dtype"], "shape": tensor["shape"]}
-                group = PieceGroup(**described, offset=piece["offset"], size=piece["size"], keys=[key])
-                if groups[piece["file"]].setdefault(key, group) is not group:
-                    raise ValueError(f"{key} is twice in {piece['file']}")
-        tables = [Table(**old["files"][name], groups=list(pieces.values())) for name, pieces in groups.items()]
+                box = tensor["dtype"], *map(tuple, (tensor["shape"], piece["offset"], piece["size"]))
+                files[piece["file"]].setdefault(box, []).append(piece.get("key", name))
+        tables = []
+        for file_name, boxes in files.items():
+            groups = [
+                PieceGroup(dtype=dtype, shape=list(shape), offset=list(offset), size=list(size), keys=keys)
+                for (dtype, shape, offset, size), keys in boxes.items()
+            ]
+            if len(set(chain(*boxes.values()))) < sum(map(len, boxes.values())):
+                raise ValueError(f"{file_name} has a piece twice")
+            tables.append(Table(**old["files"][file_name], groups=groups))
         return tables, build_index((table, None) for table in tables)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise Damage(f"{file}: its tables are wrong: {str(error)[:200]}") from None

@@ -38,11 +38,6 @@ def order_of(config: RunConfig, split: Split) -> SampleOrder:
     return SampleOrder(windows, config.run.seed, config.data.dropped_samples)
 
 
-def global_batch(config: RunConfig, state: LoaderState) -> int:
-    """Samples in the global batch that begins at `state` (batch warm-up included)."""
-    return config.batch_tokens_at(state.tokens) // config.data.seq_len
-
-
 class LoadedBatch(NamedTuple):
     """What one step trains on: this rank's part of the global batch, its micro-batches, and the state after it."""
 
@@ -93,7 +88,8 @@ class Loader(Iterator[LoadedBatch]):
 
     def _build(self) -> LoadedBatch:
         """The next part, padded with PADDING to as many sequences as the other ranks have."""
-        config, first, size = self.config, self._state.samples, global_batch(self.config, self._state)
+        config, first = self.config, self._state.samples
+        size = config.batch_tokens_at(self._state.tokens) // config.data.seq_len
         whole = -(-size // (self.ways * config.layout.micro_batch)) * self.ways * config.layout.micro_batch
         every = np.full(whole, PADDING, dtype=np.int64)
         every[:size] = self._order.positions(first, first + size)

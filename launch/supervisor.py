@@ -4,6 +4,7 @@ It passes signals on, reads the ranks' heartbeats from a pipe, has them write th
 beating, and decides the exit status.
 """
 
+import json
 import os
 import selectors
 import signal
@@ -135,12 +136,11 @@ def supervise(job: Job) -> Ending:
         stdin=subprocess.PIPE,
         pass_fds=(write_end,),
         start_new_session=True,  # Ctrl-C in a terminal reaches the supervisor alone
-        text=True,
     )
     os.close(write_end)
     assert process.stdin is not None
     with process.stdin as stdin:
-        stdin.write(job.model_dump_json())
+        stdin.write(json.dumps(job.model_dump(mode="json")).encode())  # ASCII, whatever a path has in it
     try:
         with os.fdopen(read_end) as pipe:
             ending = _watch(process, pipe.fileno(), signals, job.config.guard.hang_seconds, folder)
@@ -164,7 +164,7 @@ def complete_exit_reason(folder: RunFolder, ending: Ending, by_ranks: ExitReason
 
 
 def _watch(
-    process: subprocess.Popen[str], pipe: int, signals: Signals, hang_seconds: float, folder: RunFolder
+    process: subprocess.Popen[bytes], pipe: int, signals: Signals, hang_seconds: float, folder: RunFolder
 ) -> Ending:
     ranks = Ranks()
     selector = selectors.DefaultSelector()
@@ -197,7 +197,7 @@ def _watch(
     return ending_of(process.returncode, ranks, stopping=signals.passed_on > 0)
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _end(process: subprocess.Popen[bytes]) -> None:
     """End all processes of the forker's session: first by SIGTERM, then by SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is None:

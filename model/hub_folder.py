@@ -18,7 +18,7 @@ from minka.model.transformer import Transformer
 from minka.plan.atomic import atomic_folder
 from minka.plan.config_sections import ModelSection
 from minka.plan.errors import UserError
-from minka.plan.hub_config import from_config, to_config
+from minka.plan.hub_config import to_config
 from minka.plan.read_file import read_json, reading
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -39,12 +39,6 @@ INNER = {
     "mlp.up": "mlp.up_proj",
     "mlp.down": "mlp.down_proj",
 }
-
-
-def read_config(folder: Path) -> ModelSection:
-    """The model in a Hugging Face folder. Raises UserError for an architecture or setting that minka lacks."""
-    path = folder / "config.json"
-    return from_config(read_json(path, remedy="give a folder that save_pretrained wrote"), str(path))
 
 
 def read_tensors(folder: Path, cfg: ModelSection) -> Iterator[tuple[str, Tensor]]:

@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable
 from functools import wraps
+from math import prod
 from typing import Any
 
 import torch
@@ -118,7 +119,8 @@ class DeepSpeedEngine(Engine):
         else:
             self._partitions = [group["params"][0] for group in optimizer.param_groups]
         self._slices = slices(deepspeed.optimizer, self._partitions, deepspeed.module, self.mesh)
-        self._pieces = {s.name: s.flat_piece() for s in self._slices}
+        # Boxes of the flattened parameters: for norms, not for checkpoints.
+        self._pieces = {s.name: Piece(s.of(s.partition), (s.first,), (prod(s.shape),)) for s in self._slices}
         for partition in self._partitions:  # now, so that there are moments to restore into
             flat = partition.detach().zero_()  # DeepSpeed never sets its padding
             optimizer.state[partition] = {

@@ -31,10 +31,6 @@ class Slice(NamedTuple):
         """The slice's elements of `flat`, a tensor laid out as the partition; a view."""
         return flat.detach().narrow(0, self.at, self.last - self.first)
 
-    def flat_piece(self) -> Piece:
-        """The weights as a box of the flattened parameter: for norms, not for checkpoints."""
-        return Piece(self.of(self.partition), (self.first,), (math.prod(self.shape),))
-
     def pieces(self, kind: str, flat: Tensor) -> dict[str, Piece]:
         """The slice's elements of `flat` as boxes of the whole tensor KIND.NAME; one empty box where there are none."""
         found, cut = {}, boxes(self.shape, self.first, self.last)

@@ -3,9 +3,10 @@
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -14,14 +15,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from minka.plan.errors import UserError
+from minka.plan.errors import ExitStatus, UserError
 from minka.plan.execution_choices import compute_dtype_name
 from minka.plan.hardware import nvlink_domain
 from minka.plan.layout import Layout
 from minka.plan.topology import Place, Topology, canonical, check, coordinates
 
 SAVE_TIMEOUT = timedelta(days=1)  # of groups for saves, which a slow disk must not break; the supervisor sees a hang
-END_SECONDS = 10.0  # for every rank to learn that the first one refuses the run
+END_SECONDS = 10.0  # for every rank to learn that the first one has failed
 MESSAGE_BYTES = 500  # of an error that one rank sends to all
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 # data = shard x context: FSDP cuts weights over the ranks of a sequence too, which have different tokens of it.
@@ -130,7 +131,7 @@ def start_mesh(
     Reads RANK, LOCAL_RANK and WORLD_SIZE (absent: one rank), and either MINKA_STORE, a file for this run alone, or
     MASTER_ADDR and MASTER_PORT. MINKA_HOST names this host, where its own name is not unique. Raises UserError when the
     layout does not fit the ranks, or their places. The mesh's first rank calls `prepare` once all ranks have met; the
-    others wait without a time limit, and a UserError of it ends them with its exit status.
+    others wait as long as it works, and end with its exit status where it fails.
     """
     ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     layout = layout.resolve(ranks)
@@ -152,8 +153,10 @@ def start_mesh(
     topology = find_topology(store, ranks, rank, device)
     check(layout, topology)
     rank = [place.rank for place in canonical(topology.places)].index(rank)  # from here on a position on the mesh
-    if prepare:
-        _first_prepares(prepare, store, rank, ranks)
+    if prepare and ranks == 1:
+        prepare()
+    elif prepare:
+        _first_prepares(prepare, store, rank, ranks, timeout_seconds)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         timeout=timeout,
@@ -199,39 +202,59 @@ def find_topology(store: Any, ranks: int, rank: int, device: torch.device) -> To
     return Topology(tuple(places), min(row[3] for row in reports), max(row[2] for row in reports))
 
 
-def _first_prepares(prepare: Callable[[], None], store: Any, rank: int, ranks: int) -> None:
-    """`prepare` on the first rank, while the others ask the store whether it is done.
+def _first_prepares(prepare: Callable[[], None], store: Any, rank: int, ranks: int, silence: float) -> None:
+    """`prepare` on the first rank, which counts in the store while it works; the others watch the count.
 
-    There is no process group yet: its collectives would time out long before a large corpus is ready. Where the first
-    rank dies, the launcher ends all of them, or the store has died with it.
+    There is no process group yet: its collectives would time out long before a large corpus is ready. Raises
+    RuntimeError when the first rank is silent for `silence` seconds: it was killed.
     """
     if rank:
-        pause = 0.02
-        while not store.check(["prepared"]):
-            time.sleep(pause)
-            pause = min(2 * pause, 2.0)  # thousands of ranks ask one process
-        status = int(store.get("prepared"))
+        status = _await_first(store, silence)
         if status:
             _end_together(store, ranks)
             raise SystemExit(status)
         return
+    ended, status = threading.Event(), int(ExitStatus.FAILED)
+
+    def count() -> None:
+        while not ended.wait(silence / 20):
+            store.add("preparing", 1)
+
+    counter = threading.Thread(target=count, daemon=True)
+    counter.start()
     try:
         prepare()
+        status = 0
     except UserError as error:
-        store.set("prepared", str(int(error.status)))
-        _end_together(store, ranks)
+        status = int(error.status)
         raise
-    store.set("prepared", "0")
+    finally:
+        ended.set()
+        counter.join()
+        store.set("prepared", str(status))
+        if status:
+            _end_together(store, ranks)
+
+
+def _await_first(store: Any, silence: float) -> int:
+    """The exit status of the first rank's preparation, once it has ended; 0 where it succeeded."""
+    pause, count, changed = 0.02, 0, time.monotonic()
+    while not store.check(["prepared"]):
+        time.sleep(pause)
+        pause = min(2 * pause, 2.0)  # thousands of ranks ask one process
+        before, count = count, store.add("preparing", 0)
+        changed = changed if count == before else time.monotonic()
+        if time.monotonic() - changed > silence:
+            raise RuntimeError(f"the first rank has not prepared the run, and has given no sign for {silence:g} s")
+    return int(store.get("prepared"))
 
 
 def _end_together(store: Any, ranks: int) -> None:
-    """Wait until every rank knows that all end: one of them serves the store."""
-    until = time.monotonic() + END_SECONDS
-    with suppress(RuntimeError):  # it has ended, since every rank knew
-        known = store.add("ending", 1)
-        while known < ranks and time.monotonic() < until:
-            time.sleep(0.1)
-            known = store.add("ending", 0)
+    """Say that this rank ends. The one that serves the store, or may, waits until all have said it."""
+    known, until = store.add("ending", 1), time.monotonic() + END_SECONDS
+    while os.environ["RANK"] == "0" and known < ranks and time.monotonic() < until:
+        time.sleep(0.1)
+        known = store.add("ending", 0)
 
 
 def local_device() -> torch.device:

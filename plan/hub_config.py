@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -10,6 +11,7 @@ from minka.plan.config_sections import ModelSection, RopeScaling
 from minka.plan.errors import UserError
 from minka.plan.flops import SHARED, Shape
 from minka.plan.load_config import describe_problems
+from minka.plan.read_file import read_json
 
 TRAINED = {family.lower(): f"{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3")}
 
@@ -87,6 +89,12 @@ def read_shape(values: Mapping[str, Any], where: str) -> tuple[Shape, list[str]]
         active_experts=_size(known, "num_experts_per_tok", where) if experts > 1 else 1,
     )
     return shape, [*family.uncounted, *_uncovered(known, values, name)]
+
+
+def read_config(folder: Path) -> ModelSection:
+    """The model in a Hugging Face folder. Raises UserError for an architecture or setting that minka lacks."""
+    path = folder / "config.json"
+    return from_config(read_json(path, remedy="give a folder that save_pretrained wrote"), str(path))
 
 
 def from_config(values: Mapping[str, Any], where: str) -> ModelSection:

@@ -41,6 +41,7 @@ class RunState(BaseModel, frozen=True, extra="forbid"):
     finished: bool = False  # exit_reason.json says so
     checkpoints: tuple[int, ...] = ()  # steps of the checkpoint folders, whole or damaged, ascending
     position: Position | None = None  # of the newest checkpoint with a readable manifest
+    newest: int | None = None  # step of that checkpoint; None where a manifest that decides it cannot be read
     last_save: int | None = None  # step of the last save that no later return to an earlier step has made void
     evaluated: bool = False  # the evaluation at `position` has been recorded
     tokens_before: int = 0  # tokens consumed before the last step of `position`
@@ -51,18 +52,9 @@ class RunState(BaseModel, frozen=True, extra="forbid"):
         """The configuration it was last trained with, as far as that is known. A run.toml edited since is ignored."""
         return self.started_with or self.in_file
 
-    @property
-    def newest(self) -> int | None:
-        """Step of the checkpoint to restore, where the ledger alone says which one is the newest.
-
-        One beyond the last save may be newer: a crash can come between a save and its event.
-        """
-        known = self.position and self.position.step == self.last_save == max(self.checkpoints, default=None)
-        return self.last_save if known else None
-
     def restarted(self) -> Self:
         """The state after `--from-scratch` has moved the checkpoints away."""
-        gone = {"checkpoints": (), "position": None, "last_save": None}
+        gone = {"checkpoints": (), "position": None, "newest": None, "last_save": None}
         return self.model_copy(update={"started": False, "finished": False, **gone})
 
     def is_current(self, folder: RunFolder, checkpoints: Sequence[int]) -> bool:
@@ -85,7 +77,7 @@ def read_run_state(
     empty: BinaryIO = BytesIO()
     with folder.ledger_file.open("rb") if size else empty as ledger:
         recent = _Recent(ledger)
-        position = _newest_position(checkpoints, recent.last_save, read_header)
+        position, newest = _newest(checkpoints, recent.last_save, read_header)
         step = position.step if position else 0
         tokens_before = _tokens_after(ledger, step - 1) if step > 1 else 0
     config, problem = recent.configuration(str(folder.ledger_file))
@@ -102,6 +94,7 @@ def read_run_state(
         "unreadable_start": problem,
         "in_file": in_file,
         "position": position,
+        "newest": newest,
         "last_save": recent.last_save,
         # An evaluation comes before the next step, so a checkpoint with a later save after it was evaluated.
         "evaluated": step in recent.evaluated or step < (recent.last_save or 0),
@@ -166,12 +159,17 @@ def _tokens_after(ledger: BinaryIO, step: int) -> int:
     return 0
 
 
-def _newest_position(
+def _newest(
     checkpoints: Sequence[int], last_save: int | None, read_header: Callable[[int], tuple[int, Position] | None]
-) -> Position | None:
-    # The saves that still count ascend in step, so the last of them is the newest when no checkpoint is beyond it.
-    if checkpoints and last_save == max(checkpoints) and (header := read_header(last_save)):
-        return header[1]
-    # A crash between a save and its event, or checkpoints of an abandoned lineage: their numbers decide.
-    headers = [header for step in checkpoints if (header := read_header(step))]
-    return max(headers)[1] if headers else None
+) -> tuple[Position | None, int | None]:
+    """The position of the newest checkpoint, and its step where that is certain."""
+    # The saves that still count ascend in step. Beyond the last of them are checkpoints of an abandoned lineage, or one
+    # whose event was lost in a crash: their numbers decide.
+    last = last_save if last_save in checkpoints else None
+    deciding = [step for step in checkpoints if last is None or step >= last]
+    headers = {step: read_header(step) for step in deciding}
+    certain = None not in headers.values()
+    if not certain:
+        headers |= {step: read_header(step) for step in checkpoints if step not in headers}
+    _, position = max(filter(None, headers.values()), default=(0, None))
+    return position, position.step if position and certain else None

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from minka.kernels.linear_cross_entropy import IGNORED
-from minka.model.hub_folder import read_config, read_tensors
+from minka.model.hub_folder import read_tensors
 from minka.model.transformer import Transformer
 from minka.plan.config_sections import ModelSection
-from minka.plan.hub_config import to_config
+from minka.plan.hub_config import read_config, to_config
 
 SHAPE: dict[str, Any] = {
     "layers": 2,

@@ -132,7 +132,7 @@ def _start(loaded: "LoadedRun", ranks: int | None, window: tuple[int, int], from
     from minka.launch.exit_reason_file import refusals_recorded
     from minka.launch.supervisor import Job, supervise
     from minka.plan.run_folder import RunFolder
-    from minka.train.start_or_resume import print_finished, read_and_check, read_state
+    from minka.train.start_or_resume import print_finished, read_and_check, saved_step
     from minka.train.trackers import check_trackers
 
     config, joins, gpus = loaded.config, launcher(os.environ), visible_gpus(os.environ)
@@ -165,9 +165,10 @@ def _start(loaded: "LoadedRun", ranks: int | None, window: tuple[int, int], from
     known = {"state": outlook.state, "ranks": count, "from_scratch": outlook.from_scratch}
     ending = supervise(job.model_copy(update=known))
     if ending.rank_failed:
-        position, again = read_state(folder).position, f"`minka train {folder.path}`"
-        next_start = f"resumes from step {position.step:,}" if position else "begins again: nothing was saved"
-        print(f"minka: training has ended, because a rank failed. {again} {next_start}.", file=sys.stderr)
+        step = saved_step(folder)
+        next_start = "begins again: nothing was saved" if step is None else f"resumes from step {step:,}"
+        said = f"training has ended, because a rank failed. `minka train {folder.path}` {next_start}"
+        print(f"minka: {said}.", file=sys.stderr)
     return ending.status
 
 

@@ -104,7 +104,8 @@ def dry_run(config: RunConfig, world: int, rank: int, *, as_gpu: bool = True) ->
     if traced < whole and layout.pipeline == 1:
         step = step.plus(found.middle, whole - traced)
     elif traced < whole:  # a pipeline has a buffer for each; built again, because a first step finds nothing gathered
-        count = _after(layout, traced, whole)
+        rounds = layout.schedule == "interleaved"  # the next count adds what all further ones add
+        count = traced + layout.pipeline if rounds else _legal(layout, traced + 1, whole)
         more = _traced(config, layout, rank, count, as_gpu).step
         step = step.plus(more.minus(step), (whole - traced) / (count - traced))
     return DryRun(layout, rank, coordinates(layout, rank), found.layers, found.shards, *step, whole, traced)
@@ -230,11 +231,6 @@ def _enough(config: RunConfig, layout: Layout, whole: int) -> int:
     # One more than are ever under way on a rank: from here on, each adds what the one before it added.
     full = layout.pipeline * (1 if layout.schedule == "1f1b" else 2) + 1
     return _legal(layout, min(whole, full), whole)
-
-
-def _after(layout: Layout, traced: int, whole: int) -> int:
-    """Return the next count that adds what all further ones add."""
-    return traced + layout.pipeline if layout.schedule == "interleaved" else _legal(layout, traced + 1, whole)
 
 
 def _legal(layout: Layout, least: int, most: int) -> int:

@@ -7,7 +7,7 @@ from minka.eval.bits_per_byte import compressed_bits_per_byte
 from minka.plan.cli import print_json
 from minka.plan.errors import ExitStatus
 from minka.train.recorder import Recorder
-from minka.train.start_or_resume import read_state
+from minka.train.start_or_resume import saved_step
 from minka.train.state import State
 
 MAX_DOCUMENTS = 100_000  # more are not compressed
@@ -56,8 +56,8 @@ def summarise(record: Recorder, state: State, status: ExitStatus, export: str | 
         rows.append(("refused steps", refused))
     rows.append(("run", str(folder.path)))
     if not saved:
-        newest = read_state(folder).position
-        left = f"the newest checkpoint is of step {newest.step:,}" if newest else "there is no checkpoint"
+        newest = saved_step(folder)
+        left = "there is no checkpoint" if newest is None else f"the newest checkpoint is of step {newest:,}"
         rows.append(("NOT SAVED", f"step {state.step:,} could not be written; {left}"))
     if export is not None:
         rows.append(("for transformers", export))

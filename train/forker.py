@@ -4,6 +4,7 @@ The supervisor runs it as `python -m minka.train.forker`, with a Job as JSON on 
 """
 
 import ctypes
+import json
 import os
 import signal
 import sys
@@ -30,7 +31,7 @@ ON_PURPOSE = (ExitStatus.STOPPED, ExitStatus.NEEDS_PERSON)
 
 def main() -> int:
     """Prepare the data in one child, then run the ranks; the first failure decides the status."""
-    job = Job.model_validate_json(sys.stdin.read())
+    job = Job.model_validate(json.load(sys.stdin))
     die_with(job.supervisor)
     children = Children()
     # In a child: tokenizers and torch start threads, and a process with threads must not be forked from.

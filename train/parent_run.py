@@ -21,7 +21,7 @@ from minka.plan.cli import progress
 from minka.plan.config import RunConfig
 from minka.plan.config_sections import ModelSection
 from minka.plan.errors import UserError
-from minka.plan.hub_config import from_config
+from minka.plan.hub_config import read_config
 from minka.plan.ledger import parse_json
 from minka.plan.read_file import MALFORMED, reading
 from minka.plan.resume_rules import Changes, changes, check_batch, check_fork, model_changes
@@ -203,10 +203,7 @@ def _checkpoint(run: RunFolder, path: Path) -> Parent:
 
 
 def _hub_folder(folder: Path) -> Parent:
-    file = folder / "config.json"
-    with reading(file, "", *MALFORMED, remedy="fetch the folder again"):
-        values = dict(parse_json(file.read_bytes()))
-    return Parent("", folder, None, None, from_config(values, str(file)), Position(), "", "")
+    return Parent("", folder, None, None, read_config(folder), Position(), "", "")
 
 
 def _tokenizer(config: RunConfig) -> str | None:

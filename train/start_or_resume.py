@@ -1,6 +1,7 @@
 """Whether a run may start as it was asked to, and from where: what `minka train` and its dry run check. No torch."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -48,6 +49,14 @@ class Outlook(NamedTuple):
 def read_state(folder: RunFolder) -> RunState:
     """The state of the run in `folder`."""
     return read_run_state(folder, steps_of(folder.checkpoints), partial(_header, folder.checkpoints))
+
+
+def saved_step(folder: RunFolder) -> int | None:
+    """The step that the run would resume from, for a message; None where nothing is saved, or nothing can be read."""
+    with suppress(UserError, OSError):
+        position = read_state(folder).position
+        return position.step if position else None
+    return None
 
 
 def read_and_check(config: RunConfig, *, from_scratch: bool) -> Outlook:

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from minka.train.start_or_resume import check_start, print_finished, read_state,
 from minka.train.state import State
 
 GROUP_SECONDS = 300.0  # beyond guard.hang_seconds: the supervisor must notice a hang before the process group times out
+STORE_SECONDS = 60.0  # until a network file system shows a new folder on every host
 
 
 def work(job: Job) -> int:
@@ -84,39 +86,35 @@ def _prepare(job: Job) -> RunState:
 
 def _claim_run(job: Job, state: RunState, stack: ExitStack) -> tuple[RunState, Changes] | None:
     """Take the run's lock, and restart it if asked. Return its state and what has changed, or None if it is over."""
-    folder = RunFolder.of(job.config)
-    if _is_over(job, state):
+    folder, decision = RunFolder.of(job.config), _decide(job, state)
+    if decision.over:
         return None
     folder.check_may_start()
     stack.enter_context(folder.only_writer())
     if not state.is_current(folder, steps_of(folder.checkpoints)):  # a different process has trained it meanwhile
         state = read_state(folder)
         check_start(job.config, state, from_scratch=job.from_scratch)
-        if _is_over(job, state):
+        decision = _decide(job, state)
+        if decision.over:
             return None
-    if not state.begun:
-        return state, {}
-    changed = _decide(job, state).changed
-    if job.from_scratch:  # last: a refusal must leave everything as it was
+    if job.from_scratch and state.begun:  # last: a refusal must leave everything as it was
         pinned_parent(folder)
         aside = restart(folder)
         state = state.restarted()
         if aside and not job.as_json:
             print(f"the old checkpoints are now in {aside}", flush=True)
-    return state, changed
+    return state, decision.changed
 
 
 def _decide(job: Job, state: RunState) -> Decision:
-    return decide(state, job.config, str(RunFolder.of(job.config).path), from_scratch=job.from_scratch)
-
-
-def _is_over(job: Job, state: RunState) -> bool:
+    """What becomes of the run; printed where it is over."""
     if not state.begun:
-        return False
-    decision = _decide(job, state)
+        return Decision(False, {})
+    folder = RunFolder.of(job.config)
+    decision = decide(state, job.config, str(folder.path), from_scratch=job.from_scratch)
     if decision.over:
-        print_finished(RunFolder.of(job.config), decision.ignored, as_json=job.as_json)
-    return decision.over
+        print_finished(folder, decision.ignored, as_json=job.as_json)
+    return decision
 
 
 def _start_session(job: Job, mesh: Mesh, stack: ExitStack, before: RunState, changed: Changes) -> tuple[Session, State]:
@@ -145,10 +143,13 @@ def _start_session(job: Job, mesh: Mesh, stack: ExitStack, before: RunState, cha
 
 
 def _open_store(folder: Path, mesh: Mesh) -> TokenStore:
-    if not (mesh.is_first or folder.exists()):
-        what = f"there is no token store on {socket.gethostname()}, the host of rank {mesh.rank}"
-        why = "the first rank has prepared it, and every rank reads it"
-        raise UserError(what, where=str(folder), why=why, remedy="put data.store on a file system that all hosts share")
+    until = time.monotonic() + STORE_SECONDS
+    while not (mesh.is_first or folder.exists()):
+        if time.monotonic() > until:
+            what = f"there is no token store on {socket.gethostname()}, the host of rank {mesh.rank}"
+            why, remedy = "every rank reads it", "put data.store on a file system that all hosts share"
+            raise UserError(what, where=str(folder), why=why, remedy=remedy)
+        time.sleep(0.5)
     return TokenStore.open(folder)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from corpora import data_section, run_config
 from minka.data.batch import PADDING, Batch
-from minka.data.loader import Loader, LoaderState, global_batch, order_of
+from minka.data.loader import Loader, LoaderState, order_of
 from minka.data.prepare import prepare
 from minka.data.token_store import Split, TokenStore
 
@@ -176,7 +176,7 @@ def test_the_thread_builds_a_bounded_number_of_batches_ahead(train: Split) -> No
     config = run_config()  # four sequences a batch
     with Loader(config, replace(train, tokens=cast(Any, Counting())), 0, 1):
         time.sleep(0.5)
-        assert len(read) == 3 * global_batch(config, LoaderState())
+        assert len(read) == 3 * config.batch_tokens_at(0) // config.data.seq_len
 
 
 def test_micro_batches_are_prepared_in_the_thread(train: Split) -> None:

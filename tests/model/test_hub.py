@@ -11,9 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minka.model.generate import generate
-from minka.model.hub_folder import INDEX, WHOLE, read_config, read_tensors, write_folder
+from minka.model.hub_folder import INDEX, WHOLE, read_tensors, write_folder
 from minka.plan.config_sections import ModelSection, RopeScaling
 from minka.plan.errors import UserError
+from minka.plan.hub_config import read_config
 from models import from_folder, from_section, model, plain, section
 
 STRETCHED = RopeScaling(factor=4.0, original_max_positions=16)  # short, so that 40 tokens meet all three bands

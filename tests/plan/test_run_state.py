@@ -159,9 +159,11 @@ def test_the_newest_checkpoint_is_that_of_the_last_save_and_its_manifest_alone_i
 
 
 def test_a_save_whose_event_was_lost_is_found_by_the_numbers_in_the_manifests(run: RunFolder) -> None:
-    log(run, start(run.config()), ("save", 5), ("step", 10))
-    state = read(run, 5, 10)
-    assert (state.position, state.last_save, state.newest) == (Position(10, 10, 100), 5, None)
+    log(run, start(run.config()), ("save", 5), ("save", 10), ("step", 15))
+    state = read(run, 5, 10, 15)
+    assert (state.position, state.last_save, state.newest) == (Position(15, 15, 150), 10, 15)
+    assert opened() == [10, 15]
+    assert read(run, 5, 15).newest == 15  # the last save is gone
 
 
 def test_a_checkpoint_of_an_abandoned_lineage_is_not_the_newest(run: RunFolder) -> None:
