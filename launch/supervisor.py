@@ -25,6 +25,7 @@ from minka.plan.run_folder import RunFolder
 from minka.plan.run_state import RunState
 
 KILL_SECONDS = 5.0
+INTERRUPTED = "interrupted twice"
 BY_THE_RANKS = (ExitStatus.DONE, ExitStatus.REFUSED, ExitStatus.STOPPED, ExitStatus.NEEDS_PERSON)  # they give a reason
 
 
@@ -149,6 +150,10 @@ def supervise(job: Job) -> Ending:
         handle_stop_signals(signal.SIG_IGN)
     after = read_exit_reason(folder)
     by_ranks = after if after != before else None
+    if ending.reason == INTERRUPTED and by_ranks and by_ranks.code:  # they stopped before they could be ended
+        ending = ending._replace(status=by_ranks.code)
+    elif ending.reason == INTERRUPTED and not by_ranks:
+        print(f"stopped at once, unsaved; `minka train {folder.path}` resumes from the last save", file=sys.stderr)
     if folder.exists():
         complete_exit_reason(folder, ending, by_ranks)
     return ending._replace(rank_failed=ending.rank_failed and by_ranks is None)
@@ -180,8 +185,8 @@ def _watch(
                 signals.passed_on = signals.received
                 process.terminate()  # it passes the signal on to its children
             case "end":
-                print(f"stopped at once, unsaved; `minka train {folder.path}` resumes from the last checkpoint")
-                return Ending(int(ExitStatus.FAILED), "interrupted twice", ranks.step)
+                os.killpg(process.pid, signal.SIGKILL)  # SIGTERM would have the ranks save
+                return Ending(int(ExitStatus.FAILED), INTERRUPTED, ranks.step)
             case "hung":
                 silent = ", ".join(map(str, ranks.silent(now, hang_seconds)))
                 for pid in ranks.pids.values():

@@ -136,10 +136,10 @@ def start_mesh(
     ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     layout = layout.resolve(ranks)
     device = local_device()
+    if prepare and ranks == 1:
+        prepare()
     # bf16 compute is FSDP2's mixed precision, and DeepSpeed always asks for a group.
     if ranks == 1 and device.type == "cpu" and layout.precision != "bf16" and layout.engine == "fsdp":
-        if prepare:
-            prepare()
         yield Mesh(layout, device, 0, None)
         return
     timeout = timedelta(seconds=timeout_seconds)
@@ -153,9 +153,7 @@ def start_mesh(
     topology = find_topology(store, ranks, rank, device)
     check(layout, topology)
     rank = [place.rank for place in canonical(topology.places)].index(rank)  # from here on a position on the mesh
-    if prepare and ranks == 1:
-        prepare()
-    elif prepare:
+    if prepare and ranks > 1:
         _first_prepares(prepare, store, rank, ranks, timeout_seconds)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",

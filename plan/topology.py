@@ -167,8 +167,7 @@ def spans(numbers: Iterable[int]) -> str:
 
 def _tensor_stays_inside(layout: Layout, topology: Topology) -> None:
     ways, places, domains = layout.tensor, canonical(topology.places), topology.domains()
-    counts = Counter(domains)
-    short = next((domain for domain, count in counts.items() if count % ways), None)
+    short = next((domain for domain, count in Counter(domains).items() if count % ways), None)
     if short is None:
         return
     # Groups are filled in order, so the first that crosses begins in the first domain that groups do not fill.

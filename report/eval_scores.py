@@ -8,6 +8,7 @@ import numpy as np
 from minka.plan.ledger import is_count, number
 from minka.report.curves import Columns
 from minka.report.downsample import rounded
+from minka.report.headline import SUITE
 from minka.report.run_files import Event, RunFiles
 
 
@@ -41,13 +42,12 @@ def eval_scores(run: RunFiles, steps: Columns) -> dict[tuple[str, str], list[Eve
 
 
 def score_curves(scores: dict[tuple[str, str], list[Event]]) -> dict[str, dict[str, list[Any]]]:
-    """Return the points as columns, by score name (with its suite, if there are several)."""
-    several = len({suite for suite, _ in scores}) > 1
+    """Return the points as columns, by score name, with its suite if that is not SUITE: equal names in all runs."""
     found = {}
     for (suite, name), points in scores.items():
         at = {key: [point[key] for point in points] for key in ("step", "tokens", "seconds")}
         rest = {key: rounded([number(point[key]) for point in points]) for key in ("value", "stderr")}
-        found[f"{suite}: {name}" if several else name] = at | rest
+        found[name if suite == SUITE else f"{suite}: {name}"] = at | rest
     return found
 
 

@@ -20,8 +20,7 @@ def write_report(
     """
     runs = list({run.folder.path.resolve(): run for run in map(RunFiles, names)}.values())
     data = page_data(runs, time.time() if now is None else now)
-    default = runs[0].folder.path if len(runs) == 1 else Path()
-    file = out or default / "report.html"
+    file = out or (runs[0].folder.path if len(runs) == 1 else Path()) / "report.html"
     write_page(file, assemble_html(data, plotly_script(), 0.0 if ended(data) else refresh_seconds))
     return file, data
 

@@ -2,18 +2,13 @@
 
 import json
 import os
-import re
-import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-from commands import environment, start, train, written
+from commands import train
 from minka.checkpoint.catalogue import checkpoints
 from minka.checkpoint.restore import whole_tensors
-from minka.data.prepare import store_folder
 from minka.launch.exit_reason_file import read_exit_reason, write_exit_reason
 from minka.launch.supervisor import Ending, Ranks, Signals, complete_exit_reason, ending_of, next_action
 from minka.plan.config import RunConfig
@@ -116,6 +111,20 @@ def test_an_interrupt_while_preparing_leaves_nothing(tmp_path: Path) -> None:
     assert not RunFolder.of(config).path.exists()
 
 
+def test_a_second_interrupt_is_reported_as_what_came_of_it(tmp_path: Path) -> None:
+    """The ranks may stop and save before they are ended: then nothing is unsaved."""
+    config = tiny(tmp_path, run={"max_steps": 100_000})
+    process = train(config)
+    at_step(config, 3)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in (ExitStatus.FAILED, ExitStatus.STOPPED), errors
+    assert json.loads(RunFolder.of(config).exit_file.read_text())["code"] == process.returncode
+    assert ("stopped at once, unsaved" in errors) == (process.returncode == ExitStatus.FAILED)
+
+
 def test_signals_while_a_stopped_run_ends_do_not_undo_the_stop(tmp_path: Path) -> None:
     config = tiny(tmp_path, run={"max_steps": 100_000}, checkpoint={"export": True})
     process = train(config)
@@ -195,54 +204,6 @@ def test_ranks_end_when_their_supervisor_is_killed(tmp_path: Path) -> None:
     while any(alive(pid) for pid in pids):
         assert time.monotonic() < deadline, "a rank outlived its supervisor"
         time.sleep(0.05)
-
-
-def test_joins_ranks_that_torchrun_started(tmp_path: Path) -> None:
-    config = tiny(tmp_path)
-    file = written(config)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "minka"]
-    done = subprocess.run(
-        [*command, "train", str(file)], capture_output=True, text=True, timeout=120, env=environment(), check=False
-    )
-    assert done.returncode == 0, done.stderr
-    steps = [line for line in read_ledger(RunFolder.of(config).ledger_file) if line["event"] == "step"]
-    assert len(steps) == 20
-    assert "note: 19% of each step is spent on padding sequences: a batch of 13" in done.stdout
-    assert re.search(r"^trained +step 20 of 20", done.stdout, re.MULTILINE)
-
-
-def srun(file: Path, *overrides: str) -> list[tuple[int, str]]:
-    """Exit status and stderr of two tasks of a job step."""
-    step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
-    step["SLURM_STEP_NODELIST"] = "localhost"
-    tasks = [
-        start("minka", "train", str(file), *overrides, **step, SLURM_PROCID=task, SLURM_LOCALID=task)
-        for task in ("0", "1")
-    ]
-    errors = [task.communicate(timeout=200)[1] for task in tasks]
-    return [(task.returncode, said) for task, said in zip(tasks, errors, strict=True)]
-
-
-def test_joins_ranks_that_srun_started(tmp_path: Path) -> None:
-    config = tiny(tmp_path)
-    for status, errors in srun(written(config)):
-        assert status == 0, errors
-    steps = [line for line in read_ledger(RunFolder.of(config).ledger_file) if line["event"] == "step"]
-    assert len(steps) == 20
-
-
-def test_no_rank_waits_for_a_first_rank_that_has_nothing_to_do_or_refuses(tmp_path: Path) -> None:
-    """No agent ends the tasks of a job step. The ranks have no process group yet."""
-    config = tiny(tmp_path, run={"max_steps": 2}, data={"batch_warmup": []}, schedule={"kind": "constant", "warmup": 1})
-    file = written(config)
-    assert ended(config)[0] == 0
-    shutil.rmtree(store_folder(config, Path()))
-    over = srun(file)  # it is finished: the store is neither made nor waited for
-    assert [status for status, _ in over] == [0, 0], over
-    other = srun(file, "run.name=other", "run.start_from=missing")
-    assert [status for status, _ in other] == [2, 2], other
-    assert "missing" in other[0][1]
-    assert "Traceback" not in other[0][1] + other[1][1]
 
 
 def ended(config: RunConfig, *overrides: str, ranks: int = 2) -> tuple[int, str, str]:

@@ -25,6 +25,6 @@ def test_scores_made_afterwards_join_those_of_the_ledger(tmp_path: Path) -> None
         (folder.evals / f"step-{step:08d}" / f"{name}.json").write_text(json.dumps(result))
     found = page_run(folder)["scores"]
     assert {name: (s["step"], s["value"], s["seconds"]) for name, s in found.items()} == {
-        "heldout: bits_per_byte": ([4, 6], [1.75, 1.5], [4.5, 6.5]),  # step 9 is of steps that do not count
+        "bits_per_byte": ([4, 6], [1.75, 1.5], [4.5, 6.5]),  # step 9 is of steps that do not count
         "heldout@1-abcd: bits_per_byte": ([4], [1.8], [4.5]),
     }
