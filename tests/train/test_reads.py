@@ -41,12 +41,19 @@ def test_a_resume_of_two_ranks_reads_the_ledger_once_and_opens_three_manifests(t
 
 
 @pytest.mark.slow
-def test_a_resume_under_torchrun_reads_as_little(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("lost", "manifests"), [(False, 3), (True, 4)])
+def test_a_resume_under_torchrun_reads_as_little(lost: bool, manifests: int, tmp_path: Path) -> None:
+    """`lost`: a crash came after the last save, before its event; then that manifest and the one before it decide."""
     config = run(tmp_path, max_steps=12)
     trained(config, ranks=2)
+    if lost:
+        ledger = RunFolder.of(config).ledger_file
+        lines = ledger.read_text().splitlines(keepends=True)
+        last = max(i for i, line in enumerate(lines) if json.loads(line)["event"] == "save")
+        ledger.write_text("".join(lines[:last]))
     file = str(written(run(tmp_path, max_steps=16)))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "minka"]
-    assert reads(tmp_path, [*torchrun, "train", file]) == (1, 3)
+    assert reads(tmp_path, [*torchrun, "train", file]) == (1, manifests)
 
 
 def run(folder: Path, max_steps: int) -> RunConfig:
