@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from commands import environment, start, written
 from families import trained
 from minka.data.prepare import store_folder
@@ -49,6 +51,7 @@ def test_joins_ranks_that_srun_started(tmp_path: Path) -> None:
     assert len(steps) == 20
 
 
+@pytest.mark.slow
 def test_no_rank_waits_for_a_first_rank_that_has_nothing_to_do_or_refuses(tmp_path: Path) -> None:
     """No agent ends the tasks of a job step. The ranks have no process group yet."""
     config = tiny(tmp_path, run={"max_steps": 2}, data={"batch_warmup": []}, schedule={"kind": "constant", "warmup": 1})

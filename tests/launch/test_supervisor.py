@@ -6,6 +6,8 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from commands import train
 from minka.checkpoint.catalogue import checkpoints
 from minka.checkpoint.restore import whole_tensors
@@ -111,6 +113,7 @@ def test_an_interrupt_while_preparing_leaves_nothing(tmp_path: Path) -> None:
     assert not RunFolder.of(config).path.exists()
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_is_reported_as_what_came_of_it(tmp_path: Path) -> None:
     """The ranks may stop and save before they are ended: then nothing is unsaved."""
     config = tiny(tmp_path, run={"max_steps": 100_000})

@@ -1,5 +1,6 @@
 """What may be another on a resume and on a fork: every setting has a rule, and a refusal names the setting."""
 
+import json
 import re
 import tomllib
 from collections.abc import Sequence
@@ -230,10 +231,8 @@ def test_a_start_that_cannot_be_read_is_refused_unless_the_run_is_restarted() ->
 
 
 def test_a_run_state_is_handed_down_as_json_without_loss() -> None:
-    there = state(run(recipe="llama3-8b"), in_file=run(), tokens_before=7, ledger_bytes=8)
-    assert RunState.model_validate_json(there.model_dump_json()) == there
-    assert there.newest == 50
-    assert state(run(), last_save=60).newest is None
+    there = state(run(recipe="llama3-8b"), in_file=run(), newest=50, tokens_before=7, ledger_bytes=8)
+    assert RunState.model_validate(json.loads(json.dumps(there.model_dump(mode="json")))) == there
 
 
 def walk(config: RunConfig, steps: int) -> tuple[int, int]:

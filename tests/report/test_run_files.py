@@ -95,7 +95,8 @@ def test_a_result_without_a_valid_step_is_skipped(step: object, tmp_path: Path) 
     for at, given in (("1", 1), ("2", step)):
         file = folder.evals / f"step-{at}" / "heldout@1.json"
         file.parent.mkdir(parents=True)
-        file.write_text(json.dumps({"step": given, "tokens": HUGE, "scores": {"bits_per_byte": HUGE, "x": 1}}))
+        scores = {"bits_per_byte": HUGE, "x": 1}
+        file.write_text(json.dumps({"suite": "heldout", "step": given, "tokens": HUGE, "scores": scores}))
     run = page_run(folder)
     assert run["scores"]["x"]["step"] == [1]
     assert run["scores"]["bits_per_byte"]["value"] == [None]
