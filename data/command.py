@@ -63,7 +63,7 @@ def _inspect(
     if document is not None and sample is not None:
         raise UserError("give --document or --sample, not both")
     if split and document is None:
-        raise UserError("it needs --document", where="--split", why="a sample is of train", remedy="leave it out")
+        raise UserError("it needs --document", where="--split", why="samples come from train", remedy="leave it out")
     if document is not None:
         chosen = store.split(split or "train")
         found = {

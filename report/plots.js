@@ -21,7 +21,7 @@ const SPLIT = { compute: "--part-0", data: "--part-1", save: "--part-2", eval: "
 const peak = RUNS.map((run) => run.started.mfu_peak_flops).find(Boolean);
 const has = (name) => RUNS.some((run) => run.curves[name]);
 const scoreNames = [...new Set(RUNS.flatMap((run) => Object.keys(run.scores)))];
-const sourceNames = scoreNames.filter((name) => name.includes("bits_per_byte/"));
+const sourceNames = scoreNames.filter((name) => name.startsWith("bits_per_byte/"));
 const PLOTS = [
   { id: "loss", title: "Loss", subtitle: "nats per token", wide: true, log: true, traces: () => line("loss") },
   { id: "score", title: "Evaluation", subtitle: "± standard error", if: scoreNames.length, traces: scoreTraces, select: scoreNames },
@@ -80,7 +80,7 @@ function scoreTraces() {
 function sourceTraces() {
   return on().filter((index) => sourceNames.some((name) => RUNS[index].scores[name])).map((index) => {
     const names = sourceNames.filter((name) => RUNS[index].scores[name]), color = colour(index);
-    const y = names.map((name) => cut(name.replace(/^.*bits_per_byte\//, "")));
+    const y = names.map((name) => cut(name.replace(/^bits_per_byte\//, "")));
     const [x, error] = ["value", "stderr"].map((key) => names.map((name) => RUNS[index].scores[name][key].at(-1)));
     return trace(index, "sources", { mode: "markers", orientation: "h", y, x, error_x: { array: error.map((e) => e ?? 0), thickness: 1, width: 3, color }, marker: { color, size: 8 }, hovertemplate: "%{x:.4f}" });
   });
