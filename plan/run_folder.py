@@ -60,6 +60,13 @@ class RunFolder:
             parents = list(parse_json(self.lineage_file.read_bytes())["parents"])
         return parents
 
+    def run_id(self) -> str:
+        """What tells this run from every other, wherever it is moved; empty for one of an older version."""
+        try:
+            return str(parse_json(self.provenance_file.read_bytes()).get("id", ""))
+        except (OSError, *MALFORMED):
+            return ""
+
     def create(self, config: RunConfig, provenance: Mapping[str, object], lineage: Sequence[object] = ()) -> None:
         """Write the files of a run that has not begun. Raises UserError where they cannot be written here."""
         if not self.exists() and self.path.exists() and any(self.path.iterdir()):

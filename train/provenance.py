@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import secrets
 import subprocess
 import sys
 import time
@@ -19,9 +20,10 @@ PACKAGES = ("minka", "torch", "numpy", "tokenizers", "transformers", "datasets",
 
 
 def provenance(config: RunConfig, store: TokenStore, command: Sequence[str]) -> dict[str, object]:
-    """Return the contents of provenance.json. The environment is left out: it can hold secrets."""
+    """Return the contents of provenance.json, with a new id for the run. No environment: it can hold secrets."""
     return {
         "format": 1,
+        "id": secrets.token_hex(8),
         "time": time.time(),
         "command": list(command),
         "commit": _git("rev-parse", "HEAD"),

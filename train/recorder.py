@@ -40,6 +40,7 @@ class Recorder:
         self.trackers = open_trackers(config, self.folder) if mesh.is_first else []
         self.ledger = Ledger(self.folder.ledger_file) if mesh.is_first else None
         self.lineage = self.folder.lineage() if mesh.is_first else []
+        self.run_id = self.folder.run_id()
         self.console = Console(config, speaks=mesh.is_first, as_json=as_json)
         settings = config.checkpoint
         self._saver = AsyncSaver(self.folder.checkpoints, mesh, settings.keep, asynchronous=settings.asynchronous)
@@ -112,7 +113,7 @@ class Recorder:
             return
         with watch.time("save"):
             stays = permanent(self.config.checkpoint, state.step, self.last_saved.tokens, state.tokens)
-            contents = manifest_state(self.config, state, self.mesh, self.store.hash, self.lineage)
+            contents = manifest_state(self.config, state, self.mesh, self.run_id, self.store.hash, self.lineage)
             self._saver.save(SaveRequest(state.step, contents, stays), {**tensors, **random_state()}, self._beat(state))
             self._saving_ended(self._saver.poll())
 

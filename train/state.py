@@ -41,13 +41,14 @@ class State:
 
 
 def manifest_state(
-    config: RunConfig, state: State, mesh: Mesh, data_sha256: str, lineage: Sequence[Mapping[str, Any]]
+    config: RunConfig, state: State, mesh: Mesh, run_id: str, data_sha256: str, lineage: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """The `state` of a checkpoint's manifest, plain JSON. A resume reads the numbers of `state` and checks the rest."""
     values = config.model_dump(mode="json")
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return {
         **asdict(state),
+        "run_id": run_id,
         "config": values,
         "config_sha256": hashlib.sha256(canonical.encode()).hexdigest(),
         "layout": mesh.layout.model_dump(mode="json"),

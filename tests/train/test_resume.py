@@ -175,7 +175,7 @@ def test_the_rate_of_the_next_step_is_held_against_the_checkpoints(base: RunFold
 def test_a_checkpoint_says_the_rate_of_the_step_after_it_and_the_settings_it_was_made_with(tmp_path: Path) -> None:
     config = tiny(tmp_path)  # a cosine: no two steps have the same
     state = State(step=7, samples=9, tokens=99)
-    saved = manifest_state(config, state, ALONE, "d" * 64, [{"run": "base", "step": 3}])
+    saved = manifest_state(config, state, ALONE, "a" * 16, "d" * 64, [{"run": "base", "step": 3}])
     assert saved["learning_rate"] == learning_rate(config, 7, 99) != learning_rate(config, 8, 99)
     assert saved["config"] == config.model_dump(mode="json")
     canonical = json.dumps(saved["config"], sort_keys=True, separators=(",", ":"))
