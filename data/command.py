@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minka.plan.cli import new_app, print_json, print_table, progress, run_app
-from minka.plan.errors import UserError
+from minka.plan.errors import UserError, visible
 
 if TYPE_CHECKING:
     from minka.data.token_store import Split, TokenStore
@@ -32,8 +32,8 @@ def main(argv: Sequence[str]) -> int:
 def _prepare(run: Run, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Read a run's corpus, split it, make its tokenizer, and write its token store."""
     from minka.data.prepare import open_or_prepare, store_folder
-    from minka.data.store_manifest import MANIFEST
     from minka.plan.load_config import load_run
+    from minka.plan.store_files import MANIFEST
 
     config = load_run(run, overrides or ()).config
     existed = (store_folder(config, Path()) / MANIFEST).is_file()
@@ -98,8 +98,8 @@ def _verify(
 def _find(where: str, overrides: Sequence[str]) -> "tuple[Path, RunConfig | None]":
     """The folder of a store, and the run that it was asked for by."""
     from minka.data.prepare import store_folder
-    from minka.data.store_manifest import MANIFEST
     from minka.plan.load_config import load_run
+    from minka.plan.store_files import MANIFEST
 
     path = Path(where)
     if path.is_dir() and ((path / MANIFEST).exists() or not (path / "run.toml").exists()):
@@ -153,7 +153,7 @@ def _show(facts: dict[str, Any], as_json: bool, title: str = "") -> None:
     if pieces:
         print_table([[_in_words(value) for value in piece.values()] for piece in pieces], list(pieces[0]))
     if text:
-        print(text[:SHOWN_CHARACTERS] + ("..." if len(text) > SHOWN_CHARACTERS else ""))
+        print(visible(text[:SHOWN_CHARACTERS], keep="\n\t") + ("..." if len(text) > SHOWN_CHARACTERS else ""))
 
 
 def _in_words(value: object) -> str:

@@ -14,7 +14,6 @@ from minka.data.indexed_dataset import token_dtype
 from minka.data.read_documents import read_documents
 from minka.data.split_writer import SplitWriter
 from minka.data.store_manifest import (
-    MANIFEST,
     SPLITS,
     Manifest,
     SplitTotals,
@@ -31,6 +30,7 @@ from minka.plan.atomic import NewFolder, atomic_folder
 from minka.plan.config import RunConfig
 from minka.plan.config_sections import DataSection
 from minka.plan.errors import UserError
+from minka.plan.store_files import MANIFEST
 
 STORES = "stores"
 ENCODE_BYTES = 4 * 2**20  # text tokenized at once

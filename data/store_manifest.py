@@ -1,6 +1,5 @@
 """manifest.json of a token store: what the store contains, with a hash of every file. Written last, it completes it."""
 
-import hashlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,11 +9,9 @@ from minka.data.tokenizer import TokenizerKind
 from minka.plan.config_sections import DataSection
 from minka.plan.errors import UserError
 from minka.plan.read_file import read_json
+from minka.plan.store_files import MANIFEST, REPAIR, damaged_store, sha256_of
 
-MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
-SHOWN_PROBLEMS = 5
-REPAIR = "copy it again from an intact copy, or remove the folder and run `minka data prepare` again"
 # Fields of DataSection that decide which tokens a store contains; the others decide how they are read.
 DEFINING_FIELDS = frozenset(
     "source paths dataset dataset_config dataset_split text_field tokenizer validation_fraction max_bytes".split()
@@ -74,9 +71,7 @@ def hash_files(folder: Path) -> dict[str, FileInfo]:
 
 def hash_file(path: Path) -> FileInfo:
     """Size and sha256 of one file, read in blocks."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileInfo(bytes=path.stat().st_size, sha256=digest)
+    return FileInfo(bytes=path.stat().st_size, sha256=sha256_of(path))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -95,13 +90,3 @@ def read_manifest(folder: Path) -> Manifest:
     except ValidationError as error:
         problem = error.errors()[0]
         raise damaged_store(folder, f"{MANIFEST}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
-
-
-def damaged_store(folder: Path, *problems: str) -> UserError:
-    """The error for a store that is not what its manifest says."""
-    more = f"; and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
-    return UserError(
-        f"the store is damaged: {'; '.join(problems[:SHOWN_PROBLEMS])}{more}",
-        where=str(folder),
-        remedy=REPAIR,
-    )

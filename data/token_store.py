@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from minka.data.indexed_dataset import DatasetIndex, read_index, read_tokens
-from minka.data.store_manifest import MANIFEST, SPLITS, Manifest, damaged_store, hash_file, read_manifest
+from minka.data.store_manifest import SPLITS, Manifest, read_manifest
 from minka.data.tokenizer import TextTokenizer, read_tokenizer
 from minka.plan.errors import UserError
 from minka.plan.read_file import reading
+from minka.plan.store_files import MANIFEST, damaged_store, sha256_of
 
 SIDECAR_GROUP = 8_192  # rows in a row group of the sidecar: a look-up of one document reads one group
 
@@ -137,7 +138,7 @@ class TokenStore:
     @property
     def hash(self) -> str:
         """sha256 of manifest.json, which contains the hash of every other file: it identifies the exact corpus."""
-        return hash_file(self.folder / MANIFEST).sha256
+        return sha256_of(self.folder / MANIFEST)
 
     @property
     def eod(self) -> int:

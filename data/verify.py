@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from minka.data.document import content_hash
-from minka.data.store_manifest import MANIFEST, SPLITS, damaged_store, hash_file
+from minka.data.store_manifest import SPLITS
 from minka.data.token_store import Split, TokenStore
+from minka.plan.store_files import MANIFEST, damaged_store, sha256_of
 
 CHUNK = 1 << 22  # tokens checked at once
 DECODED = 1_000  # documents of each split whose text is decoded and hashed, evenly spread
@@ -40,10 +41,10 @@ def _file_problems(store: TokenStore, advance: Callable[[int], None]) -> Iterato
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
     yield from (f"{name} is not in the manifest" for name in sorted(present - files.keys()))
     for name, file in files.items():
-        found = hash_file(folder / name)
-        advance(found.bytes)
-        if found.sha256 != file.sha256:
-            yield f"{name} has changed since it was written (sha256 {found.sha256[:12]}..)"
+        found = sha256_of(folder / name)
+        advance(file.bytes)
+        if found != file.sha256:
+            yield f"{name} has changed since it was written (sha256 {found[:12]}..)"
 
 
 def _split_problems(split: Split, store: TokenStore) -> Iterator[str]:

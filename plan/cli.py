@@ -10,7 +10,7 @@ from typing import TextIO
 import typer
 from typer.main import get_command
 
-from minka.plan.errors import ExitStatus, UserError
+from minka.plan.errors import ExitStatus, UserError, visible
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -66,7 +66,7 @@ def print_table(
 ) -> None:
     """Print `rows` under `head`: a rich table on a terminal, columns aligned by spaces elsewhere."""
     file = file or sys.stdout
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells, title = [[visible(str(cell)) for cell in row] for row in rows], visible(title)
     if file.isatty():
         from rich.console import Console
         from rich.table import Table

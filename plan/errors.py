@@ -36,9 +36,17 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         parts = [f"{self.where}: {self.what}" if self.where else self.what, self.why, self.remedy]
-        return " ".join(part if part.endswith((".", "?", "!")) else part + "." for part in parts if part)
+        return visible(" ".join(part if part.endswith((".", "?", "!")) else part + "." for part in parts if part))
 
     def as_dict(self) -> dict[str, object]:
         """For `--json`."""
         parts = {"where": self.where, "why": self.why, "remedy": self.remedy}
         return {"error": self.what, **parts, "status": int(self.status)}
+
+
+def visible(text: str, keep: str = "") -> str:
+    """Return `text` with escapes for all characters that do not print as themselves, but those of `keep`.
+
+    For text of documents, models and paths: a terminal obeys control characters, and some reorder what is shown.
+    """
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)

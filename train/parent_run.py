@@ -14,7 +14,6 @@ from minka.checkpoint.catalogue import find_checkpoint, run_and_step
 from minka.checkpoint.commit import step_name
 from minka.checkpoint.manifest import read_header
 from minka.data.prepare import open_or_prepare, store_folder
-from minka.data.store_manifest import MANIFEST, hash_file
 from minka.data.tokenizer import bytes_tokenizer, load_hf
 from minka.plan.atomic import writing
 from minka.plan.cli import progress
@@ -27,6 +26,7 @@ from minka.plan.read_file import MALFORMED, reading
 from minka.plan.resume_rules import Changes, changes, check_batch, check_fork, model_changes
 from minka.plan.run_folder import RunFolder, find_run, store_of
 from minka.plan.run_state import Position
+from minka.plan.store_files import MANIFEST, sha256_of
 from minka.train.provenance import provenance
 
 OWN = ("run.name", "run.folder", "run.start_from", "run.start_with")  # differ in every fork
@@ -188,7 +188,7 @@ def begins_at(parent: Parent, config: RunConfig, data_sha256: str) -> tuple[Posi
 def hash_hub_folder(folder: Path) -> str:
     """sha256 over config.json and the hashes of all weights."""
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    return hashlib.sha256("".join(f"{file.name} {hash_file(file).sha256}\n" for file in files).encode()).hexdigest()
+    return hashlib.sha256("".join(f"{file.name} {sha256_of(file)}\n" for file in files).encode()).hexdigest()
 
 
 def _checkpoint(run: RunFolder, path: Path) -> Parent:

@@ -12,10 +12,11 @@ import pytest
 
 from corpora import data_section, run_config
 from minka.data.prepare import check_store
-from minka.data.store_manifest import MANIFEST, hash_files, read_manifest, write_manifest
+from minka.data.store_manifest import hash_files, read_manifest, write_manifest
 from minka.data.token_store import TokenStore
 from minka.data.verify import verify
 from minka.plan.errors import UserError
+from minka.plan.store_files import MANIFEST, check_store_files
 
 
 @pytest.fixture
@@ -70,6 +71,23 @@ def test_one_flipped_bit_is_found_by_verify(copy: Path) -> None:
     (copy / "train.bin").write_bytes(raw)
     with pytest.raises(UserError, match=r"train.bin .*sha256"):
         verify(copy)
+
+
+@pytest.mark.parametrize("prefix", ["tokenizer/", "validation.", "train.bin"])
+def test_some_files_are_checked_by_themselves(prefix: str, copy: Path) -> None:
+    check_store_files(copy, prefix)
+    name = next(name for name in read_manifest(copy).files if name.startswith(prefix))
+    raw = bytearray((copy / name).read_bytes())
+    raw[9] ^= 1
+    (copy / name).write_bytes(raw)
+    with pytest.raises(UserError, match=f"{name} has changed"):
+        check_store_files(copy, prefix)
+    (copy / name).unlink()
+    (copy / name).mkdir()
+    with pytest.raises(UserError, match=f"{name} cannot be read: Is a directory"):
+        check_store_files(copy, prefix)
+    with pytest.raises(UserError, match=f"manifest.json lists no file x{prefix}"):
+        check_store_files(copy, f"x{prefix}")
 
 
 def test_an_additional_file_is_found_by_verify(copy: Path) -> None:

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import pytest
 import typer
 
-from minka.plan.cli import new_app, print_json, print_table, run_app
-from minka.plan.errors import ExitStatus
+from minka.plan.cli import new_app, print_error, print_json, print_table, run_app
+from minka.plan.errors import ExitStatus, UserError, visible
 from minka.plan.ledger import finite
 
 
@@ -52,6 +52,26 @@ def test_a_table_on_a_terminal_is_drawn_and_its_cells_are_not_markup() -> None:
     shown = terminal.getvalue()
     assert all(word in shown for word in ("all", "name", "value", "loss", "[b]1"))
     assert len(shown.splitlines()) > 3
+
+
+TRAPS = "\x1b[2J \r \x00 \u202e \u2028 \n \ud800 \x9b \u200b"
+
+
+def test_control_characters_are_shown_and_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert visible(TRAPS) == r"\x1b[2J \r \x00 \u202e \u2028 \n \ud800 \x9b \u200b"
+    assert visible("a\tb\n", keep="\n\t") == "a\tb\n"
+    assert visible("naïve データ 🙂 \\n") == "naïve データ 🙂 \\n"
+    print_error(UserError(TRAPS, where=TRAPS, why=TRAPS, remedy=TRAPS), as_json=False)
+    print_table([(TRAPS, 1)], title=TRAPS)
+    print_table([(TRAPS, 1)], title=TRAPS, file=(terminal := Terminal()))
+    printed = capsys.readouterr()
+    assert printed.err.count(r"\x1b[2J \r") == 4
+    assert printed.out.count(r"\x1b[2J \r") == 2
+    assert r"\x1b[2J \r" in terminal.getvalue()
+    for shown in (printed.err, printed.out, terminal.getvalue()):
+        assert not set(TRAPS) - set(" [2J\n") & set(
+            shown.replace("\x1b[1m", "").replace("\x1b[0m", "").replace("\x1b[3m", "")
+        )
 
 
 @pytest.mark.parametrize("argv", [["a", "--bad"], ["a", "b"], ["a", "--times", "0"], ["a", "--times"], ["--quick"]])
