@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"minka {importlib.import_module('minka.plan.version').version()}")
         return DONE
     if command not in COMMANDS:
-        return unknown_command(command, as_json="--json" in rest)
+        return unknown_command(command, as_json="--json" in (command, *rest))
     module, function = COMMANDS[command][0].split(":")
     try:
         return int(getattr(importlib.import_module(module), function)(rest))

@@ -16,6 +16,13 @@ from minka.plan.errors import UserError
 from minka.plan.read_file import MALFORMED, reading
 
 RECIPES = Path(__file__).parent / "recipes"
+# What pydantic says in the terms of its own types.
+WORDS = {
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "string_pattern_mismatch": "only letters, digits, dots, hyphens and underscores, beginning with a letter or digit",
+    "tuple_type": 'must be a list, for example ["a", "b"] or [[0, 8]]',
+}
 PROVENANCE = "provenance.json"  # next to a run.toml, it marks the folder of a run
 
 
@@ -30,6 +37,11 @@ class LoadedRun(NamedTuple):
 def recipe_names() -> list[str]:
     """Recipes that come with minka."""
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def run_names(runs: str = "runs") -> list[str]:
+    """Runs in the folder `runs`."""
+    return sorted(path.parent.name for path in Path(runs).glob("*/run.toml"))
 
 
 def load_run(source: str, overrides: Sequence[str] = (), runs: str = "runs") -> LoadedRun:
@@ -70,11 +82,11 @@ def find_source(source: str, runs: str = "runs") -> Path:
     for candidate in (given, *places) if given.suffix == ".toml" else places:
         if candidate.is_file():
             return candidate
-    names = recipe_names()
-    near = difflib.get_close_matches(source, names, n=1)
+    recipes, here = recipe_names(), run_names(runs)
+    near = difflib.get_close_matches(given.name, [*here, *recipes], n=1)
     what, why = f"there is no run, TOML file or recipe called {source!r}", f"did you mean {near[0]!r}?" if near else ""
-    remedy = f"recipes: {', '.join(names)}; or give a path to a .toml file or a run folder"
-    raise UserError(what, why=why, remedy=remedy)
+    listed = [f"{kind}: {', '.join(names)}" for kind, names in (("runs here", here), ("recipes", recipes)) if names]
+    raise UserError(what, why=why, remedy=f"{'; '.join(listed)}; or give a path to a .toml file or a run folder")
 
 
 def dump_toml(config: RunConfig) -> str:
@@ -154,7 +166,7 @@ def _explain(problem: Any) -> str:
         return _unknown(place, [*dict(_settings(RunConfig)), *RunConfig.model_fields])
     if problem["type"] == "missing":
         return f"{place} is missing"
-    reason = problem["msg"].removeprefix("Value error, ")
+    reason = WORDS.get(problem["type"], problem["msg"].removeprefix("Value error, "))
     if problem["type"] == "value_error":
         return f"{place}: {reason}" if place else reason
     return f"{place}={problem['input']!r}: {reason[0].lower()}{reason[1:]}"

@@ -89,11 +89,12 @@ def test_a_word_like_no_command_gets_the_list(capsys: pytest.CaptureFixture[str]
     assert all(command in error for command in COMMANDS)
 
 
-def test_an_unknown_command_is_json_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["trian", "demo", "--json"]) == 2
+@pytest.mark.parametrize("argv", [["trian", "demo", "--json"], ["--json", "train", "demo"]])
+def test_an_unknown_command_is_json_for_machines(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
     printed = json.loads(capsys.readouterr().out)
     assert (printed["where"], printed["status"]) == ("command line", 2)
-    assert "trian" in printed["error"]
+    assert argv[0] in printed["error"]
 
 
 def test_version_is_the_projects(root: Path, source_environment: dict[str, str]) -> None:

@@ -14,7 +14,9 @@ BAD: list[tuple[dict[str, dict[str, Any]], list[str]]] = [  # what is given, wha
     ({"run": {"max_steps": 0}}, ["run.max_steps=0", "greater than or equal to 1"]),
     ({"run": {"max_steps": 5, "max_tokens": 5}}, ["run", "exactly one of run.max_steps and run.max_tokens"]),
     ({"run": {"max_steps": None}}, ["exactly one of run.max_steps and run.max_tokens"]),
-    ({"run": {"name": "a/b"}}, ["run.name='a/b'", "match pattern"]),
+    ({"run": {"name": "a/b"}}, ["run.name='a/b'", "letters, digits, dots"]),
+    ({"model": {"tied": "yes"}}, ["model.tied='yes'", "must be true or false"]),
+    ({"data": {"dropped_samples": 5}}, ["data.dropped_samples=5", "must be a list"]),
     ({"run": {"seed": -1}}, ["run.seed=-1"]),
     ({"model": {"heads": 6, "kv_heads": 4}}, ["model", "kv_heads must divide heads=6", "[1, 2, 3, 6]"]),
     ({"model": {"head_dim": 3}}, ["model.head_dim=3", "multiple of 2"]),
@@ -209,3 +211,12 @@ def test_who_starts_from_another_does_not_inherit_how_the_file_did(tmp_path: Pat
     assert load_run(str(file)).config.run.start_with == "all"
     assert load_run(str(file), ["run.start_from=b"]).config.run.start_with == "weights"
     assert load_run(str(file), ["run.start_with=all", "run.start_from=b"]).config.run.start_with == "all"
+
+
+def test_a_run_that_is_not_there_lists_the_runs_that_are(tmp_path: Path) -> None:
+    for name in ("small", "big"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.toml").touch()
+    with pytest.raises(UserError, match=r"did you mean 'small'\?.*runs here: big, small; recipes: demo") as refusal:
+        load_run("runs/smal", (), str(tmp_path))
+    assert refusal.value.status is ExitStatus.REFUSED
