@@ -22,17 +22,20 @@ def main(argv: Sequence[str]) -> int:
         from minka.checkpoint.catalogue import find_checkpoint, run_and_step
         from minka.checkpoint.export import export_checkpoint
         from minka.checkpoint.reader_lease import leased
+        from minka.plan.hub_family import reader_limits
         from minka.plan.run_folder import find_run, store_of
 
         name, step = run_and_step(run)
         found = find_run(name)
         checkpoint, store = find_checkpoint(found.checkpoints, step), store_of(found)
         with leased(found.path, checkpoint):
-            export_checkpoint(checkpoint, folder, found.config().model, store.tokenizer, store.eod)
+            model = found.config().model
+            export_checkpoint(checkpoint, folder, model, store.tokenizer, store.eod)
+        limits = reader_limits(model)
         if as_json:
-            print_json({"checkpoint": str(checkpoint), "folder": str(folder)})
+            print_json({"checkpoint": str(checkpoint), "folder": str(folder), "limits": limits})
         else:
-            print(f"{checkpoint} -> {folder}")
+            print("\n".join(filter(None, [f"{checkpoint} -> {folder}", limits])))
         return 0
 
     return run_app(app, argv, "minka export")

@@ -16,6 +16,8 @@ from minka.plan.config_sections import (
     ScheduleSection,
     TrackingSection,
 )
+from minka.plan.errors import UserError
+from minka.plan.hub_family import family_of
 from minka.plan.layout import Layout
 from minka.plan.layout_rules import Asked, check_layout
 
@@ -43,11 +45,13 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
         if self.data.seq_len > self.model.max_positions:
             longest = f"model.max_positions={self.model.max_positions}"
             raise ValueError(f"data.seq_len={self.data.seq_len} is longer than {longest}")
-        if self.checkpoint.export and self.model.qkv_bias and self.model.qk_norm:
-            raise ValueError(
-                "no Hugging Face model has both model.qkv_bias and model.qk_norm, so the run could not be exported; "
-                "drop one of them, or set checkpoint.export=false"
-            )
+        if self.checkpoint.export:
+            try:
+                family_of(self.model)
+            except UserError as error:
+                raise ValueError(
+                    f"the run could not be exported: {error.what}; {error.remedy}, or set checkpoint.export=false"
+                ) from None
         if self.schedule.warmup >= self.horizon:
             raise ValueError(
                 f"schedule.warmup={self.schedule.warmup} takes all of a run of {self.horizon} {self.schedule.unit}"

@@ -10,10 +10,9 @@ from pydantic import ValidationError
 from minka.plan.config_sections import ModelSection, RopeScaling
 from minka.plan.errors import UserError
 from minka.plan.flops import SHARED, Shape
+from minka.plan.hub_family import TRAINED, family_of, misfit
 from minka.plan.load_config import describe_problems
 from minka.plan.read_file import read_json
-
-TRAINED = {family.lower(): f"{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3")}
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,7 @@ SIZES = {  # of Shape and ModelSection, with transformers' names
 }
 TRAINED_WITH = {"norm_eps": "rms_norm_eps", "max_positions": "max_position_embeddings", "init_std": "initializer_range"}
 LLAMA3_ROPE = {ours: ours.replace("_positions", "_position_embeddings") for ours in RopeScaling.model_fields}
+ROPE = ("rope_theta", "rope_type", "partial_rotary_factor", *LLAMA3_ROPE.values())
 ALIASES = {  # other names of the same settings
     "n_layer": "num_hidden_layers",
     "n_embd": "hidden_size",
@@ -108,7 +108,7 @@ def from_config(values: Mapping[str, Any], where: str) -> ModelSection:
     if uncovered:
         what = f"this {family} has what minka's models do not have: {'; '.join(uncovered)}"
         raise UserError(what, where=where, remedy="use a model without it")
-    fields = {name: getattr(shape, name) for name in SHARED} | _rope(known, where)
+    fields = {name: getattr(shape, name) for name in SHARED} | _rope({**known, **values}, where)
     fields |= {ours: known[theirs] for ours, theirs in TRAINED_WITH.items() if theirs in known}
     fields = {"norm_eps": 1e-6, "max_positions": 2048, "qkv_bias": shape.biases == "qkv"} | fields
     try:
@@ -118,22 +118,20 @@ def from_config(values: Mapping[str, Any], where: str) -> ModelSection:
 
 
 def to_config(cfg: ModelSection, family: str, eod_token: int | None, dtype: str) -> dict[str, Any]:
-    """Return config.json in the form of transformers 5. Raises UserError where `family` cannot represent `cfg`."""
+    """Return config.json for transformers 4 and 5, vLLM and llama.cpp's converter, `family` "auto" for the first fit.
+
+    What they read in different places is in all of them. Raises UserError where `family` cannot represent `cfg`.
+    """
     if family == "auto":
-        family = "qwen3" if cfg.qk_norm else "qwen2" if cfg.qkv_bias else "llama"
+        family = family_of(cfg)
     if family not in TRAINED:
         raise _unknown(family, "family", "write", TRAINED)
-    if (cfg.qkv_bias, cfg.qk_norm) != (family == "qwen2", family == "qwen3"):
-        what = f"{family} cannot represent qkv_bias={cfg.qkv_bias} with qk_norm={cfg.qk_norm}"
-        why = "only qwen2 has biases on q, k and v, and only qwen3 has norms on q and k"
-        raise UserError(what, where="family", why=why, remedy='set family="auto" for the one that fits, if any does')
-    if family == "llama" and cfg.d_model % cfg.heads:
-        what = f"transformers refuses a Llama whose d_model={cfg.d_model} is not a multiple of heads={cfg.heads}"
-        raise UserError(what, where="family", remedy='set family="mistral", which is the same model')
-    rope = {"rope_theta": cfg.rope_theta, "rope_type": "llama3" if cfg.rope_scaling else "default"}
-    rope |= {theirs: getattr(cfg.rope_scaling, ours) for ours, theirs in LLAMA3_ROPE.items() if cfg.rope_scaling}
-    config: dict[str, Any] = {
+    if why := misfit(cfg, family):
+        raise UserError(why, where="family", remedy=f'set family="auto", which is {family_of(cfg)} here')
+    return {
         **{theirs: getattr(cfg, ours) for ours, theirs in (SIZES | TRAINED_WITH).items()},
+        **_rope_of(cfg),
+        **_of_family(family, cfg.layers),
         "architectures": [TRAINED[family]],
         "attention_dropout": 0.0,
         "bos_token_id": None,
@@ -144,14 +142,43 @@ def to_config(cfg: ModelSection, family: str, eod_token: int | None, dtype: str)
         "model_type": family,
         "num_key_value_heads": cfg.kv_heads,
         "pad_token_id": None,
-        "rope_parameters": rope,
         "tie_word_embeddings": cfg.tied,
+        "torch_dtype": dtype,  # before transformers 4.56
+        # Without it transformers 4.57 takes every local tokenizer of more than 100,000 entries for a broken Mistral's,
+        # and 5 those of our Mistrals: both then recommend an option that changes the tokens (issue 42591 there).
+        "transformers_version": "5.0.0",
         "use_cache": True,
     }
-    config |= {"attention_bias": False, "mlp_bias": False} if family == "llama" else {"sliding_window": None}
-    if family.startswith("qwen"):
-        config |= {"use_sliding_window": False}
-    return config
+
+
+def _rope_of(cfg: ModelSection) -> dict[str, Any]:
+    """Return RoPE's settings as transformers 5 reads them (rope_parameters), and as 4 does, at the top level."""
+    scaling: dict[str, Any] = {theirs: getattr(cfg.rope_scaling, ours, None) for ours, theirs in LLAMA3_ROPE.items()}
+    if cfg.rope_scaling is None:
+        return {
+            "rope_parameters": {"rope_theta": cfg.rope_theta, "rope_type": "default"},
+            "rope_scaling": None,
+            "rope_theta": cfg.rope_theta,
+        }
+    scaling |= {"rope_type": "llama3"}
+    return {
+        # llama.cpp's converter looks for it here alone, and assumes 8192.
+        "original_max_position_embeddings": cfg.rope_scaling.original_max_positions,
+        "rope_parameters": {"rope_theta": cfg.rope_theta, **scaling},
+        "rope_scaling": scaling,
+        "rope_theta": cfg.rope_theta,
+    }
+
+
+def _of_family(family: str, layers: int) -> dict[str, Any]:
+    """Return the settings that one family has: no window, and biases where `family` always has them."""
+    if family == "llama":
+        return {"attention_bias": False, "mlp_bias": False}
+    if family == "mistral":
+        return {"sliding_window": None}
+    whole = {"layer_types": ["full_attention"] * layers, "max_window_layers": layers}
+    biases = {"attention_bias": False} if family == "qwen3" else {}
+    return {"sliding_window": None, "use_sliding_window": False, **whole, **biases}
 
 
 def _family(values: Mapping[str, Any], where: str) -> str:
@@ -190,22 +217,47 @@ def _uncovered(known: Mapping[str, Any], values: Mapping[str, Any], family: str)
     return found
 
 
-def _rope(known: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return base and scaling, from transformers 5's `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
-    rope = known.get("rope_scaling") or known.get("rope_parameters") or {}
-    rope = {key: value for key, value in rope.items() if value is not None}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    part = rope.get("partial_rotary_factor") or known.get("partial_rotary_factor") or 1.0
+def _rope(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return base and scaling from rope_parameters (transformers 5), or rope_theta and rope_scaling (4), or all.
+
+    Raises UserError where they contradict each other: readers then differ in which they take.
+    """
+    places: dict[str, dict[str, Any]] = {"config.json": {key: values.get(key) for key in ROPE if key != "rope_type"}}
+    for place in ("rope_scaling", "rope_parameters"):
+        table = values.get(place)
+        if place in values and (table is not None or place == "rope_scaling"):  # null: that it is not scaled
+            places |= _rope_table(table or {}, place, where)
+    rope: dict[str, Any] = {
+        "rope_theta": 10_000.0,
+        "rope_type": "default",
+        "partial_rotary_factor": 1.0,
+        "original_max_position_embeddings": values.get("max_position_embeddings"),
+    }
+    for key in ROPE:
+        stated = {place: table[key] for place, table in places.items() if table.get(key) is not None}
+        rope[key] = next(iter(stated.values()), rope.get(key))
+        if any(value != rope[key] for value in stated.values()):
+            what = f"{key} is " + " and ".join(f"{value!r} in {place}" for place, value in stated.items())
+            why = "transformers 4 and 5 would load different models"
+            raise UserError(what, where=where, why=why, remedy="find out which one is right, and correct the other")
+    kind, part = rope["rope_type"], rope["partial_rotary_factor"]
     if kind not in ("default", "llama3") or part != 1.0:
         what = f"rope_type={kind!r} with partial_rotary_factor={part} cannot be represented"
         why = "minka rotates every channel of a head, by plain or Llama-3 scaled frequencies"
         raise UserError(what, where=where, why=why, remedy="use a model with rope_type default or llama3")
-    found = {"rope_theta": float(rope.get("rope_theta") or known.get("rope_theta") or 10_000.0)}
+    found = {"rope_theta": rope["rope_theta"]}
     if kind == "default":
         return found
-    length = known.get("original_max_position_embeddings") or known.get("max_position_embeddings")
-    rope = {"original_max_position_embeddings": length, **rope}
     return found | {"rope_scaling": {ours: _need(rope, theirs, where) for ours, theirs in LLAMA3_ROPE.items()}}
+
+
+def _rope_table(table: Any, place: str, where: str) -> dict[str, dict[str, Any]]:
+    """Return the settings by place; `type` is the older name of rope_type, and counts as a place of its own."""
+    if not isinstance(table, dict) or any(isinstance(value, dict) for value in table.values()):
+        what = f"{place} is not one table of numbers"
+        raise UserError(what, where=where, why="minka's layers all rotate alike", remedy="use a model whose layers do")
+    kind = table.get("rope_type") or table.get("type") or "default"
+    return {place: {**table, "rope_type": kind}, f"{place}.type": {"rope_type": table.get("type")}}
 
 
 def _size(values: Mapping[str, Any], key: str, where: str) -> int:

@@ -68,6 +68,15 @@ def from_section(cfg: ModelSection, family: str = "auto") -> Any:
     return theirs
 
 
+def load_theirs(folder: Path) -> Any:
+    """transformers' model of a folder, all of whose weights are its own."""
+    from transformers import AutoModelForCausalLM
+
+    loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return loaded.eval()
+
+
 def plain(tokens: Tensor) -> tuple[Tensor, None, Tensor]:
     """Arguments of Transformer.forward for rows of one document each."""
     return tokens, None, torch.arange(tokens.shape[1]).expand_as(tokens)

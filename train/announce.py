@@ -9,6 +9,7 @@ from minka.plan.atomic import write_json
 from minka.plan.batch_padding import describe_padding
 from minka.plan.flops import FORMULAS, parameters, training_flops_per_token
 from minka.plan.hardware import find_gpu
+from minka.plan.hub_family import reader_limits
 from minka.plan.layout import counted
 from minka.plan.pipeline_stages import stages_of
 from minka.plan.resume_rules import Changes, describe_changes
@@ -49,7 +50,8 @@ def announce(record: Recorder, state: State, mesh: Mesh, changed: Changes) -> No
         # Printed where the layout is more than data parallelism on one host.
         if len({place.host for place in mesh.topology.places}) > 1 or mesh.layout.data_ways < mesh.ranks:
             lines += topology_lines(places)
-    for line in filter(None, [*lines, describe_padding(config, mesh.layout)]):
+    limits = reader_limits(config.model) if config.checkpoint.export else ""
+    for line in filter(None, [*lines, describe_padding(config, mesh.layout), limits]):
         record.console.say(line)
     steps, tokens = config.end(state.step, state.tokens)
     record.console.say(

@@ -67,3 +67,15 @@ def test_a_damaged_checkpoint_changes_nothing(damage: str, tmp_path: Path, capsy
     assert "damaged" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / MARKER).read_text())["source"].endswith("step-00000001")
     assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("fields", [{}, {"qk_norm": True}])
+def test_what_a_reader_of_the_folder_drops_is_printed(
+    fields: dict[str, bool], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = saved_run(tmp_path, 1, model={"rope_scaling": {"factor": 4.0}, **fields})
+    said = "the export is a qwen3 with rope_scaling: llama.cpp's converter drops the scaling" if fields else ""
+    assert main([str(run.path), str(tmp_path / "out"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["limits"].startswith(said)
+    assert main([str(run.path), str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.count("\n") == 1 + bool(fields)

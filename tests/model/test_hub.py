@@ -15,7 +15,7 @@ from minka.model.hub_folder import INDEX, WHOLE, read_tensors, write_folder
 from minka.plan.config_sections import ModelSection, RopeScaling
 from minka.plan.errors import UserError
 from minka.plan.hub_config import read_config
-from models import from_folder, from_section, model, plain, section
+from models import from_folder, from_section, load_theirs, model, plain, section
 
 STRETCHED = RopeScaling(factor=4.0, original_max_positions=16)  # short, so that 40 tokens meet all three bands
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -32,14 +32,6 @@ TOKENS = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(
 
 def cfg_of(case: str) -> ModelSection:
     return section(**CASES[case][1])
-
-
-def load_theirs(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return loaded.eval()
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,5 +1,6 @@
 """A config.json is a model to train, the shape of one to count, or refused by the name of what is in the way."""
 
+import re
 from typing import Any
 
 import pytest
@@ -134,6 +135,49 @@ def test_what_is_written_is_read_back(family: str) -> None:
     assert to_config(from_config(written, "config.json"), family, 0, "float32") == written
     scaled = from_config(written, "config.json").model_copy(update={"rope_scaling": RopeScaling(factor=4.0)})
     assert from_config(to_config(scaled, family, 0, "float32"), "config.json") == scaled
+
+
+SCALING = {"rope_type": "llama3", **LLAMA["rope_scaling"]}
+SAME_ROPE: dict[str, dict[str, Any]] = {
+    "transformers 4": {"rope_theta": 5e5, "rope_scaling": SCALING},
+    "transformers 4, older": {"rope_theta": 500000, "rope_scaling": {**SCALING, "type": "llama3"}},
+    "transformers 5": {"rope_parameters": {**SCALING, "rope_theta": 5e5}},
+    "theta in the older table": {"rope_scaling": {**SCALING, "rope_theta": 5e5}},
+    "both": {"rope_theta": 5e5, "rope_scaling": SCALING, "rope_parameters": {**SCALING, "rope_theta": 5e5}},
+    "the length at the top": {
+        "rope_theta": 5e5,
+        "rope_scaling": {k: v for k, v in SCALING.items() if k != "original_max_position_embeddings"},
+        "original_max_position_embeddings": 8192,
+    },
+}
+CONTRADICTIONS: dict[str, dict[str, Any]] = {
+    "rope_theta is 10000.0 in config.json and 500000.0 in rope_parameters": {"rope_theta": 1e4},
+    "rope_type is 'default' in rope_scaling and 'llama3' in rope_parameters": {"rope_scaling": None},
+    "factor is 4.0 in rope_scaling and 8.0 in rope_parameters": {"rope_scaling": {**SCALING, "factor": 4.0}},
+    "rope_type is 'llama3' in rope_scaling and 'linear' in rope_scaling.type": {
+        "rope_scaling": {**SCALING, "type": "linear"}
+    },
+    "original_max_position_embeddings is 4096 in config.json and 8192 in rope_parameters": {
+        "original_max_position_embeddings": 4096
+    },
+    "rope_scaling is not one table of numbers": {"rope_scaling": {"full_attention": SCALING}},
+}
+
+
+@pytest.mark.parametrize("case", SAME_ROPE)
+def test_rope_is_read_from_wherever_it_is(case: str) -> None:
+    plain = {key: value for key, value in LLAMA.items() if not key.startswith("rope")}
+    read = from_config(plain | SAME_ROPE[case], "config.json")
+    assert (read.rope_theta, read.rope_scaling) == (500000.0, RopeScaling())
+
+
+@pytest.mark.parametrize("said", CONTRADICTIONS)
+def test_a_folder_whose_two_dialects_contradict_each_other_is_refused(said: str) -> None:
+    """As a hand edits it, or as transformers 4 saves what it did not read: next to its own default."""
+    plain = {key: value for key, value in LLAMA.items() if not key.startswith("rope")}
+    new = {"rope_parameters": {**SCALING, "rope_theta": 5e5}}
+    with pytest.raises(UserError, match=re.escape(said)):
+        from_config(plain | new | CONTRADICTIONS[said], "config.json")
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
