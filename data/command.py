@@ -123,7 +123,7 @@ def _describe_store(store: "TokenStore") -> dict[str, Any]:
     }
     for name, part in manifest.splits.items():
         facts[name] = {**part.model_dump(), "bytes_per_token": round(part.bytes / (part.tokens - part.documents), 4)}
-    return facts | ({"note": manifest.moved} if manifest.moved else {})
+    return facts | ({"note": "; ".join(manifest.notes)} if manifest.notes else {})
 
 
 def _trace_sample(split: "Split", config: "RunConfig | None", position: int, where: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from minka.data.document import Document
@@ -23,13 +24,15 @@ from minka.data.store_manifest import (
     hash_files,
     write_manifest,
 )
-from minka.data.token_store import TokenStore
+from minka.data.text_loss import TextLoss
+from minka.data.token_store import LOST, LOST_DTYPE, TokenStore
 from minka.data.tokenizer import BPE_MIN_ENTRIES, TextTokenizer, bytes_tokenizer, load_hf, train_bpe
 from minka.data.validation_split import CorpusSurvey, add_hash, survey_corpus
 from minka.plan.atomic import NewFolder, atomic_folder
 from minka.plan.config import RunConfig
 from minka.plan.config_sections import DataSection
 from minka.plan.errors import UserError
+from minka.plan.read_file import first_line
 from minka.plan.store_files import MANIFEST
 
 STORES = "stores"
@@ -109,7 +112,7 @@ def prepare(data: DataSection, vocab: int, folder: Path, progress: Progress = no
         tokenizer = _make_tokenizer(data, vocab, survey.sample, progress)
         tokenizer.save(new.path / "tokenizer")
         with progress(survey.size, "tokenizing", "bytes") as advance:
-            splits, without_tokens, exact = _write_splits(data, tokenizer, survey, new, advance)
+            splits, without_tokens, loss = _write_splits(data, tokenizer, survey, new, advance)
         manifest = Manifest(
             source=defining_fields(data),
             tokenizer=TokenizerInfo(
@@ -125,7 +128,9 @@ def prepare(data: DataSection, vocab: int, folder: Path, progress: Progress = no
             cutoff=survey.cutoff,
             moved=survey.moved,
             empty=survey.empty + without_tokens,
-            exact=exact,
+            exact=not loss.differ,
+            lossy=loss if loss.differ else None,
+            added=tokenizer.added or None,
             splits=splits,
             files=hash_files(new.path),
         )
@@ -154,13 +159,13 @@ def _make_tokenizer(data: DataSection, vocab: int, sample: Sequence[bytes], prog
 
 def _write_splits(
     data: DataSection, tokenizer: TextTokenizer, survey: CorpusSurvey, new: NewFolder, advance: Callable[[int], None]
-) -> tuple[dict[str, SplitTotals], int, bool]:
+) -> tuple[dict[str, SplitTotals], int, TextLoss]:
     """Read the corpus again and write each document to its split.
 
-    Returns the splits, how many documents have no tokens, and whether decoding gave back every text that was tried.
+    Returns the splits, how many documents have no tokens, and what decoding did not give back.
     """
-    checksum = without_tokens = tried = 0
-    exact = True
+    checksum = without_tokens = 0
+    loss, lost_in_validation = TextLoss(), []
     dtype = token_dtype(tokenizer.entries)
     with ExitStack() as stack:
         writers = [stack.enter_context(SplitWriter(new.path, name, dtype, tokenizer.eod)) for name in SPLITS]
@@ -168,11 +173,12 @@ def _write_splits(
         try:
             for document, tokens in _tokenize(data, tokenizer):
                 checksum = add_hash(checksum, document.hash)
+                writer, lost = (validation if document.split_key < survey.cutoff else train), 0
+                if loss.tried < TRIED_DOCUMENTS or (writer is validation and tokenizer.kind == "hf"):
+                    loss, lost = loss.after(tokenizer, tokens, document.text, len(document.raw))
                 if len(tokens):
-                    if tried < TRIED_DOCUMENTS:
-                        tried += 1
-                        exact = exact and tokenizer.decode(tokens) == document.text
-                    (validation if document.split_key < survey.cutoff else train).add(document, tokens)
+                    writer.add(document, tokens)
+                    lost_in_validation += [lost] * (writer is validation)
                 else:
                     without_tokens += 1
                 advance(len(document.raw))
@@ -185,7 +191,9 @@ def _write_splits(
             if not writer.documents:
                 what = f"the tokenizer makes no token of the {writer.name} split's documents"
                 raise UserError(what, where=f"data.tokenizer={data.tokenizer}", remedy="give more text")
-        return {writer.name: writer.finish() for writer in writers}, without_tokens, exact
+        if loss.differ:
+            np.array(lost_in_validation, dtype=LOST_DTYPE).tofile(new.path / f"{validation.name}{LOST}")
+        return {writer.name: writer.finish() for writer in writers}, without_tokens, loss
 
 
 def _tokenize(data: DataSection, tokenizer: TextTokenizer) -> Iterator[tuple[Document, NDArray[Any]]]:
@@ -197,6 +205,17 @@ def _tokenize(data: DataSection, tokenizer: TextTokenizer) -> Iterator[tuple[Doc
             group.append(document)
             size += len(document.raw)
         if size >= ENCODE_BYTES or len(group) >= ENCODE_DOCUMENTS:
-            yield from zip(group, tokenizer.encode([document.text for document in group]), strict=True)
+            yield from zip(group, _encode(tokenizer, group), strict=True)
             group, size = [], 0
-    yield from zip(group, tokenizer.encode([document.text for document in group]), strict=True)
+    yield from zip(group, _encode(tokenizer, group), strict=True)
+
+
+def _encode(tokenizer: TextTokenizer, group: Sequence[Document]) -> list[NDArray[Any]]:
+    try:
+        return tokenizer.encode([document.text for document in group])
+    except Exception as error:  # the Rust code raises plain Exception
+        if len(group) > 1:
+            return [tokens for document in group for tokens in _encode(tokenizer, [document])]
+        why = "its vocabulary has gaps, and neither an unknown token nor bytes to fall back to"
+        what = f"the tokenizer cannot encode this document: {first_line(error)}"
+        raise UserError(what, where=group[0].id, why=why, remedy="use a different data.tokenizer") from None

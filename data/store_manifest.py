@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
+from minka.data.text_loss import TextLoss
 from minka.data.tokenizer import TokenizerKind
 from minka.plan.config_sections import DataSection
 from minka.plan.errors import UserError
@@ -54,8 +55,26 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     moved: str = Field(description="why the cutoff is not validation_fraction's, or empty")
     empty: int = Field(ge=0, description="documents without text (or without tokens), left out")
     exact: bool = Field(description="decoding gives the text back, byte for byte, in every document that was tried")
+    lossy: TextLoss | None = Field(None, description="what decoding did not give back; left out when exact")
+    added: tuple[str, ...] | None = Field(None, description="tokens that the loaded tokenizer added to each text")
     splits: dict[Annotated[str, Field(pattern="^(train|validation)$")], SplitTotals] = Field(min_length=2)
     files: dict[str, FileInfo]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person must know before training on this store, a line each."""
+        lines = [self.moved] if self.moved else []
+        if self.lossy is not None:
+            lines.append(self.lossy.describe(self.tokenizer.name))
+        elif not self.exact:
+            lines.append(f"tokenizer {self.tokenizer.name} changes text: scores in bits per byte are not comparable")
+        if self.added:
+            names = " and ".join(map(repr, dict.fromkeys(self.added)))
+            lines.append(
+                f"tokenizer {self.tokenizer.name} adds {names} to each text by itself: the documents are encoded "
+                "without, and exports encode as the documents are"
+            )
+        return lines
 
 
 def defining_fields(data: DataSection) -> dict[str, Any]:
@@ -76,7 +95,7 @@ def hash_file(path: Path) -> FileInfo:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json into `folder`, which the caller publishes whole."""
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> Manifest:

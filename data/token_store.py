@@ -20,6 +20,7 @@ from minka.plan.errors import UserError
 from minka.plan.read_file import reading
 from minka.plan.store_files import MANIFEST, damaged_store, sha256_of
 
+LOST, LOST_DTYPE = ".lost", "<i8"  # ending and type of the file of Split.lost_bytes
 SIDECAR_GROUP = 8_192  # rows in a row group of the sidecar: a look-up of one document reads one group
 
 
@@ -33,6 +34,7 @@ class Split:
     index: DatasetIndex
     eod: int
     tokenizer: TextTokenizer
+    exact: bool = True
 
     @property
     def n_tokens(self) -> int:
@@ -46,6 +48,18 @@ class Split:
     def document_bytes(self) -> NDArray[np.int64]:
         """[documents] UTF-8 bytes of each document's text."""
         return np.asarray(self._column("bytes").to_numpy())
+
+    @cached_property
+    def lost_bytes(self) -> NDArray[np.float64]:
+        """[documents] UTF-8 bytes of each document that its tokens do not give back; NaN where nobody measured it."""
+        file = self.folder / f"{self.name}{LOST}"
+        if not file.exists():
+            return np.full(self.n_documents, 0.0 if self.exact else np.nan)
+        with reading(file, "numbers of bytes", ValueError):
+            lost = np.fromfile(file, dtype=LOST_DTYPE)
+        if len(lost) != self.n_documents:
+            raise UserError(f"it has {len(lost)} entries for {self.n_documents} documents", where=str(file))
+        return lost.astype(np.float64)
 
     def document(self, i: int) -> NDArray[Any]:
         """Tokens of document i, its eod last."""
@@ -165,4 +179,4 @@ class TokenStore:
             found = f"{len(tokens)} tokens in {len(index.lengths)} documents"
             expected = f"{totals.tokens} in {totals.documents}"
             raise damaged_store(self.folder, f"{name} has {found} where the manifest says {expected}")
-        return Split(self.folder, name, tokens, index, self.manifest.eod, self.tokenizer)
+        return Split(self.folder, name, tokens, index, self.manifest.eod, self.tokenizer, self.manifest.exact)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from minka.plan.errors import UserError
+from minka.plan.hub_tokenizer import SETTINGS, TOKENIZER, as_trained
 from minka.plan.read_file import first_line, reading
 
 EOD_TOKEN = "<|endoftext|>"
@@ -35,6 +37,7 @@ class TextTokenizer:
     eod: int
     entries: int
     settings: Mapping[str, object]  # of tokenizer_config.json
+    added: tuple[str, ...] = ()  # tokens that it added to each text where it was loaded from, and does not add here
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """Token ids of each text, without eod: one array each, of any integer dtype."""
@@ -42,6 +45,17 @@ class TextTokenizer:
             return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+    def decode_known(self, tokens: NDArray[Any]) -> str:
+        """As decode, without the tokens that stand for unknown text."""
+        return self.decode(tokens if self._unknown is None else tokens[tokens != self._unknown])
+
+    @cached_property
+    def _unknown(self) -> int | None:
+        model = json.loads(self.backend.to_str())["model"]
+        token = model.get("unk_token")
+        found: int | None = model.get("unk_id") if token is None else self.backend.token_to_id(token)
+        return found
 
     def decode(self, tokens: Sequence[int] | NDArray[Any]) -> str:
         """The text of token ids, without a final eod. Exact for bytes and byte-level BPE on whole documents;
@@ -57,13 +71,13 @@ class TextTokenizer:
         """Write a folder that transformers.AutoTokenizer loads."""
         folder.mkdir(parents=True)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.settings}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        (folder / SETTINGS).write_text(json.dumps(config, indent=2), encoding="utf-8")
+        (folder / TOKENIZER).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
 
 
 def read_tokenizer(folder: Path, kind: TokenizerKind, eod: int, entries: int) -> TextTokenizer:
     """Read the tokenizer of a store. Raises UserError when it is damaged."""
-    file = folder / "tokenizer.json"
+    file = folder / TOKENIZER
     with reading(file, "a tokenizer", Exception):  # the Rust code raises plain Exception
         backend = Tokenizer.from_str(file.read_text(encoding="utf-8"))
     return TextTokenizer(kind, _plain(backend), eod, entries, {})
@@ -110,7 +124,7 @@ def load_hf(name: str, vocab: int) -> TextTokenizer:
 
     where = f"data.tokenizer={name}"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # else it asks
     except Exception as error:  # the hub and the parsers raise errors without a common base
         remedy = 'give a folder with a tokenizer.json, a name on the hub, "bpe" (trained on the corpus) or "bytes"'
         raise UserError(f"this tokenizer cannot be loaded: {first_line(error)}", where=where, remedy=remedy) from None
@@ -126,8 +140,10 @@ def load_hf(name: str, vocab: int) -> TextTokenizer:
         raise UserError(what, where=where, remedy=remedy)
     kept = {key: tokenizer.init_kwargs[key] for key in HF_SETTINGS if key in tokenizer.init_kwargs}
     special = {key: str(token) for key, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    return TextTokenizer("hf", _plain(backend), int(tokenizer.eos_token_id), entries, kept | special)
+    found = as_trained(json.loads(tokenizer.backend_tokenizer.to_str()))
+    backend = _plain(Tokenizer.from_str(json.dumps(found.tokenizer)))
+    settings = kept | special | found.settings
+    return TextTokenizer("hf", backend, int(tokenizer.eos_token_id), entries, settings, found.added)
 
 
 def _plain(backend: Tokenizer) -> Tokenizer:

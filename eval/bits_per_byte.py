@@ -1,7 +1,8 @@
 """Bits per byte on held-out documents: what a compressor driven by the model would write, over what it would read.
 
 Every byte of a document counts. The first token has no context and is charged ln(vocab). The end-of-document token
-is charged what the model predicts and counts no byte. Losses are summed by document, in fp64, over all ranks.
+is charged what the model predicts and counts no byte. Losses are summed by document, in fp64, over all ranks. What the
+tokenizer loses is not charged: `unaccounted` says how much that is.
 """
 
 import lzma
@@ -19,6 +20,7 @@ from minka.eval.scoring_windows import pack_windows, padding_batch, scoring_wind
 from minka.parallel.engine import Scorer
 from minka.parallel.mesh import Mesh
 from minka.plan.config import RunConfig
+from minka.plan.scores import BITS_PER_BYTE
 
 MAX_BYTES = 64 * 2**20  # xz -9 takes about a second a megabyte
 
@@ -32,6 +34,7 @@ class Scores(NamedTuple):
     bytes: int
     document_tokens: int
     settings: dict[str, int]  # all that the numbers depend on besides the weights and the data
+    unaccounted: dict[str, float]  # by score, the share of bytes that the tokenizer lost; no entry: none; NaN: unknown
 
 
 def bits_per_byte(
@@ -59,15 +62,17 @@ def bits_per_byte(
         heartbeat()
     mesh.sum_(nats)
     bits = (nats.cpu().numpy() + math.log(config.model.vocab)) / math.log(2)
-    sizes = split.document_bytes[:count].astype(np.float64)
+    sizes, lost = split.document_bytes[:count].astype(np.float64), split.lost_bytes[:count]
     tokens = sum(len(split.document(i)) for i in range(count))
     sources = np.array([split.source_of(i) for i in range(count)])
-    scores, stderr = {}, {}
-    of_source = {f"bits_per_byte/{source}": sources == source for source in sorted(set(sources))}
-    for name, chosen in {"bits_per_byte": np.ones(count, bool), **of_source}.items():
+    scores, stderr, shares = {}, {}, {}
+    of_source = {f"{BITS_PER_BYTE}/{source}": sources == source for source in sorted(set(sources))}
+    for name, chosen in {BITS_PER_BYTE: np.ones(count, bool), **of_source}.items():
         scores[name], stderr[name] = ratio_of_sums(bits[chosen], sizes[chosen])
+        shares[name] = float(lost[chosen].sum() / sizes[chosen].sum())
     settings = {"max_documents": config.eval.max_documents, "window": length, "stride": stride}
-    return Scores(scores, stderr, count, int(sizes.sum()), tokens, settings)
+    unaccounted = {name: share for name, share in shares.items() if share}
+    return Scores(scores, stderr, count, int(sizes.sum()), tokens, settings, unaccounted)
 
 
 def ratio_of_sums(bits: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from minka.plan.cli import new_app, print_json, print_table, progress, run_app
+from minka.plan.scores import caveat
 
 
 def main(argv: Sequence[str]) -> int:
@@ -27,7 +28,11 @@ def main(argv: Sequence[str]) -> int:
             print_json(result)
         else:
             errors = {name: f" +- {value:.4f}" for name, value in result["stderr"].items() if math.isfinite(value)}
-            print_table([(name, f"{value:.4f}{errors.get(name, '')}") for name, value in result["scores"].items()])
+            lost = result["unaccounted"]
+            scores = [
+                (name, f"{v:.4f}{errors.get(name, '')}", caveat(lost, name)) for name, v in result["scores"].items()
+            ]
+            print_table([score[: 3 if lost else 2] for score in scores])
             for sample in result["samples"]:
                 print(f"{sample['prompt']!r} -> {sample['text']!r}")
             print(result["path"])

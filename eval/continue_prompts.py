@@ -17,9 +17,10 @@ def continue_prompts(
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     found = []
     for prompt in config.eval.prompts:
+        given = tokenizer.encode(prompt, add_special_tokens=False).ids or [eod]
         new = generate(
             scorer.next_logits,
-            tokenizer.encode(prompt, add_special_tokens=False).ids or [eod],
+            given,
             config.eval.sample_tokens,
             context=config.data.seq_len,
             temperature=config.eval.temperature,
@@ -27,5 +28,9 @@ def continue_prompts(
             seed=config.run.seed,
             agree=lambda token: mesh.sum_on_host([token if mesh.is_first else 0])[0],
         )
-        found.append((prompt, str(tokenizer.decode(list(new), skip_special_tokens=True))))
+        # Decoded after the prompt: at the beginning of a text some decoders remove a space.
+        before, whole, alone = (
+            str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (given, [*given, *new], list(new))
+        )
+        found.append((prompt, whole[len(before) :] if whole.startswith(before) else alone))
     return found

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from minka.plan.atomic import atomic_folder
 from minka.plan.config_sections import ModelSection
 from minka.plan.errors import UserError
 from minka.plan.hub_config import to_config
+from minka.plan.hub_tokenizer import copy_tokenizer
 from minka.plan.read_file import read_json, reading
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -97,9 +97,8 @@ def write_folder(
         _write_json(new.path / "config.json", config)
         generation = {"bos_token_id": None, "do_sample": False, "eos_token_id": eod_token, "use_cache": True}
         _write_json(new.path / "generation_config.json", generation)
-        for path in sorted(tokenizer.iterdir()) if tokenizer is not None else ():
-            if path.is_file():
-                shutil.copyfile(path, new.path / path.name)
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, new.path)
         _write_json(new.path / MARKER, {"format": MARKER_FORMAT, "source": source})
 
 

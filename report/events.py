@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from minka.plan.ledger import number
+from minka.plan.scores import caveat_of
 from minka.report.curves import MAX_MARKS
 from minka.report.downsample import evenly
 from minka.report.run_files import Event
@@ -65,7 +66,9 @@ def _save(event: Event) -> str:
 def _eval(event: Event) -> str:
     scores = event.get("scores")
     bits = scores.get("bits_per_byte") if isinstance(scores, dict) else None
-    return f"{event.get('suite', '')} {bits:.4f} bits per byte" if isinstance(bits, float) else str(event.get("suite"))
+    if not isinstance(bits, float):
+        return str(event.get("suite"))
+    return ", ".join(filter(None, [f"{event.get('suite', '')} {bits:.4f} bits per byte", caveat_of(event)]))
 
 
 def _reason(event: Event) -> str:

@@ -11,6 +11,7 @@ from minka.plan.errors import UserError
 from minka.plan.ledger import RETURNS, current, is_count, parse_json, read_ledger
 from minka.plan.load_config import flatten
 from minka.plan.run_folder import find_run
+from minka.plan.scores import caveat_of
 
 Event = dict[str, Any]
 MAX_LINES_NAMED = 10
@@ -44,6 +45,8 @@ class RunFiles:
         self.parents = [p for p in parents if isinstance(p, dict) and p.get("folder")]  # nearest first
         self.plan_file = self._json(self.folder.path / "plan.json")  # None without one
         self.evals = list(self._evals())  # oldest step first
+        scored = [*(event for event in self.kept if event["event"] == "eval"), *self.evals]
+        self.notes += sorted({f"bits per byte: {but}" for but in map(caveat_of, scored) if but})
         committed = (file.parent.name for file in sorted(self.folder.checkpoints.glob("step-*/manifest.json")))
         self.checkpoints = {name: int(name[5:]) for name in committed if name[5:].isdecimal()}  # name -> step
 

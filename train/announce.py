@@ -64,3 +64,5 @@ def announce(record: Recorder, state: State, mesh: Mesh, changed: Changes) -> No
         f"{record.store.folder}: {training.n_tokens:,} tokens to train on ({epochs:.2g} epochs), "
         f"{counted(validation.n_documents, 'document')} for validation"
     )
+    for note in record.store.manifest.notes:
+        record.console.say(note)

@@ -6,6 +6,7 @@ from minka.checkpoint.commit import step_name
 from minka.eval.bits_per_byte import compressed_bits_per_byte
 from minka.plan.cli import print_json
 from minka.plan.errors import ExitStatus
+from minka.plan.scores import BITS_PER_BYTE, caveat
 from minka.train.recorder import Recorder
 from minka.train.start_or_resume import saved_step
 from minka.train.state import State
@@ -17,10 +18,10 @@ def summarise(record: Recorder, state: State, status: ExitStatus, export: str | 
     """Print how the run ended, and its bits per byte next to those of compressors on the same documents."""
     folder, scores, last = record.folder, record.scores, record.last
     saved = (folder.checkpoints / step_name(state.step)).is_dir()
-    bits, compressors = None, {}
+    bits, compressors, but = None, {}, ""
     if scores is not None:
-        bits = scores.scores["bits_per_byte"]
-        if scores.documents <= MAX_DOCUMENTS:
+        bits, but = scores.scores[BITS_PER_BYTE], caveat(scores.unaccounted)
+        if scores.documents <= MAX_DOCUMENTS and not but:  # else the tokens do not have the text to compress
             split = record.store.split("validation")
             compressors = compressed_bits_per_byte(split.text_of(i).encode() for i in range(scores.documents))
     if as_json:
@@ -34,6 +35,7 @@ def summarise(record: Recorder, state: State, status: ExitStatus, export: str | 
                 "refused_steps": record.refused_steps,
                 "tokens_per_second": record.tokens_per_second,
                 "bits_per_byte": bits,
+                "unaccounted": scores.unaccounted.get(BITS_PER_BYTE, 0.0) if scores else None,
                 "compressors_bits_per_byte": compressors,
                 "saved": saved,
                 "export": export,
@@ -45,11 +47,12 @@ def summarise(record: Recorder, state: State, status: ExitStatus, export: str | 
     if last is not None:
         rows.append(("loss", f"{last.loss:.4f} nats a token"))
     if scores is not None and bits is not None:
-        error = scores.stderr["bits_per_byte"]
+        error = scores.stderr[BITS_PER_BYTE]
         error_text = f"standard error {error:.4f}" if math.isfinite(error) else "one document: no standard error"
         at = f", at step {record.evaluated_at:,}" if record.evaluated_at != state.step else ""
         held_out = f"{scores.documents:,} documents, {scores.bytes:,} bytes of validation{at}; {error_text}"
         rows.append(("bits per byte", f"{bits:.4f}  ({held_out})"))
+        rows += [("", but)] if but else []
         rows += [(f"  {k}", f"{v:.4f}  (this model: {bits / v:.3f} of that)") for k, v in compressors.items()]
     if record.refused_steps:
         refused = f"{record.refused_steps:,}: not finite, no weight changed (see `skip` in the ledger)"

@@ -23,6 +23,7 @@ from minka.plan.guard import judge
 from minka.plan.ledger import Ledger
 from minka.plan.retention import permanent
 from minka.plan.run_folder import RunFolder
+from minka.plan.scores import BITS_PER_BYTE, caveat
 from minka.train.console import Console
 from minka.train.metrics import Metrics, StepRecord, Stopwatch, memory_bytes
 from minka.train.state import State, manifest_state, random_state
@@ -159,8 +160,10 @@ class Recorder:
             write_result(self.folder.evals, state.step, state.tokens, self.scores, written)
         except OSError as error:
             self._failed(state, "evaluation", str(error))
-        self.event("eval", state, suite=SUITE, scores=self.scores.scores, stderr=self.scores.stderr)
-        self.console.say(f"step {state.step}: {self.scores.scores['bits_per_byte']:.4f} bits per byte, held out")
+        numbers = {key: getattr(self.scores, key) for key in ("scores", "stderr", "unaccounted")}
+        self.event("eval", state, suite=SUITE, **numbers)
+        score, but = self.scores.scores[BITS_PER_BYTE], caveat(self.scores.unaccounted)
+        self.console.say(f"step {state.step}: {score:.4f} bits per byte, held out" + (f" ({but})" if but else ""))
         for prompt, text in written:
             self.console.say(f"  {prompt!r} -> {text!r}")
         self._track(state.step, {f"eval/{name}": value for name, value in self.scores.scores.items()})

@@ -26,7 +26,7 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def scores(settings: dict[str, int]) -> Scores:
-    return Scores({"bits_per_byte": 1.5}, {"bits_per_byte": float("nan")}, 4, 100, 104, settings)
+    return Scores({"bits_per_byte": 1.5}, {"bits_per_byte": float("nan")}, 4, 100, 104, settings, {})
 
 
 def results(run: RunFolder) -> dict[str, Any]:

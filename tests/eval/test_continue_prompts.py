@@ -1,4 +1,7 @@
-"""Continuing prompts is collective: ranks whose logits differ use the same tokens and make the same calls."""
+"""Continuing prompts is collective: ranks whose logits differ use the same tokens and make the same calls.
+
+A continuation has the space that follows the prompt.
+"""
 
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +26,7 @@ def test_ranks_that_would_choose_differently_use_the_tokens_of_rank_0(tmp_path: 
     config = tiny(tmp_path, eval={"prompts": ["w1", "w2 w3"], "sample_tokens": 6})
     found = on_ranks(sampled, 3, config, str(tmp_path / "tokenizer.json"), seconds=20.0)
     assert found[0] == found[1] == found[2]
-    assert [text for _, text in found[0]] == ["w2 w3 w4 w5 w6 w7", "w4 w5 w6 w7"]
+    assert [text for _, text in found[0]] == [" w2 w3 w4 w5 w6 w7", " w4 w5 w6 w7"]
 
 
 class Disagreeing:
