@@ -1,11 +1,12 @@
 # The first target that needs .venv makes it. Nothing is installed by hand; only gpu-check needs a GPU.
 PYTHON ?= python3
+TORCH ?= 2.11.0
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 FOLDERS := plan kernels model data parallel checkpoint launch eval train report slurm benchmarks
 STAMP := .venv/.minka-installed
 
-.PHONY: demo test test-all lint bench gpu-check clean
+.PHONY: demo test test-all test-torch lint bench gpu-check clean
 
 demo: $(STAMP) ## train the demo recipe: minutes on two cores
 	$(BIN)/minka train demo
@@ -15,6 +16,12 @@ test: $(STAMP) ## the fast tests: at most 15 minutes on two cores
 
 test-all: $(STAMP) ## everything
 	$(PYTEST)
+	$(PYTEST) -m gpu
+
+test-torch: ## the fast tests on a different torch, in an environment of its own
+	test -x .venv-torch/bin/python || $(PYTHON) -m venv .venv-torch
+	.venv-torch/bin/python -m pip install --quiet 'torch==$(TORCH)' --editable '.[dev]'
+	.venv-torch/bin/python -m pytest -m "not slow and not long"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -29,7 +36,7 @@ gpu-check:
 	PYTHONPATH=.ns:$$PYTHONPATH $(PYTHON) -m pytest -p no:cacheprovider -m gpu
 
 clean: ## remove what can be made again; runs/ and stores/ stay
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-torch build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(wildcard $(FOLDERS)) tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml

@@ -24,6 +24,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--third", type=int, choices=range(THIRDS), help="of the slow tests, run this third only")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Only `-m gpu` sees GPUs: all other tests, and the processes that they start, are of the CPU on any machine."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect the other two thirds."""
     third = config.getoption("--third")

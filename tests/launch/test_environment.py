@@ -1,5 +1,6 @@
 """Who started the ranks, and how many there are to start, by environment variables and devices."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,12 @@ def test_joins_torchrun_and_srun_but_not_a_batch_script() -> None:
     assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"], found["MASTER_ADDR"]) == ("3", "1", "4", "n1")
     assert 20_000 <= int(found["MASTER_PORT"]) < 60_000
     assert slurm_environment({**step, "SLURM_PROCID": "0"})["MASTER_PORT"] == found["MASTER_PORT"]
+
+
+def test_no_test_of_the_cpu_sees_a_gpu_of_this_machine(tmp_path: Path) -> None:
+    (tmp_path / "nvidia0").touch()
+    assert visible_gpus({}, tmp_path) == 1
+    assert visible_gpus(os.environ, tmp_path) == 0  # children have the same environment
 
 
 def test_one_rank_a_gpu_else_two_and_never_more_than_gpus(tmp_path: Path) -> None:
