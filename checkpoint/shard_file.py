@@ -8,12 +8,14 @@ the chunks that hold what is wanted are read, and checked.
 import hashlib
 import json
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from minka.checkpoint.filesystem import Heartbeat
@@ -50,7 +52,10 @@ class StagingBuffer:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % ALIGNMENT)
         start = len(text).to_bytes(8, "little") + text
-        self.buffer = torch.empty(len(start) + size, dtype=torch.uint8, pin_memory=pinned)
+        memory = np.empty(len(start) + size, dtype=np.uint8)
+        if pinned:
+            _pin(memory)
+        self.buffer = torch.from_numpy(memory)
         self.buffer[: len(start)] = torch.frombuffer(bytearray(start), dtype=torch.uint8)
         self._views: dict[str, tuple[Tensor, int]] = {}  # in the order of the file, with the end of each
         for name, entry in header.items():
@@ -176,6 +181,18 @@ class ShardReader:
             self._cached = (index, content)
             self._alive()
         return self._cached[1]
+
+
+def _pin(memory: NDArray[np.uint8]) -> None:
+    """Lock the memory for as long as it lives, so that a GPU copies into it alongside the training.
+
+    torch's own pinned memory has a power of two of bytes: up to twice as many. Where the system lets a process lock no
+    more, copies wait for the device.
+    """
+    runtime = torch.cuda.cudart()
+    if int(runtime.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)) == 0:
+        unpin = weakref.finalize(memory, runtime.cudaHostUnregister, memory.ctypes.data)
+        unpin.atexit = False  # the process ends, and CUDA may have ended before
 
 
 def _span(entry: Mapping[str, Any], begin: int, size: int) -> TensorSpan:

@@ -1,8 +1,6 @@
 """The mesh: the only place that starts torch.distributed. Everything else is handed a Mesh and asks it by axis name."""
 
-import json
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from minka.parallel.local_device import find_topology, local_device
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.execution_choices import compute_dtype_name
-from minka.plan.hardware import nvlink_domain
 from minka.plan.layout import Layout
-from minka.plan.topology import Place, Topology, canonical, check, coordinates
+from minka.plan.topology import Topology, canonical, check, coordinates
 
 SAVE_TIMEOUT = timedelta(days=1)  # of groups for saves, which a slow disk must not break; the supervisor sees a hang
 END_SECONDS = 10.0  # for every rank to learn that the first one has failed
@@ -156,7 +154,7 @@ def start_mesh(
     if prepare and ranks > 1:
         _first_prepares(prepare, store, rank, ranks, timeout_seconds)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        **backends(device),
         timeout=timeout,
         rank=rank,
         world_size=ranks,
@@ -170,6 +168,17 @@ def start_mesh(
         dist.destroy_process_group()
 
 
+def backends(device: torch.device) -> dict[str, Any]:
+    """Which backends a process group has, and the device that it is bound to.
+
+    Bound to a GPU, NCCL makes its communicator at the start, and those of all groups by splitting it. Otherwise each is
+    made where it is first used, which in a pipeline is a moment when ranks wait for each other.
+    """
+    if device.type == "cuda":
+        return {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
+    return {"backend": "gloo"}
+
+
 def lay_mesh(layout: Layout, device: torch.device, rank: int) -> Mesh:
     """The mesh over the current process group, whose ranks are positions, in the mesh's order. Collective."""
     ranks = torch.arange(layout.world)
@@ -180,24 +189,6 @@ def lay_mesh(layout: Layout, device: torch.device, rank: int) -> Mesh:
         rows = ranks.view(-1, layout.context, layout.tensor).transpose(1, 2).reshape(-1, layout.context)
         context, _ = dist.new_subgroups_by_enumeration(rows.tolist())
     return Mesh(layout, device, rank, axes, context=context)
-
-
-def find_topology(store: Any, ranks: int, rank: int, device: torch.device) -> Topology:
-    """Host and GPU (on a CPU: local rank) of every rank, as each reports its own. Collective.
-
-    It goes through the store, since the order of the process group's ranks follows from it. The first rank collects
-    all reports, or each rank would ask the store for each other's.
-    """
-    local = device.index if device.type == "cuda" else int(os.environ.get("LOCAL_RANK", "0"))
-    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    domain = nvlink_domain(torch.cuda.get_device_name(device), gpus) if gpus else 0
-    host = os.environ.get("MINKA_HOST") or socket.gethostname()
-    store.set(f"place/{rank}", json.dumps([host, local, gpus, domain]))
-    if rank == 0:
-        store.set("places", json.dumps([json.loads(store.get(f"place/{number}")) for number in range(ranks)]))
-    reports = json.loads(store.get("places"))
-    places = (Place(host, gpu, number) for number, (host, gpu, _, _) in enumerate(reports))
-    return Topology(tuple(places), min(row[3] for row in reports), max(row[2] for row in reports))
 
 
 def _first_prepares(prepare: Callable[[], None], store: Any, rank: int, ranks: int, silence: float) -> None:
@@ -253,12 +244,3 @@ def _end_together(store: Any, ranks: int) -> None:
     while os.environ["RANK"] == "0" and known < ranks and time.monotonic() < until:
         time.sleep(0.1)
         known = store.add("ending", 0)
-
-
-def local_device() -> torch.device:
-    """This rank's GPU, or the CPU where there is none."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)

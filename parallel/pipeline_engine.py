@@ -47,6 +47,7 @@ class PipelineExecutor:
             self._hand_inputs_to(index, part)
         self._schedules: dict[tuple[int, torch.Size], Any] = {}
         self._sending: list[Any] = []
+        self._connect()
 
     def forward_backward(self, micro_batches: Sequence[ModelInputs], divisor: int) -> list[Tensor]:
         inputs = [one.to(self.mesh.device, self.mesh.compute_dtype) for one in micro_batches]
@@ -75,6 +76,23 @@ class PipelineExecutor:
                 to = layout.rank_of_stage(stage + 1)
                 self._sending.append((dist.isend(hidden, group=self.group, group_dst=to), hidden))
         return x if self.last in self.stages else None
+
+    def _connect(self) -> None:
+        """Make the communicators of this group now, and those of two neighbours. Collective.
+
+        NCCL makes each at its first use, where both ends wait for each other. Schedules send in batches, over the
+        group's own; evaluation, and torch before a schedule's first step, send one by one, over those of two ranks.
+        Every rank takes the pairs in one order, so that none waits for one that waits for it.
+        """
+        me, rank_of = self.mesh.coordinate["pipeline"], self.mesh.layout.rank_of_stage
+        token = torch.zeros(1, device=self.mesh.device)
+        dist.all_reduce(token, group=self.group)
+        neighbours = {frozenset((rank_of(stage), rank_of(stage + 1))) for stage in range(self.last)}
+        for one, other in sorted(sorted(pair) for pair in neighbours if len(pair) == 2):
+            if me == one:
+                dist.send(token, group=self.group, group_dst=other)
+            elif me == other:
+                dist.recv(token, group=self.group, group_src=one)
 
     def _schedule(self, count: int, shape: torch.Size) -> Any:
         """The schedule for `count` micro-batches of tokens [B, T / context]; the last one is kept."""

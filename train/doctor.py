@@ -18,7 +18,8 @@ import torch
 from minka.data.batch import Batch
 from minka.data.loader import Loader
 from minka.data.prepare import open_or_prepare
-from minka.parallel.mesh import Mesh, local_device, start_mesh
+from minka.parallel.local_device import local_device
+from minka.parallel.mesh import Mesh, start_mesh
 from minka.plan.cli import print_json, print_table, progress
 from minka.plan.config import RunConfig
 from minka.plan.config_sections import KernelsSection
