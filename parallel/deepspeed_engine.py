@@ -132,9 +132,10 @@ class DeepSpeedEngine(Engine):
 
     def apply(self, learning_rate: float, max_norm: float, accept: Tensor) -> None:
         """DeepSpeed waits for the device in its own step."""
-        self._accepted = accept
-        self._adamw.grad_scale = ((self._norm + 1e-6) / max_norm).clamp(min=1.0)
-        self._adamw.found_inf = (~accept).float()
+        self._accepted, device = accept, self._partitions[0].device
+        # With offloaded moments the kernel runs on the host, and torch would copy these there without waiting for them.
+        self._adamw.grad_scale = ((self._norm + 1e-6) / max_norm).clamp(min=1.0).to(device)
+        self._adamw.found_inf = (~accept).float().to(device)
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
         self._deepspeed.step()
@@ -190,7 +191,9 @@ def _import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed, with the environment variables that it would otherwise guess: the accelerator and the local rank."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", "0")
+        os.environ.setdefault("LOCAL_RANK", "0")
+    else:  # its index among the visible GPUs, to DeepSpeed (zero.Init); parallel/local_device.py has chosen it
+        os.environ["LOCAL_RANK"] = str(device.index)
     try:
         import deepspeed
     except ImportError as error:

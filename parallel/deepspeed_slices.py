@@ -93,7 +93,9 @@ def gradient_of(zero: Any, part: Slice) -> Tensor:
     """The reduced gradient of a slice, fp32 and 1-D, between backward and step."""
     count = part.last - part.first
     if hasattr(part.parameter, "ds_id"):
-        return zero.get_local_fp32_grad_for_param(part.parameter).narrow(0, 0, count)
+        # Where it is: get_local_fp32_grad_for_param would copy an offloaded one back to the device.
+        partition, _ = zero._get_fp32_grad_state_partition(part.parameter, release_swap_buffers=True)
+        return partition.narrow(0, 0, count).float()
     mapping: Any = part.parameter._hp_mapping
     if mapping is None:
         return part.partition.new_zeros(0)
