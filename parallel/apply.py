@@ -75,7 +75,8 @@ def recompute(block: nn.Module) -> None:
     def recomputed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        # Nothing in a block draws random numbers, so there is no state to go back to.
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     block.forward = recomputed
 

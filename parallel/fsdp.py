@@ -34,8 +34,8 @@ def shard_model(model: nn.Module, blocks: list[nn.Module], mesh: Mesh) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):  # neither setting is recursive
             module.set_gradient_divide_factor(1.0)
-            # gloo has no pre-multiplied sum, which FSDP2 uses for its divide factor
-            module.set_force_sum_reduction_for_comms(mesh.device.type == "cpu")
+            # Not a sum that is multiplied before: gloo has none, and NCCL adds up plain sums in the switch (NVLS).
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def frees_blocks(mesh: Mesh, blocks: Iterable[nn.Module]) -> bool:
