@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Error, Page, sync_playwright
 
-WAIT_SECONDS = 30.0  # far more than anything takes
+WAIT_SECONDS = 300.0  # far more than anything takes
 WIDE, NARROW = (1280, 900), (390, 844)
 
 

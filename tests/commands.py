@@ -12,10 +12,10 @@ STARTED: list["subprocess.Popen[str]"] = []
 SOURCE = Path(__file__).resolve().parent.parent / ".ns"
 
 
-def minka(*arguments: str, seconds: float = 120.0) -> "subprocess.CompletedProcess[str]":
+def minka(*arguments: str) -> "subprocess.CompletedProcess[str]":
     """Run one command to its end."""
     command = [sys.executable, "-m", "minka", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment(), check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
 
 
 def train(config: RunConfig, *overrides: str, ranks: int = 2) -> "subprocess.Popen[str]":

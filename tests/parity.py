@@ -59,9 +59,9 @@ def config_of(
     return validate(values | sections, "tests/parity.py")
 
 
-def run_on(config: RunConfig, fault: Fault = None, steps: int = STEPS, seconds: float = 120) -> Run:
+def run_on(config: RunConfig, fault: Fault = None, steps: int = STEPS) -> Run:
     """The run by the engine, on as many ranks as its layout has."""
-    found = on_ranks(rank_of, config.layout.world, config, fault, steps, seconds=seconds)
+    found = on_ranks(rank_of, config.layout.world, config, fault, steps)
     for rank, other in enumerate(found):
         assert other["loss"] == found[0]["loss"], f"losses of ranks 0 and {rank} differ"
         assert other["grad_norm"] == found[0]["grad_norm"], f"norms of ranks 0 and {rank} differ"
@@ -69,9 +69,9 @@ def run_on(config: RunConfig, fault: Fault = None, steps: int = STEPS, seconds: 
     return Run(np.array(found[0]["loss"]), np.array(found[0]["grad_norm"]), whole)
 
 
-def run_of_worker(config: RunConfig, fault: Fault = None, seconds: float = 120) -> Run:
+def run_of_worker(config: RunConfig, fault: Fault = None) -> Run:
     """A run by the real worker on real data, from its ledger and its last checkpoint."""
-    assert set(on_ranks(_worker, config.layout.world, config, fault, seconds=seconds)) == {0}
+    assert set(on_ranks(_worker, config.layout.world, config, fault)) == {0}
     folder = RunFolder.of(config)
     steps = [line for line in read_ledger(folder.ledger_file) if line["event"] == "step"]
     assert len(steps) == config.total_steps

@@ -15,7 +15,7 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "torch.distributed.fsdp", "minka.train.worker"])
 
 
-def on_ranks(body: Callable[..., Any], ranks: int, *args: Any, seconds: float = 90.0) -> list[Any]:
+def on_ranks(body: Callable[..., Any], ranks: int, *args: Any, seconds: float = 800.0) -> list[Any]:
     """What `body(*args)` returns on each rank, in order: numbers, arrays, no tensors. `body` is a module's function.
 
     The environment of each rank is that of a launched one, so body may call start_mesh. gloo here, nccl where there are
@@ -55,11 +55,11 @@ def _collect(pipes: list[Connection], processes: list[Any], deadline: float) -> 
             try:
                 good, value = pipe.recv()
             except EOFError:
-                processes[rank].join(5.0)  # its pipe closes a moment before its exit code is known
+                processes[rank].join(60.0)  # its pipe closes a moment before its exit code is known
                 good, value = False, f"ended with exit code {processes[rank].exitcode} and without an error"
             (results if good else failures)[rank] = value
         if failures:
-            deadline = min(deadline, time.monotonic() + 3.0)  # the others wait for the one that failed
+            deadline = min(deadline, time.monotonic() + 20.0)  # the others wait for the one that failed
         if time.monotonic() > deadline:
             break
     hung = sorted(set(range(len(pipes))) - set(results) - set(failures))

@@ -1,8 +1,6 @@
 """The front door: instant help, nothing heavy imported, a wrong word gets the nearest right one."""
 
 import json
-import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -14,28 +12,25 @@ from minka.__main__ import COMMANDS, main
 HEAVY = frozenset(
     "torch triton numpy pydantic transformers tokenizers datasets pyarrow plotly safetensors pandas".split()
 )
-HELP_CPU_SECONDS = 0.5  # the promise made to people in docs/architecture.md
+MOST_MODULES = 300  # 160 take a fifth of a second; docs/architecture.md promises less than half of one
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_help_takes_less_than_half_a_second_of_cpu(command: str, source_environment: dict[str, str]) -> None:
-    """CPU time, not wall time, and the least of three: a busy machine is not a failure."""
-    assert min(_cpu_seconds([command, "--help"], source_environment) for _ in range(3)) < HELP_CPU_SECONDS
-
-
-@pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_help_imports_nothing_heavy_and_names_the_command(command: str, source_environment: dict[str, str]) -> None:
+def test_help_imports_little_and_nothing_heavy_and_names_the_command(
+    command: str, source_environment: dict[str, str]
+) -> None:
     script = (
         "import json, sys\nfrom minka.__main__ import main\n"
         f"status = main([{command!r}, '--help'])\n"
-        "print(json.dumps([status, sorted({m.split('.')[0] for m in sys.modules})]), file=sys.stderr)"
+        "print(json.dumps([status, sorted(sys.modules)]), file=sys.stderr)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], env=source_environment, capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", script], env=source_environment, capture_output=True, text=True, check=True
     )
     status, modules = json.loads(done.stderr.splitlines()[-1])
     assert status == 0
-    assert HEAVY.isdisjoint(modules), HEAVY & set(modules)
+    assert HEAVY.isdisjoint(found := {module.split(".")[0] for module in modules}), HEAVY & found
+    assert len(modules) < MOST_MODULES
     assert f"minka {command}" in done.stdout
 
 
@@ -107,11 +102,3 @@ def test_version_is_the_projects(root: Path, source_environment: dict[str, str])
         check=True,
     )
     assert f'version = "{done.stdout.split()[1]}"' in (root / "pyproject.toml").read_text()
-
-
-def _cpu_seconds(arguments: list[str], environment: dict[str, str]) -> float:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    with open(os.devnull, "w") as nowhere:
-        subprocess.run([sys.executable, "-m", "minka", *arguments], env=environment, stdout=nowhere, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

@@ -200,7 +200,6 @@ def _collected(folder: Path, *options: str) -> list[str]:
         [*command, "--rootdir", str(folder), "-W", "ignore", *options, str(folder)],
         capture_output=True,
         text=True,
-        timeout=60,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return [line for line in done.stdout.splitlines() if "::" in line]

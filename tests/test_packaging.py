@@ -99,8 +99,6 @@ def _run(
     command: list[str], cwd: Path | None = None, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        command, cwd=cwd, env=clean | (environment or {}), capture_output=True, text=True, timeout=240
-    )
+    done = subprocess.run(command, cwd=cwd, env=clean | (environment or {}), capture_output=True, text=True)
     assert done.returncode == 0, f"{command}: exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done

@@ -31,13 +31,21 @@ UNIT_BYTES = execution_choices.UNIT_BYTES
 
 
 class Patient(TorchDispatchMode):
-    """gloo's threads let go of what they have sent a moment after it is waited for: give them that moment."""
+    """gloo's threads let go of what they have sent a moment after it is waited for: wait until they rest again."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         if "c10d" in func.namespace:
             time.sleep(0.002)
+            while not _at_rest():
+                time.sleep(0.002)
         return found
+
+
+def _at_rest() -> bool:
+    """Whether no thread of this process that carries out gloo's collectives is running, or waits for a processor."""
+    stats = [(task / "stat").read_text() for task in Path("/proc/self/task").iterdir()]
+    return not any("gloo" in stat and stat.rsplit(")", 1)[1].split()[0] == "R" for stat in stats)
 
 
 class Real(NamedTuple):
@@ -61,9 +69,9 @@ def config_of(layout: Mapping[str, Any], **model: Any) -> RunConfig:
     return validate(values, "tests/traced.py")
 
 
-def real(config: RunConfig, *, unit_bytes: int = UNIT_BYTES, seconds: float = 200) -> list[Real]:
+def real(config: RunConfig, *, unit_bytes: int = UNIT_BYTES) -> list[Real]:
     """On as many ranks as the layout has."""
-    ranks = on_ranks(_rank, config.layout.world, config, unit_bytes, seconds=seconds)
+    ranks = on_ranks(_rank, config.layout.world, config, unit_bytes)
     return [Real(Peak(*found[0]), *found[1:]) for found in ranks]
 
 

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from minka.benchmarks.checkpoints import memory
+from minka.checkpoint import async_saver
 from minka.checkpoint.async_saver import AsyncSaver, Outcome
 from minka.checkpoint.catalogue import Catalogue, steps_of
 from minka.checkpoint.filesystem import FileSystem
@@ -29,33 +30,61 @@ class GatedFileSystem(FileSystem):
     """Writes nothing until it is let; raises what it is given to raise."""
 
     def __init__(self) -> None:
-        self.open = threading.Event()
+        self.open, self.writing = threading.Event(), threading.Event()
         self.open.set()
         self.error: Exception | None = None
 
     def write(self, file: Path, parts: Iterable[memoryview]) -> None:
+        self.writing.set()
         self.open.wait()
         if self.error:
             raise self.error
         super().write(file, parts)
 
 
-def slow_copies(patch: pytest.MonkeyPatch) -> None:
+class Clock:
+    """The saver's clock: it stands still but where a test moves it."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(async_saver, "time", made)
+    return made
+
+
+def slow_copies(patch: pytest.MonkeyPatch, clock: Clock, begin: threading.Event) -> None:
+    """A copy waits for `begin`, and takes TAKES."""
     take = StagingBuffer.copy_in
 
     def slow(self: StagingBuffer, *arguments: Any) -> None:
-        time.sleep(TAKES)
+        begin.wait()
+        clock.now += TAKES
         take(self, *arguments)
 
     patch.setattr(StagingBuffer, "copy_in", slow)
 
 
+def at_each_look(patch: pytest.MonkeyPatch, event: threading.Event, looked: Callable[[], object]) -> None:
+    """Call `looked` before each wait for the event."""
+    wait = event.wait
+    patch.setattr(event, "wait", lambda *timeout: (looked(), wait(*timeout))[1])
+
+
 def test_what_changes_after_the_copy_is_not_what_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow_copies(monkeypatch)
+    begin = threading.Event()
+    slow_copies(monkeypatch, Clock(), begin)
     fs, training = GatedFileSystem(), tensors(1)
     saver = AsyncSaver(tmp_path, ALONE, 2, fs=fs)
     fs.open.clear()
     saver.save(SaveRequest(1, {"step": 1}), training)
+    assert saver._save is not None
+    at_each_look(monkeypatch, saver._save.copied, begin.set)
     saver.wait_for_copy()
     for piece in training.values():
         piece.local.zero_()
@@ -71,31 +100,37 @@ def test_what_changes_after_the_copy_is_not_what_is_saved(tmp_path: Path, monkey
 
 @pytest.mark.parametrize("between", [0.0, 2 * TAKES])
 def test_stall_is_what_the_training_waited_and_no_more(
-    between: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    between: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
-    slow_copies(monkeypatch)
-    saver = AsyncSaver(tmp_path, ALONE, 2)
-    waited = -time.perf_counter()
+    begin, saver = threading.Event(), AsyncSaver(tmp_path, ALONE, 2)
+    slow_copies(monkeypatch, clock, begin)
     saver.save(SaveRequest(1, {}), tensors())
-    waited += time.perf_counter()
-    time.sleep(between)  # forward and backward
-    waited -= time.perf_counter()
+    save = saver._save
+    assert save is not None
+    if between:  # a forward and backward pass, within which the copy ends
+        begin.set()
+        save.ended.wait()
+        clock.now += between
+    else:
+        at_each_look(monkeypatch, save.copied, begin.set)  # once the training waits
     saver.wait_for_copy()
-    waited += time.perf_counter()
-    while (outcome := saver.poll()) is None:
-        time.sleep(0.01)
-    assert outcome.stall_seconds == pytest.approx(waited, abs=0.02)
-    assert (outcome.stall_seconds > 0.8 * TAKES) == (between == 0.0)
-    assert outcome.total_seconds >= max(TAKES, outcome.stall_seconds)
+    save.ended.wait()
+    outcome = saver.poll()
+    assert outcome is not None
+    assert (outcome.stall_seconds, outcome.total_seconds) == (0.0 if between else TAKES, TAKES)
 
 
-def test_a_synchronous_save_stalls_for_all_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow_copies(monkeypatch)
+def test_a_synchronous_save_stalls_for_all_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    begin = threading.Event()
+    begin.set()
+    slow_copies(monkeypatch, clock, begin)
     saver = AsyncSaver(tmp_path, ALONE, 2, asynchronous=False)
     saver.save(SaveRequest(1, {}), tensors())
     outcome = saver.poll()
     assert outcome is not None
-    assert TAKES <= outcome.total_seconds <= outcome.stall_seconds + 0.01
+    assert (outcome.stall_seconds, outcome.total_seconds) == (TAKES, TAKES)
 
 
 def test_one_save_at_a_time_and_its_outcome_is_given_once(tmp_path: Path) -> None:
@@ -198,19 +233,24 @@ def test_what_goes_wrong_while_pruning_does_not_make_a_save_fail(
     assert steps_of(tmp_path) == [1]
 
 
-def test_a_wait_has_a_heartbeat_while_the_save_gets_on_and_none_while_it_hangs(tmp_path: Path) -> None:
+def test_a_wait_has_a_heartbeat_while_the_save_gets_on_and_none_while_it_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else the supervisor would wait for ever for a disk that does not answer."""
+    monkeypatch.setattr(async_saver, "POLL_SECONDS", 0.001)
     fs, beats = GatedFileSystem(), []
     saver = AsyncSaver(tmp_path, ALONE, 2, fs=fs)
     fs.open.clear()
     saver.save(SaveRequest(1, {}), tensors())
     saver.wait_for_copy()
-    time.sleep(0.1)  # the hashes need no disk
-    threading.Timer(TAKES, fs.open.set).start()
-    began = time.perf_counter()
-    assert saver.wait(lambda: beats.append(time.perf_counter() - began)) is not None
-    assert time.perf_counter() - began >= 0.9 * TAKES
-    assert all(beat >= 0.9 * TAKES for beat in beats), "a beat while nothing was written"
+    save = saver._save
+    assert save is not None
+    while not (fs.writing.is_set() and save.progress):  # the hash of the only chunk needs no disk
+        time.sleep(0.01)
+    looks = iter(range(20))
+    at_each_look(monkeypatch, save.ended, lambda: fs.open.set() if next(looks, None) is None else None)
+    assert saver.wait(lambda: beats.append(fs.open.is_set())) is not None
+    assert all(beats), "a beat while nothing was written"
 
 
 def test_a_save_keeps_one_copy_of_the_state_and_the_next_adds_none() -> None:

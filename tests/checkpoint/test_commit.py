@@ -40,7 +40,6 @@ def test_random_histories_never_lose_or_tear_a_checkpoint(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("first", range(FAST, ALL, CHUNK))
 def test_random_histories_never_lose_or_tear_a_checkpoint_up_to_10_000(first: int, tmp_path: Path) -> None:
     many(tmp_path, range(first, min(ALL, first + CHUNK)))

@@ -47,8 +47,7 @@ from resealed import (
 )
 from saved import ALONE, save, silent, tensors
 
-MOST_SECONDS, MOST_BYTES = 2.0, 8 * 2**20
-MOST_WAIT = 10.0  # on a busy machine; what would block, would block for ever
+MOST_SECONDS, MOST_BYTES = 20.0, 8 * 2**20  # of CPU time, where a tenth of a second is usual
 
 
 HUGE = 2**60
@@ -185,14 +184,13 @@ def run(tmp_path: Path) -> Path:
 def bounded() -> Iterator[None]:
     """With little work and memory: of Python by its own count, of torch by what the process may map."""
     tracemalloc.start()
-    began, worked = time.perf_counter(), time.process_time()
+    began = time.process_time()
     try:
         yield
-        took, work = time.perf_counter() - began, time.process_time() - worked
+        work = time.process_time() - began
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert took < MOST_WAIT
     assert work < MOST_SECONDS
     assert peak < MOST_BYTES, f"{peak:,} bytes"
 

@@ -172,7 +172,6 @@ def assert_whole(read: dict[str, Piece], state: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_writer_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     dice, hit, kept_for_ever = random.Random(time.time_ns()), Counter[str](), set[int]()
     first, committed = 1, 0

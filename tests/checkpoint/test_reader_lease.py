@@ -2,12 +2,14 @@
 
 import json
 import os
+import signal
 import socket
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,14 +88,13 @@ def test_a_lease_counts_by_its_process_here_and_by_its_age_anywhere(
 
 def hold_for_ever(run: str) -> None:
     with leased(Path(run), Path(run) / "checkpoints" / NAME):
-        time.sleep(60)
+        signal.pause()
 
 
 def test_a_reader_that_was_killed_holds_nothing(run: Path) -> None:
     reader = FORKS.Process(target=hold_for_ever, args=(str(run),), daemon=True)
     reader.start()
-    until = time.monotonic() + 30
-    while not is_leased(run, NAME) and time.monotonic() < until:
+    while not is_leased(run, NAME):
         time.sleep(0.01)
     assert left(run) == [1, 2]
     reader.kill()
@@ -210,8 +211,11 @@ class SteppingFileSystem(FileSystem):
 def test_a_real_reader_that_begins_at_any_step_of_pruning_reads_or_gets_an_error(
     at: int, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    path, read, steps, pruned = run / "checkpoints" / NAME, [], 0, threading.Event()
+    # A slow pruner costs the reader no patience: its clock begins when the pruning has ended.
     monkeypatch.setattr(lease_module, "PATIENCE_SECONDS", 0.2)
-    path, read, steps = run / "checkpoints" / NAME, [], 0
+    now = SimpleNamespace(**vars(time) | {"monotonic": lambda: time.monotonic() if pruned.is_set() else 0.0})
+    monkeypatch.setattr(lease_module, "time", now)
 
     def reader() -> None:
         try:
@@ -231,6 +235,7 @@ def test_a_real_reader_that_begins_at_any_step_of_pruning_reads_or_gets_an_error
         steps += 1
 
     Catalogue(run / "checkpoints", SteppingFileSystem(tick)).prune(1)
+    pruned.set()
     if not thread.ident:
         thread.start()
     thread.join()

@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -174,8 +173,10 @@ def test_the_thread_builds_a_bounded_number_of_batches_ahead(train: Split) -> No
             return train.tokens[key]
 
     config = run_config()  # four sequences a batch
-    with Loader(config, replace(train, tokens=cast(Any, Counting())), 0, 1):
-        time.sleep(0.5)
+    with Loader(config, replace(train, tokens=cast(Any, Counting())), 0, 1) as loader:
+        ahead = loader._ahead[-1]
+        ahead.result()
+        assert loader._thread._work_queue.empty()  # it has nothing more to do
         assert len(read) == 3 * config.batch_tokens_at(0) // config.data.seq_len
 
 

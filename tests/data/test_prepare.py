@@ -170,7 +170,7 @@ def test_a_missing_store_is_prepared_once_and_then_opened(corpus: Path, tmp_path
 
 def open_together(barrier: Any, folder: Path, section: dict[str, Any], found: Any) -> None:
     """What each of several processes does at the same moment."""
-    barrier.wait(timeout=60)
+    barrier.wait()
     found.put(open_or_prepare(run_config(data=section), folder).hash)
 
 
@@ -182,7 +182,7 @@ def test_processes_that_prepare_at_once_end_with_one_whole_store(corpus: Path, t
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(timeout=60)
+        worker.join()
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     assert len({found.get() for _ in workers}) == 1
     (folder,) = (tmp_path / "stores").iterdir()

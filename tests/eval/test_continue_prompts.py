@@ -24,7 +24,7 @@ EOD = 7
 
 def test_ranks_that_would_choose_differently_use_the_tokens_of_rank_0(tmp_path: Path) -> None:
     config = tiny(tmp_path, eval={"prompts": ["w1", "w2 w3"], "sample_tokens": 6})
-    found = on_ranks(sampled, 3, config, str(tmp_path / "tokenizer.json"), seconds=20.0)
+    found = on_ranks(sampled, 3, config, str(tmp_path / "tokenizer.json"))
     assert found[0] == found[1] == found[2]
     assert [text for _, text in found[0]] == [" w2 w3 w4 w5 w6 w7", " w4 w5 w6 w7"]
 

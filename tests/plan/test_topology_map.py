@@ -118,15 +118,15 @@ def expanded(text: str) -> set[int]:
     return found
 
 
-def test_sixteen_thousand_ranks_take_about_as_long_for_each_as_a_thousand() -> None:
+def test_sixteen_thousand_ranks_take_about_as_long_for_each_as_a_few_hundred() -> None:
     layout = Layout(pipeline=16, context=2, tensor=8, schedule="interleaved")
 
     def seconds(hosts: int) -> float:
-        topology, began = filled([8] * hosts, 8, shuffled(8 * hosts)), time.perf_counter()
+        topology, began = filled([8] * hosts, 8, shuffled(8 * hosts)), time.process_time()
         check(layout, topology)
         lines = topology_lines(describe(layout, topology, even_layers(layout)))
         assert len(lines) == 4 + hosts + layout.stage_count
-        return time.perf_counter() - began
+        return time.process_time() - began
 
-    few, many = (min(seconds(hosts) for _ in range(3)) for hosts in (128, 2048))
-    assert many < 4 * 16 * few  # by pairs of ranks it would be 256 times
+    few, many = (min(seconds(hosts) for _ in range(3)) for hosts in (32, 2048))
+    assert many < 10 * 64 * few  # CPU time; by pairs of ranks it would be 64 * 64 times

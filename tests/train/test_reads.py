@@ -15,7 +15,7 @@ from tiny import tiny
 
 # Python imports this module in every process; forks inherit its hook.
 HOOK = """
-import os, sys, time
+import os, sys
 log = os.open({log!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
 def note(event, arguments):
@@ -24,7 +24,8 @@ def note(event, arguments):
     path, flags = os.fsdecode(arguments[0]), arguments[2] or 0
     watched = path.endswith("ledger.jsonl") or "/checkpoints/step-" in path and path.endswith("manifest.json")
     if watched and not flags & (os.O_APPEND | os.O_CREAT):
-        os.write(log, (str(time.time()) + " " + path + chr(10)).encode())
+        size = os.path.getsize({ledger!r})  # says when: the first step makes it grow
+        os.write(log, (str(size) + " " + path + chr(10)).encode())
 
 sys.addaudithook(note)
 """
@@ -66,21 +67,20 @@ def reads(folder: Path, command: list[str]) -> tuple[int, int]:
     """How many times the command opens a ledger to read it, and a manifest of a checkpoint, before its first step."""
     log, hook = folder / "opened", folder / "hook"
     hook.mkdir()
-    (hook / "sitecustomize.py").write_text(HOOK.format(log=str(log)))
     ledger = folder / "runs" / "tiny" / "ledger.jsonl"
-    before = ledger.read_text().count("\n")
+    (hook / "sitecustomize.py").write_text(HOOK.format(log=str(log), ledger=str(ledger)))
+    before = ledger.stat().st_size
     done = subprocess.run(
         command,
         env=environment(PYTHONPATH=f"{hook}:{SOURCE}"),
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    events = [json.loads(line) for line in ledger.read_text().splitlines()[before:]]
-    assert [event["event"] for event in events][:2] == ["restore", "start"]
-    first_step = next(event["time"] for event in events if event["event"] == "step")
+    lines = ledger.read_bytes()[before:].splitlines(keepends=True)
+    assert [json.loads(line)["event"] for line in lines][:3] == ["restore", "start", "step"]
+    first_step = before + len(lines[0] + lines[1])
     opened = [line.split(" ", 1) for line in log.read_text().splitlines()]
-    paths = [path for at, path in opened if float(at) < first_step]
+    paths = [path for size, path in opened if int(size) <= first_step]
     return len([p for p in paths if p.endswith(".jsonl")]), len([p for p in paths if p.endswith(".json")])

@@ -278,7 +278,7 @@ def test_a_stopped_run_that_is_cut_to_where_it_stands_ends_there(base: RunFolder
     while not any(e["event"] == "step" and e["step"] >= 3 for e in ledger(folder)):
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate()
     assert process.returncode == ExitStatus.STOPPED
     at = read_header(checkpoints(folder.checkpoints)[-1]).step
     file = str(written(config))

@@ -82,7 +82,7 @@ def test_a_folder_that_may_not_be_written_is_said_so(base: RunFolder) -> None:
     command = f"mount --bind {folder.path} {folder.path} && mount -o remount,bind,ro {folder.path} && "
     command += f"{sys.executable} -m minka train {folder.path} run.max_steps=25"
     namespace = ["unshare", "--map-root-user", "--mount", "sh", "-c", command]
-    done = subprocess.run(namespace, capture_output=True, text=True, timeout=120, env=environment(), check=False)
+    done = subprocess.run(namespace, capture_output=True, text=True, env=environment(), check=False)
     assert done.returncode == ExitStatus.REFUSED, done.stderr
     assert ".lock: cannot be written: Read-only file system. this place may not be written." in done.stderr
     assert "Traceback" not in done.stderr

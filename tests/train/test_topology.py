@@ -31,7 +31,7 @@ def agents(config: RunConfig, first: str) -> None:
         command += ["-m", "minka", "train", str(written(config))]
         running.append(start("torch.distributed.run", *command, MINKA_HOST=host))
     for process in running:
-        said = process.communicate(timeout=150)
+        said = process.communicate()
         assert process.returncode == 0, said
 
 

@@ -39,7 +39,6 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 FAST = ("shard 2, freed", "tensor 2")
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in LAYOUTS])
 def test_a_step_sends_what_the_table_says(name: str) -> None:
     layout, model = LAYOUTS[name]

@@ -67,14 +67,14 @@ def unbroken(folder: Path) -> dict[str, Any]:
 )
 def test_a_checkpoint_resumes_under_every_other_layout(saved: str, folder: Path, unbroken: dict[str, Any]) -> None:
     config = run_under(saved, folder, max_steps=SAVED_AT)
-    assert set(on_ranks(train_rank, config.layout.world, config, seconds=120)) == {0}
+    assert set(on_ranks(train_rank, config.layout.world, config)) == {0}
     run = RunFolder.of(config)
     (checkpoint,) = checkpoints(run.checkpoints)
     stored = {name: tensor.double().numpy() for name, tensor in whole_tensors(checkpoint, "")}
     samples: dict[str, list[int]] = {}
     for name in LAYOUTS:
         other = run_under(name, folder)
-        found = on_ranks(resumed, other.layout.world, other, str(run.checkpoints), seconds=120)
+        found = on_ranks(resumed, other.layout.world, other, str(run.checkpoints))
         whole = put_together([rank["pieces"] for rank in found])
         assert whole.keys() == stored.keys() - {"rng.torch"}
         for tensor, values in whole.items():
