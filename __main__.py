@@ -26,7 +26,16 @@ DONE, FAILED, REFUSED = 0, 1, 2  # minka.plan.errors has the whole table; the fr
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's own) and return its exit status."""
-    command, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
+    if argv is not None:
+        return run_command(list(argv) or ["--help"])
+    output = importlib.import_module("minka.plan.output")
+    output.install_output()
+    return int(output.status_with_output(run_command(sys.argv[1:] or ["--help"])))
+
+
+def run_command(words: Sequence[str]) -> int:
+    """Run the command that the first word names; its exit status."""
+    command, *rest = words
     if command in ("-h", "--help", "help"):
         print(USAGE.format(commands="\n".join(f"  {name:<6}  {line}" for name, (_, line) in COMMANDS.items())))
         return DONE

@@ -25,6 +25,10 @@ from minka.plan.run_folder import RunFolder
 from minka.plan.run_state import RunState
 
 KILL_SECONDS = 5.0
+FORKER = (  # what torch logs while it is imported must not hold up the run either
+    "import sys; from minka.plan.output import install_output; install_output(waits=False); "
+    "from minka.train.forker import main; sys.exit(main())"
+)
 INTERRUPTED = "interrupted twice"
 BY_THE_RANKS = (ExitStatus.DONE, ExitStatus.REFUSED, ExitStatus.STOPPED, ExitStatus.NEEDS_PERSON)  # they give a reason
 
@@ -133,7 +137,7 @@ def supervise(job: Job) -> Ending:
     os.set_blocking(write_end, False)  # a rank drops its heartbeat rather than wait for a slow supervisor
     job = job.model_copy(update={"heartbeat_pipe": write_end, "supervisor": os.getpid()})
     process = subprocess.Popen(
-        [sys.executable, "-m", "minka.train.forker"],
+        [sys.executable, "-c", FORKER],
         stdin=subprocess.PIPE,
         pass_fds=(write_end,),
         start_new_session=True,  # Ctrl-C in a terminal reaches the supervisor alone

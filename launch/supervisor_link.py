@@ -23,6 +23,11 @@ class SupervisorLink:
     def __init__(self, rank: int, stop_file: Path, pipe: int | None, stacks: Path) -> None:
         self.rank, self.stop_file, self._pipe = rank, stop_file, pipe
         self._signalled = False
+        try:
+            stacks.parent.mkdir(exist_ok=True)
+            stacks.touch()
+        except OSError:  # a full disk, which shall not end a run that needs no stacks
+            stacks = Path(os.devnull)
         self._stacks = stacks.open("a")
         handle_stop_signals(self._note)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

@@ -5,13 +5,15 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
-EVENTS = frozenset(
-    "start step save save_failed eval skip suspect rewind restore fallback restart stop refuse detail".split()
-)
+EVENTS = frozenset("start step detail save eval skip suspect rewind restore fallback restart stop refuse".split()) | {
+    "save_failed",
+    "report_failed",
+}
 # After one of these the run is back at the event's step: per-step events beyond it belong to an abandoned lineage.
 RETURNS = frozenset({"restore", "rewind", "restart"})
 PER_STEP = frozenset({"step", "skip", "suspect", "detail", "eval"})
@@ -45,9 +47,11 @@ class Ledger:
         return True
 
     def close(self) -> None:
-        """Flush to the disk and close."""
-        os.fsync(self._file)
-        os.close(self._file)
+        """Flush to the disk and close. What the disk refuses now is lost; the run is not."""
+        with suppress(OSError):
+            os.fsync(self._file)
+        with suppress(OSError):
+            os.close(self._file)
 
 
 def read_ledger(path: Path, torn: Callable[[int], None] = lambda line: None) -> Iterator[dict[str, Any]]:

@@ -28,6 +28,7 @@ class RunFolder:
         self.evals = path / "evals"
         self.export = path / "export"
         self.logs = path / "logs"
+        self.tensorboard = self.logs / "tensorboard"
         self.exit_file = path / "exit_reason.json"
         self.stop_file = path / "STOP"
 

@@ -81,5 +81,5 @@ TEXTS: dict[str, Callable[[Event], str]] = {
     "save": _save,
     "eval": _eval,
     "fallback": lambda event: f"{Path(str(event.get('path', ''))).name}: {_reason(event)}",
-    **dict.fromkeys(("skip", "suspect", "restore", "rewind", "restart", "save_failed", "refuse", "stop"), _reason),
+    **dict.fromkeys("skip suspect restore rewind restart save_failed report_failed refuse stop".split(), _reason),
 }

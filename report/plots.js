@@ -12,6 +12,7 @@ const EVENTS = { // kind: [sign, symbol, colour, whether a line crosses every pl
   rewind: ["«", "triangle-left-open", "--warn", true],
   restart: ["⟲", "circle-open", "--warn", true],
   save_failed: ["!", "square-x-open", "--bad", true],
+  report_failed: ["!", "square-x-open", "--warn", false, 0.18],
   refuse: ["⊘", "circle-x-open", "--bad", true],
   stop: ["●", "circle", "--soft", false, 0.03],
 };

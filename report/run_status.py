@@ -20,7 +20,8 @@ def run_status(run: RunFiles, now: float) -> dict[str, Any]:
 
     `kind`: waiting, running, silent, finished, stopped, person or failed. `ended`: nothing more happens by itself.
     """
-    events = [event for event in run.events if event["event"] != "save_failed"]  # a failed export comes after the end
+    # A failed export, or report, comes after the end.
+    events = [event for event in run.events if event["event"] not in ("save_failed", "report_failed")]
     end, code = run.exit_reason, run.exit_reason.get("code")
     if isinstance(code, int) and (not events or _is_of_last_session(end, events[-1])):
         label = "failed" if code in set(ExitStatus) else f"exit status {code}"

@@ -10,6 +10,7 @@ import typer
 from minka.launch.environment import choose_ranks, launcher, requeued, slurm_environment, visible_gpus
 from minka.plan.cli import new_app, print_json, run_app
 from minka.plan.errors import UserError
+from minka.plan.output import only_reports
 
 if TYPE_CHECKING:
     from minka.plan.load_config import LoadedRun
@@ -135,6 +136,7 @@ def _start(loaded: "LoadedRun", ranks: int | None, window: tuple[int, int], from
     from minka.train.start_or_resume import print_finished, read_and_check, saved_step
     from minka.train.trackers import check_trackers
 
+    only_reports()
     config, joins, gpus = loaded.config, launcher(os.environ), visible_gpus(os.environ)
     check_trackers(config)
     if config.kernels.attention == "varlen" and not gpus:

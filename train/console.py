@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any, TextIO
 
 from minka.plan.cli import print_table
@@ -23,14 +22,11 @@ class Console:
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
         elif self.speaks:
-            with suppress(BrokenPipeError):  # the reader has closed the pipe (`| head`); the run continues
-                print(text, file=self.out, flush=True)
+            print(text, file=self.out, flush=True)
 
     def table(self, rows: Sequence[Sequence[str]]) -> None:
         """Print a table, once the bar has ended."""
-        with suppress(BrokenPipeError):
-            print_table(rows, file=self.out)
-            self.out.flush()
+        print_table(rows, file=self.out)
 
     def start(self, step: int) -> None:
         """Show the bar on a terminal, with `step` steps done."""

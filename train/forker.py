@@ -1,6 +1,6 @@
 """Forks the ranks from one process that has imported torch: eight forks take a third of a second, imports a minute.
 
-The supervisor runs it as `python -m minka.train.forker`, with a Job as JSON on stdin. It exits with the ranks' status.
+The supervisor runs its `main`, with a Job as JSON on stdin. It exits with the ranks' status.
 """
 
 import ctypes
@@ -21,6 +21,7 @@ from minka.launch.supervisor_link import STOP_SIGNALS, handle_stop_signals
 from minka.plan.cli import print_error
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
+from minka.plan.output import install_output
 from minka.plan.run_folder import RunFolder
 from minka.train.parent_run import open_run
 from minka.train.worker import work
@@ -84,9 +85,13 @@ def _rank(job: Job, rank: int, store: str) -> int:
     threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or max(1, len(os.sched_getaffinity(0)) // job.ranks)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.ranks), MINKA_STORE=store)
     if rank:
-        log = os.open(_log(job.config, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            log = os.open(_log(job.config, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError:
+            log = os.open(os.devnull, os.O_WRONLY)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        install_output(waits=False)
     return work(job.model_copy(update={"threads": threads}))
 
 
@@ -118,9 +123,8 @@ def _fork(body: Callable[[], int | None], as_json: bool, *, hold: bool) -> int:
     except Exception:
         traceback.print_exc()
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(BrokenPipeError):
-                stream.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)  # without the parent's atexit functions
 
 
@@ -156,7 +160,3 @@ def _report(raw: int, rank: int, log: Path | None) -> None:
     if rank and log is not None and log.exists():
         tail = log.read_text(errors="replace").splitlines()[-20:]
         print("\n".join(f"  {line}" for line in tail), file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

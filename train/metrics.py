@@ -1,9 +1,10 @@
 """Numbers about steps: they stay on the device until they are logged, and then move in one transfer."""
 
+import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -97,6 +98,20 @@ class Metrics:
             flops = training_flops_per_token(self.config.model, self.config.data.seq_len)
             share = rate * flops / (gpu.peak_flops * self.mesh.ranks)
         return {"tokens_per_second": rate, "mfu": share}
+
+
+def interval_numbers(records: Sequence[StepRecord]) -> dict[str, float]:
+    """For a curve: means over the steps since the last point; of refused steps only where there are no others."""
+    accepted = [r for r in records if math.isfinite(r.loss + r.grad_norm)] or records
+    targets = sum(r.target_count for r in accepted)
+    return {
+        "loss": sum(r.loss * r.target_count for r in accepted) / max(targets, 1),
+        "z_loss": sum(r.z_loss * r.target_count for r in accepted) / max(targets, 1),
+        "grad_norm": sum(r.grad_norm for r in accepted) / len(accepted),
+        "learning_rate": records[-1].learning_rate,
+        "tokens": records[-1].tokens,
+        **{f"seconds/{part}": sum(r.seconds[part] for r in records) / len(records) for part in PARTS},
+    }
 
 
 def memory_bytes(device: torch.device) -> int:

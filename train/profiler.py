@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from minka.plan.read_file import first_line
+
 
 class Profile:
     """Traces steps first < step <= last, counted as in the ledger. An empty window traces nothing."""
@@ -28,6 +30,10 @@ class Profile:
         """End a running trace and write it."""
         if self._profiler is not None:
             self._profiler.stop()
-            self._profiler.export_chrome_trace(str(self.file))
-            print(f"trace of steps {self.first + 1} to {self.last}: {self.file}", file=sys.stderr, flush=True)
+            said = str(self.file)
+            try:
+                self._profiler.export_chrome_trace(said)
+            except Exception as error:  # torch raises RuntimeError, too
+                said = f"it could not be written: {first_line(error)}"
+            print(f"trace of steps {self.first + 1} to {self.last}: {said}", file=sys.stderr, flush=True)
             self._profiler = None

@@ -1,8 +1,11 @@
 """Records a run: ledger, trackers, console, checkpoints, evaluations, samples."""
 
 import json
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from typing import BinaryIO
 
 from torch import Tensor
 
@@ -21,13 +24,14 @@ from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
 from minka.plan.guard import judge
 from minka.plan.ledger import Ledger
+from minka.plan.output import lost_output
 from minka.plan.retention import permanent
 from minka.plan.run_folder import RunFolder
 from minka.plan.scores import BITS_PER_BYTE, caveat
 from minka.train.console import Console
-from minka.train.metrics import Metrics, StepRecord, Stopwatch, memory_bytes
+from minka.train.metrics import Metrics, StepRecord, Stopwatch, interval_numbers, memory_bytes
 from minka.train.state import State, manifest_state, random_state
-from minka.train.trackers import open_trackers
+from minka.train.trackers import Tracker, start_trackers
 
 
 class Recorder:
@@ -38,7 +42,7 @@ class Recorder:
     ) -> None:
         self.config, self.mesh, self.store, self.supervisor = config, mesh, store, supervisor
         self.folder = RunFolder.of(config)
-        self.trackers = open_trackers(config, self.folder) if mesh.is_first else []
+        self.trackers: list[Tracker] = []  # once it is known where training starts
         self.ledger = Ledger(self.folder.ledger_file) if mesh.is_first else None
         self.lineage = self.folder.lineage() if mesh.is_first else []
         self.run_id = self.folder.run_id()
@@ -52,9 +56,16 @@ class Recorder:
         self.evaluated_at = -1
         self.refused_steps = 0
         self._ledger_writes = True
-        self._samples = None
-        if config.tracking.record_samples:
-            self._samples = (self.folder.logs / f"samples-{mesh.rank:05d}.jsonl").open("a")
+        self._failed_reports: set[str] = set()
+        self._samples: BinaryIO | None = None
+
+    def open_reports(self, state: State) -> None:
+        """Open the file of sample ids and the trackers; the next numbers are those of the step after `state`."""
+        if self.config.tracking.record_samples:
+            with self._optional("samples"):
+                self._samples = (self.folder.logs / f"samples-{self.mesh.rank:05d}.jsonl").open("ab", buffering=0)
+        if self.mesh.is_first:
+            self.trackers = start_trackers(self.config, self.folder, state.step)
 
     def event(self, event: str, state: State, **fields: object) -> None:
         """Write one line of the ledger. A full disk does not end the run: the lines wait and are written later."""
@@ -87,17 +98,17 @@ class Recorder:
                 status = ExitStatus.NEEDS_PERSON
         last = self.last = records[-1]
         self.tokens_per_second = speed["tokens_per_second"]
+        self._check_reports()
         self.console.step(last, speed["tokens_per_second"] or 0.0, speed["mfu"])
-        numbers = {"loss": last.loss, "grad_norm": last.grad_norm, "learning_rate": last.learning_rate, **speed}
-        self._track(last.step, {name: value for name, value in numbers.items() if value is not None})
+        self._track(last.step, {**interval_numbers(records), **speed, "memory_bytes": memory})
         return replace(state, refused_in_a_row=refused), status
 
     def samples(self, state: State, ids: Tensor) -> None:
         """Record the sample ids of this rank in the step that ended at `state`, without padding."""
         if self._samples is not None:
             here = [i for i in ids.tolist() if i != PADDING]
-            self._samples.write(json.dumps({"step": state.step, "samples": here}) + "\n")
-            self._samples.flush()
+            with self._optional("samples"):
+                self._samples.write(json.dumps({"step": state.step, "samples": here}).encode() + b"\n")
 
     def detail(self, state: State, fields: Mapping[str, object]) -> None:
         """Record the per-layer numbers of a step."""
@@ -178,11 +189,33 @@ class Recorder:
         self._saving_ended(self._saver.close(self.config.guard.hang_seconds))
         for tracker in self.trackers:
             tracker.close()
+        self._check_reports()
         if self.ledger is not None:
             self.ledger.close()
         if self._samples is not None:
-            self._samples.close()
+            with suppress(OSError):
+                self._samples.close()
 
-    def _track(self, step: int, numbers: dict[str, float]) -> None:
+    def _track(self, step: int, numbers: Mapping[str, float | None]) -> None:
         for tracker in self.trackers:
-            tracker.log(numbers, step)
+            tracker.log({name: value for name, value in numbers.items() if value is not None}, step)
+
+    def _check_reports(self) -> None:
+        for name, failure in (("output", lost_output()), *((one.name, one.failure) for one in self.trackers)):
+            if failure:
+                self._report_failed(name, failure)
+
+    @contextmanager
+    def _optional(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._report_failed(name, error.strerror or str(error))
+
+    def _report_failed(self, name: str, failure: str) -> None:
+        """Record once that some of this report of the run is missing, which does not end the run."""
+        if name not in self._failed_reports:
+            self._failed_reports.add(name)
+            at = State(step=self.last.step, tokens=self.last.tokens) if self.last else State()
+            self.event("report_failed", at, reason=f"{name}: {failure}")
+            print(f"minka: {name} is incomplete from step {at.step} on: {failure}", file=sys.stderr)
