@@ -106,12 +106,13 @@ def print_finished(folder: RunFolder, ignored: Sequence[str], *, as_json: bool) 
 def restart(folder: RunFolder) -> Path | None:
     """Set a run back to its beginning (--from-scratch); for its one writer. Return where its checkpoints are."""
     aside, reason = None, "--from-scratch was given"
-    if folder.checkpoints.exists():
-        number = next(n for n in count(1) if not (folder.path / f"checkpoints.old-{n}").exists())
-        aside = folder.checkpoints.rename(folder.path / f"checkpoints.old-{number}")
-        reason += f"; its checkpoints are in {aside.name}"
-        if folder.evals.exists():
-            folder.evals.rename(folder.path / f"evals.old-{number}")
+    places = (folder.checkpoints, folder.evals, folder.tensorboard)
+    number = next(n for n in count(1) if not any(place.with_name(f"{place.name}.old-{n}").exists() for place in places))
+    for place in filter(Path.exists, places):
+        old = place.rename(place.with_name(f"{place.name}.old-{number}"))
+        if place == folder.checkpoints:
+            aside = old
+            reason += f"; its checkpoints are in {old.name}"
     folder.exit_file.unlink(missing_ok=True)
     ledger = Ledger(folder.ledger_file)
     ledger.append("restart", step=0, tokens=0, reason=reason)
