@@ -123,7 +123,8 @@ def _describe_store(store: "TokenStore") -> dict[str, Any]:
     }
     for name, part in manifest.splits.items():
         facts[name] = {**part.model_dump(), "bytes_per_token": round(part.bytes / (part.tokens - part.documents), 4)}
-    return facts | ({"note": "; ".join(manifest.notes)} if manifest.notes else {})
+    bad = {"first_bad_rows": list(manifest.skipped.first)} if manifest.skipped else {}
+    return facts | bad | ({"note": "; ".join(manifest.notes)} if manifest.notes else {})
 
 
 def _trace_sample(split: "Split", config: "RunConfig | None", position: int, where: str) -> dict[str, Any]:
@@ -159,4 +160,6 @@ def _show(facts: dict[str, Any], as_json: bool, title: str = "") -> None:
 def _in_words(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_in_words(inner)}" for name, inner in value.items() if inner not in ("", None))
+    if isinstance(value, list):
+        return "; ".join(map(_in_words, value))
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

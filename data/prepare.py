@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from minka.data.corpus_files import find_files
 from minka.data.document import Document
 from minka.data.indexed_dataset import token_dtype
 from minka.data.read_documents import read_documents
@@ -74,6 +75,17 @@ def store_folder(config: RunConfig, root: Path) -> Path:
     return root / STORES / f"{config.data.source}-{digest}"
 
 
+def missing_corpus(config: RunConfig, root: Path) -> str:
+    """Why the run's store could not be prepared, where it is missing and data.paths names no file; "" otherwise."""
+    if (store_folder(config, root) / MANIFEST).is_file():
+        return ""
+    try:
+        find_files(config.data)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def check_store(store: TokenStore, config: RunConfig) -> None:
     """Raise UserError unless the store has the tokens that the run describes."""
     manifest, where = store.manifest, str(store.folder)
@@ -86,9 +98,11 @@ def check_store(store: TokenStore, config: RunConfig) -> None:
         what = f"the store's vocabulary has {manifest.vocab} entries, the model's embedding {vocab} rows"
         raise UserError(what, where=where, remedy=f"set model.vocab={manifest.vocab}; or {remedy}")
     run = defining_fields(config.data)
-    differ = [key for key in run if run[key] != manifest.source.get(key)]
+    differ = [key for key in run | manifest.source if run.get(key) != manifest.source.get(key)]
     if differ and config.data.source != "stdlib":  # the default: then data.store alone identifies the corpus
-        listed = "; ".join(f"data.{key} is {manifest.source.get(key)!r}, the run has {run[key]!r}" for key in differ)
+        listed = "; ".join(
+            f"data.{key} is {manifest.source.get(key)!r}, the run has {run.get(key)!r}" for key in differ
+        )
         raise UserError(f"the store was made with different settings: {listed}", where=where, remedy=remedy)
 
 
@@ -128,6 +142,8 @@ def prepare(data: DataSection, vocab: int, folder: Path, progress: Progress = no
             cutoff=survey.cutoff,
             moved=survey.moved,
             empty=survey.empty + without_tokens,
+            skipped=survey.skipped,
+            left_out=find_files(data).left_out or None,
             exact=not loss.differ,
             lossy=loss if loss.differ else None,
             added=tokenizer.added or None,

@@ -17,6 +17,8 @@ SPLITS = ("train", "validation")
 DEFINING_FIELDS = frozenset(
     "source paths dataset dataset_config dataset_split text_field tokenizer validation_fraction max_bytes".split()
 )
+# The ones that later versions added: a default is left out, so that a store made before keeps its name.
+ADDED_FIELDS = frozenset("id_field source_field url_field licence_field bad_rows split_on chunk_bytes".split())
 
 
 class TokenizerInfo(BaseModel, frozen=True, extra="forbid"):
@@ -42,6 +44,21 @@ class FileInfo(BaseModel, frozen=True, extra="forbid"):
     sha256: str
 
 
+class SkippedRows(BaseModel, frozen=True, extra="forbid"):
+    """Rows left out by data.bad_rows="skip": how many, for each reason too, and the first as "file:line: reason"."""
+
+    rows: int = 0
+    reasons: dict[str, int] = {}
+    first: tuple[str, ...] = ()
+
+    def describe(self, documents: int) -> str:
+        """One line; `documents` are the rows that were used."""
+        share = 100 * self.rows / (self.rows + documents)
+        counts = ", ".join(f"{reason}: {count:,}" for reason, count in self.reasons.items())
+        many = "; most of the corpus is not used" if share > 50 else ""
+        return f"{self.rows:,} of {self.rows + documents:,} rows ({share:.3g} %) were left out as bad ({counts}){many}"
+
+
 class Manifest(BaseModel, frozen=True, extra="forbid"):
     """The whole manifest. source: the DEFINING_FIELDS it was made from. cutoff: see HashedDocument.split_key."""
 
@@ -59,11 +76,18 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     added: tuple[str, ...] | None = Field(None, description="tokens that the loaded tokenizer added to each text")
     splits: dict[Annotated[str, Field(pattern="^(train|validation)$")], SplitTotals] = Field(min_length=2)
     files: dict[str, FileInfo]
+    skipped: SkippedRows | None = None
+    left_out: dict[str, int] | None = Field(None, description="files of data.paths' folders not read, by suffix")
 
     @property
     def notes(self) -> list[str]:
         """What a person must know before training on this store, a line each."""
         lines = [self.moved] if self.moved else []
+        if self.skipped:
+            lines.append(self.skipped.describe(self.empty + sum(part.documents for part in self.splits.values())))
+        if self.left_out:
+            files = ", ".join(f"{count:,} {name}" for name, count in self.left_out.items())
+            lines.append(f"files in the folders of data.paths that were not read: {files}")
         if self.lossy is not None:
             lines.append(self.lossy.describe(self.tokenizer.name))
         elif not self.exact:
@@ -78,8 +102,9 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
 
 
 def defining_fields(data: DataSection) -> dict[str, Any]:
-    """The values of DEFINING_FIELDS."""
-    return data.model_dump(mode="json", include=set(DEFINING_FIELDS))
+    """The values of DEFINING_FIELDS, and those of ADDED_FIELDS that are not the default."""
+    added = data.model_dump(mode="json", include=set(ADDED_FIELDS), exclude_defaults=True)
+    return data.model_dump(mode="json", include=set(DEFINING_FIELDS)) | added
 
 
 def hash_files(folder: Path) -> dict[str, FileInfo]:

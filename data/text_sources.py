@@ -1,13 +1,16 @@
-"""Sources whose documents are text files: the standard library, and the files, folders and globs of data.paths."""
+"""Sources whose documents are texts: the standard library, and text files, whole or cut into documents."""
 
-import glob
 import os
 import platform
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 
-from minka.data.document import Document
+from minka.data.corpus_files import find_files
+from minka.data.document import BadRow, Document
+from minka.data.split_text import TextPiece, split_text
+from minka.data.text_file import DAMAGE, HEAD_BYTES, damaged_file, is_jsonl, not_utf8, open_text, shown
 from minka.plan.config_sections import DataSection
 from minka.plan.errors import UserError
 from minka.plan.read_file import reading
@@ -40,10 +43,47 @@ def stdlib_names(root: Path) -> list[str]:
     return sorted(names)
 
 
-def text_documents(data: DataSection) -> Iterator[Document]:
-    """A document for each file of data.paths. Folders are searched recursively; hidden files are left out."""
-    for path in expand_paths(data.paths, ()):
-        yield Document(text=read_text(path), id=path.as_posix(), source="text", path=path.as_posix())
+def text_documents(data: DataSection) -> Iterator[Document | BadRow]:
+    """A document for each file of data.paths, or for each piece of it (data.split_on, data.chunk_bytes).
+
+    Folders are searched recursively; hidden files are left out. Memory: one document. Raises UserError.
+    """
+    separated = False
+    for path in find_files(data).files:
+        piece = None
+        try:
+            with open_text(path) as stream:
+                _refuse_jsonl(path, stream)
+                for piece in split_text(stream, data.split_on.encode(), data.chunk_bytes, shown(path)):
+                    separated |= piece.separated
+                    yield _text_document(path, piece, whole=not (data.split_on or data.chunk_bytes))
+        except BadRow as bad:
+            yield bad
+        except DAMAGE as error:
+            raise damaged_file(path, piece.line if piece else 0, error) from None
+    if data.split_on and not separated:
+        remedy = "take a separator that is in them; in a shell, newlines are written 'data.split_on=\"\\n\\n\"'"
+        raise UserError("it is in none of the files", where=f"data.split_on={data.split_on!r}", remedy=remedy)
+
+
+def _text_document(path: Path, piece: TextPiece, *, whole: bool) -> Document | BadRow:
+    name = shown(path)
+    try:
+        text = piece.raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = piece.line + piece.raw.count(b"\n", 0, error.start)
+        return not_utf8(f"{name}:{line}", error)
+    if whole:
+        return Document(text, id=name, source="text", path=name)
+    return Document(text, id=f"{name}@{piece.offset}", source="text", path=name, line=piece.line)
+
+
+def _refuse_jsonl(path: Path, stream: BufferedReader) -> None:
+    """Raise BadRow where the documents would be JSON syntax."""
+    head = stream.peek(HEAD_BYTES)
+    if is_jsonl(path, head[:HEAD_BYTES]):
+        what = "this is JSON Lines, whose texts are in its fields"
+        raise BadRow("JSON Lines", what, where=shown(path), remedy="it is read with data.source=jsonl")
 
 
 def read_text(path: Path) -> str:
@@ -55,38 +95,3 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise not_utf8(f"{path}:{line}", error) from None
-
-
-def not_utf8(where: str, error: UnicodeDecodeError) -> UserError:
-    """The error for text in a different encoding."""
-    what = f"not UTF-8: byte 0x{error.object[error.start]:02x} at byte offset {error.start}"
-    remedy = "convert the file (iconv -f latin1 -t utf-8), or exclude it with a narrower glob in data.paths"
-    return UserError(what, where=where, why="no byte of a text is replaced or skipped", remedy=remedy)
-
-
-def expand_paths(paths: Sequence[str], suffixes: tuple[str, ...]) -> list[Path]:
-    """The files of a list of files, folders and globs: each once, sorted within each entry of `paths`.
-
-    suffixes: of the files that a folder is searched for; () = every file that is not hidden.
-    Raises UserError for an entry without files.
-    """
-    found: dict[Path, None] = {}
-    for entry in paths:
-        path = Path(entry).expanduser()
-        if path.is_dir():
-            visible = (p for p in path.rglob("*") if not any(s.startswith(".") for s in p.relative_to(path).parts))
-            files = sorted(p for p in visible if p.is_file() and (not suffixes or p.name.endswith(suffixes)))
-            what = f"no {' or '.join(suffixes) or 'file'} is in this folder"
-        else:
-            matches = [path] if path.exists() else map(Path, glob.glob(str(path), recursive=True))
-            files = sorted(p for p in matches if p.is_file())
-            what = "this glob matches no file" if glob.has_magic(entry) else "there is no such file or folder"
-        if not files:
-            raise UserError(
-                what,
-                where=f"data.paths: {entry}",
-                why="" if path.is_absolute() else f"relative paths start at {Path.cwd()}",
-                remedy='give files, folders or globs, for example paths = ["corpus/**/*.txt"]',
-            )
-        found |= dict.fromkeys(files)
-    return list(found)

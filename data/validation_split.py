@@ -1,24 +1,29 @@
 """The train/validation split: by content hash, with a cutoff that a first reading of the corpus decides."""
 
 import heapq
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from minka.data.document import HASH_BYTES, Document
+from minka.data.document import HASH_BYTES, BadRow, Document
 from minka.data.read_documents import read_documents
+from minka.data.split_text import HOW_TO_SPLIT
+from minka.data.store_manifest import SkippedRows
 from minka.plan.config_sections import DataSection
 from minka.plan.errors import UserError
 
 HASH_SPACE = 2**64  # documents are split by the first 8 bytes of their hash
+SHOWN_BAD_ROWS = 20
 SAMPLE_BYTES = 256 * 2**20  # a tokenizer is trained on at most this much text
 
 
 @dataclass(frozen=True)
 class CorpusSurvey:
-    """Result of the first reading. size: UTF-8 bytes; empty: documents without text."""
+    """Result of the first reading. size: UTF-8 bytes; empty: documents without text; skipped: None without bad rows."""
 
     size: int
     empty: int
+    skipped: SkippedRows | None
     checksum: int
     cutoff: int  # a document is in the validation split when its split_key is below
     moved: str  # "" or why the cutoff is not data.validation_fraction's
@@ -33,7 +38,15 @@ def survey_corpus(data: DataSection, advance: Callable[[int], None]) -> CorpusSu
     documents = size = empty = checksum = 0
     lowest, highest = HASH_SPACE, -1
     sample = _TextSample(SAMPLE_BYTES if data.tokenizer == "bpe" else 0)
-    for document in read_documents(data):
+    bad: Counter[str] = Counter()
+    first: list[str] = []
+
+    def skip(row: BadRow) -> None:
+        bad[row.reason] += 1
+        if len(first) < SHOWN_BAD_ROWS:
+            first.append(f"{row.where}: {row.what}")
+
+    for document in read_documents(data, skip):
         if not document.raw:
             empty += 1
             continue
@@ -42,8 +55,11 @@ def survey_corpus(data: DataSection, advance: Callable[[int], None]) -> CorpusSu
         lowest, highest = min(lowest, document.split_key), max(highest, document.split_key)
         sample.add(document)
         advance(len(document.raw))
+    skipped = SkippedRows(rows=bad.total(), reasons=dict(bad.most_common()), first=tuple(first)) if bad else None
     if not documents:
         why = f"all {empty} documents are empty" if empty else "no document was found"
+        if skipped:
+            why = f"{skipped.describe(empty)}; the first: {first[0]}"
         remedy = "give files that contain text, or use data.source=stdlib, which is on every machine"
         if data.max_bytes:
             why = f"no whole document fits in data.max_bytes={data.max_bytes}"
@@ -51,7 +67,7 @@ def survey_corpus(data: DataSection, advance: Callable[[int], None]) -> CorpusSu
         where = f"data.source={data.source}" + (f", data.paths={list(data.paths)}" if data.paths else "")
         raise UserError("the corpus has no text", where=where, why=why, remedy=remedy)
     cutoff, moved = _cutoff(data, lowest, highest, documents)
-    return CorpusSurvey(size, empty, checksum, cutoff, moved, sample.training_texts(cutoff))
+    return CorpusSurvey(size, empty, skipped, checksum, cutoff, moved, sample.training_texts(cutoff))
 
 
 def add_hash(checksum: int, content: bytes) -> int:
@@ -93,7 +109,7 @@ def _cutoff(data: DataSection, lowest: int, highest: int, documents: int) -> tup
         raise UserError(
             f"all {documents} documents are the same text" if documents > 1 else "the corpus is a single document",
             where=f"data.source={data.source}",
-            remedy="give two or more, one of them for validation (a text file is one, a line of JSONL is one)",
+            remedy=HOW_TO_SPLIT if data.source == "text" else "give two or more, one of them for validation",
         )
     wanted = int(data.validation_fraction * HASH_SPACE)
     asked = f"data.validation_fraction={data.validation_fraction} of {documents} documents"

@@ -93,7 +93,14 @@ class DataSection(Section):
     dataset: str = Field("", description="first argument of datasets.load_dataset")
     dataset_config: str = ""
     dataset_split: str = "train"
-    text_field: str = "text"
+    text_field: str = Field("text", min_length=1, description="path to the text in a row: a.b, list[0], list[].b")
+    id_field: str = Field("", description="path to the id; empty: the column of that name, where there is one")
+    source_field: str = ""
+    url_field: str = ""
+    licence_field: str = ""
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    split_on: str = Field("", description="text files are cut into documents at this separator")
+    chunk_bytes: int = Field(0, ge=0, description="a document of a text file is cut where it is larger; 0 = never")
     tokenizer: str = Field("bpe", min_length=1, description="bpe (trained), bytes, or a Hugging Face folder or name")
     store: str = Field("", description="token store folder; empty: stores/ and a name made from this section")
     validation_fraction: float = Field(0.01, gt=0, lt=1, description="of documents, by content hash")
@@ -117,6 +124,10 @@ class DataSection(Section):
             raise ValueError("batch_warmup must be in rising order of until_tokens")
         if self.source in ("text", "jsonl", "parquet") and not self.paths:
             raise ValueError(f'source="{self.source}" needs paths = ["..."]')
+        if self.source != "text" and (self.split_on or self.chunk_bytes):
+            raise ValueError('split_on and chunk_bytes are for source="text"; a row is a document already')
+        if 0 < self.chunk_bytes < 64:
+            raise ValueError(f"chunk_bytes={self.chunk_bytes} is not 0 and not 64 or more")
         if self.source == "datasets" and not self.dataset:
             raise ValueError('source="datasets" needs dataset = "..."')
         edges = [0, *(edge for dropped in self.dropped_samples for edge in dropped)]

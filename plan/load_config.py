@@ -63,7 +63,7 @@ def load_run(source: str, overrides: Sequence[str] = (), runs: str = "runs") -> 
             raise UserError(f"{override!r} is not an override", remedy=remedy)
         if key not in known:
             raise UserError(_unknown(key, known), where=f"override {override!r}", remedy="keys are written section.key")
-        value = _value(known[key], text)
+        value = _value(known[key], key, text)
         _put(values, key, value)
         old = before.get(key, None if known[key].is_required() else known[key].get_default(call_default_factory=True))
         if old != value:
@@ -118,11 +118,19 @@ def describe_problems(error: ValidationError) -> str:
     return "; ".join(_explain(problem) for problem in error.errors())
 
 
-def _value(field: FieldInfo, text: str) -> object:
-    """The value after the equals sign: TOML, or a bare word. For a list, a single value means a list of one."""
+def _value(field: FieldInfo, key: str, text: str) -> object:
+    """The value after the equals sign: TOML, or a bare word. For a list, a single value means a list of one.
+
+    Raises UserError for a list, table or string that is not TOML: most often, the shell has removed its quotes.
+    """
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except tomllib.TOMLDecodeError as error:
+        if text[:1] in ("[", "{", '"', "'"):
+            is_list = get_origin(field.annotation) is tuple
+            example = '["a", "b"]' if is_list else '"a b"' if text[0] in "\"'" else "{ factor = 8.0 }"
+            remedy = f"quote all of it for the shell: '{key}={example}'"
+            raise UserError(f"not TOML: {error}", where=f"override {key}={text}", remedy=remedy) from None
         value = text
     if field.annotation is str and not isinstance(value, str):
         return text  # run.name=2026

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -176,6 +177,7 @@ def _start(loaded: "LoadedRun", ranks: int | None, window: tuple[int, int], from
 
 def _print_run(loaded: "LoadedRun", ranks: int | None, from_scratch: bool, as_json: bool) -> int:
     """Print the run and what starting it would do. Nothing is asked of this machine: a different one may train it."""
+    from minka.data.prepare import missing_corpus
     from minka.plan.flops import parameters, training_flops_per_token
     from minka.plan.load_config import dump_toml
     from minka.plan.run_folder import RunFolder
@@ -191,13 +193,16 @@ def _print_run(loaded: "LoadedRun", ranks: int | None, from_scratch: bool, as_js
         "total_tokens": config.total_tokens,
         "training_flops": training_flops_per_token(config.model, config.data.seq_len) * config.total_tokens,
     }
+    missing = missing_corpus(config, Path())
     begun, over, said = outlook.state.begun, outlook.decision.over, outlook.describe()
     if as_json:
         changed = {key: {"was": old, "is": new} for key, (old, new) in loaded.changed.items()}
-        start = {"begun": begun, "finished": over, "step": outlook.step, "said": said}
+        start = {"begun": begun, "finished": over, "step": outlook.step, "said": said, "missing_corpus": missing}
         print_json({"run": config.model_dump(mode="json"), "changed": changed, "derived": derived, "start": start})
         return 0
     print(f"# {loaded.source}\n# {RunFolder.of(config).path} {said}")
+    if missing:
+        print(f"# warning: on this machine there is no token store, and none can be made: {missing}")
     for key, (old, new) in loaded.changed.items():
         print(f"# changed: {key} = {new!r} (was {old!r})")
     for name, value in derived.items():

@@ -13,9 +13,10 @@ import pytest
 import zstandard
 
 from corpora import data_section, texts, write_jsonl
+from minka.data.corpus_files import expand_paths
 from minka.data.document import Document
 from minka.data.read_documents import read_documents
-from minka.data.text_sources import expand_paths, stdlib_names
+from minka.data.text_sources import stdlib_names
 
 TEXTS = texts(12)
 
@@ -54,9 +55,9 @@ def test_files_folders_and_globs_of_text_are_each_read_once(tmp_path: Path) -> N
     assert read(source="text", paths=[f"{folder}/a.md"])[0].id == f"{folder}/a.md"
 
 
-def test_newlines_marks_and_nulls_of_a_file_are_kept(tmp_path: Path) -> None:
-    raw = "\ufeffone\r\ntwo\rthree\n\x00\u2028end".encode()
-    (tmp_path / "a.txt").write_bytes(raw)
+def test_newlines_and_nulls_of_a_file_are_kept_and_a_byte_order_mark_is_not(tmp_path: Path) -> None:
+    raw = "one\r\ntwo\rthree\n\x00\u2028\ufeffend".encode()
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + raw)
     (document,) = read(source="text", paths=[str(tmp_path)])
     assert document.raw == raw
 
@@ -131,4 +132,4 @@ def test_max_bytes_reads_whole_documents_until_the_next_would_pass_it(tmp_path: 
 def test_an_entry_of_paths_may_start_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.txt").write_text("x")
-    assert expand_paths(["~/a.txt"], ()) == [tmp_path / "a.txt"]
+    assert expand_paths(["~/a.txt"]).files == [tmp_path / "a.txt"]

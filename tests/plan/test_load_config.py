@@ -157,6 +157,10 @@ def test_max_tokens_replaces_max_steps_and_the_other_way_round() -> None:
         ("=3", ["'=3' is not an override"]),
         ("model=3", ["model is not a setting"]),
         ("optimizer.learning_rate=fast", ["optimizer.learning_rate='fast'"]),
+        ("data.paths=[a", ["override data.paths=[a: not TOML", """'data.paths=["a", "b"]'"""]),
+        ("data.paths=[corpus/a.txt]", ["override data.paths=[corpus/a.txt]: not TOML", """'data.paths=["a", "b"]'"""]),
+        ('data.text_field="doc', ["not TOML", """'data.text_field="a b"'"""]),
+        ("model.rope_scaling={factor", ["not TOML", "'model.rope_scaling={ factor = 8.0 }'"]),
     ],
 )
 def test_a_bad_override_is_refused_with_the_nearest_right_one(override: str, said: list[str]) -> None:

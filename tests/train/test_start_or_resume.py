@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +40,18 @@ def test_a_dry_run_says_what_would_become_of_the_run_and_touches_nothing(
     start = json.loads(capsys.readouterr().out)["start"]
     assert (start["step"], start["finished"]) == (step, finished)
     assert {path: path.read_bytes() for path in base.path.parent.rglob("*") if path.is_file()} == before
+
+
+def test_a_dry_run_says_that_the_corpus_is_missing_unless_it_is_not_needed(
+    base: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("there")
+    for path, missing in ((tmp_path / "nowhere", True), (tmp_path / "a.txt", False)):
+        new = [str(base.path), "run.name=new", "data.source=text", f"data.paths={path}", "data.store=", "--dry-run"]
+        assert main(new) == 0
+        assert (f"data.paths: {path}: there is no such file" in capsys.readouterr().out) == missing
+        assert main([*new, "--json"]) == 0
+        assert bool(json.loads(capsys.readouterr().out)["start"]["missing_corpus"]) == missing
 
 
 def test_a_dry_run_of_a_new_run_refuses_a_parent_that_is_not_there(
