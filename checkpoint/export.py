@@ -1,11 +1,13 @@
 """Write a checkpoint as a Hugging Face folder, in one process, one tensor at a time."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
 
 from minka.checkpoint.filesystem import Heartbeat
+from minka.checkpoint.manifest import read_header
 from minka.checkpoint.restore import DAMAGE, whole_tensors
 from minka.model.hub_folder import write_folder
 from minka.plan.config_sections import ModelSection
@@ -19,13 +21,21 @@ def export_checkpoint(
 
     Raises UserError when a hash does not match, and where write_folder does; then nothing has changed.
     """
-    weights = _readable(checkpoint, alive)
-    write_folder(folder, model, weights, tokenizer=tokenizer, eod_token=eod, source=str(checkpoint))
+    with _intact(checkpoint):
+        sha256 = read_header(checkpoint).sha256
+    weights, source = _readable(checkpoint, alive), str(checkpoint)
+    write_folder(folder, model, weights, tokenizer=tokenizer, eod_token=eod, source=source, sha256=sha256)
 
 
 def _readable(checkpoint: Path, alive: Heartbeat) -> Iterator[tuple[str, Tensor]]:
-    try:
+    with _intact(checkpoint):
         yield from whole_tensors(checkpoint, "model.", alive=alive)
+
+
+@contextmanager
+def _intact(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
     except DAMAGE as error:
         remedy = "take a different checkpoint (RUN@STEP)"
         raise UserError(f"damaged: {error}", where=str(checkpoint), remedy=remedy) from None

@@ -38,7 +38,7 @@ class Job(BaseModel, frozen=True):
 
     config: RunConfig
     state: RunState | None = None  # of the run before this start; under torchrun and Slurm the first rank reads it
-    ranks: int = 0  # to be started here
+    ranks: int = 0  # to be started here; none for a finished run that only lacks its export
     profile: tuple[int, int] = (0, 0)  # first and last step to trace
     as_json: bool = False
     from_scratch: bool = False  # restart at step 0, if the run has begun

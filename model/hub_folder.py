@@ -20,9 +20,10 @@ from minka.plan.errors import UserError
 from minka.plan.hub_config import to_config
 from minka.plan.hub_tokenizer import copy_tokenizer
 from minka.plan.read_file import read_json, reading
+from minka.plan.run_folder import EXPORT_MARKER
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-MARKER, MARKER_FORMAT = "minka_export.json", 1  # only a folder with this file in it is ever replaced
+MARKER_FORMAT = 1  # only a folder with an EXPORT_MARKER is ever replaced
 FETCH_AGAIN = "fetch the whole folder again"
 # Ours -> theirs. Both rotate half-split channels, so no weight needs a permutation.
 OUTER = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
@@ -83,12 +84,14 @@ def write_folder(
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: float = 5e9,
     source: str = "",
+    sha256: str = "",
 ) -> None:
     """Write a folder that transformers loads. `tensors` (our names) are read one at a time; one shard is held at once.
 
     The folder appears when it is complete, in place of nothing, an empty folder, or what an earlier call wrote.
-    `source`: where the weights come from, noted in the folder. Raises UserError before any tensor is read when no
-    family can represent `cfg` or something else is in this place; and, with nothing changed, when the disk is full.
+    `source` and `sha256`, noted in the folder: where the weights come from, and its hash. Raises UserError before any
+    tensor is read when no family can represent `cfg` or something else is in this place; and, with nothing changed,
+    when the disk is full.
     """
     config = to_config(cfg, family, eod_token, str(dtype).removeprefix("torch."))
     place, remedy = Path(os.path.realpath(folder)), "choose a different folder"
@@ -99,7 +102,7 @@ def write_folder(
         _write_json(new.path / "generation_config.json", generation)
         if tokenizer is not None:
             copy_tokenizer(tokenizer, new.path)
-        _write_json(new.path / MARKER, {"format": MARKER_FORMAT, "source": source})
+        _write_json(new.path / EXPORT_MARKER, {"format": MARKER_FORMAT, "source": source, "sha256": sha256})
 
 
 def their_name(name: str) -> str:
@@ -121,7 +124,7 @@ def _check_replaceable(folder: Path) -> None:
     elif Path.cwd().is_relative_to(folder):
         what = "the current folder cannot be replaced"
     elif any(folder.iterdir()) and not _is_export(folder):
-        what, why = "this folder holds something else", f"{why} (it contains {MARKER})"
+        what, why = "this folder holds something else", f"{why} (it contains {EXPORT_MARKER})"
     else:
         return
     raise UserError(what, where=str(folder), why=why, remedy="choose a new or an empty folder")
@@ -129,7 +132,7 @@ def _check_replaceable(folder: Path) -> None:
 
 def _is_export(folder: Path) -> bool:
     try:
-        return isinstance(read_json(folder / MARKER).get("format"), int)
+        return isinstance(read_json(folder / EXPORT_MARKER).get("format"), int)
     except UserError:
         return False
 

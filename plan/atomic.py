@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ MIB = 2**20
 
 def write_text(path: Path, text: str) -> None:
     """Write to a temporary file in the same folder, sync it, rename it to `path`."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    temporary = _partial(path)
     try:
         with temporary.open("x", encoding="utf-8") as file:  # not tempfile, whose files only their owner can read
             file.write(text)
@@ -61,13 +62,14 @@ def atomic_folder(
     Without `check_replaceable`: a `folder` that a different process has published in the meantime is kept. With it,
     `folder` is replaced, unless the function raises UserError; it is called at the start and again before the rename.
     An OSError of the block becomes a UserError about writing here, so the block must translate its own read errors.
+    What a killed process of this host has left of an earlier attempt is deleted first.
     """
-    new = NewFolder(folder.parent / f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
+    new = NewFolder(_partial(folder))
     parents: list[Path] = []
     try:
         if check_replaceable:
             check_replaceable(folder)
-            _delete_leftovers(folder)
+        delete_leftovers(folder.parent, folder.name)
         parents = [parent for parent in folder.parents if not parent.exists()]
         new.path.mkdir(parents=True)
         yield new
@@ -106,11 +108,27 @@ def _publish(new: Path, folder: Path, replace: bool) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _delete_leftovers(folder: Path) -> None:
-    for path in folder.parent.iterdir() if folder.parent.is_dir() else ():
-        found = re.fullmatch(rf"\.{re.escape(folder.name)}\.(\d+)(\.\w+)*\.partial", path.name)
-        if found and (int(found[1]) == os.getpid() or not is_running(int(found[1]))):
-            shutil.rmtree(path, ignore_errors=True)
+def _partial(path: Path) -> Path:
+    """A hidden name for what is being written, with its host and process: several hosts may share the disk."""
+    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}.partial")
+
+
+def _host() -> str:
+    return re.sub(r"[^\w-]", "-", socket.gethostname())
+
+
+def delete_leftovers(folder: Path, name: str = "") -> None:
+    """Delete what processes of this host that have ended left half written in `folder`: of `name`, or of any name."""
+    stem = re.escape(name) if name else ".+?"
+    pattern = re.compile(rf"\.{stem}\.(?:([\w-]+)\.)?(\d+)(?:\.[0-9a-f]+)?(?:\.old)?\.partial")
+    for path in folder.iterdir() if folder.is_dir() else ():
+        found = pattern.fullmatch(path.name)  # names of earlier versions have no host
+        if found and found[1] in (None, _host()) and (int(found[2]) == os.getpid() or not is_running(int(found[2]))):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    path.unlink()
 
 
 def is_running(pid: int) -> bool:

@@ -1,6 +1,7 @@
 """The run folder: the files of a run, who may write there, and how a run is found by its name."""
 
 import fcntl
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,6 +13,14 @@ from minka.plan.errors import ExitStatus, UserError
 from minka.plan.ledger import parse_json
 from minka.plan.load_config import dump_toml, load_run, run_names
 from minka.plan.read_file import MALFORMED, reading
+
+EXPORT_MARKER = "minka_export.json"  # in an export, and in no other folder: it names the checkpoint
+CREATED = r"run\.toml|provenance\.json|lineage\.json"  # written when a run is created, run.toml last
+# What may be in a run's folder before the run: what a start that was cut off wrote, and what a person or a job script
+# puts there (the logs of torchrun, the output of Slurm).
+BEFORE_A_RUN = re.compile(
+    rf"{CREATED}|\.({CREATED})\..+|logs|leases|\.lock|STOP|slurm-.*|.*\.(out|err|log|sh|sbatch)|\.nfs.*|\.DS_Store"
+)
 
 
 class RunFolder:
@@ -68,20 +77,47 @@ class RunFolder:
         except (OSError, *MALFORMED):
             return ""
 
-    def create(self, config: RunConfig, provenance: Mapping[str, object], lineage: Sequence[object] = ()) -> None:
-        """Write the files of a run that has not begun. Raises UserError where they cannot be written here."""
-        if not self.exists() and self.path.exists() and any(self.path.iterdir()):
-            what = "this folder is not empty, and is not a run's: it has no run.toml"
+    def check_free(self) -> None:
+        """Raises UserError when this is not a run's folder, and holds what no run to come would have in it."""
+        if self.exists() or not self.path.exists():
+            return
+        with reading(self.path, remedy="choose a different run.name or run.folder"):
+            others = sorted(path.name for path in self.path.iterdir() if not self._may_precede(path))
+        if others:
+            what = (
+                f"this folder is not empty, and is not a run's: it has no run.toml, and holds {', '.join(others[:5])}"
+            )
             remedy = "choose a different run.name or run.folder, or move these files"
             raise UserError(what, where=str(self.path), remedy=remedy)
+
+    def _may_precede(self, path: Path) -> bool:
+        if path == self.ledger_file:
+            return not self.ledger_bytes()
+        if path == self.checkpoints:
+            return path.is_dir() and not any(path.iterdir())
+        return bool(BEFORE_A_RUN.fullmatch(path.name))
+
+    def create(self, config: RunConfig, provenance: Mapping[str, object], lineage: Sequence[object] = ()) -> None:
+        """Write the files of a run that has not begun, for its one writer. A cut-off creation is done again.
+
+        Raises UserError where they cannot be written here.
+        """
+        self.check_free()
+        self.make()
         with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.logs.mkdir(exist_ok=True)
+            for path in self.path.iterdir():
+                if re.fullmatch(rf"\.({CREATED})\..+", path.name):  # half written
+                    path.unlink(missing_ok=True)
             write_json(self.provenance_file, provenance)
             self.lineage_file.unlink(missing_ok=True)
             if lineage:
                 write_json(self.lineage_file, {"format": 1, "parents": list(lineage)})
             write_text(self.config_file, dump_toml(config))  # last: with it, the run exists
+
+    def make(self) -> None:
+        """Make the folder itself, and its logs/, where they are missing. Raises UserError."""
+        with writing(self.path):
+            self.logs.mkdir(parents=True, exist_ok=True)
 
     def training_starts(self, config: RunConfig) -> None:
         """Make `config` the configuration of the run, and remove the exit reason of the session before."""
@@ -135,6 +171,15 @@ class RunFolder:
         try:
             return bool(parse_json(self.exit_file.read_bytes())["code"] == ExitStatus.DONE)
         except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def is_exported(self, checkpoint: str, sha256: str) -> bool:
+        """Whether export/ is of the checkpoint of this name and hash. It appears by one rename, so it is whole."""
+        try:
+            marker = parse_json((self.export / EXPORT_MARKER).read_bytes())
+            # Earlier versions noted no hash.
+            return Path(marker["source"]).name == checkpoint and marker.get("sha256", sha256) == sha256
+        except (OSError, *MALFORMED):
             return False
 
 

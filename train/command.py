@@ -134,7 +134,7 @@ def _start(loaded: "LoadedRun", ranks: int | None, window: tuple[int, int], from
     from minka.launch.exit_reason_file import refusals_recorded
     from minka.launch.supervisor import Job, supervise
     from minka.plan.run_folder import RunFolder
-    from minka.train.start_or_resume import print_finished, read_and_check, saved_step
+    from minka.train.start_or_resume import print_finished, print_missing_export, read_and_check, saved_step
     from minka.train.trackers import check_trackers
 
     only_reports()
@@ -158,6 +158,11 @@ def _start(loaded: "LoadedRun", ranks: int | None, window: tuple[int, int], from
     with refusals_recorded(folder):
         outlook = read_and_check(config, from_scratch=from_scratch)
     if outlook.decision.over:
+        if outlook.export_is_missing:
+            print_missing_export(folder, as_json=as_json)
+            status = supervise(job.model_copy(update={"state": outlook.state})).status
+            if status:
+                return status
         print_finished(folder, outlook.decision.ignored, as_json=as_json)
         return 0
     count = choose_ranks(ranks, gpus)

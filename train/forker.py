@@ -24,19 +24,23 @@ from minka.plan.errors import ExitStatus, UserError
 from minka.plan.output import install_output
 from minka.plan.run_folder import RunFolder
 from minka.train.parent_run import open_run
-from minka.train.worker import work
+from minka.train.worker import complete_export, work
 
 GRACE_SECONDS = 5.0
 ON_PURPOSE = (ExitStatus.STOPPED, ExitStatus.NEEDS_PERSON)
 
 
 def main() -> int:
-    """Prepare the data in one child, then run the ranks; the first failure decides the status."""
+    """Prepare the data in one child, then run the ranks; the first failure decides the status.
+
+    A job without ranks is of a finished run that lacks its export, which the child writes.
+    """
     job = Job.model_validate(json.load(sys.stdin))
     die_with(job.supervisor)
     children = Children()
     # In a child: tokenizers and torch start threads, and a process with threads must not be forked from.
-    children.pids.append(_fork(lambda: open_run(job.config, job.command), job.as_json, hold=False))
+    first = partial(open_run if job.ranks else complete_export, job.config)
+    children.pids.append(_fork(first, job.as_json, hold=False))
     status = _wait(children.pids, {})
     if not status and not children.stopping:
         with tempfile.TemporaryDirectory(prefix="minka-") as folder:

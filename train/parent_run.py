@@ -14,8 +14,8 @@ from minka.checkpoint.catalogue import find_checkpoint, run_and_step
 from minka.checkpoint.commit import step_name
 from minka.checkpoint.manifest import read_header
 from minka.data.prepare import open_or_prepare, store_folder
+from minka.data.token_store import TokenStore
 from minka.data.tokenizer import bytes_tokenizer, load_hf
-from minka.plan.atomic import writing
 from minka.plan.cli import progress
 from minka.plan.config import RunConfig
 from minka.plan.config_sections import ModelSection
@@ -51,22 +51,28 @@ class Parent(NamedTuple):
         return f"{self.run} at step {self.position.step}" if self.run else str(self.folder)
 
 
-def open_run(config: RunConfig, command: Sequence[str]) -> None:
-    """Prepare the run's token store if it is missing; then create its folder if it has not begun. Raises UserError."""
+def open_run(config: RunConfig) -> None:
+    """Prepare the run's token store if it is missing, and check that the run can begin or resume. Raises UserError."""
     folder = RunFolder.of(config)
     if folder.begun():
         store = open_or_prepare(config, Path(), progress)
         folder.check_data(store.folder, store.hash)
-        with writing(folder.path):
-            folder.logs.mkdir(exist_ok=True)
-        return
-    parent = find_parent(config)
-    if parent:
-        check_parent(parent, config)
-    store = open_or_prepare(config, Path(), progress)
-    if parent:
-        check_tokenizer(parent, config)  # the run's own may just have been trained
-    folder.create(config, provenance(config, store, command), lineage_of(parent, config) if parent else ())
+    else:
+        folder.check_free()
+        parent = find_parent(config)
+        if parent:
+            check_parent(parent, config)
+        open_or_prepare(config, Path(), progress)
+        if parent:
+            check_tokenizer(parent, config)  # the run's own may just have been trained
+    folder.make()
+
+
+def create_run(config: RunConfig, command: Sequence[str]) -> None:
+    """Write the files of a run that has not begun; for the folder's one writer, after `open_run`. Raises UserError."""
+    parent, store = find_parent(config), TokenStore.open(store_folder(config, Path()))
+    lineage = lineage_of(parent, config) if parent else ()
+    RunFolder.of(config).create(config, provenance(config, store, command), lineage)
 
 
 def find_parent(config: RunConfig) -> Parent | None:

@@ -27,6 +27,7 @@ class Outlook(NamedTuple):
     decision: Decision
     parent: Parent | None = None  # of a new run
     from_scratch: bool = False  # a run that has begun restarts at step 0
+    export_is_missing: bool = False  # of a run that is over
 
     @property
     def step(self) -> int:
@@ -38,7 +39,8 @@ class Outlook(NamedTuple):
         if self.from_scratch:
             return "restarts at step 0; its checkpoints would be moved aside"
         if self.decision.over:
-            return f"is finished, at step {self.step:,}" if self.state.position else "is finished"
+            at = f"is finished, at step {self.step:,}" if self.state.position else "is finished"
+            return f"{at}; its export is missing and would be written" if self.export_is_missing else at
         if self.state.position:
             return f"resumes from step {self.step:,}"
         if self.state.begun:
@@ -63,7 +65,7 @@ def read_and_check(config: RunConfig, *, from_scratch: bool) -> Outlook:
     """`check_start` of the run as it is now; it must also have no STOP file and no process that trains it."""
     folder = RunFolder.of(config)
     outlook = check_start(config, read_state(folder), from_scratch=from_scratch)
-    if outlook.state.begun and not outlook.decision.over:
+    if folder.path.is_dir() and not outlook.decision.over:
         folder.check_may_start()
     return outlook
 
@@ -72,6 +74,7 @@ def check_start(config: RunConfig, state: RunState, *, from_scratch: bool) -> Ou
     """What starting the run would do. Raises UserError where it may not start, or not like this."""
     folder = RunFolder.of(config)
     if not state.begun:
+        folder.check_free()
         parent = find_parent(config)
         if parent:
             check_parent(parent, config)
@@ -86,7 +89,24 @@ def check_start(config: RunConfig, state: RunState, *, from_scratch: bool) -> Ou
             what = "the weights that this run starts from have changed since it was created"
             remedy = "restore the folder, or start a run of a different name (run.name=...)"
             raise UserError(what, where=str(parent.folder), remedy=remedy)
-    return Outlook(state, decision, from_scratch=from_scratch)
+    missing = decision.over and export_is_missing(config, state)
+    return Outlook(state, decision, from_scratch=from_scratch, export_is_missing=missing)
+
+
+def export_is_missing(config: RunConfig, state: RunState) -> bool:
+    """Whether a run that is over lacks the export of its last checkpoint, which checkpoint.export asks for."""
+    if not (config.checkpoint.export and state.position):
+        return False
+    folder, name = RunFolder.of(config), step_name(state.position.step)
+    with suppress(OSError, ValueError):
+        return not folder.is_exported(name, read_header(folder.checkpoints / name).sha256)
+    return False
+
+
+def print_missing_export(folder: RunFolder, *, as_json: bool) -> None:
+    """Say that a finished run is exported now."""
+    if not as_json:
+        print(f"{folder.path} is finished, but {folder.export} is not of its last checkpoint: writing it", flush=True)
 
 
 def print_finished(folder: RunFolder, ignored: Sequence[str], *, as_json: bool) -> None:

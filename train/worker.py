@@ -18,20 +18,29 @@ from minka.launch.exit_reason_file import refusals_recorded, write_exit_reason
 from minka.launch.supervisor import Job
 from minka.launch.supervisor_link import SupervisorLink
 from minka.parallel.mesh import Mesh, start_mesh
+from minka.plan.atomic import delete_leftovers
+from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.resume_rules import Changes, Decision, decide
-from minka.plan.run_folder import RunFolder
+from minka.plan.run_folder import RunFolder, store_of
 from minka.plan.run_state import RunState
 from minka.train.announce import announce
 from minka.train.build_engine import build_engine
 from minka.train.due import evaluation_missed
 from minka.train.final_summary import summarise
 from minka.train.loop import Session, train
-from minka.train.parent_run import open_run, pinned_parent
+from minka.train.parent_run import create_run, open_run, pinned_parent
 from minka.train.profiler import Profile
 from minka.train.recorder import Recorder
 from minka.train.restore_or_init import agreed, restore_or_init
-from minka.train.start_or_resume import check_start, print_finished, read_state, restart
+from minka.train.start_or_resume import (
+    check_start,
+    export_is_missing,
+    print_finished,
+    print_missing_export,
+    read_state,
+    restart,
+)
 from minka.train.state import State
 
 GROUP_SECONDS = 300.0  # beyond guard.hang_seconds: the supervisor must notice a hang before the process group times out
@@ -64,6 +73,8 @@ def work(job: Job) -> int:
                 claim = _claim_run(job, known, stack)
         (over,) = mesh.sum_on_host([claim is None])
         if claim is None or over:
+            if mesh.is_first:
+                _say_finished(job)
             return int(ExitStatus.DONE)
         run, state = _start_session(job, mesh, stack, *claim)
         state, status = train(run, state)
@@ -80,23 +91,27 @@ def _prepare(job: Job) -> RunState:
     with refusals_recorded(folder):
         state = read_state(folder)
         if not (state.begun and check_start(job.config, state, from_scratch=job.from_scratch).decision.over):
-            open_run(job.config, job.command)
+            open_run(job.config)
     return state
 
 
 def _claim_run(job: Job, state: RunState, stack: ExitStack) -> tuple[RunState, Changes] | None:
-    """Take the run's lock, and restart it if asked. Return its state and what has changed, or None if it is over."""
+    """Take the run's lock, and create or restart it. Return its state and what has changed, or None if it is over."""
     folder, decision = RunFolder.of(job.config), _decide(job, state)
     if decision.over:
         return None
     folder.check_may_start()
     stack.enter_context(folder.only_writer())
+    delete_leftovers(folder.path)
     if not state.is_current(folder, steps_of(folder.checkpoints)):  # a different process has trained it meanwhile
         state = read_state(folder)
         check_start(job.config, state, from_scratch=job.from_scratch)
         decision = _decide(job, state)
         if decision.over:
             return None
+        open_run(job.config)
+    if not state.begun:  # only now: of two first starts at once, the second must not overwrite the other's files
+        create_run(job.config, job.command)
     if job.from_scratch and state.begun:  # last: a refusal must leave everything as it was
         pinned_parent(folder)
         aside = restart(folder)
@@ -107,14 +122,30 @@ def _claim_run(job: Job, state: RunState, stack: ExitStack) -> tuple[RunState, C
 
 
 def _decide(job: Job, state: RunState) -> Decision:
-    """What becomes of the run; printed where it is over."""
     if not state.begun:
         return Decision(False, {})
+    return decide(state, job.config, str(RunFolder.of(job.config).path), from_scratch=job.from_scratch)
+
+
+def _say_finished(job: Job) -> None:
+    """Say that the run is over, once its export is complete."""
     folder = RunFolder.of(job.config)
-    decision = decide(state, job.config, str(folder.path), from_scratch=job.from_scratch)
-    if decision.over:
-        print_finished(folder, decision.ignored, as_json=job.as_json)
-    return decision
+    state = read_state(folder)
+    if export_is_missing(job.config, state):
+        print_missing_export(folder, as_json=job.as_json)
+        complete_export(job.config)
+    print_finished(folder, _decide(job, state).ignored, as_json=job.as_json)
+
+
+def complete_export(config: RunConfig) -> None:
+    """Write the export that a finished run lacks, because it was cut off or deleted. Raises UserError."""
+    folder = RunFolder.of(config)
+    with folder.only_writer():
+        delete_leftovers(folder.path)
+        state = read_state(folder)
+        if state.position and export_is_missing(config, state):
+            checkpoint, store = folder.checkpoints / step_name(state.position.step), store_of(folder)
+            export_checkpoint(checkpoint, folder.export, config.model, store.tokenizer, store.eod)
 
 
 def _start_session(job: Job, mesh: Mesh, stack: ExitStack, before: RunState, changed: Changes) -> tuple[Session, State]:

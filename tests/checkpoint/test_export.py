@@ -8,9 +8,8 @@ import torch
 
 from minka.checkpoint.command import main
 from minka.checkpoint.restore import whole_tensors
-from minka.model.hub_folder import MARKER
 from minka.plan.errors import ExitStatus
-from minka.plan.run_folder import RunFolder
+from minka.plan.run_folder import EXPORT_MARKER, RunFolder
 from models import from_folder
 from saved import saved_run
 
@@ -26,7 +25,7 @@ def test_a_checkpoint_becomes_a_folder_and_again(name: str, run: RunFolder, tmp_
     assert main([f"{run.path}@1", str(tmp_path / "out")]) == 0
     assert main([f"{run.path}{name}", str(tmp_path / "out")]) == 0
     checkpoint = run.checkpoints / "step-00000002"
-    assert json.loads((tmp_path / "out" / MARKER).read_text())["source"] == str(checkpoint)
+    assert json.loads((tmp_path / "out" / EXPORT_MARKER).read_text())["source"] == str(checkpoint)
     exported = from_folder(tmp_path / "out").state_dict()
     for tensor, weight in whole_tensors(checkpoint, "model."):
         assert torch.equal(exported[tensor], weight), tensor
@@ -65,7 +64,7 @@ def test_a_damaged_checkpoint_changes_nothing(damage: str, tmp_path: Path, capsy
     file.write_bytes(file.read_bytes()[:-9])
     assert main([f"{run.path}@2", str(tmp_path / "out")]) == ExitStatus.REFUSED
     assert "damaged" in capsys.readouterr().err
-    assert json.loads((tmp_path / "out" / MARKER).read_text())["source"].endswith("step-00000001")
+    assert json.loads((tmp_path / "out" / EXPORT_MARKER).read_text())["source"].endswith("step-00000001")
     assert not list(tmp_path.glob(".out*"))
 
 

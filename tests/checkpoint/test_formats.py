@@ -13,7 +13,7 @@ from minka.plan.errors import ExitStatus
 from minka.plan.ledger import current, read_ledger
 from minka.plan.load_config import validate
 from minka.plan.run_folder import RunFolder
-from minka.train.parent_run import open_run
+from minka.train.parent_run import create_run, open_run
 from ranks import on_ranks
 from tiny import train_rank
 
@@ -29,7 +29,8 @@ def with_checkpoint(golden: Path, folder: Path, ranks: int) -> RunConfig:
     values["data"] |= {"paths": [str(golden / "corpus")], "store": str(folder / "store")}
     values["layout"] = {"shard": ranks}
     config = validate(values, str(golden))
-    open_run(config, [])
+    open_run(config)
+    create_run(config, [])
     (saved,) = golden.glob("step-*")
     shutil.copytree(saved, RunFolder.of(config).checkpoints / saved.name)
     return config

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import re
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,8 +14,9 @@ import torch
 from safetensors import SafetensorError
 
 from minka.model import hub_folder
-from minka.model.hub_folder import MARKER, write_folder
+from minka.model.hub_folder import write_folder
 from minka.plan.errors import UserError
+from minka.plan.run_folder import EXPORT_MARKER
 from models import section
 
 
@@ -34,12 +37,12 @@ def other_files(out: Path) -> None:
 def no_marker(out: Path) -> None:
     """As save_pretrained of a different program leaves it."""
     write_folder(out, section(), [], eod_token=0)
-    (out / MARKER).unlink()
+    (out / EXPORT_MARKER).unlink()
 
 
 def spoilt_marker(out: Path) -> None:
     write_folder(out, section(), [], eod_token=0)
-    (out / MARKER).write_text("[]")
+    (out / EXPORT_MARKER).write_text("[]")
 
 
 def here(out: Path) -> None:
@@ -65,16 +68,20 @@ def test_an_empty_folder_and_an_export_are_replaced_and_say_where_they_came_from
     out.mkdir()
     link.symlink_to(out)
     for source in ("first", "second"):
-        write_folder(link, section(), [], eod_token=0, source=source)
-        assert json.loads((out / MARKER).read_text()) == {"format": 1, "source": source}
+        write_folder(link, section(), [], eod_token=0, source=source, sha256="a" * 64)
+        noted = {"format": 1, "source": source, "sha256": "a" * 64}
+        assert json.loads((out / EXPORT_MARKER).read_text()) == noted
     assert link.is_symlink()
 
 
 def test_leftovers_of_dead_processes_are_deleted_and_those_of_living_ones_are_not(tmp_path: Path) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
-    deleted = [f".out[1].{ended.pid}.{rest}partial" for rest in ("", "old.", "0a1b.", "0a1b.old.")]
+    host = re.sub(r"[^\w-]", "-", socket.gethostname())
+    writers = (f"{ended.pid}.", f"{host}.{ended.pid}.")  # earlier versions wrote no host
+    deleted = [f".out[1].{by}{rest}partial" for by in writers for rest in ("", "old.", "0a1b.", "0a1b.old.")]
     kept = [f".out1.{ended.pid}.partial", f".out[1].{os.getppid()}.0a1b.partial", ".out[1].x.partial"]
+    kept += [f".out[1].{host}.{os.getppid()}.0a1b.partial", f".out[1].not-{host}.{ended.pid}.0a1b.partial"]
     for name in (*deleted, *kept):
         (tmp_path / name).mkdir()
     write_folder(tmp_path / "out[1]", section(), [], eod_token=0)
@@ -106,7 +113,7 @@ def test_an_export_that_cannot_be_put_in_place_leaves_the_old_one(
     with pytest.raises(UserError):
         write_folder(tmp_path / "out", section(), [], eod_token=0, source="new")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert json.loads((tmp_path / "out" / MARKER).read_text())["source"] == "old"
+    assert json.loads((tmp_path / "out" / EXPORT_MARKER).read_text())["source"] == "old"
 
 
 def test_a_read_only_place_and_a_full_disk_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

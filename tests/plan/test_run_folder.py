@@ -2,10 +2,12 @@
 
 import errno
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from killed import forked
 from minka.plan.atomic import writing
 from minka.plan.errors import UserError
 from minka.plan.load_config import load_run
@@ -111,6 +113,64 @@ def test_somebody_elses_folder_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not empty"):
         RunFolder.of(config).create(config, {})
     assert [p.name for p in (tmp_path / "demo").iterdir()] == ["precious.txt"]
+
+
+def test_a_creation_that_is_killed_at_any_change_of_the_disk_is_finished_by_the_next(tmp_path: Path) -> None:
+    config = load_run("demo", [f"run.folder={tmp_path}"]).config
+    folder, whole = RunFolder.of(config), ["lineage.json", "logs", "provenance.json", "run.toml"]
+
+    def create(time: int = 1) -> None:
+        folder.create(config, {"time": time}, [{"run": "base"}])
+
+    for moment in range(1, 100):
+        if not forked(create, moment, tmp_path):
+            break
+        assert not folder.begun()
+        if moment % 2 and folder.path.exists():  # an earlier version gave half a file this name
+            (folder.path / ".provenance.json.0a1b2c3d4e5f").write_text("{")
+        create(moment)
+        assert sorted(path.name for path in folder.path.iterdir()) == whole, moment
+        assert json.loads(folder.provenance_file.read_text()) == {"time": moment}
+        assert folder.config() == config
+        shutil.rmtree(folder.path)
+    assert 8 < moment < 100
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        ["provenance.json"],
+        ["provenance.json", "lineage.json", "logs/x"],
+        [".run.toml.0a1b2c3d4e5f", "logs/x"],
+        ["logs/torchrun/attempt_0/0/stderr.log", "slurm-123.out", "job.sh", "train.err"],
+        ["STOP"],
+        ["ledger.jsonl"],
+        ["checkpoints/"],
+    ],
+)
+def test_a_folder_with_what_precedes_a_run_becomes_the_runs(before: list[str], tmp_path: Path) -> None:
+    config = load_run("demo", [f"run.folder={tmp_path}"]).config
+    folder = RunFolder.of(config)
+    for name in before:
+        (folder.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder.path / name).mkdir() if name.endswith("/") else (folder.path / name).touch()
+    folder.check_free()
+    folder.create(config, {"time": 1})
+    assert folder.config() == config
+    assert all((folder.path / name).exists() for name in before if "lineage" not in name and not name.startswith("."))
+
+
+@pytest.mark.parametrize("before", ["precious.txt", "ledger.jsonl", "checkpoints/step-00000001/x", "evals/x", ".git/x"])
+def test_a_folder_that_holds_more_than_precedes_a_run_is_refused_by_name(before: str, tmp_path: Path) -> None:
+    config = load_run("demo", [f"run.folder={tmp_path}"]).config
+    folder = RunFolder.of(config)
+    (folder.path / before).parent.mkdir(parents=True)
+    (folder.path / before).write_text("mine")
+    with pytest.raises(UserError, match=f"holds {before.split('/')[0]}|but {before.split('/')[0]}"):
+        folder.check_free()
+    with pytest.raises(UserError):
+        folder.create(config, {})
+    assert [path for path in folder.path.rglob("*") if path.is_file()] == [folder.path / before]
 
 
 def test_a_store_that_is_gone_is_said(tmp_path: Path) -> None:
