@@ -21,6 +21,7 @@ from minka.launch.exit_reason_file import ExitReason, read_exit_reason, write_ex
 from minka.launch.supervisor_link import STACKS_SIGNAL, handle_stop_signals
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
+from minka.plan.resume_rules import LENGTH
 from minka.plan.run_folder import RunFolder
 from minka.plan.run_state import RunState
 
@@ -43,6 +44,7 @@ class Job(BaseModel, frozen=True):
     as_json: bool = False
     from_scratch: bool = False  # restart at step 0, if the run has begun
     command: tuple[str, ...] = ()
+    given: tuple[str, ...] = LENGTH  # keys that the user gave, of those that decide the length
     threads: int | None = None  # of torch in each rank; None leaves torch's choice
     heartbeat_pipe: int | None = None  # the supervisor fills in these two
     supervisor: int | None = None  # its process id

@@ -32,6 +32,7 @@ class LoadedRun(NamedTuple):
     config: RunConfig
     changed: dict[str, tuple[object, object]]
     source: str
+    given: frozenset[str]  # keys that the user gave for this run: as overrides, or in its own run.toml
 
 
 def recipe_names() -> list[str]:
@@ -69,7 +70,9 @@ def load_run(source: str, overrides: Sequence[str] = (), runs: str = "runs") -> 
         if old != value:
             changed[key] = (old, value)
     where = f"{path} with {' '.join(overrides)}" if overrides else str(path)
-    return LoadedRun(validate(values, where), changed, str(path))
+    config = validate(values, where)
+    own = path.absolute() == (Path(config.run.folder) / config.run.name / "run.toml").absolute()
+    return LoadedRun(config, changed, str(path), frozenset(given | before.keys() if own else given))
 
 
 def find_source(source: str, runs: str = "runs") -> Path:

@@ -1,6 +1,6 @@
 """What may differ when a run is resumed, and when a run starts from it: one table, and pure checks of a run's state."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Literal, NamedTuple
 
@@ -74,6 +74,7 @@ class Decision(NamedTuple):
 
     over: bool  # it is finished, and no given length is beyond its end
     changed: Changes  # against the configuration it was last trained with
+    longer: tuple[str, ...] = ()  # overrides with which a run that is over would be as long as the file says
 
     @property
     def ignored(self) -> list[str]:
@@ -81,8 +82,19 @@ class Decision(NamedTuple):
         return [key for key in self.changed if key not in LENGTH]
 
 
-def decide(state: RunState, config: RunConfig, where: str, *, from_scratch: bool = False) -> Decision:
-    """Decide whether the run in the folder `where` resumes as `config` describes it. Raises UserError if it cannot."""
+def decide(
+    state: RunState,
+    config: RunConfig,
+    where: str,
+    *,
+    given: Collection[str] = LENGTH,
+    from_scratch: bool = False,
+) -> Decision:
+    """Decide whether the run in the folder `where` resumes as `config` describes it. Raises UserError if it cannot.
+
+    `given` are the keys that the user gave for this run. A run that is finished gets a different length only from them:
+    it may have been shortened by an override that is not repeated, and the recipe's own length is not the user's word.
+    """
     if state.unreadable_start and not from_scratch:
         why = "changes are checked against the configuration in it; a newer version of minka may have written it"
         again = f"restart at step 0 (minka train {where} --from-scratch)"
@@ -93,8 +105,10 @@ def decide(state: RunState, config: RunConfig, where: str, *, from_scratch: bool
     check_resume(changed, config, where, edited=list(edited))
     if from_scratch:
         return Decision(False, changed)
-    if state.finished and not any(key in changed for key in LENGTH):
-        return Decision(True, changed)
+    if state.finished and not any(key in changed and key in given for key in LENGTH):
+        longer = state.config is not None and config.total_tokens > state.config.total_tokens
+        ends = [f"{key}={changed[key][1]}" for key in LENGTH if key in changed and changed[key][1] is not None]
+        return Decision(True, changed, tuple(ends) if longer else ())
     if state.last_save is not None and not state.checkpoints:
         what = "this run has saved checkpoints, and all of them are gone: it would begin again at step 0"
         remedy = f"put them back, or restart on purpose: `minka train {where} --from-scratch`"

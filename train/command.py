@@ -14,6 +14,7 @@ from minka.plan.errors import UserError
 from minka.plan.output import only_reports
 
 if TYPE_CHECKING:
+    from minka.launch.supervisor import Job
     from minka.plan.load_config import LoadedRun
 
 SOURCE = typer.Argument(help="recipe, run.toml, run folder, or name under runs/")
@@ -66,6 +67,7 @@ def main(argv: Sequence[str]) -> int:
         replay: Annotated[int | None, REPLAY] = None,
         as_json: Annotated[bool, JSON] = False,
     ) -> int:
+        from minka.launch.supervisor import Job
         from minka.plan.load_config import load_run
 
         given: dict[str, object] = {"--ranks": ranks, "--from-scratch": from_scratch, "--profile": profile}
@@ -86,9 +88,11 @@ def main(argv: Sequence[str]) -> int:
 
             return dry_run_command(loaded.config, world, rank or "stages", as_json=as_json)
         window = parse_window(profile, loaded.config.total_steps)
-        if dry_run:
-            return _print_run(loaded, ranks, from_scratch, as_json)
-        return _start(loaded, ranks, window, from_scratch, as_json)
+        values = {"config": loaded.config, "profile": window, "as_json": as_json, "command": tuple(sys.argv)}
+        # A scheduler repeats the command as it was typed, and only its first start may discard anything.
+        from_scratch = from_scratch and not requeued(os.environ)
+        job = Job(**values, from_scratch=from_scratch, given=tuple(sorted(loaded.given)))
+        return _print_run(loaded, job, ranks) if dry_run else _start(loaded, job, ranks)
 
     return run_app(app, argv, "minka train")
 
@@ -130,9 +134,9 @@ def _check_absent(given: dict[str, object], where: str, why: str) -> None:
         raise UserError(f"{', '.join(names)} cannot be given", where=where, why=why, remedy="leave that out")
 
 
-def _start(loaded: "LoadedRun", ranks: int | None, window: tuple[int, int], from_scratch: bool, as_json: bool) -> int:
+def _start(loaded: "LoadedRun", job: "Job", ranks: int | None) -> int:
     from minka.launch.exit_reason_file import refusals_recorded
-    from minka.launch.supervisor import Job, supervise
+    from minka.launch.supervisor import supervise
     from minka.plan.run_folder import RunFolder
     from minka.train.start_or_resume import print_finished, print_missing_export, read_and_check, saved_step
     from minka.train.trackers import check_trackers
@@ -145,9 +149,6 @@ def _start(loaded: "LoadedRun", ranks: int | None, window: tuple[int, int], from
         raise UserError(what, where="kernels.attention", remedy='set it to "auto"')
     if ranks and joins:
         raise UserError(f"--ranks cannot be given: {joins} has started the ranks", remedy="leave it out")
-    # A scheduler repeats the command as it was typed, and only its first start may discard anything.
-    from_scratch = from_scratch and not requeued(os.environ)
-    job = Job(config=config, profile=window, as_json=as_json, from_scratch=from_scratch, command=tuple(sys.argv))
     if joins == "slurm":
         os.environ.update(slurm_environment(os.environ))
     if joins:
@@ -156,18 +157,18 @@ def _start(loaded: "LoadedRun", ranks: int | None, window: tuple[int, int], from
         return work(job)
     folder = RunFolder.of(config)
     with refusals_recorded(folder):
-        outlook = read_and_check(config, from_scratch=from_scratch)
+        outlook = read_and_check(job)
     if outlook.decision.over:
         if outlook.export_is_missing:
-            print_missing_export(folder, as_json=as_json)
+            print_missing_export(folder, as_json=job.as_json)
             status = supervise(job.model_copy(update={"state": outlook.state})).status
             if status:
                 return status
-        print_finished(folder, outlook.decision.ignored, as_json=as_json)
+        print_finished(folder, outlook.decision, as_json=job.as_json)
         return 0
     count = choose_ranks(ranks, gpus)
     config.check(count)
-    if not as_json and not outlook.state.begun:  # of a resumed run, the ranks print what has changed since its start
+    if not job.as_json and not outlook.state.begun:  # of a resumed run, the ranks print what has changed
         for key, (old, new) in loaded.changed.items():
             print(f"{key} = {new!r} (was {old!r})", flush=True)
     known = {"state": outlook.state, "ranks": count, "from_scratch": outlook.from_scratch}
@@ -180,7 +181,7 @@ def _start(loaded: "LoadedRun", ranks: int | None, window: tuple[int, int], from
     return ending.status
 
 
-def _print_run(loaded: "LoadedRun", ranks: int | None, from_scratch: bool, as_json: bool) -> int:
+def _print_run(loaded: "LoadedRun", job: "Job", ranks: int | None) -> int:
     """Print the run and what starting it would do. Nothing is asked of this machine: a different one may train it."""
     from minka.data.prepare import missing_corpus
     from minka.plan.flops import parameters, training_flops_per_token
@@ -189,7 +190,7 @@ def _print_run(loaded: "LoadedRun", ranks: int | None, from_scratch: bool, as_js
     from minka.train.start_or_resume import read_and_check
 
     config = loaded.config
-    outlook = read_and_check(config, from_scratch=from_scratch)
+    outlook = read_and_check(job)
     if ranks:
         config.check(ranks)
     derived = {
@@ -200,7 +201,7 @@ def _print_run(loaded: "LoadedRun", ranks: int | None, from_scratch: bool, as_js
     }
     missing = missing_corpus(config, Path())
     begun, over, said = outlook.state.begun, outlook.decision.over, outlook.describe()
-    if as_json:
+    if job.as_json:
         changed = {key: {"was": old, "is": new} for key, (old, new) in loaded.changed.items()}
         start = {"begun": begun, "finished": over, "step": outlook.step, "said": said, "missing_corpus": missing}
         print_json({"run": config.model_dump(mode="json"), "changed": changed, "derived": derived, "start": start})

@@ -1,6 +1,5 @@
 """Whether a run may start as it was asked to, and from where: what `minka train` and its dry run check. No torch."""
 
-from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import count
@@ -10,11 +9,12 @@ from typing import NamedTuple
 from minka.checkpoint.catalogue import steps_of
 from minka.checkpoint.commit import step_name
 from minka.checkpoint.manifest import read_header
+from minka.launch.supervisor import Job
 from minka.plan.cli import print_json
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 from minka.plan.ledger import Ledger
-from minka.plan.resume_rules import Decision, decide
+from minka.plan.resume_rules import LENGTH, Decision, decide
 from minka.plan.run_folder import RunFolder
 from minka.plan.run_state import Position, RunState, read_run_state
 from minka.train.parent_run import Parent, check_parent, check_tokenizer, find_parent, hash_hub_folder, pinned_parent
@@ -40,6 +40,7 @@ class Outlook(NamedTuple):
             return "restarts at step 0; its checkpoints would be moved aside"
         if self.decision.over:
             at = f"is finished, at step {self.step:,}" if self.state.position else "is finished"
+            at += f"; it becomes longer only by {' '.join(self.decision.longer)}" if self.decision.longer else ""
             return f"{at}; its export is missing and would be written" if self.export_is_missing else at
         if self.state.position:
             return f"resumes from step {self.step:,}"
@@ -61,18 +62,18 @@ def saved_step(folder: RunFolder) -> int | None:
     return None
 
 
-def read_and_check(config: RunConfig, *, from_scratch: bool) -> Outlook:
+def read_and_check(job: Job) -> Outlook:
     """`check_start` of the run as it is now; it must also have no STOP file and no process that trains it."""
-    folder = RunFolder.of(config)
-    outlook = check_start(config, read_state(folder), from_scratch=from_scratch)
+    folder = RunFolder.of(job.config)
+    outlook = check_start(job, read_state(folder))
     if folder.path.is_dir() and not outlook.decision.over:
         folder.check_may_start()
     return outlook
 
 
-def check_start(config: RunConfig, state: RunState, *, from_scratch: bool) -> Outlook:
+def check_start(job: Job, state: RunState) -> Outlook:
     """What starting the run would do. Raises UserError where it may not start, or not like this."""
-    folder = RunFolder.of(config)
+    config, from_scratch, folder = job.config, job.from_scratch, RunFolder.of(job.config)
     if not state.begun:
         folder.check_free()
         parent = find_parent(config)
@@ -82,7 +83,7 @@ def check_start(config: RunConfig, state: RunState, *, from_scratch: bool) -> Ou
         return Outlook(state, Decision(False, {}), parent)
     if state.config and config.run.start_from != state.config.run.start_from:
         find_parent(config)  # it may be this very run, which has an error message of its own
-    decision = decide(state, config, str(folder.path), from_scratch=from_scratch)
+    decision = decide_start(job, state)
     if state.started and not state.position and not decision.over and not from_scratch:
         parent = pinned_parent(folder)
         if parent and not parent.run and hash_hub_folder(parent.folder) != parent.sha256:
@@ -91,6 +92,12 @@ def check_start(config: RunConfig, state: RunState, *, from_scratch: bool) -> Ou
             raise UserError(what, where=str(parent.folder), remedy=remedy)
     missing = decision.over and export_is_missing(config, state)
     return Outlook(state, decision, from_scratch=from_scratch, export_is_missing=missing)
+
+
+def decide_start(job: Job, state: RunState) -> Decision:
+    """`decide` for the run of `job`."""
+    where = str(RunFolder.of(job.config).path)
+    return decide(state, job.config, where, given=job.given, from_scratch=job.from_scratch)
 
 
 def export_is_missing(config: RunConfig, state: RunState) -> bool:
@@ -109,18 +116,25 @@ def print_missing_export(folder: RunFolder, *, as_json: bool) -> None:
         print(f"{folder.path} is finished, but {folder.export} is not of its last checkpoint: writing it", flush=True)
 
 
-def print_finished(folder: RunFolder, ignored: Sequence[str], *, as_json: bool) -> None:
-    """Say that a run is over, and which changes have no effect on it."""
+def print_finished(folder: RunFolder, decision: Decision, *, as_json: bool) -> None:
+    """Say that a run is over, which changes have no effect on it, and how it gets as long as the named file says."""
     export = str(folder.export) if folder.export.is_dir() else None
     if as_json:
-        print_json({"run": str(folder.path), "status": 0, "finished": True, "export": export})
+        found = {"run": str(folder.path), "status": 0, "finished": True, "export": export}
+        print_json({**found, "longer": list(decision.longer)})
         return
     print(
         f"{folder.path} is finished. {f'Its export: {export}. ' if export else ''}To train it further, make it longer "
         "(run.max_steps=...); a new run needs a name (run.name=...)"
     )
-    if ignored:
-        print(f"Without more steps, {', '.join(ignored)} changes nothing in it.")
+    if decision.longer:
+        ended = ", ".join(
+            f"{key}={decision.changed[key][0]}" for key in LENGTH if decision.changed.get(key, (None,))[0]
+        )
+        longer = " ".join(decision.longer)
+        print(f"It ended at {ended}. Longer, as in the file: `minka train {folder.path} {longer}`")
+    if decision.ignored:
+        print(f"Without more steps, {', '.join(decision.ignored)} changes nothing in it.")
 
 
 def restart(folder: RunFolder) -> Path | None:

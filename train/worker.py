@@ -21,7 +21,7 @@ from minka.parallel.mesh import Mesh, start_mesh
 from minka.plan.atomic import delete_leftovers
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
-from minka.plan.resume_rules import Changes, Decision, decide
+from minka.plan.resume_rules import Changes, Decision
 from minka.plan.run_folder import RunFolder, store_of
 from minka.plan.run_state import RunState
 from minka.train.announce import announce
@@ -35,6 +35,7 @@ from minka.train.recorder import Recorder
 from minka.train.restore_or_init import agreed, restore_or_init
 from minka.train.start_or_resume import (
     check_start,
+    decide_start,
     export_is_missing,
     print_finished,
     print_missing_export,
@@ -90,7 +91,7 @@ def _prepare(job: Job) -> RunState:
     folder = RunFolder.of(job.config)
     with refusals_recorded(folder):
         state = read_state(folder)
-        if not (state.begun and check_start(job.config, state, from_scratch=job.from_scratch).decision.over):
+        if not (state.begun and check_start(job, state).decision.over):
             open_run(job.config)
     return state
 
@@ -105,7 +106,7 @@ def _claim_run(job: Job, state: RunState, stack: ExitStack) -> tuple[RunState, C
     delete_leftovers(folder.path)
     if not state.is_current(folder, steps_of(folder.checkpoints)):  # a different process has trained it meanwhile
         state = read_state(folder)
-        check_start(job.config, state, from_scratch=job.from_scratch)
+        check_start(job, state)
         decision = _decide(job, state)
         if decision.over:
             return None
@@ -122,9 +123,7 @@ def _claim_run(job: Job, state: RunState, stack: ExitStack) -> tuple[RunState, C
 
 
 def _decide(job: Job, state: RunState) -> Decision:
-    if not state.begun:
-        return Decision(False, {})
-    return decide(state, job.config, str(RunFolder.of(job.config).path), from_scratch=job.from_scratch)
+    return decide_start(job, state) if state.begun else Decision(False, {})
 
 
 def _say_finished(job: Job) -> None:
@@ -134,7 +133,7 @@ def _say_finished(job: Job) -> None:
     if export_is_missing(job.config, state):
         print_missing_export(folder, as_json=job.as_json)
         complete_export(job.config)
-    print_finished(folder, _decide(job, state).ignored, as_json=job.as_json)
+    print_finished(folder, _decide(job, state), as_json=job.as_json)
 
 
 def complete_export(config: RunConfig) -> None:

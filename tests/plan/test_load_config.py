@@ -9,6 +9,7 @@ from configs import values
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.load_config import dump_toml, flatten, load_run, validate
+from minka.plan.run_folder import RunFolder
 
 BAD: list[tuple[dict[str, dict[str, Any]], list[str]]] = [  # what is given, what the refusal must say
     ({"run": {"max_steps": 0}}, ["run.max_steps=0", "greater than or equal to 1"]),
@@ -224,3 +225,16 @@ def test_a_run_that_is_not_there_lists_the_runs_that_are(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"did you mean 'small'\?.*runs here: big, small; recipes: demo") as refusal:
         load_run("runs/smal", (), str(tmp_path))
     assert refusal.value.status is ExitStatus.REFUSED
+
+
+def test_what_the_user_gave_are_overrides_and_all_of_the_runs_own_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_run("demo").given == frozenset()
+    assert load_run("demo", ["run.max_steps=50", "run.seed=1"]).given == {"run.max_steps", "run.seed"}
+    config = load_run("demo").config
+    RunFolder.of(config).create(config, {})
+    assert "run.max_steps" in load_run("runs/demo").given
+    assert "run.max_steps" in load_run(str(tmp_path / "runs" / "demo" / "run.toml")).given
+    assert load_run("runs/demo", ["run.name=other"]).given == {"run.name"}  # a different run's file

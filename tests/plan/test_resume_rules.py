@@ -210,6 +210,20 @@ def test_a_finished_run_is_over_until_a_length_goes_beyond_its_position() -> Non
     assert not decide(lost, run("run.max_steps=51"), "here").over  # the restore says why no checkpoint can be read
 
 
+def test_a_finished_run_becomes_longer_only_by_a_length_that_was_given() -> None:
+    finished = state(run("run.max_steps=50"), finished=True)
+    recipe = run()
+    said = decide(finished, recipe, "here", given=["optimizer.beta1"])
+    assert (said.over, said.longer) == (True, ("run.max_steps=420",))
+    assert not decide(finished, recipe, "here", given=["run.max_steps"]).over
+    by_tokens = run("run.max_tokens=10_000_000")
+    assert decide(finished, by_tokens, "here", given=[]).longer == ("run.max_tokens=10000000",)
+    shorter = decide(finished, run("run.max_steps=45"), "here", given=[])  # it had been made longer by an override
+    assert (shorter.over, shorter.longer) == (True, ())
+    with pytest.raises(UserError, match="is at step 50 already"):
+        decide(finished, run("run.max_steps=45"), "here", given=["run.max_steps"])
+
+
 def test_a_run_whose_checkpoints_are_all_gone_needs_a_person_unless_it_is_restarted_on_purpose() -> None:
     config = run()
     gone = state(config, checkpoints=(), position=None)

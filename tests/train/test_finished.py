@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from commands import minka, written
+from minka.launch.supervisor import Job
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
 from minka.plan.run_folder import EXPORT_MARKER, RunFolder
+from minka.train.worker import work
 from ranks import on_ranks
 from tiny import tiny, train_rank
 
@@ -70,6 +72,17 @@ def test_a_whole_export_is_left_alone_and_none_is_made_that_is_not_wanted(finish
     assert on_ranks(train_rank, 1, unwanted) == [ExitStatus.DONE]
     assert not folder.export.exists()
     away.rename(folder.export)
+
+
+def test_ranks_that_a_launcher_starts_do_not_make_a_finished_run_longer_unasked(finished: RunConfig) -> None:
+    before = files(RunFolder.of(finished).path)
+    longer = finished.model_copy(update={"run": finished.run.model_copy(update={"max_steps": 9})})
+    assert on_ranks(train_unasked, 2, longer) == [ExitStatus.DONE] * 2
+    assert files(RunFolder.of(finished).path) == before
+
+
+def train_unasked(config: RunConfig) -> int:
+    return work(Job(config=config, threads=1, given=()))
 
 
 def test_the_command_says_that_it_completes_an_export_and_the_next_one_only_that_the_run_is_over(

@@ -54,6 +54,24 @@ def test_a_dry_run_says_that_the_corpus_is_missing_unless_it_is_not_needed(
         assert bool(json.loads(capsys.readouterr().out)["start"]["missing_corpus"]) == missing
 
 
+@pytest.mark.parametrize(("steps", "said"), [(40, "run.max_steps=40"), (10, "")])
+def test_a_finished_run_is_as_long_as_it_was_given_whatever_a_recipe_says(
+    steps: int, said: str, base: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, ledger = tmp_path / "recipe.toml", base.ledger_file.read_bytes()
+    recipe.write_text(base.config_file.read_text().replace("max_steps = 20", f"max_steps = {steps}"))
+    assert main([str(recipe)]) == 0
+    told = capsys.readouterr().out
+    assert f"{base.path} is finished" in told
+    longer = f"It ended at run.max_steps=20; to make it as long as the file says: `minka train {base.path} {said}`"
+    assert (longer in told) == bool(said)
+    assert main([str(recipe), "--dry-run"]) == 0
+    assert (
+        f"is finished, at step 20{f'; it becomes longer only by {said}' if said else ''}\n" in capsys.readouterr().out
+    )
+    assert base.ledger_file.read_bytes() == ledger
+
+
 def test_a_dry_run_of_a_new_run_refuses_a_parent_that_is_not_there(
     base: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
