@@ -32,7 +32,7 @@ class FileSystem:
     def write(self, file: Path, parts: Iterable[memoryview]) -> None:
         """Write a new file. When this returns its content is on the disk; its name is after `sync`."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(file, flags, 0o644), "wb", buffering=0) as opened:
+        with os.fdopen(os.open(file, flags, 0o666), "wb", buffering=0) as opened:
             for part in parts:
                 while part.nbytes:  # a write may take less than it was given
                     part = part[opened.write(part) :]

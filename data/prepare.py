@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, chdir, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from minka.plan.config import RunConfig
 from minka.plan.config_sections import DataSection
 from minka.plan.errors import UserError
 from minka.plan.read_file import first_line
+from minka.plan.run_folder import RunFolder
 from minka.plan.store_files import MANIFEST
 
 STORES = "stores"
@@ -57,7 +58,10 @@ def open_or_prepare(config: RunConfig, root: Path, progress: Progress = no_progr
     folder = store_folder(config, root)
     if not (folder / MANIFEST).is_file():
         try:
-            prepare(config.data, config.model.vocab, folder, progress)
+            base = RunFolder.of(config).bases()[0]
+            place = folder if base == Path() else folder.absolute()
+            with chdir(base):  # as at the run's first start: the paths of the corpus are relative, in the store too
+                prepare(config.data, config.model.vocab, place, progress)
         except UserError:
             if not (folder / MANIFEST).is_file():  # else a different process has published it
                 raise
@@ -67,12 +71,16 @@ def open_or_prepare(config: RunConfig, root: Path, progress: Progress = no_progr
 
 
 def store_folder(config: RunConfig, root: Path) -> Path:
-    """The run's store: data.store (below `root` unless absolute), or a folder in stores/ named by its definition."""
-    if config.data.store:
-        return root / Path(config.data.store).expanduser()
-    definition = json.dumps({**defining_fields(config.data), "vocab": config.model.vocab}, sort_keys=True)
-    digest = hashlib.sha256(definition.encode()).hexdigest()[:12]
-    return root / STORES / f"{config.data.source}-{digest}"
+    """The run's store: data.store, or a folder in stores/ named by its definition.
+
+    Both names start at `root`; those of a run that was created, at the folder that it was started in.
+    """
+    name = Path(config.data.store).expanduser()
+    if not config.data.store:
+        definition = json.dumps({**defining_fields(config.data), "vocab": config.model.vocab}, sort_keys=True)
+        digest = hashlib.sha256(definition.encode()).hexdigest()[:12]
+        name = Path(STORES, f"{config.data.source}-{digest}")
+    return RunFolder.of(config).find_store(name, root)
 
 
 def missing_corpus(config: RunConfig, root: Path) -> str:

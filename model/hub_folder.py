@@ -96,8 +96,8 @@ def write_folder(
     config = to_config(cfg, family, eod_token, str(dtype).removeprefix("torch."))
     place, remedy = Path(os.path.realpath(folder)), "choose a different folder"
     with atomic_folder(place, check_replaceable=_check_replaceable, remedy=remedy) as new:
-        _write_shards(new.path, tensors, dtype, max_shard_bytes)
         _write_json(new.path / "config.json", config)
+        _write_shards(new.path, tensors, dtype, max_shard_bytes)
         generation = {"bos_token_id": None, "do_sample": False, "eos_token_id": eod_token, "use_cache": True}
         _write_json(new.path / "generation_config.json", generation)
         if tokenizer is not None:
@@ -163,6 +163,7 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: to
         flush()
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
+        shutil.copymode(folder / "config.json", folder / f"{number}.part")  # safetensors shuts out the group
         final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else WHOLE
         (folder / f"{number}.part").rename(folder / final)
         weight_map |= dict.fromkeys(names, final)

@@ -28,7 +28,7 @@ class Ledger:
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         size = os.fstat(self._file).st_size
         # A crash may have cut the last line. End it, so that the next event gets a line of its own.
         self._waiting = b"\n" if size and os.pread(self._file, 1, size - 1) != b"\n" else b""

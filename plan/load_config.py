@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import tomllib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -52,7 +53,8 @@ def load_run(source: str, overrides: Sequence[str] = (), runs: str = "runs") -> 
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     if path.name == "run.toml" and (path.parent / PROVENANCE).is_file() and isinstance(values.get("run"), dict):
         # The folder names the run, whatever it was called at first: it may have been moved, or be a copy.
-        values["run"] |= {"name": path.absolute().parent.name, "folder": str(path.parent.parent)}
+        place = path.parent if path.parent.name not in ("", "..") else Path(os.path.abspath(path.parent))
+        values["run"] |= {"name": place.name, "folder": str(place.parent)}
     before, known, changed = flatten(values), dict(_settings(RunConfig)), {}
     given = {override.partition("=")[0] for override in overrides}
     if "run.start_from" in given and "run.start_with" not in given:

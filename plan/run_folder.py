@@ -1,9 +1,10 @@
 """The run folder: the files of a run, who may write there, and how a run is found by its name."""
 
 import fcntl
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from minka.plan.errors import ExitStatus, UserError
 from minka.plan.ledger import parse_json
 from minka.plan.load_config import dump_toml, load_run, run_names
 from minka.plan.read_file import MALFORMED, reading
+from minka.plan.store_files import MANIFEST
 
 EXPORT_MARKER = "minka_export.json"  # in an export, and in no other folder: it names the checkpoint
 CREATED = r"run\.toml|provenance\.json|lineage\.json"  # written when a run is created, run.toml last
@@ -72,10 +74,43 @@ class RunFolder:
 
     def run_id(self) -> str:
         """What tells this run from every other, wherever it is moved; empty for one of an older version."""
-        try:
-            return str(parse_json(self.provenance_file.read_bytes()).get("id", ""))
-        except (OSError, *MALFORMED):
-            return ""
+        return str(self._provenance().get("id", ""))
+
+    def parent_folders(self, parents: Sequence[Mapping[str, Any]]) -> list[Path]:
+        """Where the folders of `parents` (of a lineage) are: moved together with their child, or where they were."""
+        places, child = [], self.path.resolve()
+        for parent in parents:
+            moved = Path(os.path.normpath(child / str(parent.get("relative") or "/")))
+            child = moved if "relative" in parent and moved.is_dir() else Path(str(parent["folder"]))
+            places.append(child)
+        return places
+
+    def bases(self, current: Path = Path()) -> list[Path]:
+        """Folders that relative paths of the configuration may start from, the likeliest first.
+
+        A run that was created records the folder that it was started in: relative to its own, so that both can be
+        moved together, and absolute. Other runs have the `current` one.
+        """
+        recorded = self._provenance().get("base")
+        if not isinstance(recorded, dict):
+            return [current]
+        moved = Path(os.path.normpath(self.path.resolve() / str(recorded.get("relative"))))
+        found = [path for path in (moved, Path(str(recorded.get("absolute")))) if path.is_dir()]
+        here = current.resolve()
+        return list(dict.fromkeys([*(current if path == here else path for path in found), current]))
+
+    def find_store(self, name: Path, current: Path = Path()) -> Path:
+        """The run's token store, which its configuration calls `name`; where there is none yet, its place."""
+        recorded = self._provenance().get("data")
+        was = recorded.get("store") if isinstance(recorded, dict) else None
+        places = [*(base / name for base in self.bases(current)), *([Path(was)] if isinstance(was, str) else [])]
+        return next((place for place in places if (place / MANIFEST).is_file()), places[0])
+
+    def _provenance(self) -> dict[str, Any]:
+        """provenance.json; empty where it is missing or cannot be read."""
+        with suppress(OSError, *MALFORMED):
+            return dict(parse_json(self.provenance_file.read_bytes()))
+        return {}
 
     def check_free(self) -> None:
         """Raises UserError when this is not a run's folder, and holds what no run to come would have in it."""
@@ -206,7 +241,9 @@ def store_of(folder: RunFolder) -> StorePlace:
     """The token store of a run, by its provenance. Raises UserError when one of the files is missing."""
     remedy = "put the run's folder and its token store, which has its tokenizer, back where they were"
     with reading(folder.provenance_file, "", *MALFORMED, remedy=remedy):
-        store = Path(parse_json(folder.provenance_file.read_bytes())["data"]["store"])
-    with reading(store / "manifest.json", "", *MALFORMED, remedy=remedy):
-        eod = int(parse_json((store / "manifest.json").read_bytes())["eod"])
+        was = Path(parse_json(folder.provenance_file.read_bytes())["data"]["store"])
+    named = folder.config().data.store
+    store = folder.find_store(Path(named).expanduser() if named else Path(was.parent.name, was.name))
+    with reading(store / MANIFEST, "", *MALFORMED, remedy=remedy):
+        eod = int(parse_json((store / MANIFEST).read_bytes())["eod"])
     return StorePlace(store, store / "tokenizer", eod)

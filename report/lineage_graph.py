@@ -30,9 +30,8 @@ def lineage_graph(runs: Sequence[RunFiles], names: Sequence[str]) -> dict[str, A
     rows_of: dict[str, list[Row]] = defaultdict(list)
     order = sorted(range(len(runs)), key=lambda index: len(runs[index].parents))
     for index in order:
-        for parent in reversed(runs[index].parents):
-            folder = str(parent["folder"])
-            lanes.setdefault(_key(folder), {"name": str(parent.get("run") or Path(folder).name), "run": None})
+        for folder, parent in reversed([*zip(runs[index].parent_folders, runs[index].parents, strict=True)]):
+            lanes.setdefault(_key(str(folder)), {"name": str(parent.get("run") or folder.name), "run": None})
     for index in order:
         key = _key(str(runs[index].folder.path))
         lanes.pop(key, None)  # the parent of a run above: it is shown whole
@@ -41,8 +40,8 @@ def lineage_graph(runs: Sequence[RunFiles], names: Sequence[str]) -> dict[str, A
     forks = []
     for index in order:
         child = _key(str(runs[index].folder.path))
-        for parent in runs[index].parents:
-            key = _key(str(parent["folder"]))
+        for folder, parent in zip(runs[index].parent_folders, runs[index].parents, strict=True):
+            key = _key(str(folder))
             forks.append((_fork_row(rows_of[key], parent), child))
             child = key
     rows = [row | {"lane": number} for number, key in enumerate(lanes) for row in rows_of[key]]

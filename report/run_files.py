@@ -43,6 +43,7 @@ class RunFiles:
         parents = self._table(self.folder.lineage_file).get("parents")
         parents = parents if isinstance(parents, list) else []
         self.parents = [p for p in parents if isinstance(p, dict) and p.get("folder")]  # nearest first
+        self.parent_folders = self.folder.parent_folders(self.parents)
         self.plan_file = self._json(self.folder.path / "plan.json")  # None without one
         self.evals = list(self._evals())  # oldest step first
         scored = [*(event for event in self.kept if event["event"] == "eval"), *self.evals]

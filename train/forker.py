@@ -90,7 +90,7 @@ def _rank(job: Job, rank: int, store: str) -> int:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.ranks), MINKA_STORE=store)
     if rank:
         try:
-            log = os.open(_log(job.config, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            log = os.open(_log(job.config, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError:
             log = os.open(os.devnull, os.O_WRONLY)
         os.dup2(log, 1)

@@ -6,6 +6,7 @@ before its own first checkpoint begins from the very same weights again.
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,18 +78,20 @@ def create_run(config: RunConfig, command: Sequence[str]) -> None:
 
 def find_parent(config: RunConfig) -> Parent | None:
     """The parent that run.start_from names now; None when it is empty. Raises UserError."""
-    given = config.run.start_from
+    given, ours = config.run.start_from, RunFolder.of(config)
     if not given:
         return None
+    places = [base / Path(given).expanduser() for base in ours.bases()]
+    given = next((str(place) for place in places if Path(run_and_step(str(place))[0]).is_dir()), given)
     if (Path(given) / "config.json").is_file() and not (Path(given) / "run.toml").is_file():
         return _hub_folder(Path(given))
     name, step = run_and_step(given)
     try:
         found = find_run(name, config.run.folder)
     except UserError as error:
-        what = f"{given!r} is neither a run nor a Hugging Face folder"
+        what = f"{config.run.start_from!r} is neither a run nor a Hugging Face folder"
         raise UserError(what, where="run.start_from", why=error.why) from None
-    if found.path.resolve() == RunFolder.of(config).path.resolve():
+    if found.path.resolve() == ours.path.resolve():
         remedy = f"give the new run a name (run.name=NEW), or leave it out to resume (minka train {found.path})"
         raise UserError("a run cannot start from itself", where="run.start_from", remedy=remedy)
     return _checkpoint(found, find_checkpoint(found.checkpoints, step))
@@ -99,7 +102,7 @@ def pinned_parent(folder: RunFolder) -> Parent | None:
     lineage = folder.lineage()
     if not lineage:
         return None
-    pin, path = lineage[0], Path(lineage[0]["folder"])
+    pin, path = lineage[0], folder.parent_folders(lineage)[0]
     if not pin["run"]:
         return _hub_folder(path)._replace(sha256=pin["sha256"])
     checkpoint = path / "checkpoints" / step_name(pin["step"])
@@ -158,9 +161,11 @@ def changes_of(parent: Parent, config: RunConfig) -> Changes:
 
 def lineage_of(parent: Parent, config: RunConfig) -> list[dict[str, Any]]:
     """The run's parents, nearest first, as lineage.json has them."""
+    folder = parent.folder.resolve()
     entry = {
         "run": parent.run,
-        "folder": str(parent.folder.resolve()),
+        "folder": str(folder),
+        "relative": os.path.relpath(folder, RunFolder.of(config).path.resolve()),  # to the run that starts from it
         "step": parent.position.step,
         "tokens": parent.position.tokens,
         "sha256": parent.sha256 or hash_hub_folder(parent.folder),

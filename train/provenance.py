@@ -13,6 +13,7 @@ from pathlib import Path
 
 from minka.data.token_store import TokenStore
 from minka.plan.config import RunConfig
+from minka.plan.run_folder import RunFolder
 from minka.plan.version import version
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +37,7 @@ def provenance(config: RunConfig, store: TokenStore, command: Sequence[str]) -> 
             "cores": os.cpu_count(),
             "host": platform.node(),
         },
+        "base": {"relative": os.path.relpath(Path.cwd(), RunFolder.of(config).path.resolve()), "absolute": os.getcwd()},
         "data": {"store": str(store.folder.resolve()), "manifest_sha256": store.hash},
         "seed": config.run.seed,
     }

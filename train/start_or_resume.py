@@ -128,11 +128,9 @@ def print_finished(folder: RunFolder, decision: Decision, *, as_json: bool) -> N
         "(run.max_steps=...); a new run needs a name (run.name=...)"
     )
     if decision.longer:
-        ended = ", ".join(
-            f"{key}={decision.changed[key][0]}" for key in LENGTH if decision.changed.get(key, (None,))[0]
-        )
-        longer = " ".join(decision.longer)
-        print(f"It ended at {ended}. Longer, as in the file: `minka train {folder.path} {longer}`")
+        lengths = {key: decision.changed[key][0] for key in LENGTH if key in decision.changed}
+        ended, longer = next(f"{key}={value}" for key, value in lengths.items() if value), " ".join(decision.longer)
+        print(f"It ended at {ended}; to make it as long as the file says: `minka train {folder.path} {longer}`")
     if decision.ignored:
         print(f"Without more steps, {', '.join(decision.ignored)} changes nothing in it.")
 
