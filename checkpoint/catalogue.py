@@ -9,6 +9,7 @@ from minka.checkpoint.commit import delete_unless_leased, step_name, steps_among
 from minka.checkpoint.filesystem import LOCAL, FileSystem
 from minka.checkpoint.manifest import NAME, Damage, Header, read_header
 from minka.checkpoint.reader_lease import is_leased
+from minka.plan.checkpoint_disk import check_mounted
 from minka.plan.errors import UserError
 from minka.plan.retention import Kept, expendable
 
@@ -22,6 +23,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def find_checkpoint(folder: Path, step: str = "") -> Path:
     """The newest checkpoint, or that of `step`. Raises UserError that names those that exist."""
+    check_mounted(folder)
     found = {int(path.name.removeprefix("step-")): path for path in checkpoints(folder)}
     chosen = [at for at in found if not step or (step.isdecimal() and at == int(step))]
     if not chosen:

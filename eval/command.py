@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,12 +19,15 @@ def main(argv: Sequence[str]) -> int:
     def score(
         run: Annotated[str, typer.Argument(help="run folder, or name under runs/; RUN@STEP for an older checkpoint")],
         overrides: Annotated[list[str] | None, typer.Argument(help="eval.key=value")] = None,
+        output: Annotated[
+            Path | None, typer.Option(metavar="FILE.json", help="write the result there, and nothing into the run")
+        ] = None,
         as_json: Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")] = False,
     ) -> int:
         from minka.eval.score_checkpoint import score_checkpoint
 
         with progress(None, "evaluating", "batches") as advance:
-            result = score_checkpoint(run, overrides or [], lambda: advance(1))
+            result = score_checkpoint(run, overrides or [], lambda: advance(1), output)
         if as_json:
             print_json(result)
         else:

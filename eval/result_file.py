@@ -24,19 +24,20 @@ def write_result(
     checkpoint: Path | None = None,
     *,
     own_settings: bool = True,
+    output: Path | None = None,
 ) -> dict[str, Any]:
     """Write the result of `scores` and return its content plus its `path`. Raises OSError.
 
     With settings that are not the run's (`own_settings` is false) or not those of the existing file, the file is
     heldout@1-HASH.json, named by a hash of the settings. `samples`: None keeps those of the replaced file.
-    `checkpoint`: None if weights in memory were scored.
+    `checkpoint`: None if weights in memory were scored. `output`: the file to write, instead of one below `evals`.
     """
-    folder = evals / f"step-{step:08d}"
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{SUITE}@{VERSION}.json"
-    if not own_settings or (file.exists() and _read(file).get("settings") != scores.settings):
+    file = output or evals / f"step-{step:08d}" / f"{SUITE}@{VERSION}.json"
+    if not output:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    if not output and (not own_settings or (file.exists() and _read(file).get("settings") != scores.settings)):
         settings = json.dumps(scores.settings, sort_keys=True)
-        file = folder / f"{SUITE}@{VERSION}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.json"
+        file = file.with_name(f"{SUITE}@{VERSION}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.json")
     texts = [{"prompt": prompt, "text": text} for prompt, text in samples or ()]
     result = {
         "format": 1,

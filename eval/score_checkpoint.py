@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from minka.checkpoint.catalogue import find_checkpoint, run_and_step
@@ -21,8 +22,13 @@ from minka.plan.load_config import load_run
 from minka.plan.run_folder import find_run, store_of
 
 
-def score_checkpoint(run: str, overrides: Sequence[str], heartbeat: Callable[[], None]) -> Any:
-    """Score RUN or RUN@STEP, write the result to the run's evals/ and return it. Raises UserError."""
+def score_checkpoint(
+    run: str, overrides: Sequence[str], heartbeat: Callable[[], None], output: Path | None = None
+) -> Any:
+    """Score RUN or RUN@STEP, write the result to the run's evals/, or to `output`, and return it. Raises UserError."""
+    if output and output.suffix != ".json":
+        what = "the result is a JSON document, and this is not the name of a .json file"
+        raise UserError(what, where=f"--output {output}", remedy="for example --output scores.json")
     for override in overrides:
         if not override.startswith("eval."):
             raise UserError(
@@ -36,9 +42,12 @@ def score_checkpoint(run: str, overrides: Sequence[str], heartbeat: Callable[[],
     own_settings = config.eval.max_documents == folder.config().eval.max_documents
     checkpoint = find_checkpoint(folder.checkpoints, wanted)
     store = TokenStore.open(store_of(folder).folder)
-    with writing(folder.evals):  # fail before the work, which may take hours
-        folder.evals.mkdir(exist_ok=True)
-        tempfile.TemporaryFile(dir=folder.evals).close()
+    place = output.parent if output else folder.evals
+    remedy = "name a file elsewhere: --output FILE.json"
+    with writing(place, remedy):  # fail before the work, which may take hours
+        if not output:
+            place.mkdir(exist_ok=True)
+        tempfile.TemporaryFile(dir=place).close()
     layout = Layout(micro_batch=config.layout.micro_batch, precision=config.layout.precision)
     with start_mesh(layout) as mesh:
         scorer = build_scorer(config, mesh)
@@ -46,8 +55,14 @@ def score_checkpoint(run: str, overrides: Sequence[str], heartbeat: Callable[[],
             state = restore_from(checkpoint, scorer.weights(), mesh)
         scores = bits_per_byte(scorer, store.split("validation"), config, mesh, store.eod, heartbeat)
         written = continue_prompts(scorer, store.tokenizer_folder / "tokenizer.json", config, mesh, store.eod)
-    with writing(folder.evals):
-        step, tokens = state["step"], state["tokens"]
+    with writing(place, remedy):
         return write_result(
-            folder.evals, step, tokens, scores, written or None, checkpoint=checkpoint, own_settings=own_settings
+            folder.evals,
+            state["step"],
+            state["tokens"],
+            scores,
+            written or None,
+            checkpoint=checkpoint,
+            own_settings=own_settings,
+            output=output,
         )

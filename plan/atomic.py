@@ -39,12 +39,12 @@ def write_json(path: Path, value: object) -> None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, remedy: str = REMEDY) -> Iterator[None]:
     """Turn an OSError of the block into a UserError about writing `path`."""
     try:
         yield
     except OSError as error:
-        raise _cannot_write(Path(error.filename or path), error, REMEDY) from error
+        raise _cannot_write(Path(error.filename or path), error, remedy) from error
 
 
 @dataclass

@@ -165,6 +165,7 @@ class CheckpointSection(Section):
     keep: int = Field(2, ge=1, description="newest checkpoints that stay")
     keep_every_steps: int = Field(0, ge=0, description="checkpoints at multiples of it are kept forever; 0 = none")
     keep_tokens: tuple[int, ...] = Field((), strict=False, description="saved after so many tokens and kept forever")
+    folder: str = Field("", description="where a run's checkpoints go, on another disk; empty: into the run's folder")
     asynchronous: bool = Field(True, description="write from a copy while training continues")
     export: bool = Field(True, description="write a Hugging Face folder at the end and on a stop")
 

@@ -29,6 +29,12 @@ RULES = (
     ChangeRule("format", "refused", "refused", "the file has a different meaning"),
     ChangeRule("layout.*", "free", "free", "every layout gives the same numbers and reads every checkpoint"),
     ChangeRule("checkpoint.*", "free", "free", "saving changes no weight"),
+    ChangeRule(
+        "checkpoint.folder",
+        "refused",
+        "free",
+        "the checkpoints stay where they are; to move them, move their folder and make checkpoints/ a link to it",
+    ),
     ChangeRule("eval.*", "free", "free", "a score changes no weight"),
     ChangeRule("tracking.*", "free", "free", "recording changes no weight"),
     ChangeRule("kernels.*", "free", "free", "every implementation has the same definition"),
@@ -43,6 +49,7 @@ RULES = (
     ChangeRule(
         "data.batch_tokens data.batch_warmup", "shown", "shown", "the same samples in the same order, in other batches"
     ),
+    ChangeRule("data.store", "free", "shown", "the store is compared with the run's by its hash, wherever it is"),
     ChangeRule("data.*", "refused", "shown", "later steps would get different samples than the position stands for"),
     ChangeRule("model.z_loss", "shown", "shown", "it changes the objective of later steps"),
     *(ChangeRule(f"model.{key}", "refused", "refused", "the saved weights would not fit") for key in SHAPE),

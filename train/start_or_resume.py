@@ -10,6 +10,7 @@ from minka.checkpoint.catalogue import steps_of
 from minka.checkpoint.commit import step_name
 from minka.checkpoint.manifest import read_header
 from minka.launch.supervisor import Job
+from minka.plan.checkpoint_disk import check_mounted, find_place
 from minka.plan.cli import print_json
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
@@ -76,11 +77,14 @@ def check_start(job: Job, state: RunState) -> Outlook:
     config, from_scratch, folder = job.config, job.from_scratch, RunFolder.of(job.config)
     if not state.begun:
         folder.check_free()
+        find_place(config)
         parent = find_parent(config)
         if parent:
             check_parent(parent, config)
             check_tokenizer(parent, config)
         return Outlook(state, Decision(False, {}), parent)
+    if not state.finished:
+        check_mounted(folder.checkpoints)
     if state.config and config.run.start_from != state.config.run.start_from:
         find_parent(config)  # it may be this very run, which has an error message of its own
     decision = decide_start(job, state)

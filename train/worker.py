@@ -19,6 +19,7 @@ from minka.launch.supervisor import Job
 from minka.launch.supervisor_link import SupervisorLink
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.plan.atomic import delete_leftovers
+from minka.plan.checkpoint_disk import place_checkpoints
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.resume_rules import Changes, Decision
@@ -119,6 +120,8 @@ def _claim_run(job: Job, state: RunState, stack: ExitStack) -> tuple[RunState, C
         state = state.restarted()
         if aside and not job.as_json:
             print(f"the old checkpoints are now in {aside}", flush=True)
+    if not os.path.lexists(folder.checkpoints):
+        place_checkpoints(job.config)
     return state, decision.changed
 
 

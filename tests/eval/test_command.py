@@ -1,11 +1,16 @@
 """`minka eval` as a user types it: what it writes next to the run's own results, and what it refuses."""
 
 import json
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from commands import environment
 from minka.eval.bits_per_byte import Scores
 from minka.eval.command import main
 from minka.eval.result_file import write_result
@@ -13,6 +18,8 @@ from minka.plan.errors import ExitStatus
 from minka.plan.run_folder import RunFolder
 from saved import saved_run
 
+NOBODY = 65534
+CAPTURED: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 300}
 OWN = "heldout@1.json"
 SETTINGS = {"max_documents": 0, "window": 32, "stride": 16}
 
@@ -121,3 +128,46 @@ def test_different_settings_do_not_take_the_runs_own_name_even_when_they_come_fi
     assert OWN not in results(run)
     assert main([str(run.path)]) == 0
     assert results(run)[OWN]["settings"] == SETTINGS
+
+
+def test_a_result_goes_to_the_named_file_and_nothing_into_the_run(run: RunFolder, tmp_path: Path) -> None:
+    def files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+
+    before, output = files(), tmp_path / "scores.json"
+    for documents in (1, 2):
+        assert main([str(run.path), f"eval.max_documents={documents}", "--output", str(output)]) == 0
+        assert json.loads(output.read_text())["documents"] == documents
+    assert files() == before
+
+
+@pytest.mark.parametrize("output", ["scores.txt", "missing/scores.json"])
+def test_a_file_that_cannot_be_the_result_is_refused_before_the_work(
+    output: str, run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(run.path), "--output", str(tmp_path / output)]) == ExitStatus.REFUSED
+    assert "--output" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="another user is needed")
+def test_a_run_of_somebody_else_is_scored_and_exported_without_writing_into_it() -> None:
+    with tempfile.TemporaryDirectory() as place:
+        Path(place).chmod(0o755)
+        run, own = saved_run(Path(place), 3), Path(place) / "own"
+        own.mkdir()
+        os.chown(own, NOBODY, NOBODY)
+
+        def as_nobody(*arguments: str) -> "subprocess.CompletedProcess[str]":
+            command = [sys.executable, "-m", "minka", *arguments]
+            return subprocess.run(
+                command, user=NOBODY, group=NOBODY, cwd=own, env=environment(HOME=str(own)), **CAPTURED, check=False
+            )
+
+        refused = as_nobody("eval", str(run.path))
+        assert refused.returncode == ExitStatus.REFUSED, refused.stderr
+        assert "may not be written" in refused.stderr
+        assert "--output FILE.json" in refused.stderr
+        assert as_nobody("eval", str(run.path), "--output", "scores.json").returncode == 0
+        assert as_nobody("export", str(run.path), "exported").returncode == 0
+        assert {path.name for path in own.iterdir()} >= {"scores.json", "exported"}
+        assert not run.evals.exists()

@@ -1,0 +1,61 @@
+"""checkpoint.folder: a run's checkpoints on another disk. The run's checkpoints/ is then a link to a folder there."""
+
+import os
+from pathlib import Path
+
+from minka.plan.atomic import sync, writing
+from minka.plan.config import RunConfig
+from minka.plan.errors import ExitStatus, UserError
+from minka.plan.read_file import reading
+from minka.plan.run_folder import RunFolder
+
+
+def find_place(config: RunConfig) -> Path | None:
+    """The folder in checkpoint.folder for the checkpoints of a run that has none; None where that is not set.
+
+    Raises UserError when checkpoint.folder is missing, or something is in that place.
+    """
+    if not config.checkpoint.folder:
+        return None
+    run = RunFolder.of(config)
+    disk = run.bases()[0] / Path(config.checkpoint.folder).expanduser()
+    name, olds = run.path.absolute().name, len(list(run.path.glob("checkpoints.old-*")))  # before --from-scratch
+    place = disk / (f"{name}.{olds}" if olds else name)
+    problem, remedy = f"there is no folder {disk}", "make it, or mount its disk"
+    with reading(place):
+        if disk.is_dir() and not (place.exists() and any(place.iterdir())):
+            return place
+        if disk.is_dir():
+            problem = f"{place} is not empty, and may hold the checkpoints of a different run"
+            remedy = f"choose a different run.name or checkpoint.folder, move it away, or link {run.checkpoints} to it"
+    raise UserError(problem, where="checkpoint.folder", remedy=remedy)
+
+
+def place_checkpoints(config: RunConfig) -> None:
+    """Make checkpoints/ of a run that has none a link to `find_place`; for the run's one writer. Raises UserError."""
+    place, link = find_place(config), RunFolder.of(config).checkpoints
+    if place is None:
+        return
+    absolute = Path(config.checkpoint.folder).expanduser().is_absolute()  # a relative one can be moved with the run
+    target = str(place) if absolute else os.path.relpath(place.resolve(), link.parent.resolve())
+    with writing(place):
+        place.mkdir(exist_ok=True)
+    with writing(link):
+        if link.is_symlink():
+            link.unlink()  # of a creation that was cut off
+        elif link.exists():
+            link.rmdir()
+        link.symlink_to(target)
+        sync(link.parent)
+
+
+def check_mounted(checkpoints: Path) -> None:
+    """Raises UserError when a run's checkpoints/ is a link to a folder that is not there."""
+    if checkpoints.is_symlink() and not checkpoints.is_dir():
+        raise UserError(
+            f"this is a link to {os.readlink(checkpoints)}, which is not there",
+            where=str(checkpoints),
+            why="the checkpoints are on a different disk (checkpoint.folder)",
+            remedy="mount it, or make the link point to where they are now",
+            status=ExitStatus.NEEDS_PERSON,
+        )

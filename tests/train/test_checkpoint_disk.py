@@ -1,0 +1,96 @@
+"""checkpoint.folder: a run's checkpoints on another disk, and what happens when that disk is not there."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from minka.checkpoint.catalogue import find_checkpoint, steps_of
+from minka.launch.supervisor import Job
+from minka.plan.checkpoint_disk import check_mounted, find_place, place_checkpoints
+from minka.plan.config import RunConfig
+from minka.plan.errors import ExitStatus, UserError
+from minka.plan.run_folder import RunFolder
+from minka.train.start_or_resume import read_and_check
+from minka.train.worker import work
+from ranks import on_ranks
+from tiny import tiny, train_rank
+
+
+def on_disk(place: Path, disk: str, **run: object) -> RunConfig:
+    kept = {"folder": disk, "every_steps": 3, "export": True}
+    return tiny(place, run={"max_steps": 6, **run}, checkpoint=kept)
+
+
+def from_scratch(config: RunConfig) -> int:
+    return work(Job(config=config, threads=1, from_scratch=True))
+
+
+def test_a_run_saves_resumes_and_restarts_on_its_disk(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    config = on_disk(tmp_path, str(disk))
+    folder = RunFolder.of(config)
+    with pytest.raises(UserError, match="there is no folder"):
+        read_and_check(Job(config=config))  # before anything is prepared
+    disk.mkdir()
+    assert on_ranks(train_rank, 1, config) == [ExitStatus.DONE]
+    assert os.readlink(folder.checkpoints) == str(disk / "tiny")
+    assert steps_of(disk / "tiny") == steps_of(folder.checkpoints) == [3, 6]
+    longer = on_disk(tmp_path, str(disk), max_steps=9)
+    assert on_ranks(train_rank, 2, longer) == [ExitStatus.DONE] * 2
+    assert steps_of(disk / "tiny") == [6, 9]
+    assert on_ranks(from_scratch, 1, config) == [ExitStatus.DONE]
+    assert steps_of(folder.path / "checkpoints.old-1") == steps_of(disk / "tiny") == [6, 9]
+    assert os.readlink(folder.checkpoints) == str(disk / "tiny.1")
+    assert steps_of(folder.checkpoints) == [3, 6]
+
+    disk.rename(tmp_path / "unmounted")
+    disk.mkdir()  # an empty place to mount it
+    for given in ({"max_steps": 9}, {"from_scratch": True}):
+        job = Job(config=on_disk(tmp_path, str(disk), max_steps=9), from_scratch="from_scratch" in given)
+        folder.exit_file.unlink(missing_ok=True)
+        with pytest.raises(UserError, match="which is not there") as caught:
+            read_and_check(job)
+        assert caught.value.status == ExitStatus.NEEDS_PERSON
+    with pytest.raises(UserError, match="which is not there"):
+        find_checkpoint(folder.checkpoints)
+    assert list(disk.iterdir()) == []
+
+
+def test_a_place_that_is_taken_is_refused_before_anything_is_prepared(tmp_path: Path) -> None:
+    config = on_disk(tmp_path, str(tmp_path / "disk"))
+    (tmp_path / "disk" / "tiny" / "step-00000003").mkdir(parents=True)
+    with pytest.raises(UserError, match="may hold the checkpoints of a different run"):
+        read_and_check(Job(config=config))
+    assert not RunFolder.of(config).path.exists()
+
+
+def test_a_relative_disk_can_be_moved_with_the_run_and_a_cut_off_link_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    monkeypatch.chdir(project)
+    config = on_disk(project, "disk", folder="runs")
+    folder = RunFolder.of(config)
+    folder.make()
+    (project / "disk").mkdir()
+    folder.checkpoints.mkdir()
+    place_checkpoints(config)
+    folder.checkpoints.unlink()
+    folder.checkpoints.symlink_to("elsewhere")
+    for _ in range(2):  # killed after the link, before run.toml
+        place_checkpoints(config)
+        folder.check_free()
+    assert find_place(config) == Path("disk/tiny")
+    assert os.readlink(folder.checkpoints) == "../../disk/tiny"
+    shutil.move(project, tmp_path / "moved")
+    check_mounted(tmp_path / "moved" / "runs" / "tiny" / "checkpoints")
+
+
+def test_it_cannot_change_when_a_run_resumes(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    assert on_ranks(train_rank, 1, tiny(tmp_path, run={"max_steps": 6})) == [ExitStatus.DONE]
+    with pytest.raises(UserError, match="make checkpoints/ a link to it"):
+        read_and_check(Job(config=on_disk(tmp_path, str(tmp_path / "disk"))))
