@@ -43,7 +43,7 @@ def keys() -> list[str]:
 @pytest.mark.parametrize("key", keys())
 def test_what_may_be_another_on_resume_is_what_the_contract_says(key: str) -> None:
     section = key.split(".")[0]
-    free = section in FREE or key in ("run.folder", "run.name")
+    free = (section in FREE or key in ("run.folder", "run.name", "data.store")) and key != "checkpoint.folder"
     shown = section in ("schedule", "optimizer") or key in SHOWN
     assert rule_of(key).resume == ("free" if free else "shown" if shown else "refused")
 

@@ -10,14 +10,16 @@ import pytest
 from minka.checkpoint.command import main as export
 from minka.data.command import main as data
 from minka.eval.command import main as evaluate
+from minka.launch.supervisor import Job
 from minka.plan.config import RunConfig
-from minka.plan.errors import ExitStatus
+from minka.plan.errors import ExitStatus, UserError
 from minka.plan.ledger import current, read_ledger
 from minka.plan.load_config import load_run
 from minka.plan.run_folder import RunFolder
 from minka.report.command import main as report
 from minka.train.command import main as train
-from minka.train.parent_run import pinned_parent
+from minka.train.parent_run import open_run, pinned_parent
+from minka.train.start_or_resume import read_and_check
 from ranks import on_ranks
 from tiny import tiny, train_rank
 
@@ -107,3 +109,15 @@ def test_a_fork_finds_its_parent_that_was_moved_with_it_or_left_where_it_was(mov
         parent = pinned_parent(fork)
         assert parent is not None
         assert parent.folder.resolve() == moved / "runs" / "base"
+
+
+def test_a_store_that_was_moved_alone_is_named_and_compared_by_its_hash(moved: Path, tmp_path: Path) -> None:
+    (store,) = (moved / "stores").iterdir()
+    shutil.move(store, tmp_path / "disk")
+    named = load_run(str(moved / "runs" / "base"), ["run.max_steps=9", f"data.store={tmp_path / 'disk'}"]).config
+    assert not read_and_check(Job(config=named)).decision.over
+    open_run(named)
+    with (tmp_path / "disk" / "manifest.json").open("a") as manifest:
+        manifest.write(" ")
+    with pytest.raises(UserError, match="not the token store that the run began with"):
+        open_run(named)
