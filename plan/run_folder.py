@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minka.plan.atomic import write_json, write_text, writing
+from minka.plan.atomic import delete_leftovers, write_json, write_text, writing
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.ledger import parse_json
@@ -153,6 +153,11 @@ class RunFolder:
         """Make the folder itself, and its logs/, where they are missing. Raises UserError."""
         with writing(self.path):
             self.logs.mkdir(parents=True, exist_ok=True)
+
+    def delete_leftovers(self) -> None:
+        """Delete what killed processes of this host have left half written; for the run's one writer."""
+        for folder in (self.path, self.path / "leases", *self.evals.glob("*")):
+            delete_leftovers(folder)
 
     def training_starts(self, config: RunConfig) -> None:
         """Make `config` the configuration of the run, and remove the exit reason of the session before."""

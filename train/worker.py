@@ -18,7 +18,6 @@ from minka.launch.exit_reason_file import refusals_recorded, write_exit_reason
 from minka.launch.supervisor import Job
 from minka.launch.supervisor_link import SupervisorLink
 from minka.parallel.mesh import Mesh, start_mesh
-from minka.plan.atomic import delete_leftovers
 from minka.plan.checkpoint_disk import place_checkpoints
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
@@ -104,7 +103,7 @@ def _claim_run(job: Job, state: RunState, stack: ExitStack) -> tuple[RunState, C
         return None
     folder.check_may_start()
     stack.enter_context(folder.only_writer())
-    delete_leftovers(folder.path)
+    folder.delete_leftovers()
     if not state.is_current(folder, steps_of(folder.checkpoints)):  # a different process has trained it meanwhile
         state = read_state(folder)
         check_start(job, state)
@@ -143,7 +142,7 @@ def complete_export(config: RunConfig) -> None:
     """Write the export that a finished run lacks, because it was cut off or deleted. Raises UserError."""
     folder = RunFolder.of(config)
     with folder.only_writer():
-        delete_leftovers(folder.path)
+        folder.delete_leftovers()
         state = read_state(folder)
         if state.position and export_is_missing(config, state):
             checkpoint, store = folder.checkpoints / step_name(state.position.step), store_of(folder)
