@@ -45,8 +45,9 @@ class _Save:
 class AsyncSaver:
     """Every rank has one and calls it in the same order. A save that fails leaves no files and does not stop the run.
 
-    `newest` is how many checkpoints are kept in addition to the permanent ones. The staging buffer, as large as what
-    this rank writes, is allocated at the first save and kept.
+    `newest` is how many checkpoints are kept in addition to the permanent ones and to the last one, which is not proven
+    before a later step has been accepted: so older ones are deleted before the next one is written. The staging buffer,
+    as large as what this rank writes, is allocated at the first save and kept.
     """
 
     def __init__(
@@ -97,6 +98,10 @@ class AsyncSaver:
             self._wait_until(self._save.ended, self._save, alive)
         return self.poll()
 
+    def prune(self) -> None:
+        """Keep `newest` checkpoints, the last one among them; for the run's one writer, when no save is running."""
+        self._catalogue.prune(self.newest)
+
     def close(self, seconds: float) -> Outcome | None:
         """`wait` for at most so many seconds, without a heartbeat."""
         if self._save is not None:
@@ -143,10 +148,10 @@ class AsyncSaver:
                 problem = self._own_mesh.first_error(problem)
                 if hasher is None or problem:
                     raise OSError(problem)
-                path, size = write(self._catalogue, save.request, hasher, mine, self._own_mesh)
                 if self._own_mesh.is_first:
-                    with suppress(Exception):  # the save is committed, whatever happens to older ones
-                        self._catalogue.prune(self.newest)
+                    with suppress(Exception):  # a save does not depend on what happens to older ones
+                        self.prune()
+                path, size = write(self._catalogue, save.request, hasher, mine, self._own_mesh)
             except Exception as error:  # of any kind: the training continues, and the outcome says it
                 problem = describe_error(error)
             save.outcome = Outcome(save.request, path, size, 0.0, time.perf_counter() - save.started, problem)

@@ -1,6 +1,7 @@
 """The checkpoints folder of a run: which checkpoints it has, which one a user means, and which may be deleted."""
 
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -9,9 +10,12 @@ from minka.checkpoint.commit import delete_unless_leased, step_name, steps_among
 from minka.checkpoint.filesystem import LOCAL, FileSystem
 from minka.checkpoint.manifest import NAME, Damage, Header, read_header
 from minka.checkpoint.reader_lease import is_leased
+from minka.checkpoint.stored_checkpoint import StoredCheckpoint
 from minka.plan.checkpoint_disk import check_mounted
 from minka.plan.errors import UserError
+from minka.plan.own_checkpoint import check_own, difference_of_runs
 from minka.plan.retention import Kept, expendable
+from minka.plan.run_folder import RunFolder
 
 MAX_NUMBER = 2**62
 
@@ -22,7 +26,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(folder: Path, step: str = "") -> Path:
-    """The newest checkpoint, or that of `step`. Raises UserError that names those that exist."""
+    """The run's newest checkpoint, or that of `step`. Raises UserError where there is none, or it is not the run's."""
     check_mounted(folder)
     found = {int(path.name.removeprefix("step-")): path for path in checkpoints(folder)}
     chosen = [at for at in found if not step or (step.isdecimal() and at == int(step))]
@@ -31,6 +35,9 @@ def find_checkpoint(folder: Path, step: str = "") -> Path:
         raise UserError(f"no checkpoint of step {step}" if step else "no checkpoint", where=str(folder), remedy=remedy)
     if len(chosen) > 1:
         chosen = [at for at in newest_first(folder) if at in found]
+    header = _header(folder, chosen[0], LOCAL)
+    if header:  # where it cannot be read, its reader says why
+        check_own(RunFolder(folder.parent), found[chosen[0]], header.state)
     return found[chosen[0]]
 
 
@@ -53,11 +60,25 @@ def newest_first(folder: Path, fs: FileSystem = LOCAL) -> list[int]:
     return sorted(numbers, key=lambda step: (numbers[step], step), reverse=True)
 
 
+def whole_newest_first(folder: Path) -> Iterator[int]:
+    """`newest_first` without those whose manifest or index is damaged, or of which a file is cut, missing or too many.
+
+    Shards are not read. Raises UserError for one of a different run.
+    """
+    for step in newest_first(folder):
+        path = folder / step_name(step)
+        with suppress(OSError, Damage):
+            stored = StoredCheckpoint(path)
+            check_own(RunFolder(folder.parent), path, stored.header.state)
+            stored.check_files()
+            yield step
+
+
 class Catalogue:
-    """The checkpoints of a folder, for its one writer. A manifest never changes, so each is read once."""
+    """The run's checkpoints, for its one writer. A manifest never changes, so each is read once."""
 
     def __init__(self, folder: Path, fs: FileSystem = LOCAL) -> None:
-        self.folder, self.fs = folder, fs
+        self.folder, self.fs, self._run = folder, fs, RunFolder(folder.parent)
         self._known: dict[int, Kept] = {}
 
     def add(self, kept: Kept) -> None:
@@ -65,12 +86,12 @@ class Catalogue:
         self._known[kept.step] = kept
 
     def all(self) -> list[Kept]:
-        """The checkpoints whose manifests can be read."""
+        """Those whose manifests can be read. One of a different run is neither counted nor deleted."""
         known = {}
         for step in steps_of(self.folder, self.fs):
             if step in self._known:
                 known[step] = self._known[step]
-            elif header := _header(self.folder, step, self.fs):
+            elif (header := _header(self.folder, step, self.fs)) and not difference_of_runs(self._run, header.state):
                 known[step] = Kept(header.step, header.number, header.permanent)
         self._known = known
         return list(known.values())

@@ -6,6 +6,7 @@
     .step-00000500.leaving       may be deleted, if no reader holds a lease on it
     .step-00000500.deleting      no longer whole
     step-00000500.damaged-1      did not match its hashes; kept for a person to look at
+    step-00000500.refused-1      every step after it was refused; kept for a person to look at
 
 `recovery` decides what to do with what a process that died at any moment left; each other function does one transition.
 Only the run's one writer calls them. Once there has been a whole checkpoint, there is one at every moment.
@@ -104,11 +105,11 @@ def delete_unless_leased(fs: FileSystem, path: Path, is_leased: Callable[[], boo
     return not held
 
 
-def set_aside(fs: FileSystem, path: Path) -> Path:
-    """Rename a damaged checkpoint, so that it is kept for a person and never read again. Returns its new path."""
+def set_aside(fs: FileSystem, path: Path, why: str = "damaged") -> Path:
+    """Rename a checkpoint, so that it is kept for a person and never read again. Returns its new path."""
     taken = set(fs.listdir(path.parent))
-    number = next(n for n in range(1, len(taken) + 2) if f"{path.name}.damaged-{n}" not in taken)
-    aside = path.with_name(f"{path.name}.damaged-{number}")
+    number = next(n for n in range(1, len(taken) + 2) if f"{path.name}.{why}-{n}" not in taken)
+    aside = path.with_name(f"{path.name}.{why}-{number}")
     fs.rename(path, aside)
     fs.sync(path.parent)
     return aside

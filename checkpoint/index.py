@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import Field, PrivateAttr, model_validator
 
 from minka.checkpoint.manifest import Count, Sealed, Sha256, StrictModel
-from minka.parallel.pieces import tensor_name
+from minka.plan.tensor_name import tensor_name
 
 INDEX = "index.json"
 MAX_NUMBERS = 2**60  # in a tensor: torch takes no larger shape, even of an empty tensor

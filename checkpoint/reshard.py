@@ -11,7 +11,8 @@ from minka.checkpoint.index import Index, PieceGroup
 from minka.checkpoint.manifest import Damage
 from minka.checkpoint.shard_file import ShardReader, TensorSpan
 from minka.checkpoint.stored_checkpoint import StoredCheckpoint
-from minka.parallel.pieces import Piece, Pieces, tensor_name
+from minka.parallel.pieces import Piece, Pieces
+from minka.plan.tensor_name import tensor_name
 
 BLOCK_BYTES = 32 * 2**20  # read at once: the memory that a restore needs in addition to the pieces it fills
 

@@ -30,8 +30,11 @@ from minka.checkpoint.reshard import fill
 from minka.checkpoint.shard_file import dtype_name
 from minka.checkpoint.stored_checkpoint import StoredCheckpoint
 from minka.parallel.mesh import Mesh
-from minka.parallel.pieces import Piece, Pieces, tensor_name
+from minka.parallel.pieces import Piece, Pieces
 from minka.plan.errors import ExitStatus, UserError
+from minka.plan.own_checkpoint import check_own
+from minka.plan.run_folder import RunFolder
+from minka.plan.tensor_name import tensor_name
 
 DAMAGE = (OSError, Damage)  # what reading a damaged checkpoint raises
 BATCH_BYTES = 2**30  # of tensors that an export holds at once
@@ -54,7 +57,7 @@ def restore(
     the newest checkpoint where rank 0 knows it: then no other manifest is read unless that checkpoint is damaged.
     `note(path, reason)` is called for each checkpoint passed over because it is damaged or cannot be read. Once a
     different one has been read, damaged ones are renamed. Raises UserError when there are checkpoints and none is
-    whole, or when the newest whole one is of a different model.
+    whole, or when the newest whole one is of a different model or run.
     """
     if mesh.is_first:
         with suppress(OSError):  # what exists is read all the same
@@ -87,7 +90,7 @@ def restore_from(
 ) -> Any:
     """Fill `tensors`, which may be some of those in it, from this checkpoint and return its state. Collective.
 
-    Raises UserError when it is damaged, or of a different model.
+    Raises UserError when it is damaged, or of a different model or run.
     """
     state, problem, passing = _try(path, tensors, mesh, alive, fs)
     if problem:
@@ -130,7 +133,7 @@ def _filled(checkpoint: StoredCheckpoint, batch: dict[str, Piece], prefix: str) 
 
 def _try(path: Path, tensors: Pieces, mesh: Mesh, alive: Heartbeat, fs: FileSystem) -> tuple[Any, str, bool]:
     """The state; or why this checkpoint was not read, and whether that may pass. The same on every rank."""
-    state, problem, mismatch, passing = None, "", "", False
+    state, problem, mismatch, passing, stranger = None, "", "", False, None
     held = {tensor_name(key) for key in tensors}
     kinds = {name.split(".")[0] for name in held}
     wanted: list[str] = []  # the stored tensors of these kinds
@@ -139,14 +142,20 @@ def _try(path: Path, tensors: Pieces, mesh: Mesh, alive: Heartbeat, fs: FileSyst
         if mesh.is_first:  # thousands of ranks need not look at thousands of files each
             checkpoint.check_files()
         index, state = checkpoint.index, checkpoint.header.state
+        if mesh.is_first:
+            check_own(RunFolder(path.parent.parent), path, state)
         wanted = [name for name in index.tensors if name.split(".")[0] in kinds]
         mismatch = _mismatch(index, tensors)
         if not mismatch:
             fill(checkpoint, {key: piece for key, piece in tensors.items() if tensor_name(key) in index.tensors})
+    except UserError as error:
+        stranger = error
     except DAMAGE as error:
         reason = str(error) or type(error).__name__
         problem = reason if str(path) in reason else f"{path}: {reason}"
         passing = isinstance(error, OSError) and error.errno in PASSING
+    if mesh.first_error(stranger.what if stranger else ""):
+        raise stranger or SystemExit(int(ExitStatus.REFUSED))
     problem = mesh.first_error(problem)
     if problem:
         return None, problem, bool(mesh.sum_on_host([passing])[0])

@@ -22,7 +22,8 @@ from minka.checkpoint.filesystem import Heartbeat
 from minka.checkpoint.index import DTYPES, PieceGroup, shard_name
 from minka.checkpoint.manifest import Damage
 from minka.checkpoint.stored_checkpoint import StoredCheckpoint
-from minka.parallel.pieces import Pieces, tensor_name
+from minka.parallel.pieces import Pieces
+from minka.plan.tensor_name import tensor_name
 
 CODES = dict(zip(DTYPES, "F64 F32 BF16 F16 I64 I32 U8 BOOL".split(), strict=True))
 DTYPE_OF = {code: dtype for dtype, code in CODES.items()}

@@ -43,6 +43,7 @@ class Job(BaseModel, frozen=True):
     profile: tuple[int, int] = (0, 0)  # first and last step to trace
     as_json: bool = False
     from_scratch: bool = False  # restart at step 0, if the run has begun
+    return_to: int | None = None  # go back to the checkpoint of this step first
     command: tuple[str, ...] = ()
     given: tuple[str, ...] = LENGTH  # keys that the user gave, of those that decide the length
     threads: int | None = None  # of torch in each rank; None leaves torch's choice

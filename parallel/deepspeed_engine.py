@@ -24,9 +24,10 @@ from minka.parallel.engine import Engine
 from minka.parallel.fsdp_engine import FsdpExecutor
 from minka.parallel.inputs import InputCutter
 from minka.parallel.mesh import Mesh
-from minka.parallel.pieces import Piece, piece_of, tensor_name
+from minka.parallel.pieces import Piece, piece_of
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
+from minka.plan.tensor_name import tensor_name
 
 Decay = Callable[[str, int], float]  # weight decay by parameter name and number of dimensions
 

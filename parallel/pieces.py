@@ -65,11 +65,6 @@ def _box(tensor: DTensor) -> Piece:
     return Piece(local, tuple(offset), tuple(tensor.shape), copies, copy)
 
 
-def tensor_name(key: str) -> str:
-    """The tensor that a key of pieces is a box of. Where a rank holds several they are NAME, NAME#1, NAME#2."""
-    return key.partition("#")[0]
-
-
 def to_write(pieces: Mapping[str, Piece]) -> dict[str, Piece]:
     """What this rank writes of its pieces: of each box one copy is written, and the copies share the work.
 

@@ -14,6 +14,23 @@ class Kept(NamedTuple):
     permanent: bool = False
 
 
+class WayBack(NamedTuple):
+    """Where a run continues that was stopped because its steps were refused."""
+
+    step: int | None  # of the checkpoint to go back to; None where there is none
+    set_aside: int | None = None  # of the newest one, where its weights are the refused ones and an older one exists
+
+
+def way_back(whole: Sequence[int], refused: int) -> WayBack:
+    """`whole`: steps of the whole checkpoints, newest first. `refused`: the last accepted step before the refused ones.
+
+    A checkpoint is proven once a later step was accepted: every one but the newest is.
+    """
+    if len(whole) > 1 and whole[0] == refused:
+        return WayBack(whole[1], whole[0])
+    return WayBack(whole[0] if whole else None)
+
+
 def permanent(settings: CheckpointSection, step: int, tokens_before: int, tokens: int) -> bool:
     """Whether a checkpoint is kept forever. `tokens_before` had been consumed at the save before it."""
     every = settings.keep_every_steps

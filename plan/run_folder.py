@@ -74,7 +74,13 @@ class RunFolder:
 
     def run_id(self) -> str:
         """What tells this run from every other, wherever it is moved; empty for one of an older version."""
-        return str(self._provenance().get("id", ""))
+        return str(self.provenance().get("id", ""))
+
+    def provenance(self) -> dict[str, Any]:
+        """What provenance.json holds; empty where it cannot be read."""
+        with suppress(OSError, *MALFORMED):
+            return dict(parse_json(self.provenance_file.read_bytes()))
+        return {}
 
     def parent_folders(self, parents: Sequence[Mapping[str, Any]]) -> list[Path]:
         """Where the folders of `parents` (of a lineage) are: moved together with their child, or where they were."""
@@ -91,7 +97,7 @@ class RunFolder:
         A run that was created records the folder that it was started in: relative to its own, so that both can be
         moved together, and absolute. Other runs have the `current` one.
         """
-        recorded = self._provenance().get("base")
+        recorded = self.provenance().get("base")
         if not isinstance(recorded, dict):
             return [current]
         moved = Path(os.path.normpath(self.path.resolve() / str(recorded.get("relative"))))
@@ -101,16 +107,10 @@ class RunFolder:
 
     def find_store(self, name: Path, current: Path = Path()) -> Path:
         """The run's token store, which its configuration calls `name`; where there is none yet, its place."""
-        recorded = self._provenance().get("data")
+        recorded = self.provenance().get("data")
         was = recorded.get("store") if isinstance(recorded, dict) else None
         places = [*(base / name for base in self.bases(current)), *([Path(was)] if isinstance(was, str) else [])]
         return next((place for place in places if (place / MANIFEST).is_file()), places[0])
-
-    def _provenance(self) -> dict[str, Any]:
-        """provenance.json; empty where it is missing or cannot be read."""
-        with suppress(OSError, *MALFORMED):
-            return dict(parse_json(self.provenance_file.read_bytes()))
-        return {}
 
     def check_free(self) -> None:
         """Raises UserError when this is not a run's folder, and holds what no run to come would have in it."""

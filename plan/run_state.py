@@ -57,6 +57,11 @@ class RunState(BaseModel, frozen=True, extra="forbid"):
         gone = {"checkpoints": (), "position": None, "newest": None, "last_save": None}
         return self.model_copy(update={"started": False, "finished": False, **gone})
 
+    def returned(self, position: Position) -> Self:
+        """The state after a return to the checkpoint at `position` (RUN@STEP)."""
+        there = {"position": position, "newest": position.step, "last_save": position.step}
+        return self.model_copy(update={"finished": self.finished and position == self.position, **there})
+
     def is_current(self, folder: RunFolder, checkpoints: Sequence[int]) -> bool:
         """Whether nobody has trained the run since this was read: neither ledger nor checkpoints have changed."""
         return self.ledger_bytes == folder.ledger_bytes() and self.checkpoints == tuple(checkpoints)

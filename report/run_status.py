@@ -31,7 +31,7 @@ def run_status(run: RunFiles, now: float) -> dict[str, Any]:
     if events[-1]["event"] == "stop":
         reason = str(events[-1].get("reason", ""))
         by_reason = {ExitStatus(code).reason: end for code, end in ENDS.items()}
-        return _status(*by_reason.get(reason, ("failed", "stopped")), reason)
+        return _status(*by_reason.get(reason.partition(":")[0], ("failed", "stopped")), reason)
     quiet = now - events[-1]["time"]
     if quiet > (run.planned.guard.hang_seconds if run.planned else HANG_SECONDS):
         why = f"no ledger line for {quiet / 60:,.0f} minutes: it was killed, or is in a very long step"

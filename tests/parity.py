@@ -13,12 +13,13 @@ from minka.data.batch import IGNORED, Batch
 from minka.parallel.engine import Engine
 from minka.parallel.inputs import ModelInputs
 from minka.parallel.mesh import Mesh, start_mesh
-from minka.parallel.pieces import Piece, piece_of, tensor_name
+from minka.parallel.pieces import Piece, piece_of
 from minka.plan import execution_choices
 from minka.plan.config import RunConfig
 from minka.plan.ledger import read_ledger
 from minka.plan.load_config import validate
 from minka.plan.run_folder import RunFolder
+from minka.plan.tensor_name import tensor_name
 from minka.train.accept_step import accepts
 from minka.train.build_engine import build_engine
 from models import packed

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from minka.launch.supervisor import Job
     from minka.plan.load_config import LoadedRun
 
-SOURCE = typer.Argument(help="recipe, run.toml, run folder, or name under runs/")
+SOURCE = typer.Argument(help="recipe, run.toml, run folder, or name under runs/; RUN@STEP goes back to that step")
 OVERRIDES = typer.Argument(help="section.key=value, any number of them; docs/configuration.md lists the settings")
 RANKS = typer.Option(min=1, help="processes to start here; default: one for each GPU, else two")
 DRY_RUN = typer.Option("--dry-run", help="check the run, print all its values, and exit")
@@ -32,6 +32,7 @@ HELP = """Train a run: a recipe, a TOML file, or an earlier run, which is resume
 \b
 minka train demo                      begin; the same again resumes it
 minka train RUN run.max_steps=2000    resume it and make it longer
+minka train RUN@500                   go back to its checkpoint of step 500
 minka train RUN run.name=NEW          a new run with its settings
 minka train RUN run.name=NEW run.start_from=RUN@500
                                       and from its weights at step 500
@@ -77,7 +78,10 @@ def main(argv: Sequence[str]) -> int:
             from minka.train.replay import replay_command
 
             return replay_command(source, replay, as_json)
+        source, step = _source_and_step(source)
         loaded = load_run(source, overrides or [])
+        if step is not None:
+            _check_absent({"--from-scratch": from_scratch}, "RUN@STEP", "a run either goes back to a step or restarts")
         if world is not None or rank:
             _check_absent(given, "--world", "the dry run is of as many ranks as it says")
             if not dry_run:
@@ -88,10 +92,10 @@ def main(argv: Sequence[str]) -> int:
 
             return dry_run_command(loaded.config, world, rank or "stages", as_json=as_json)
         window = parse_window(profile, loaded.config.total_steps)
-        values = {"config": loaded.config, "profile": window, "as_json": as_json, "command": tuple(sys.argv)}
         # A scheduler repeats the command as it was typed, and only its first start may discard anything.
-        from_scratch = from_scratch and not requeued(os.environ)
-        job = Job(**values, from_scratch=from_scratch, given=tuple(sorted(loaded.given)))
+        back = {} if requeued(os.environ) else {"from_scratch": from_scratch, "return_to": step}
+        values = {"config": loaded.config, "profile": window, "as_json": as_json, "command": tuple(sys.argv), **back}
+        job = Job(**values, given=tuple(sorted(loaded.given)))
         return _print_run(loaded, job, ranks) if dry_run else _start(loaded, job, ranks)
 
     return run_app(app, argv, "minka train")
@@ -132,6 +136,18 @@ def _check_absent(given: dict[str, object], where: str, why: str) -> None:
     names = [name for name, value in given.items() if value]
     if names:
         raise UserError(f"{', '.join(names)} cannot be given", where=where, why=why, remedy="leave that out")
+
+
+def _source_and_step(source: str) -> tuple[str, int | None]:
+    """RUN@STEP as (RUN, STEP); anything else as (source, None). Raises UserError where STEP is not a number."""
+    from minka.checkpoint.catalogue import run_and_step
+
+    run, step = run_and_step(source)
+    if not step or Path(source).exists():
+        return source, None
+    if not step.isdecimal():
+        raise UserError(f"{step!r} is not a step", where=source, remedy="to go back to step 500: minka train RUN@500")
+    return run, int(step)
 
 
 def _start(loaded: "LoadedRun", job: "Job", ranks: int | None) -> int:
@@ -187,10 +203,10 @@ def _print_run(loaded: "LoadedRun", job: "Job", ranks: int | None) -> int:
     from minka.plan.flops import parameters, training_flops_per_token
     from minka.plan.load_config import dump_toml
     from minka.plan.run_folder import RunFolder
-    from minka.train.start_or_resume import read_and_check
+    from minka.train.start_or_resume import newest_whole, read_and_check
 
     config = loaded.config
-    outlook = read_and_check(job)
+    outlook = newest_whole(read_and_check(job), RunFolder.of(config))
     if ranks:
         config.check(ranks)
     derived = {

@@ -7,16 +7,16 @@ from minka.eval.bits_per_byte import compressed_bits_per_byte
 from minka.plan.cli import print_json
 from minka.plan.errors import ExitStatus
 from minka.plan.scores import BITS_PER_BYTE, caveat
+from minka.train.loop import TrainingEnd
 from minka.train.recorder import Recorder
 from minka.train.start_or_resume import saved_step
-from minka.train.state import State
 
 MAX_DOCUMENTS = 100_000  # more are not compressed
 
 
-def summarise(record: Recorder, state: State, status: ExitStatus, export: str | None, *, as_json: bool) -> None:
+def summarise(record: Recorder, end: TrainingEnd, export: str | None, *, as_json: bool) -> None:
     """Print how the run ended, and its bits per byte next to those of compressors on the same documents."""
-    folder, scores, last = record.folder, record.scores, record.last
+    folder, scores, last, (state, status, *_) = record.folder, record.scores, record.last, end
     saved = (folder.checkpoints / step_name(state.step)).is_dir()
     bits, compressors, but = None, {}, ""
     if scores is not None:
@@ -29,6 +29,7 @@ def summarise(record: Recorder, state: State, status: ExitStatus, export: str | 
             {
                 "run": str(folder.path),
                 "status": int(status),
+                "reason": end.reason,
                 "step": state.step,
                 "tokens": state.tokens,
                 "loss": last.loss if last else None,
@@ -58,12 +59,14 @@ def summarise(record: Recorder, state: State, status: ExitStatus, export: str | 
         refused = f"{record.refused_steps:,}: not finite, no weight changed (see `skip` in the ledger)"
         rows.append(("refused steps", refused))
     rows.append(("run", str(folder.path)))
-    if not saved:
+    if status == ExitStatus.NEEDS_PERSON:
+        rows.append(("needs a person", end.reason))
+    elif not saved:
         newest = saved_step(folder)
         left = "there is no checkpoint" if newest is None else f"the newest checkpoint is of step {newest:,}"
         rows.append(("NOT SAVED", f"step {state.step:,} could not be written; {left}"))
     if export is not None:
         rows.append(("for transformers", export))
-    if not saved or status == ExitStatus.STOPPED:
+    if status in (ExitStatus.FAILED, ExitStatus.STOPPED):
         rows.append(("to resume", f"minka train {folder.path}"))
     record.console.table(rows)

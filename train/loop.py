@@ -1,6 +1,7 @@
 """The training loop: everything that happens in a step, in this order."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from minka.data.loader import Loader
 from minka.launch.supervisor_link import SupervisorLink
@@ -33,10 +34,19 @@ class Session:
     evaluate_first: bool  # the run was ended before an evaluation that was due at its checkpoint
 
 
-def train(run: Session, state: State) -> tuple[State, ExitStatus]:
+class TrainingEnd(NamedTuple):
+    """How training ended."""
+
+    state: State  # that was to be saved; where a rule stopped the run, that of the last step
+    status: ExitStatus
+    reason: str
+    usable: bool  # the weights are saved, and the steps after them were not refused
+
+
+def train(run: Session, state: State) -> TrainingEnd:
     """Train from `state` to the end of the run, a stop, or a verdict that needs a person. Collective."""
     config, mesh, engine, record = run.config, run.mesh, run.engine, run.record
-    metrics, watch, status = Metrics(config, mesh, state), Stopwatch(), ExitStatus.DONE
+    began, metrics, watch, status = state, Metrics(config, mesh, state), Stopwatch(), ExitStatus.DONE
     if run.evaluate_first:
         record.evaluate(state, engine, watch)
     while status == ExitStatus.DONE and not config.finished(state.step, state.tokens):
@@ -70,8 +80,8 @@ def train(run: Session, state: State) -> tuple[State, ExitStatus]:
         run.supervisor.heartbeat(state.step)
         if detail:
             record.detail(state, detail.after_apply(rate))
-        save, evaluate = checkpoint_due(config, before, state), eval_due(config, before, state)
-        if metrics.due or save or evaluate:  # a checkpoint holds judged steps only
+        save, evaluate = record.save_waits or checkpoint_due(config, before, state), eval_due(config, before, state)
+        if metrics.due or save or evaluate:  # only accepted steps are saved
             state, status = record.judge(metrics, state)
         if save:
             record.save(state, engine.tensors(), watch)
@@ -80,10 +90,30 @@ def train(run: Session, state: State) -> tuple[State, ExitStatus]:
     if status != ExitStatus.NEEDS_PERSON:
         state, judged = record.judge(metrics, state)
         status = status if judged == ExitStatus.DONE else judged
-    record.save(state, engine.tensors(), watch)
-    if status == ExitStatus.DONE:
-        record.evaluate(state, engine, watch)
-    record.save(state, engine.tensors(), watch)  # again if that one failed, which would lose work
-    saved = record.saved(state, watch)
-    record.event("stop", state, reason=status.reason, seconds=watch.read())
-    return state, status if saved else ExitStatus.FAILED
+    return _end(run, began, state, status, watch)
+
+
+def _end(run: Session, began: State, state: State, status: ExitStatus, watch: Stopwatch) -> TrainingEnd:
+    """Save and evaluate the last accepted state, unless its weights are of no use. Collective."""
+    record, kept, tensors = run.record, run.record.accepted, run.engine.tensors()
+    if status == ExitStatus.DONE and kept.step == began.step < state.step and record.last_saved.step <= 0:
+        status, record.refusal = ExitStatus.NEEDS_PERSON, "every step of the run was refused"
+    if status != ExitStatus.NEEDS_PERSON:
+        record.save(kept, tensors, watch)
+        if status == ExitStatus.DONE:
+            record.evaluate(kept, run.engine, watch)
+            if not record.scores_are_finite:
+                status, record.refusal = ExitStatus.NEEDS_PERSON, f"the scores of step {kept.step} are not finite"
+        record.save(kept, tensors, watch)  # again if that one failed, which would lose work
+    saved, reason, refused = record.saved(kept, watch), status.reason, state.refused_in_a_row
+    if status == ExitStatus.NEEDS_PERSON:
+        reason += f": {record.refusal}; {record.way_back()}"
+    else:
+        state = kept
+        if not saved:
+            status, reason = ExitStatus.FAILED, f"step {kept.step} could not be saved"
+        elif status == ExitStatus.DONE:
+            record.prune()
+    record.event("stop", state, reason=reason, seconds=watch.read())
+    usable = status == ExitStatus.DONE or (status == ExitStatus.STOPPED and not refused)
+    return TrainingEnd(state, status, reason, usable)

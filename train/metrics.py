@@ -46,14 +46,23 @@ class Stopwatch:
 class StepRecord(NamedTuple):
     """One step as the ledger has it."""
 
-    step: int
-    tokens: int
+    state: State  # after the step, not judged yet
     loss: float  # nats per target token, no z-loss
     z_loss: float
     grad_norm: float  # before clipping
     learning_rate: float
     target_count: int
     seconds: dict[str, float]
+
+    @property
+    def step(self) -> int:
+        """Its number."""
+        return self.state.step
+
+    @property
+    def tokens(self) -> int:
+        """Consumed by it and all before it."""
+        return self.state.tokens
 
 
 @dataclass
@@ -83,8 +92,8 @@ class Metrics:
         waiting, self._waiting = self._waiting, []
         rows = torch.stack([numbers for _, numbers, *_ in waiting]).tolist()
         return [
-            StepRecord(s.step, s.tokens, loss / max(targets, 1), z / max(targets, 1), norm, rate, targets, seconds)
-            for (s, _, rate, targets, seconds), (loss, z, norm) in zip(waiting, rows, strict=True)
+            StepRecord(state, loss / max(targets, 1), z / max(targets, 1), norm, rate, targets, seconds)
+            for (state, _, rate, targets, seconds), (loss, z, norm) in zip(waiting, rows, strict=True)
         ]
 
     def speed(self, state: State, left_out_seconds: float) -> dict[str, float | None]:

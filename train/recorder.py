@@ -1,6 +1,7 @@
 """Records a run: ledger, trackers, console, checkpoints, evaluations, samples."""
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -32,6 +33,7 @@ from minka.train.console import Console
 from minka.train.metrics import Metrics, StepRecord, Stopwatch, interval_numbers, memory_bytes
 from minka.train.state import State, manifest_state, random_state
 from minka.train.trackers import Tracker, start_trackers
+from minka.train.way_back import go_back_from
 
 
 class Recorder:
@@ -50,6 +52,10 @@ class Recorder:
         settings = config.checkpoint
         self._saver = AsyncSaver(self.folder.checkpoints, mesh, settings.keep, asynchronous=settings.asynchronous)
         self.last_saved = State(step=-1)
+        self.accepted = State()  # after the last accepted step, whose weights the engine has: refused ones change none
+        self.save_waits = False  # a save is due, and waits until a step is accepted
+        self._stays = False  # and it is permanent
+        self.refusal = ""  # why the run must stop
         self.last: StepRecord | None = None
         self.tokens_per_second: float | None = None
         self.scores: Scores | None = None
@@ -84,18 +90,20 @@ class Recorder:
         speed = metrics.speed(state, sum(r.seconds["save"] + r.seconds["eval"] for r in records))
         memory, refused, status = memory_bytes(self.mesh.device), state.refused_in_a_row, ExitStatus.DONE
         for record in records:
-            at = State(step=record.step, tokens=record.tokens)
-            fields = {k: v for k, v in record._asdict().items() if k not in ("step", "tokens")}
+            at, fields = record.state, record._asdict()
+            del fields["state"]
             self.event("step", at, **fields, **speed, memory_bytes=memory)
             most = self.config.guard.max_refused_steps
             verdict = judge(record.loss, record.grad_norm, refused_in_a_row=refused, max_refused=most)
             refused = verdict.refused_in_a_row
-            if verdict.action != "accept":
+            if verdict.action == "accept":
+                self.accepted = replace(at, refused_in_a_row=0)
+            else:
                 self.refused_steps += 1
                 self.event(verdict.action, at, reason=verdict.reason, loss=record.loss, grad_norm=record.grad_norm)
                 self.console.say(f"step {record.step}: {verdict.reason}; the step was refused, no weight changed")
             if verdict.action == "stop":
-                status = ExitStatus.NEEDS_PERSON
+                status, self.refusal = ExitStatus.NEEDS_PERSON, verdict.reason
         last = self.last = records[-1]
         self.tokens_per_second = speed["tokens_per_second"]
         self._check_reports()
@@ -119,15 +127,34 @@ class Recorder:
     def save(self, state: State, tensors: Mapping[str, Piece], watch: Stopwatch) -> None:
         """Start a save, after the one before it; no tensor may change before `wait_for_copy`. Collective.
 
-        A failure is an event, and does not end the run.
+        A state with refused steps at its end is not saved: the save waits until a step is accepted. A failure is an
+        event, and does not end the run.
         """
         if self.saved(state, watch):
             return
+        self._stays |= permanent(self.config.checkpoint, state.step, self.last_saved.tokens, state.tokens)
+        self.save_waits = state.refused_in_a_row > 0
+        if self.save_waits:
+            return
+        stays, self._stays = self._stays, False
         with watch.time("save"):
-            stays = permanent(self.config.checkpoint, state.step, self.last_saved.tokens, state.tokens)
             contents = manifest_state(self.config, state, self.mesh, self.run_id, self.store.hash, self.lineage)
             self._saver.save(SaveRequest(state.step, contents, stays), {**tensors, **random_state()}, self._beat(state))
             self._saving_ended(self._saver.poll())
+
+    @property
+    def scores_are_finite(self) -> bool:
+        """Whether the last evaluation gave a number. The same on every rank."""
+        return self.scores is None or math.isfinite(self.scores.scores[BITS_PER_BYTE])
+
+    def way_back(self) -> str:
+        """`go_back_from` the last accepted step; rank 0 does it."""
+        return go_back_from(self.folder, self.accepted.step) if self.mesh.is_first else ""
+
+    def prune(self) -> None:
+        """Delete what a finished run does not keep. Only rank 0 deletes."""
+        if self.mesh.is_first:
+            self._saver.prune()
 
     def wait_for_copy(self, watch: Stopwatch) -> None:
         """Return when the save under way, if any, has its own copy of every tensor: an update may change them."""

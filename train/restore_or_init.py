@@ -15,11 +15,12 @@ from minka.checkpoint.restore import restore, restore_from
 from minka.model.hub_folder import read_tensors
 from minka.parallel.engine import Engine
 from minka.parallel.mesh import Mesh
-from minka.parallel.pieces import Piece, tensor_name
+from minka.parallel.pieces import Piece
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.resume_rules import changes, decides_rate
 from minka.plan.run_state import RunState
+from minka.plan.tensor_name import tensor_name
 from minka.train.parent_run import Parent, begins_at, pinned_parent
 from minka.train.recorder import Recorder
 from minka.train.schedule import learning_rate
@@ -49,15 +50,17 @@ def restore_or_init(engine: Engine, record: Recorder, mesh: Mesh, before: RunSta
     engine.after_restore()
     torch.set_rng_state(random["rng.torch"].local)
     state = State.from_json(saved)
-    record.last_saved = state
+    record.last_saved = record.accepted = state
     for one in damaged:
         record.event("fallback", state, **one)
         record.console.say(f"{one['path']} is damaged ({one['reason']}); using the checkpoint before it")
     if before.last_save is not None and before.last_save != state.step:
         lost = record.folder.checkpoints / step_name(before.last_save)
         if not lost.exists() and str(lost) not in [one["path"] for one in damaged]:
-            record.event("fallback", state, path=str(lost), reason="it was saved, and is missing")
-            record.console.say(f"{lost} was saved, and is missing; using step {state.step}")
+            refused = any(lost.parent.glob(f"{lost.name}.refused-*"))
+            reason = "it was saved, and " + ("every step after it was refused" if refused else "is missing")
+            record.event("fallback", state, path=str(lost), reason=reason)
+            record.console.say(f"{lost}: {reason}; using step {state.step}")
     try:
         note = check_rate(saved, before.config, record.config, state, str(record.folder.path))
     except UserError as error:
@@ -102,10 +105,10 @@ def _init(engine: Engine, record: Recorder, mesh: Mesh, before: RunState) -> Sta
     """Begin from the parent's tensors, or from the initial weights that the engine already has."""
     with agreed(mesh):
         parent = pinned_parent(record.folder)
-    state = State()
+    state = record.accepted = State()
     if parent:
         position, origin = begins_at(parent, record.config, record.store.hash)
-        state = State(*position)
+        state = record.accepted = State(*position)
         record.last_saved = replace(state, step=-1)  # it is not saved yet, and its token milestones are its parent's
         load_parent(parent, engine, record.config.run.start_with, mesh, lambda: record.supervisor.heartbeat(0))
         record.console.say(origin)

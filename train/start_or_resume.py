@@ -2,19 +2,19 @@
 
 from contextlib import suppress
 from functools import partial
-from itertools import count
-from pathlib import Path
 from typing import NamedTuple
 
-from minka.checkpoint.catalogue import steps_of
+from minka.checkpoint.catalogue import find_checkpoint, steps_of, whole_newest_first
 from minka.checkpoint.commit import step_name
 from minka.checkpoint.manifest import read_header
+from minka.checkpoint.stored_checkpoint import StoredCheckpoint
 from minka.launch.supervisor import Job
 from minka.plan.checkpoint_disk import check_mounted, find_place
 from minka.plan.cli import print_json
 from minka.plan.config import RunConfig
-from minka.plan.errors import UserError
-from minka.plan.ledger import Ledger
+from minka.plan.errors import ExitStatus, UserError
+from minka.plan.own_checkpoint import check_own
+from minka.plan.read_file import MALFORMED, reading
 from minka.plan.resume_rules import LENGTH, Decision, decide
 from minka.plan.run_folder import RunFolder
 from minka.plan.run_state import Position, RunState, read_run_state
@@ -29,16 +29,22 @@ class Outlook(NamedTuple):
     parent: Parent | None = None  # of a new run
     from_scratch: bool = False  # a run that has begun restarts at step 0
     export_is_missing: bool = False  # of a run that is over
+    returns_to: Position | None = None  # it goes back to this checkpoint
 
     @property
     def step(self) -> int:
         """The step it would resume from; 0 for its beginning."""
-        return self.state.position.step if self.state.position and not self.from_scratch else 0
+        position = self.returns_to or self.state.position
+        return position.step if position and not self.from_scratch else 0
 
     def describe(self) -> str:
         """The same in one line."""
         if self.from_scratch:
             return "restarts at step 0; its checkpoints would be moved aside"
+        if self.returns_to and not self.decision.over:
+            later = ", ".join(str(step) for step in self.state.checkpoints if step > self.step)
+            aside = f"; its later checkpoints ({later}) would be moved aside" if later else ""
+            return f"goes back to step {self.step:,}{aside}"
         if self.decision.over:
             at = f"is finished, at step {self.step:,}" if self.state.position else "is finished"
             at += f"; it becomes longer only by {' '.join(self.decision.longer)}" if self.decision.longer else ""
@@ -51,16 +57,27 @@ class Outlook(NamedTuple):
 
 
 def read_state(folder: RunFolder) -> RunState:
-    """The state of the run in `folder`."""
-    return read_run_state(folder, steps_of(folder.checkpoints), partial(_header, folder.checkpoints))
+    """The state of the run in `folder`. Raises UserError for a checkpoint of a different run that decides it."""
+    return read_run_state(folder, steps_of(folder.checkpoints), partial(_header, folder))
 
 
 def saved_step(folder: RunFolder) -> int | None:
     """The step that the run would resume from, for a message; None where nothing is saved, or nothing can be read."""
     with suppress(UserError, OSError):
-        position = read_state(folder).position
-        return position.step if position else None
+        return next(whole_newest_first(folder.checkpoints), None)
     return None
+
+
+def newest_whole(outlook: Outlook, folder: RunFolder) -> Outlook:
+    """`outlook` with the step that a restore would take: not one whose files are cut or missing. Raises UserError."""
+    if not outlook.state.checkpoints or outlook.decision.over or outlook.from_scratch or outlook.returns_to:
+        return outlook
+    step = next(whole_newest_first(folder.checkpoints), None)
+    if step is None:
+        remedy = "`minka train RUN` says why; `minka train RUN --from-scratch` starts again at step 0"
+        status = ExitStatus.NEEDS_PERSON
+        raise UserError("none of the checkpoints is whole", where=str(folder.checkpoints), remedy=remedy, status=status)
+    return outlook._replace(state=outlook.state.model_copy(update={"position": position_of(folder, step)}))
 
 
 def read_and_check(job: Job) -> Outlook:
@@ -76,6 +93,10 @@ def check_start(job: Job, state: RunState) -> Outlook:
     """What starting the run would do. Raises UserError where it may not start, or not like this."""
     config, from_scratch, folder = job.config, job.from_scratch, RunFolder.of(job.config)
     if not state.begun:
+        if job.return_to is not None:
+            what = f"the run has not begun, so it has no step {job.return_to} to go back to"
+            remedy = "leave @STEP out; a new run begins from a different one with run.start_from=RUN@STEP"
+            raise UserError(what, where=str(folder.path), remedy=remedy)
         folder.check_free()
         find_place(config)
         parent = find_parent(config)
@@ -88,6 +109,9 @@ def check_start(job: Job, state: RunState) -> Outlook:
     if state.config and config.run.start_from != state.config.run.start_from:
         find_parent(config)  # it may be this very run, which has an error message of its own
     decision = decide_start(job, state)
+    if job.return_to is not None:
+        position = position_of(folder, job.return_to)
+        return Outlook(state, decision, returns_to=position)
     if state.started and not state.position and not decision.over and not from_scratch:
         parent = pinned_parent(folder)
         if parent and not parent.run and hash_hub_folder(parent.folder) != parent.sha256:
@@ -99,9 +123,20 @@ def check_start(job: Job, state: RunState) -> Outlook:
 
 
 def decide_start(job: Job, state: RunState) -> Decision:
-    """`decide` for the run of `job`."""
-    where = str(RunFolder.of(job.config).path)
-    return decide(state, job.config, where, given=job.given, from_scratch=job.from_scratch)
+    """`decide` for the run of `job`, after the return to an earlier step that it asks for."""
+    folder = RunFolder.of(job.config)
+    if job.return_to is not None:
+        state = state.returned(position_of(folder, job.return_to))
+    return decide(state, job.config, str(folder.path), given=job.given, from_scratch=job.from_scratch)
+
+
+def position_of(folder: RunFolder, step: int) -> Position:
+    """The position of the checkpoint of `step`. Raises UserError where there is none, naming those there are."""
+    path = find_checkpoint(folder.checkpoints, str(step))
+    remedy = "go back to a different step: `minka train RUN@STEP`"
+    with reading(path, "", *MALFORMED, remedy=remedy):
+        StoredCheckpoint(path).check_files()
+        return Position.of(read_header(path).state)
 
 
 def export_is_missing(config: RunConfig, state: RunState) -> bool:
@@ -139,26 +174,11 @@ def print_finished(folder: RunFolder, decision: Decision, *, as_json: bool) -> N
         print(f"Without more steps, {', '.join(decision.ignored)} changes nothing in it.")
 
 
-def restart(folder: RunFolder) -> Path | None:
-    """Set a run back to its beginning (--from-scratch); for its one writer. Return where its checkpoints are."""
-    aside, reason = None, "--from-scratch was given"
-    places = (folder.checkpoints, folder.evals, folder.tensorboard)
-    number = next(n for n in count(1) if not any(place.with_name(f"{place.name}.old-{n}").exists() for place in places))
-    for place in filter(Path.exists, places):
-        old = place.rename(place.with_name(f"{place.name}.old-{number}"))
-        if place == folder.checkpoints:
-            aside = old
-            reason += f"; its checkpoints are in {old.name}"
-    folder.exit_file.unlink(missing_ok=True)
-    ledger = Ledger(folder.ledger_file)
-    ledger.append("restart", step=0, tokens=0, reason=reason)
-    ledger.close()
-    return aside
-
-
-def _header(checkpoints: Path, step: int) -> tuple[int, Position] | None:
+def _header(folder: RunFolder, step: int) -> tuple[int, Position] | None:
+    path = folder.checkpoints / step_name(step)
     try:
-        header = read_header(checkpoints / step_name(step))
+        header = read_header(path)
+        check_own(folder, path, header.state)
         return header.number, Position.of(header.state)
     except (OSError, ValueError, KeyError, TypeError):
         return None  # the restore reports what is wrong with it

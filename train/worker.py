@@ -28,7 +28,7 @@ from minka.train.announce import announce
 from minka.train.build_engine import build_engine
 from minka.train.due import evaluation_missed
 from minka.train.final_summary import summarise
-from minka.train.loop import Session, train
+from minka.train.loop import Session, TrainingEnd, train
 from minka.train.parent_run import create_run, open_run, pinned_parent
 from minka.train.profiler import Profile
 from minka.train.recorder import Recorder
@@ -37,12 +37,13 @@ from minka.train.start_or_resume import (
     check_start,
     decide_start,
     export_is_missing,
+    position_of,
     print_finished,
     print_missing_export,
     read_state,
-    restart,
 )
 from minka.train.state import State
+from minka.train.way_back import restart, return_to
 
 GROUP_SECONDS = 300.0  # beyond guard.hang_seconds: the supervisor must notice a hang before the process group times out
 STORE_SECONDS = 60.0  # until a network file system shows a new folder on every host
@@ -78,12 +79,12 @@ def work(job: Job) -> int:
                 _say_finished(job)
             return int(ExitStatus.DONE)
         run, state = _start_session(job, mesh, stack, *claim)
-        state, status = train(run, state)
+        end = train(run, state)
         run.profile.close()
         run.record.console.end()
         mesh.barrier()  # every rank has written its files
-        run.supervisor.heartbeat(state.step, done=True)
-        return int(_finish(job, run, state, status) if mesh.is_first else status)
+        run.supervisor.heartbeat(end.state.step, done=True)
+        return int(_finish(job, run, end) if mesh.is_first else end.status)
 
 
 def _prepare(job: Job) -> RunState:
@@ -113,12 +114,16 @@ def _claim_run(job: Job, state: RunState, stack: ExitStack) -> tuple[RunState, C
         open_run(job.config)
     if not state.begun:  # only now: of two first starts at once, the second must not overwrite the other's files
         create_run(job.config, job.command)
+    aside = None
     if job.from_scratch and state.begun:  # last: a refusal must leave everything as it was
         pinned_parent(folder)
         aside = restart(folder)
         state = state.restarted()
-        if aside and not job.as_json:
-            print(f"the old checkpoints are now in {aside}", flush=True)
+    elif job.return_to is not None:
+        aside = return_to(folder, position_of(folder, job.return_to))
+        state = read_state(folder)
+    if aside and not job.as_json:
+        print(f"the old checkpoints are now in {aside}", flush=True)
     if not os.path.lexists(folder.checkpoints):
         place_checkpoints(job.config)
     return state, decision.changed
@@ -186,15 +191,14 @@ def _open_store(folder: Path, mesh: Mesh) -> TokenStore:
     return TokenStore.open(folder)
 
 
-def _finish(job: Job, run: Session, state: State, status: ExitStatus) -> ExitStatus:
+def _finish(job: Job, run: Session, end: TrainingEnd) -> ExitStatus:
     """Write the exit reason, export, and print the summary; rank 0 alone. A failed export loses no checkpoint."""
-    folder, config = run.record.folder, job.config
-    reason = f"step {state.step} could not be saved" if status == ExitStatus.FAILED else status.reason
+    folder, config, (state, status, reason, usable) = run.record.folder, job.config, end
     # Before the export, which may be cut off.
     write_exit_reason(folder, status, reason, state.step, requeue=status == ExitStatus.STOPPED)
     checkpoint = folder.checkpoints / step_name(state.step)  # the one just written, not the last by name
     export = None
-    if config.checkpoint.export and checkpoint.exists():
+    if config.checkpoint.export and usable:
         store = run.record.store
         try:
             export_checkpoint(checkpoint, folder.export, config.model, store.tokenizer_folder, store.eod)
@@ -204,5 +208,5 @@ def _finish(job: Job, run: Session, state: State, status: ExitStatus) -> ExitSta
             remedy = f"`minka export {folder.path} FOLDER` tries again"
             run.record.console.say(f"the export could not be written ({error}); {remedy}")
             status = ExitStatus.FAILED if status == ExitStatus.DONE else status
-    summarise(run.record, state, status, export, as_json=job.as_json)
+    summarise(run.record, end._replace(status=status), export, as_json=job.as_json)
     return status

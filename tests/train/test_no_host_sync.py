@@ -37,7 +37,7 @@ from minka.plan.errors import ExitStatus
 from minka.train import loop
 from minka.train.build_engine import engine_over
 from minka.train.dry_run_fakes import alone, without_numbers
-from minka.train.loop import Session, train
+from minka.train.loop import Session, TrainingEnd, train
 from minka.train.metrics import Metrics
 from minka.train.state import State
 from tiny import tiny
@@ -98,7 +98,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_step_never_reads_the_device_from_the_host(layout: str, rank: str, folder: Path) -> None:
     config = config_of(folder, LAYOUTS[layout])
-    state, status = run_on_meta(config, 0 if rank == "first" else config.layout.world - 1)
+    state, status, *_ = run_on_meta(config, 0 if rank == "first" else config.layout.world - 1)
     assert (state.step, status) == (STEPS, ExitStatus.DONE)
 
 
@@ -180,7 +180,7 @@ def config_of(folder: Path, layout: dict[str, Any]) -> RunConfig:
     return tiny(folder, run=run, model=model, layout=settings, schedule={"warmup": 1})
 
 
-def run_on_meta(config: RunConfig, rank: int) -> tuple[State, ExitStatus]:
+def run_on_meta(config: RunConfig, rank: int) -> TrainingEnd:
     """The real loop with meta tensors for what is on the device, and with nothing around it that records."""
     store = open_or_prepare(config, Path())
     with alone(config.layout.world, rank), meta_in_torch(), without_numbers():

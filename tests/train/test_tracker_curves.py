@@ -17,6 +17,7 @@ from minka.plan.ledger import read_ledger
 from minka.plan.run_folder import RunFolder
 from minka.train import trackers
 from minka.train.metrics import StepRecord, interval_numbers
+from minka.train.state import State
 from minka.train.trackers import Sink, Tracker
 from minka.train.worker import work
 from ranks import on_ranks
@@ -141,9 +142,9 @@ def test_a_tracker_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_point_is_the_mean_of_the_steps_since_the_last_without_refused_ones() -> None:
     seconds = dict.fromkeys(("data", "compute", "save", "eval"), 0.5)
     steps = [
-        StepRecord(1, 10, 2.0, 0.1, 1.0, 0.1, 10, seconds),
-        StepRecord(2, 40, 4.0, 0.3, 3.0, 0.2, 30, seconds),
-        StepRecord(3, 50, float("nan"), 0.0, float("inf"), 0.3, 10, seconds),
+        StepRecord(State(step=1, tokens=10), 2.0, 0.1, 1.0, 0.1, 10, seconds),
+        StepRecord(State(step=2, tokens=40), 4.0, 0.3, 3.0, 0.2, 30, seconds),
+        StepRecord(State(step=3, tokens=50), float("nan"), 0.0, float("inf"), 0.3, 10, seconds),
     ]
     numbers = interval_numbers(steps)
     assert numbers == pytest.approx(
