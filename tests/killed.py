@@ -1,5 +1,6 @@
-"""Processes that kill themselves at the n-th thing that they do to the disk, as a power cut or a scheduler would."""
+"""Processes that are killed, or find the disk full, at the n-th thing that they do to it."""
 
+import errno
 import os
 import signal
 import sys
@@ -7,13 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from minka.plan.errors import UserError
+
 CHANGES = frozenset({"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.symlink", "shutil.copyfile"})
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
-def kill_at(moment: int, folder: Path, log: Path) -> None:
+def kill_at(moment: int, folder: Path, log: Path, *, full: bool = False) -> None:
     """From now on note in `log` what this process does to names below `folder`; kill it just before the `moment`-th.
 
+    `full`: instead, the disk is full from then on: no file or folder can be made, while renames and deletions succeed.
     Several processes may share a log: their notes are counted together. What libraries write that are not Python's is
     not seen; what comes before and after it is. MINKA_TEST_TOP is a process that is killed first.
     """
@@ -27,7 +31,10 @@ def kill_at(moment: int, folder: Path, log: Path) -> None:
         name = "" if isinstance(path, int) else os.path.abspath(os.fsdecode(path))
         if name == inside or name.startswith(f"{inside}/"):
             os.write(notes, f"{event} {name[len(inside) :] or '/'}\n".encode())
-            if os.pread(notes, 2**20, 0).count(b"\n") == moment:
+            count = os.pread(notes, 2**20, 0).count(b"\n")
+            if full and count >= moment and event in ("open", "os.mkdir"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+            if count == moment and not full:
                 if top := os.environ.get("MINKA_TEST_TOP"):
                     os.kill(int(top), signal.SIGKILL)
                     os.killpg(0, signal.SIGKILL)
@@ -43,19 +50,24 @@ def kill_command() -> None:
     kill_at(int(moment), Path(folder), Path(log))
 
 
-def forked(body: Callable[[], None], moment: int, folder: Path) -> bool:
-    """Run `body` in a fork of this process that is killed at its `moment`-th change of `folder`; whether it was."""
+def forked(body: Callable[[], None], moment: int, folder: Path, *, full: bool = False) -> bool:
+    """Run `body` in a fork of this process that is killed at its `moment`-th change of `folder`; whether it was.
+
+    `full`: see kill_at; whether it could not write.
+    """
     log = folder.parent / f"{folder.name}-{moment}.log"
     pid = os.fork()
     if not pid:
         status = 1
         try:
-            kill_at(moment, folder, log)
+            kill_at(moment, folder, log, full=full)
             body()
             status = 0
+        except UserError as error:
+            status = 3 if full and os.strerror(errno.ENOSPC) in str(error) else 1
         finally:
             os._exit(status)
     _, raw = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(raw)
-    assert code in (0, -signal.SIGKILL), f"ended with {code}"
+    assert code in (0, 3 if full else -signal.SIGKILL), f"ended with {code}"
     return bool(code)

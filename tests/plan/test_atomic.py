@@ -1,11 +1,13 @@
 """Atomic folders: published whole or not at all, replaced only where that is allowed."""
 
 import errno
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from minka.plan.atomic import atomic_folder
+from minka.plan.atomic import atomic_folder, is_running
 from minka.plan.errors import UserError
 
 
@@ -44,3 +46,12 @@ def test_a_folder_is_checked_again_before_it_is_replaced(tmp_path: Path) -> None
         (out / "thesis.txt").write_text("years of work")
     assert {file.name: file.read_text() for file in out.iterdir()} == {"file": "second", "thesis.txt": "years of work"}
     assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="other systems do not say it")
+def test_a_killed_process_that_nobody_has_waited_for_is_not_running() -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        assert is_running(process.pid)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is still in the table
+        assert not is_running(process.pid)

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import tempfile
 import time
@@ -84,21 +85,21 @@ def leftovers(folder: Path) -> list[str]:
     return [str(path) for path in folder.rglob("*") if any(word in path.name for word in words)]
 
 
-def rank_that_is_killed(config: RunConfig, place: dict[str, str], moment: int, log: Path) -> None:
+def rank_that_is_killed(config: RunConfig, place: dict[str, str], moment: int, log: Path, full: bool) -> None:
     os.environ.update(place)
     if moment:
-        kill_at(moment, Path(config.run.folder).parent, log)
+        kill_at(moment, Path(config.run.folder).parent, log, full=full)
     os._exit(train_rank(config))
 
 
-def trained(config: RunConfig, ranks: int, moment: int, log: Path, seconds: float = 90.0) -> int:
+def trained(config: RunConfig, ranks: int, moment: int, log: Path, seconds: float = 90.0, *, full: bool = False) -> int:
     """Train on forked ranks. The status; -SIGKILL once one was killed at `moment`, or all were after `seconds`."""
     Path(config.run.folder).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as shared:
         processes = []
         for rank in range(ranks):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MINKA_STORE": f"{shared}/x"}
-            arguments = (config, place, moment, log)
+            arguments = (config, place, moment, log, full)
             processes.append(FORKS.Process(target=rank_that_is_killed, args=arguments, daemon=True))
             processes[-1].start()
         until = time.monotonic() + seconds
@@ -143,6 +144,24 @@ def test_a_run_killed_at_any_moment_comes_to_the_same_bits(
         assert trained(config, whole.ranks, NEVER, log) == 0
         assert result(config) == whole.result, f"kill {kill}: {said}"
         assert leftovers(tmp_path / str(kill)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_disk_that_is_full_from_any_moment_on_leaves_what_the_same_command_continues(
+    stage: str, undisturbed: dict[int, Undisturbed], tmp_path: Path
+) -> None:
+    whole, config = undisturbed[1], run(tmp_path / "project", undisturbed[1].corpus)
+    dice = random.Random(stage)
+    for _ in range(2):
+        status = trained(config, 1, dice.choice(whole.moments[stage]), tmp_path / "notes", full=True)
+        print(f"full disk: {stage}, status {status}")
+        (tmp_path / "notes").unlink()
+        assert trained(config, 1, NEVER, tmp_path / "notes") == 0
+        assert result(config) == whole.result
+        assert leftovers(tmp_path) == []
+        shutil.rmtree(tmp_path / "project")
 
 
 @pytest.mark.slow
