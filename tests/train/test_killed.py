@@ -23,13 +23,13 @@ from tiny import corpus, tiny, train_rank
 KILLS, AT_ONCE = 100, 4  # in all, and in one test
 NEVER = 10**9
 MANY = 50  # starts, of which some end before their moment comes
-STAGES = {  # of a life, by what is written: the first word that a note contains
+STAGES = {  # of a life, each by a word that its notes contain; the first one counts
+    "exporting": "/.export.",
     "training a tokenizer": "/tokenizer",
-    "preparing data": "store.",
+    "preparing data": "/.store.",
     "saving": "/checkpoints",
     "evaluating": "/evals",
-    "exporting": "export",
-    "training": "ledger",
+    "training": "/ledger",
     "ending": "exit_reason",
     "making the folder": "/runs",
 }
