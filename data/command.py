@@ -55,6 +55,7 @@ def _inspect(
     """Show the contents of a store, one of its documents, or the documents that a sample of a run was cut from."""
     from minka.data.prepare import check_store
     from minka.data.token_store import TokenStore
+    from minka.plan.store_files import check_store_files
 
     folder, config = _find(where, overrides or ())
     store = TokenStore.open(folder)
@@ -64,14 +65,11 @@ def _inspect(
         raise UserError("give --document or --sample, not both")
     if split and document is None:
         raise UserError("it needs --document", where="--split", why="samples come from train", remedy="leave it out")
+    if document is not None or sample is not None:
+        for part in ("idx", "parquet"):  # not the tokens, which may take hours
+            check_store_files(folder, f"{split or 'train'}.{part}")
     if document is not None:
-        chosen = store.split(split or "train")
-        found = {
-            "document": document,
-            "split": chosen.name,
-            **chosen.provenance(document),
-            "text": chosen.text_of(document),
-        }
+        found = _document(store, split or "train", document)
     elif sample is not None:
         found = _trace_sample(store.split("train"), config, sample, where)
     else:
@@ -99,7 +97,8 @@ def _find(where: str, overrides: Sequence[str]) -> "tuple[Path, RunConfig | None
     """The folder of a store, and the run that it was asked for by."""
     from minka.data.prepare import store_folder
     from minka.plan.load_config import load_run
-    from minka.plan.store_files import MANIFEST
+    from minka.plan.run_folder import RunFolder
+    from minka.plan.store_files import MANIFEST, sha256_of
 
     path = Path(where)
     if path.is_dir() and ((path / MANIFEST).exists() or not (path / "run.toml").exists()):
@@ -107,7 +106,10 @@ def _find(where: str, overrides: Sequence[str]) -> "tuple[Path, RunConfig | None
             raise UserError("overrides apply to a run", where=where, why="this is a folder of tokens, not a run")
         return path, None
     config = load_run(where, overrides).config
-    return store_folder(config, Path()), config
+    folder = store_folder(config, Path())
+    if (path / "run.toml").is_file() and (folder / MANIFEST).is_file() and not overrides:
+        RunFolder(path).check_data(folder, sha256_of(folder / MANIFEST))
+    return folder, config
 
 
 def _describe_store(store: "TokenStore") -> dict[str, Any]:
@@ -125,6 +127,17 @@ def _describe_store(store: "TokenStore") -> dict[str, Any]:
         facts[name] = {**part.model_dump(), "bytes_per_token": round(part.bytes / (part.tokens - part.documents), 4)}
     bad = {"first_bad_rows": list(manifest.skipped.first)} if manifest.skipped else {}
     return facts | bad | ({"note": "; ".join(manifest.notes)} if manifest.notes else {})
+
+
+def _document(store: "TokenStore", split: str, number: int) -> dict[str, Any]:
+    from minka.data.document import content_hash
+    from minka.plan.store_files import damaged_store
+
+    chosen = store.split(split)
+    text, row = chosen.text_of(number), chosen.provenance(number)
+    if store.manifest.exact and content_hash(text.encode()).hex() != row["hash"]:
+        raise damaged_store(store.folder, f"{split}.bin: document {number} is not the text that was stored")
+    return {"document": number, "split": split, **row, "text": text}
 
 
 def _trace_sample(split: "Split", config: "RunConfig | None", position: int, where: str) -> dict[str, Any]:

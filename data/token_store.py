@@ -18,7 +18,7 @@ from minka.data.store_manifest import SPLITS, Manifest, read_manifest
 from minka.data.tokenizer import TextTokenizer, read_tokenizer
 from minka.plan.errors import UserError
 from minka.plan.read_file import reading
-from minka.plan.store_files import MANIFEST, damaged_store, sha256_of
+from minka.plan.store_files import MANIFEST, REPAIR, check_store_files, damaged_store, sha256_of
 
 LOST, LOST_DTYPE = ".lost", "<i8"  # ending and type of the file of Split.lost_bytes
 SIDECAR_GROUP = 8_192  # rows in a row group of the sidecar: a look-up of one document reads one group
@@ -61,10 +61,17 @@ class Split:
             raise UserError(f"it has {len(lost)} entries for {self.n_documents} documents", where=str(file))
         return lost.astype(np.float64)
 
+    def read_sidecar(self) -> None:
+        """Read all that scoring needs of the sidecar, so that nothing can be missing afterwards. Raises UserError."""
+        _ = self.document_bytes, self.lost_bytes, self._sources
+
     def document(self, i: int) -> NDArray[Any]:
         """Tokens of document i, its eod last."""
-        start = int(self.index.pointers[self._known(i)]) // self.tokens.itemsize
-        return self.tokens[start : start + int(self.index.lengths[i])]
+        start, length = int(self.index.pointers[self._known(i)]) // self.tokens.itemsize, int(self.index.lengths[i])
+        if not (0 <= start < start + length <= self.n_tokens and self.tokens[start + length - 1] == self.eod):
+            what = f"document {i} is not where {self.name}.idx says: tokens {start} to {start + length}"
+            raise damaged_store(self.folder, what)
+        return self.tokens[start : start + length]
 
     def source_of(self, i: int) -> str:
         """The source of document i. Evaluation reports bits per byte for each source."""
@@ -81,7 +88,10 @@ class Split:
     def provenances(self, documents: Sequence[int]) -> list[dict[str, Any]]:
         """The rows of several documents, in the order asked for; each row group is read once."""
         found: dict[int, dict[str, Any]] = {}
-        with pq.ParquetFile(self._sidecar) as table:
+        with (
+            reading(self._sidecar, "a sidecar", pa.ArrowException, remedy=REPAIR),
+            pq.ParquetFile(self._sidecar) as table,
+        ):
             for group, asked in groupby(sorted({self._known(i) for i in documents}), lambda i: i // SIDECAR_GROUP):
                 numbers = list(asked)
                 rows = table.read_row_group(group).take([i % SIDECAR_GROUP for i in numbers]).to_pylist()
@@ -99,7 +109,9 @@ class Split:
             # Not np.searchsorted: the mapped index is not aligned, so it would copy all of it.
             i = bisect_right(self.index.pointers, at * self.tokens.itemsize) - 1
             start = int(self.index.pointers[i]) // self.tokens.itemsize
-            last = min(end - start, int(self.index.lengths[i]))
+            last = min(end - start, len(self.document(i)))
+            if i < 0 or start + last <= at:  # else this never ends
+                raise damaged_store(self.folder, f"token {at} is in no document of {self.name}.idx")
             spans.append({"document": i, "first": at - start, "last": last})
             at = start + last
         rows = self.provenances([span["document"] for span in spans])
@@ -114,7 +126,7 @@ class Split:
         return self._column("source").dictionary_encode().combine_chunks()
 
     def _column(self, name: str) -> Any:
-        with reading(self._sidecar, "a sidecar", pa.ArrowException):
+        with reading(self._sidecar, "a sidecar", pa.ArrowException, remedy=REPAIR):
             column = pq.read_table(self._sidecar, columns=[name])[name]
         if len(column) != self.n_documents:
             what = f"the sidecar has {len(column)} rows for {self.n_documents} documents"
@@ -137,7 +149,10 @@ class TokenStore:
 
     @classmethod
     def open(cls, folder: Path) -> "TokenStore":
-        """Open a store and check the sizes of its files (`minka data verify` checks hashes). Raises UserError."""
+        """Open a store: check the sizes of its files, and hash its tokenizer's. Raises UserError.
+
+        data/verify.py hashes the others: those of validation before it is scored, and all in `minka data verify`.
+        """
         manifest, problems = read_manifest(folder), []
         for name, file in manifest.files.items():
             path = folder / name
@@ -147,6 +162,7 @@ class TokenStore:
                 problems.append(f"{name} has {path.stat().st_size} bytes where the manifest says {file.bytes}")
         if problems:
             raise damaged_store(folder, *problems)
+        check_store_files(folder, "tokenizer/")
         return cls(folder, manifest)
 
     @property

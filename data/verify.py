@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from minka.data.document import content_hash
 from minka.data.store_manifest import SPLITS
 from minka.data.token_store import Split, TokenStore
-from minka.plan.store_files import MANIFEST, damaged_store, sha256_of
+from minka.plan.store_files import MANIFEST, check_store_files, damaged_store, sha256_of
 
 CHUNK = 1 << 22  # tokens checked at once
 DECODED = 1_000  # documents of each split whose text is decoded and hashed, evenly spread
@@ -28,11 +28,25 @@ def verify(folder: Path, advance: Callable[[int], None] = lambda n: None) -> dic
     if not problems:
         for name in SPLITS:
             split = store.split(name)
-            problems += (f"{name}: {problem}" for problem in _split_problems(split, store))
+            found = list(_split_problems(split, store)) or list(_text_problems(split, store))
+            problems += (f"{name}: {problem}" for problem in found)
             checked[name] = {"documents": split.n_documents, "tokens": split.n_tokens}
     if problems:
         raise damaged_store(folder, *problems)
     return checked
+
+
+def checked_split(store: TokenStore, name: str) -> Split:
+    """Open a split after hashing its files and comparing them with each other. Raises UserError naming the damage.
+
+    It reads the whole split, about two seconds a GB: for validation.
+    """
+    check_store_files(store.folder, f"{name}.")
+    split = store.split(name)
+    problems = [f"{name}: {problem}" for problem in _split_problems(split, store)]
+    if problems:
+        raise damaged_store(store.folder, *problems)
+    return split
 
 
 def _file_problems(store: TokenStore, advance: Callable[[int], None]) -> Iterator[str]:
@@ -78,7 +92,7 @@ def _token_problems(split: Split, ends: NDArray[np.int64], vocab: int) -> Iterat
 
 
 def _sidecar_problems(split: Split, store: TokenStore) -> Iterator[str]:
-    table = pq.read_table(store.folder / f"{split.name}.parquet", columns=["bytes", "tokens", "hash"])
+    table = pq.read_table(store.folder / f"{split.name}.parquet", columns=["bytes", "tokens"])
     if len(table) != split.n_documents:
         yield f"the sidecar has {len(table)} rows for {split.n_documents} documents"
         return
@@ -87,9 +101,12 @@ def _sidecar_problems(split: Split, store: TokenStore) -> Iterator[str]:
         yield f"row {differ[0]} of the sidecar and the index have different numbers of tokens"
     if int(table["bytes"].to_numpy().sum()) != store.manifest.splits[split.name].bytes:
         yield "the sidecar and the manifest have different numbers of bytes"
+
+
+def _text_problems(split: Split, store: TokenStore) -> Iterator[str]:
     if not store.manifest.exact:
         return
-    hashes = table["hash"]
+    hashes = pq.read_table(store.folder / f"{split.name}.parquet", columns=["hash"])["hash"]
     for i in np.unique(np.linspace(0, split.n_documents - 1, DECODED).astype(int)):
         if content_hash(split.text_of(int(i)).encode("utf-8")).hex() != hashes[int(i)].as_py():
             yield f"document {i} decodes to a text that differs from the one it was made from"

@@ -1,7 +1,5 @@
 """Text that a model writes after given prompts. It shows what scores do not."""
 
-from pathlib import Path
-
 from tokenizers import Tokenizer
 
 from minka.model.generate import generate
@@ -11,10 +9,9 @@ from minka.plan.config import RunConfig
 
 
 def continue_prompts(
-    scorer: Scorer, tokenizer_file: Path, config: RunConfig, mesh: Mesh, eod: int
+    scorer: Scorer, tokenizer: Tokenizer, config: RunConfig, mesh: Mesh, eod: int
 ) -> list[tuple[str, str]]:
     """Return (prompt, continuation) for each of eval.prompts. Collective: every rank uses the tokens of rank 0."""
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
     found = []
     for prompt in config.eval.prompts:
         given = tokenizer.encode(prompt, add_special_tokens=False).ids or [eod]

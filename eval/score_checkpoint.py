@@ -9,6 +9,7 @@ from minka.checkpoint.catalogue import find_checkpoint, run_and_step
 from minka.checkpoint.reader_lease import leased
 from minka.checkpoint.restore import restore_from
 from minka.data.token_store import TokenStore
+from minka.data.verify import checked_split
 from minka.eval.bits_per_byte import bits_per_byte
 from minka.eval.continue_prompts import continue_prompts
 from minka.eval.result_file import write_result
@@ -42,6 +43,8 @@ def score_checkpoint(
     own_settings = config.eval.max_documents == folder.config().eval.max_documents
     checkpoint = find_checkpoint(folder.checkpoints, wanted)
     store = TokenStore.open(store_of(folder).folder)
+    folder.check_data(store.folder, store.hash)
+    split = checked_split(store, "validation")
     place = output.parent if output else folder.evals
     remedy = "name a file elsewhere: --output FILE.json"
     with writing(place, remedy):  # fail before the work, which may take hours
@@ -53,8 +56,8 @@ def score_checkpoint(
         scorer = build_scorer(config, mesh)
         with leased(folder.path, checkpoint):
             state = restore_from(checkpoint, scorer.weights(), mesh)
-        scores = bits_per_byte(scorer, store.split("validation"), config, mesh, store.eod, heartbeat)
-        written = continue_prompts(scorer, store.tokenizer_folder / "tokenizer.json", config, mesh, store.eod)
+        scores = bits_per_byte(scorer, split, config, mesh, store.eod, heartbeat)
+        written = continue_prompts(scorer, store.tokenizer.backend, config, mesh, store.eod)
     with writing(place, remedy):
         return write_result(
             folder.evals,

@@ -61,9 +61,9 @@ def silent(path: Path, reason: str) -> None:
 def saved_run(folder: Path, *steps: int, **sections: Any) -> RunFolder:
     """The run of `tiny` under `folder` with its initial weights saved at each of `steps`."""
     config = tiny(folder, **sections)
-    open_or_prepare(config, folder)
+    store = open_or_prepare(config, folder)
     run = RunFolder.of(config)
-    run.create(config, {"data": {"store": str(config.data.store)}})
+    run.create(config, {"data": {"store": str(config.data.store), "manifest_sha256": store.hash}})
     with start_mesh(config.layout) as mesh:
         parameters = named_parameters(build_parts(config, mesh))
         pieces = {f"model.{name}": parameter_piece(p) for name, p in parameters.items()}

@@ -28,7 +28,7 @@ from minka.plan.read_file import MALFORMED, reading
 from minka.plan.resume_rules import Changes, changes, check_batch, check_fork, model_changes
 from minka.plan.run_folder import RunFolder, find_run, store_of
 from minka.plan.run_state import Position
-from minka.plan.store_files import MANIFEST, sha256_of
+from minka.plan.store_files import MANIFEST, check_store_files, sha256_of
 from minka.train.provenance import provenance
 
 OWN = ("run.name", "run.folder", "run.start_from", "run.start_with")  # differ in every fork
@@ -140,7 +140,11 @@ def check_parent(parent: Parent, config: RunConfig) -> None:
 
 def check_tokenizer(parent: Parent, config: RunConfig) -> None:
     """Raises UserError when the parent's token ids mean different text than those of the run's token store."""
-    folder = store_of(RunFolder(parent.folder)).tokenizer if parent.checkpoint else parent.folder
+    folder = parent.folder
+    if parent.checkpoint:
+        store = store_of(RunFolder(parent.folder))
+        check_store_files(store.folder, "tokenizer/")
+        folder = store.tokenizer
     file = folder / "tokenizer.json"
     remedy = f"it says what token ids mean to {parent.name}: put it back (AutoTokenizer's save_pretrained writes one)"
     with reading(file, "", *MALFORMED, remedy=remedy):
@@ -224,6 +228,7 @@ def _tokenizer(config: RunConfig) -> str | None:
     """The tokenizer.json of the run's data; None where it is still to be trained, and so will differ."""
     store, name = store_folder(config, Path()), config.data.tokenizer
     if (store / MANIFEST).is_file():
+        check_store_files(store, "tokenizer/")
         return (store / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8")
     if name == "bpe":
         return None

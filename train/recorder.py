@@ -13,7 +13,8 @@ from torch import Tensor
 from minka.checkpoint.async_saver import AsyncSaver, Outcome
 from minka.checkpoint.write import SaveRequest
 from minka.data.batch import PADDING
-from minka.data.token_store import TokenStore
+from minka.data.token_store import Split, TokenStore
+from minka.data.verify import checked_split
 from minka.eval.bits_per_byte import Scores, bits_per_byte
 from minka.eval.continue_prompts import continue_prompts
 from minka.eval.result_file import SUITE, write_result
@@ -22,10 +23,11 @@ from minka.parallel.engine import Scorer
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece
 from minka.plan.config import RunConfig
-from minka.plan.errors import ExitStatus
+from minka.plan.errors import ExitStatus, UserError
 from minka.plan.guard import judge
 from minka.plan.ledger import Ledger
 from minka.plan.output import lost_output
+from minka.plan.read_file import reading
 from minka.plan.retention import permanent
 from minka.plan.run_folder import RunFolder
 from minka.plan.scores import BITS_PER_BYTE, caveat
@@ -59,7 +61,8 @@ class Recorder:
         self.last: StepRecord | None = None
         self.tokens_per_second: float | None = None
         self.scores: Scores | None = None
-        self.evaluated_at = -1
+        self.evaluated_at = self._evaluation_tried_at = -1
+        self._checked: list[tuple[int, int, int]] = []  # times, sizes and numbers of the validation files
         self.refused_steps = 0
         self._ledger_writes = True
         self._failed_reports: set[str] = set()
@@ -184,14 +187,18 @@ class Recorder:
 
     def evaluate(self, state: State, scorer: Scorer, watch: Stopwatch) -> None:
         """Evaluate bits per byte on the validation split, and generate samples. Collective."""
-        if self.evaluated_at == state.step:
+        if self._evaluation_tried_at == state.step:
             return
-        self.evaluated_at = state.step
-        split, eod = self.store.split("validation"), self.store.eod
+        self._evaluation_tried_at = state.step
         with watch.time("eval"):
+            split, problem = self._held_out()
+            if self.mesh.sum_on_host([split is None])[0] or split is None:
+                self._failed(state, "evaluation", problem or "a rank cannot read the validation split", "made")
+                return
+            eod, tokenizer = self.store.eod, self.store.tokenizer.backend
             self.scores = bits_per_byte(scorer, split, self.config, self.mesh, eod, self._beat(state))
-            tokenizer = self.store.tokenizer_folder / "tokenizer.json"
             written = continue_prompts(scorer, tokenizer, self.config, self.mesh, eod)
+        self.evaluated_at = state.step
         if not self.mesh.is_first:
             return
         try:
@@ -206,9 +213,29 @@ class Recorder:
             self.console.say(f"  {prompt!r} -> {text!r}")
         self._track(state.step, {f"eval/{name}": value for name, value in self.scores.scores.items()})
 
-    def _failed(self, state: State, what: str, error: str) -> None:
+    def _held_out(self) -> tuple[Split | None, str]:
+        """The validation split, or None and why it cannot be read: a file may be damaged while the run trains.
+
+        Rank 0 checks it when a file is not the one that it has checked before.
+        """
+        try:
+            seen = []
+            for file in (self.store.folder / f"validation.{ending}" for ending in ("bin", "idx", "parquet")):
+                with reading(file):
+                    now = file.stat()
+                seen.append((now.st_mtime_ns, now.st_size, now.st_ino))
+            if self.mesh.is_first and seen != self._checked:
+                checked_split(self.store, "validation")
+                self._checked = seen
+            split = self.store.split("validation")
+            split.read_sidecar()
+        except UserError as error:
+            return None, str(error)
+        return split, ""
+
+    def _failed(self, state: State, what: str, error: str, done: str = "written") -> None:
         self.event("save_failed", state, reason=f"{what}: {error}")
-        self.console.say(f"step {state.step}: the {what} could not be written: {error}")
+        self.console.say(f"step {state.step}: the {what} could not be {done}: {error}")
 
     def close(self) -> None:
         """Finish the save under way, also after an error: it has its copy, and other savers still run. Close all."""

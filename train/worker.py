@@ -14,6 +14,7 @@ from minka.checkpoint.export import export_checkpoint
 from minka.data.loader import Loader
 from minka.data.prepare import store_folder
 from minka.data.token_store import TokenStore
+from minka.data.verify import checked_split
 from minka.launch.exit_reason_file import refusals_recorded, write_exit_reason
 from minka.launch.supervisor import Job
 from minka.launch.supervisor_link import SupervisorLink
@@ -159,6 +160,8 @@ def _start_session(job: Job, mesh: Mesh, stack: ExitStack, before: RunState, cha
     config, folder = job.config, RunFolder.of(job.config)
     with agreed(mesh):
         store = _open_store(store_folder(config, Path()), mesh)
+        if mesh.is_first:
+            checked_split(store, "validation")
     stacks = folder.logs / f"stacks-{mesh.rank:05d}.txt"
     supervisor = SupervisorLink(mesh.rank, folder.stop_file, job.heartbeat_pipe, stacks)
     stack.callback(supervisor.close)

@@ -48,4 +48,5 @@ def sampled(config: RunConfig, file: str) -> Any:
             tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
             tokenizer.save(file)
         mesh.barrier()
-        return continue_prompts(cast(Scorer, Disagreeing(mesh)), Path(file), config, mesh, EOD)
+        tokenizer = Tokenizer.from_file(file)
+        return continue_prompts(cast(Scorer, Disagreeing(mesh)), tokenizer, config, mesh, EOD)
