@@ -1,6 +1,7 @@
 """Tokenizers: plain bytes, a byte-level BPE trained on the training split, or one loaded from Hugging Face."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from minka.plan.errors import UserError
 from minka.plan.hub_tokenizer import SETTINGS, TOKENIZER, as_trained
@@ -24,6 +25,7 @@ OWN_SETTINGS: Mapping[str, object] = {
     "clean_up_tokenization_spaces": False,
     "model_max_length": 10**30,
 }
+LONGEST_WORD = 4_096  # bytes that the trainer sees as one word: its time grows with the square of the longest
 BPE_MIN_ENTRIES = 257  # one entry for each byte, and the end of a document
 TokenizerKind = Literal["bytes", "bpe", "hf"]
 
@@ -97,10 +99,15 @@ def train_bpe(texts: Sequence[bytes], vocab: int) -> TextTokenizer:
     `vocab` is at least BPE_MIN_ENTRIES. Raises UserError when the texts cannot fill it.
     """
     backend = _byte_level(models.BPE())
+    words = backend.pre_tokenizer
+    if any(map(_has_long_word, texts)):
+        pieces = pre_tokenizers.Split(Regex(f".{{1,{LONGEST_WORD}}}"), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([words, pieces])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab, initial_alphabet=sorted(_letters()), special_tokens=[EOD_TOKEN], show_progress=False
     )
     backend.train_from_iterator((raw.decode("utf-8") for raw in texts), trainer)
+    backend.pre_tokenizer = words  # a text is encoded whole: that takes no square of its length
     entries = backend.get_vocab_size()
     if entries < vocab:
         raise UserError(
@@ -151,6 +158,11 @@ def _plain(backend: Tokenizer) -> Tokenizer:
     backend.no_padding()
     backend.no_truncation()
     return backend
+
+
+def _has_long_word(text: bytes) -> bool:
+    spaces = re.search(rb"\s{%d}" % LONGEST_WORD, text)
+    return spaces is not None or max(map(len, text.split()), default=0) > LONGEST_WORD
 
 
 def _byte_level(model: models.BPE) -> Tokenizer:

@@ -8,7 +8,8 @@ tokenizer loses is not charged: `unaccounted` says how much that is.
 import lzma
 import math
 import zlib
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from minka.parallel.mesh import Mesh
 from minka.plan.config import RunConfig
 from minka.plan.scores import BITS_PER_BYTE
 
+MAX_SOURCES, REST = 50, "(other sources)"  # scores by source at most, and the name of the last where there are more
 MAX_BYTES = 64 * 2**20  # xz -9 takes about a second a megabyte
 
 
@@ -64,7 +66,7 @@ def bits_per_byte(
     bits = (nats.cpu().numpy() + math.log(config.model.vocab)) / math.log(2)
     sizes, lost = split.document_bytes[:count].astype(np.float64), split.lost_bytes[:count]
     tokens = sum(len(split.document(i)) for i in range(count))
-    sources = np.array([split.source_of(i) for i in range(count)])
+    sources = named_sources([split.source_of(i) for i in range(count)], sizes)
     scores, stderr, shares = {}, {}, {}
     of_source = {f"{BITS_PER_BYTE}/{source}": sources == source for source in sorted(set(sources))}
     for name, chosen in {BITS_PER_BYTE: np.ones(count, bool), **of_source}.items():
@@ -73,6 +75,21 @@ def bits_per_byte(
     settings = {"max_documents": config.eval.max_documents, "window": length, "stride": stride}
     unaccounted = {name: share for name, share in shares.items() if share}
     return Scores(scores, stderr, count, int(sizes.sum()), tokens, settings, unaccounted)
+
+
+def named_sources(sources: Sequence[str], sizes: np.ndarray) -> np.ndarray:
+    """The source of each document, with the smallest (by bytes) under one name where there are more than MAX_SOURCES.
+
+    A source that is a URL, or a file, would make a score of each document. A source called REST is one of the rest.
+    """
+    total: Counter[str] = Counter()
+    for source, size in zip(sources, sizes, strict=True):
+        total[source] += int(size)
+    if len(total) <= MAX_SOURCES:
+        return np.array(sources)
+    by_size = sorted(total.keys() - {REST}, key=lambda source: (-total[source], source))
+    largest = set(by_size[: MAX_SOURCES - 1])
+    return np.array([source if source in largest else REST for source in sources])
 
 
 def ratio_of_sums(bits: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:

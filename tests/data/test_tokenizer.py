@@ -1,6 +1,7 @@
 """Tokenizers: exact round trips, an end-of-document token that text cannot make, folders that transformers loads."""
 
 import gc
+import json
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,25 @@ def test_training_is_deterministic_and_fills_the_vocabulary_exactly() -> None:
     again = train_bpe([text.encode() for text in texts(100)], 300)
     assert again.backend.to_str() == TRAINED.backend.to_str()
     assert TRAINED.backend.get_vocab_size() == TRAINED.entries == 300
+
+
+def test_a_long_unbroken_word_is_trained_on_in_pieces_and_encoded_whole() -> None:
+    """The trainer's time grows with the square of a word's length: 0.25 MB of one letter took a minute."""
+    for letter in (b"a", b" "):
+        with pytest.raises(UserError, match="fills 269 entries"):  # 257, and 12 that double up to 4,096
+            train_bpe([letter * 40_960], 300)
+        text = letter.decode() * 40_960
+        trained = train_bpe([letter * 40_960], 269)
+        (tokens,) = trained.encode([text])
+        assert trained.decode(tokens) == text
+
+
+def test_ordinary_text_gives_the_tokenizer_it_always_gave(monkeypatch: pytest.MonkeyPatch) -> None:
+    ordinary = [text.encode() for text in texts(100)] + [Path(json.__file__).read_bytes(), b"=" * 4_096]
+    bounded = train_bpe(ordinary, 600).backend.to_str()
+    monkeypatch.setattr("minka.data.tokenizer.LONGEST_WORD", 100_000)
+    assert train_bpe(ordinary, 600).backend.to_str() == bounded
+    assert json.loads(bounded)["pre_tokenizer"]["type"] == "ByteLevel"
 
 
 def test_a_vocabulary_that_the_text_cannot_fill_names_one_that_it_can() -> None:

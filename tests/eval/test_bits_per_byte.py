@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minka.data.prepare import open_or_prepare
-from minka.eval.bits_per_byte import Scores, bits_per_byte, compressed_bits_per_byte, ratio_of_sums
+from minka.eval.bits_per_byte import REST, Scores, bits_per_byte, compressed_bits_per_byte, named_sources, ratio_of_sums
 from minka.parallel.fsdp_engine import build_scorer
 from minka.parallel.mesh import start_mesh
 from minka.plan.config import RunConfig
@@ -56,6 +56,20 @@ def test_standard_error_is_that_of_repeated_draws() -> None:
         chosen = dice.integers(0, 200, 200)
         draws.append(bits[chosen].sum() / sizes[chosen].sum())
     assert ratio_of_sums(bits, sizes)[1] == pytest.approx(np.std(draws), rel=0.1)
+
+
+def test_many_sources_share_one_score_but_the_largest() -> None:
+    """A corpus whose source is a URL: every document has a source of its own."""
+    sizes = np.arange(8000.0)
+    names = named_sources([f"https://x.test/{i}" for i in range(8000)], sizes)
+    kept = {f"https://x.test/{i}" for i in range(8000 - 49, 8000)}
+    assert set(names) == kept | {REST}
+    assert (names == REST).sum() == 8000 - 49
+    few = [str(i % 50) for i in range(200)]
+    assert named_sources(few, np.ones(200)).tolist() == few
+    taken = named_sources([REST] * 9 + [str(i) for i in range(50)], np.ones(59))  # a source that has its name
+    assert (taken == REST).sum() == 10
+    assert len(set(taken)) == 50
 
 
 def test_compressors_are_counted_in_bits_of_each_plain_byte() -> None:
