@@ -19,6 +19,7 @@ JSON = tuple(".json" + packed for packed in PACKED)
 # Of a folder, the files with the first of these groups of suffixes that occurs; an empty group is every file. A .json
 # next to .jsonl files describes them.
 SUFFIXES = {"jsonl": (JSONL, JSON), "parquet": ((".parquet", ".pq", ".parq"),), "text": ((),)}
+SHOWN_SUFFIXES = 20
 
 
 class CorpusFiles(NamedTuple):
@@ -58,6 +59,8 @@ def expand_paths(paths: Sequence[str], suffixes: Sequence[tuple[str, ...]] = (()
             what = "this glob matches no file" if glob.has_magic(entry) else "there is no such file or folder"
             if matches and not chosen:
                 what = f"this is a {_kind(matches[0])}"
+            elif "://" in entry:
+                what = "this is an address; only data.source=datasets reads from a network"
         if not chosen:
             raise UserError(
                 what,
@@ -67,7 +70,10 @@ def expand_paths(paths: Sequence[str], suffixes: Sequence[tuple[str, ...]] = (()
             )
         for file in chosen:
             found.setdefault(os.path.realpath(file), file)  # a link to a file that was named is not read again
-    return CorpusFiles(list(found.values()), dict(sorted(left_out.items())))
+    counts = dict(left_out.most_common(SHOWN_SUFFIXES))
+    if more := left_out.total() - sum(counts.values()):
+        counts["others"] = more
+    return CorpusFiles(list(found.values()), counts)
 
 
 def _files_in(folder: Path, entry: str) -> Iterator[Path]:

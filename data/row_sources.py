@@ -76,7 +76,7 @@ def _parse(line: bytes, path: Path, name: str, number: int) -> object:
     if len(line) > LARGEST_DOCUMENT:
         raise UserError(f"this line has more than {LARGEST_DOCUMENT / 2**30:g} GiB", where=where, remedy=ONE_LINE)
     try:
-        row = json.loads(line.decode("utf-8").rstrip())
+        row = json.loads(line.decode("utf-8-sig").rstrip())  # joined files may have a mark inside
     except UnicodeDecodeError as error:
         return not_utf8(where, error)
     except (ValueError, RecursionError) as error:  # ValueError: also a number of more than 4,300 digits

@@ -216,10 +216,11 @@ def _transcoded(file: io.BufferedReader, encoding: str) -> Iterator[bytes]:
 
 
 def _without_mark(head: bytes) -> str:
-    """UTF-16 or UTF-32 where the zeros of its ASCII characters make it certain, else ""."""
+    """UTF-16 or UTF-32 where it is certain, else "": by the zeros of two ASCII characters at the start, or of most."""
+    names = {"0111": "UTF-32LE", "1110": "UTF-32BE", "0101": "UTF-16LE", "1010": "UTF-16BE"}
     head = head[: len(head) // 4 * 4]
-    zeros = "".join(str(int(head[i::4].count(0) * 8 > len(head))) for i in range(4))  # more than half of every fourth
-    return {"0111": "UTF-32LE", "1110": "UTF-32BE", "0101": "UTF-16LE", "1010": "UTF-16BE"}.get(zeros, "")
+    most = "".join(str(int(head[i::4].count(0) * 8 > len(head))) for i in range(4))  # more than half of every fourth
+    return names.get("".join(str(int(byte == 0)) for byte in head[:4])) or names.get(most, "")
 
 
 def _is_object(line: bytes) -> bool:

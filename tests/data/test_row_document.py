@@ -127,6 +127,7 @@ def test_a_missing_field_lists_the_ones_with_text(tmp_path: Path) -> None:
         ("a", "plain"),
         ("b.c", "dotted"),  # a name with a dot comes first
         ("b.d.e", "deep"),
+        ("b.x.y", "dotted inside"),
         ("l[]", "one\ntwo"),
         ("l[0]", "one"),
         ("l[-1]", "two"),
@@ -139,7 +140,7 @@ def test_a_path_names_a_field_in_a_field_or_a_list(field: str, found: str, sourc
     row = {
         "a": "plain",
         "b.c": "dotted",
-        "b": {"c": "nested", "d": {"e": "deep", "other": 1}},
+        "b": {"c": "nested", "d": {"e": "deep", "other": 1}, "x.y": "dotted inside"},
         "l": ["one", "two"],
         "m": [{"content": "hi", "role": "user"}, {"content": "ho", "role": "assistant"}],
     }

@@ -63,7 +63,7 @@ def test_newlines_and_nulls_of_a_file_are_kept_and_a_byte_order_mark_is_not(tmp_
 
 
 def test_a_byte_order_mark_before_json_is_not_part_of_it(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}')
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n\xef\xbb\xbf{"text": "two"}')
     assert [d.text for d in read(source="jsonl", paths=[str(tmp_path)])] == ["one", "two"]
 
 

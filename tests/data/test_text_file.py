@@ -107,7 +107,9 @@ def test_a_byte_order_mark_decides_the_encoding(encoding: str, pack: Callable[[b
 @pytest.mark.parametrize("encoding", ["UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE"])
 def test_an_encoding_without_a_mark_is_refused_with_its_conversion(encoding: str, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    assert f"iconv -f {encoding} -t UTF-8 {path} > NEW" in refused(path, LINES.encode(encoding)).remedy
+    chinese = json.dumps({"text": "数据" * 999}, ensure_ascii=False)  # hardly a zero in UTF-16
+    for text in (LINES, chinese):
+        assert f"iconv -f {encoding} -t UTF-8 {path} > NEW" in refused(path, text.encode(encoding)).remedy
 
 
 @pytest.mark.parametrize("source", ["jsonl", "text"])
