@@ -13,7 +13,7 @@ from minka.plan.config_sections import DataSection
 from minka.plan.errors import UserError
 
 HASH_SPACE = 2**64  # documents are split by the first 8 bytes of their hash
-SHOWN_BAD_ROWS = 20
+SHOWN_BAD_ROWS, SHOWN_OF_A_REASON = 20, 5
 SAMPLE_BYTES = 256 * 2**20  # a tokenizer is trained on at most this much text
 
 
@@ -43,7 +43,7 @@ def survey_corpus(data: DataSection, advance: Callable[[int], None]) -> CorpusSu
 
     def skip(row: BadRow) -> None:
         bad[row.reason] += 1
-        if len(first) < SHOWN_BAD_ROWS:
+        if len(first) < SHOWN_BAD_ROWS and bad[row.reason] <= SHOWN_OF_A_REASON:
             first.append(f"{row.where}: {row.what}")
 
     for document in read_documents(data, skip):

@@ -93,7 +93,7 @@ class DataSection(Section):
     dataset: str = Field("", description="first argument of datasets.load_dataset")
     dataset_config: str = ""
     dataset_split: str = "train"
-    text_field: str = Field("text", min_length=1, description="path to the text in a row: a.b, list[0], list[].b")
+    text_field: str = Field("text", description="path to the text in a row: a.b, list[0], list[].b")
     id_field: str = Field("", description="path to the id; empty: the column of that name, where there is one")
     source_field: str = ""
     url_field: str = ""
