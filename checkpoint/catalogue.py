@@ -26,19 +26,21 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(folder: Path, step: str = "") -> Path:
-    """The run's newest checkpoint, or that of `step`. Raises UserError where there is none, or it is not the run's."""
+    """The newest checkpoint, whole or not, or that of `step`. Raises UserError without one, and for a foreign one."""
     check_mounted(folder)
-    found = {int(path.name.removeprefix("step-")): path for path in checkpoints(folder)}
-    chosen = [at for at in found if not step or (step.isdecimal() and at == int(step))]
+    saved = [int(path.name.removeprefix("step-")) for path in checkpoints(folder)]
+    remedy = f"steps saved here: {', '.join(map(str, saved))}" if saved else "train the run first"
+    asked = [at for at in steps_of(folder) if step.isdecimal() and at == int(step)]
+    chosen = asked if step else newest_first(folder)
     if not chosen:
-        remedy = f"steps saved here: {', '.join(map(str, found))}" if found else "train the run first"
         raise UserError(f"no checkpoint of step {step}" if step else "no checkpoint", where=str(folder), remedy=remedy)
-    if len(chosen) > 1:
-        chosen = [at for at in newest_first(folder) if at in found]
+    path = folder / step_name(chosen[0])
+    if chosen[0] not in saved:
+        raise UserError("there is no such file: this checkpoint is damaged", where=str(path / NAME), remedy=remedy)
     header = _header(folder, chosen[0], LOCAL)
     if header:  # where it cannot be read, its reader says why
-        check_own(RunFolder(folder.parent), found[chosen[0]], header.state)
-    return found[chosen[0]]
+        check_own(RunFolder(folder.parent), path, header.state)
+    return path
 
 
 def run_and_step(given: str) -> tuple[str, str]:

@@ -24,12 +24,13 @@ def main(argv: Sequence[str]) -> int:
         from minka.checkpoint.reader_lease import leased
         from minka.plan.hub_family import reader_limits
         from minka.plan.run_folder import find_run, store_of
+        from minka.plan.run_state import trained_model
 
         name, step = run_and_step(run)
         found = find_run(name)
         checkpoint, store = find_checkpoint(found.checkpoints, step), store_of(found)
+        model = trained_model(found)
         with leased(found.path, checkpoint):
-            model = found.config().model
             export_checkpoint(checkpoint, folder, model, store.tokenizer, store.eod)
         limits = reader_limits(model)
         if as_json:

@@ -35,7 +35,8 @@ def write_result(
     file = output or evals / f"step-{step:08d}" / f"{SUITE}@{VERSION}.json"
     if not output:
         file.parent.mkdir(parents=True, exist_ok=True)
-    if not output and (not own_settings or (file.exists() and _read(file).get("settings") != scores.settings)):
+    found = _read(file)  # one that cannot be read is replaced
+    if not output and (not own_settings or (found and found.get("settings") != scores.settings)):
         settings = json.dumps(scores.settings, sort_keys=True)
         file = file.with_name(f"{SUITE}@{VERSION}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.json")
     texts = [{"prompt": prompt, "text": text} for prompt, text in samples or ()]

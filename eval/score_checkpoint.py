@@ -21,6 +21,7 @@ from minka.plan.errors import UserError
 from minka.plan.layout import Layout
 from minka.plan.load_config import load_run
 from minka.plan.run_folder import find_run, store_of
+from minka.plan.run_state import trained_model
 
 
 def score_checkpoint(
@@ -41,6 +42,7 @@ def score_checkpoint(
     folder = find_run(name)
     config = load_run(str(folder.config_file), overrides).config
     own_settings = config.eval.max_documents == folder.config().eval.max_documents
+    trained_model(folder)  # or the scores are of a different function
     checkpoint = find_checkpoint(folder.checkpoints, wanted)
     store = TokenStore.open(store_of(folder).folder)
     folder.check_data(store.folder, store.hash)

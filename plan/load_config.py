@@ -89,6 +89,8 @@ def find_source(source: str, runs: str = "runs") -> Path:
             return candidate
     recipes, here = recipe_names(), run_names(runs)
     near = difflib.get_close_matches(given.name, [*here, *recipes], n=1)
+    if given.is_dir():
+        raise UserError("this folder has no run.toml that can be read", where=str(given / "run.toml"))
     what, why = f"there is no run, TOML file or recipe called {source!r}", f"did you mean {near[0]!r}?" if near else ""
     listed = [f"{kind}: {', '.join(names)}" for kind, names in (("runs here", here), ("recipes", recipes)) if names]
     raise UserError(what, why=why, remedy=f"{'; '.join(listed)}; or give a path to a .toml file or a run folder")

@@ -168,15 +168,13 @@ class RunFolder:
 
     def check_data(self, store: Path, manifest_sha256: str) -> None:
         """Raises UserError when the run began with a different token store."""
-        file, began_with = self.provenance_file, None
         with reading(
-            file,
+            self.provenance_file,
             "",
             *MALFORMED,
             remedy="repair the file, which names the run's token store, or start a new run (run.name=...)",
         ):
-            if file.exists():
-                began_with = parse_json(file.read_bytes()).get("data", {}).get("manifest_sha256")
+            began_with = parse_json(self.provenance_file.read_bytes()).get("data", {}).get("manifest_sha256")
         if began_with != manifest_sha256:
             hashes = f"hash {str(began_with)[:8]} then, {manifest_sha256[:8]} now"
             what = f"this is not the token store that the run began with ({hashes})"

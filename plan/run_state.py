@@ -9,9 +9,11 @@ from typing import Any, BinaryIO, NamedTuple, Self
 from pydantic import BaseModel, ValidationError
 
 from minka.plan.config import RunConfig
+from minka.plan.config_sections import ModelSection
 from minka.plan.errors import UserError
 from minka.plan.ledger import RETURNS, STEP, lines_from_end, parse_event
 from minka.plan.load_config import describe_problems
+from minka.plan.read_file import reading
 from minka.plan.run_folder import RunFolder
 
 STEP_LINE = re.compile(STEP + rb', "time": [^,]+, "step": (\d+), "tokens": (\d+)')
@@ -79,8 +81,7 @@ def read_run_state(
     state = RunState(finished=folder.finished(), checkpoints=tuple(checkpoints), ledger_bytes=size)
     if not folder.begun():
         return state
-    empty: BinaryIO = BytesIO()
-    with folder.ledger_file.open("rb") if size else empty as ledger:
+    with reading(folder.ledger_file), _ledger(folder) as ledger:
         recent = _Recent(ledger)
         position, newest = _newest(checkpoints, recent.last_save, read_header)
         step = position.step if position else 0
@@ -106,6 +107,29 @@ def read_run_state(
         "tokens_before": tokens_before,
     }
     return state.model_copy(update=found)
+
+
+def trained_model(folder: RunFolder) -> ModelSection:
+    """The model of run.toml, which must be that of the run's last start, or its weights mean something else.
+
+    Raises UserError.
+    """
+    model = folder.config().model
+    with reading(folder.ledger_file), _ledger(folder) as ledger:
+        started_with, _ = _Recent(ledger).configuration(str(folder.ledger_file))
+    if started_with and started_with.model != model:
+        before, now = started_with.model.model_dump(), model.model_dump()
+        changed = [
+            f"model.{key} = {now[key]!r} (trained with {before[key]!r})" for key in now if now[key] != before[key]
+        ]
+        what = f"this is not the model that the run was trained as: {', '.join(changed)}"
+        why, remedy = f"the last start event of {folder.ledger_file} has a different one", "set it back in this file"
+        raise UserError(what, where=str(folder.config_file), why=why, remedy=remedy)
+    return model
+
+
+def _ledger(folder: RunFolder) -> BinaryIO:
+    return folder.ledger_file.open("rb") if folder.ledger_bytes() else BytesIO()
 
 
 class _Recent:

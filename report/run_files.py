@@ -59,6 +59,8 @@ class RunFiles:
             raise UserError(f"cannot be read: {error.strerror}", where=str(file)) from None
         if not file.exists():
             self.notes.append(f"{file} does not exist: the run has written nothing yet")
+        elif not events:
+            self.notes.append(f"{file} has no events")
         if count := len(self.torn_lines):
             named = ", ".join(map(str, self.torn_lines[:MAX_LINES_NAMED]))
             more = f" and {count - MAX_LINES_NAMED:,} more" if count > MAX_LINES_NAMED else ""

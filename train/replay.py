@@ -26,6 +26,7 @@ from minka.plan.errors import ExitStatus, UserError
 from minka.plan.layout import AXES
 from minka.plan.ledger import is_count, read_ledger
 from minka.plan.load_config import load_run, validate
+from minka.plan.read_file import reading
 from minka.plan.run_folder import RunFolder, find_run, store_of
 from minka.train.accept_step import accepts, refuse_tokens
 from minka.train.build_engine import build_engine
@@ -90,7 +91,8 @@ def replay_command(source: str, step: int, as_json: bool) -> int:
 
 def replay(folder: RunFolder, step: int) -> dict[str, Any]:
     """Replay all steps from the checkpoint before `step` to `step`. Return what `--json` prints. Raises UserError."""
-    recorded = recorded_run(read_ledger(folder.ledger_file))
+    with reading(folder.ledger_file):
+        recorded = recorded_run(read_ledger(folder.ledger_file))
     on_disk = [int(path.name.removeprefix("step-")) for path in checkpoints(folder.checkpoints)]
     checkpoint = checkpoint_before(recorded, step, on_disk, str(folder.path))
     event, start = recorded.steps[step]
