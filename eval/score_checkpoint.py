@@ -1,9 +1,12 @@
 """Score a checkpoint on disk in one process. The result is written where the run itself would write it."""
 
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from minka.checkpoint.catalogue import find_checkpoint, run_and_step
 from minka.checkpoint.reader_lease import leased
@@ -13,6 +16,7 @@ from minka.data.verify import checked_split
 from minka.eval.bits_per_byte import bits_per_byte
 from minka.eval.continue_prompts import continue_prompts
 from minka.eval.result_file import write_result
+from minka.launch.environment import threads_per_rank, usable_cpus
 from minka.parallel.fsdp_engine import build_scorer
 from minka.parallel.mesh import start_mesh
 from minka.plan.atomic import writing
@@ -54,6 +58,7 @@ def score_checkpoint(
             place.mkdir(exist_ok=True)
         tempfile.TemporaryFile(dir=place).close()
     layout = Layout(micro_batch=config.layout.micro_batch, precision=config.layout.precision)
+    torch.set_num_threads(threads_per_rank(os.environ, 1, usable_cpus()))
     with start_mesh(layout) as mesh:
         scorer = build_scorer(config, mesh)
         with leased(folder.path, checkpoint):

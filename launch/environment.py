@@ -1,7 +1,10 @@
 """Who starts the ranks, and how many: decided by the environment variables and the GPUs of this machine."""
 
+import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 
 from minka.plan.errors import UserError
@@ -11,12 +14,59 @@ CPU_RANKS = 2
 
 def launcher(environment: Mapping[str, str]) -> str | None:
     """Who started this process as one rank of several: torchrun, slurm, or None."""
-    if "RANK" in environment and "WORLD_SIZE" in environment:
+    names = ("RANK", "WORLD_SIZE")
+    given = {name: environment[name] for name in names if environment.get(name)}
+    if given:
+        _check_rank(environment, *(name for name in names if name not in given))
         return "torchrun"
     # A batch script has only the first of these, and a shell started by srun is a step with one task.
     if "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment and _slurm_tasks(environment) > 1:
         return "slurm"
     return None
+
+
+def _check_rank(environment: Mapping[str, str], *missing: str) -> None:
+    """Raise UserError where torch could not start a rank from these variables, or would wait forever."""
+    remedy = "start the ranks with torchrun or srun, or unset RANK and WORLD_SIZE: minka then starts its own"
+    if missing:
+        what = "it is not set, though other variables say that this process is one rank of several"
+        raise UserError(what, where=missing[0], remedy=remedy)
+    ranks = _count(environment, "WORLD_SIZE", 1, remedy=remedy)
+    _count(environment, "RANK", 0, ranks - 1, remedy)
+    if ranks > 1:
+        _count(environment, "LOCAL_RANK", 0, ranks - 1, remedy)
+        if not environment.get("MINKA_STORE"):
+            _count(environment, "MASTER_PORT", 1, 65_535, remedy)
+            if not environment.get("MASTER_ADDR"):
+                raise UserError("it is not set: the ranks cannot find each other", where="MASTER_ADDR", remedy=remedy)
+
+
+def _count(
+    environment: Mapping[str, str], name: str, least: int, most: int = 2**31, remedy: str = "unset or correct it"
+) -> int:
+    value = environment.get(name, "").strip()
+    if not (value.isascii() and value.isdigit() and least <= int(value) <= most):
+        bounds = f"from {least} to {most}" if most < 2**31 else f"of at least {least}"
+        raise UserError(f"{value!r} is not a number {bounds}", where=name, remedy=remedy)
+    return int(value)
+
+
+def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPUs that this process may use: its affinity, where the system has one, and the quota of its container."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):
+        quota, period = (cgroup / "cpu.max").read_text(encoding="ascii").split()  # cgroup v2; "max" is no quota
+        count = min(count, -(-int(quota) // int(period)))
+    return max(count, 1)
+
+
+def threads_per_rank(environment: Mapping[str, str], ranks: int, cpus: int) -> int:
+    """How many threads torch gets in each of the `ranks` of this machine. OMP_NUM_THREADS decides where it is set."""
+    outer, *_ = environment.get("OMP_NUM_THREADS", "").split(",")  # the rest is for nested regions
+    if outer.strip() in ("", "0"):
+        return max(1, cpus // ranks)
+    remedy = "set it to the number of threads of each rank, or unset it"
+    return _count({"OMP_NUM_THREADS": outer}, "OMP_NUM_THREADS", 1, remedy=remedy)
 
 
 def requeued(environment: Mapping[str, str]) -> bool:
@@ -41,10 +91,10 @@ def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 def first_host(hosts: str) -> str:
     """The first name of a Slurm host list: "node[07-09,12],login1" gives node07."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", hosts)
+    match = re.match(r"(?:[^\[\],]|\[[^\]]+\])+", hosts)
     if match is None:
         raise UserError(f"{hosts!r} is not a Slurm host list", where="SLURM_JOB_NODELIST")
-    return "".join(part or "" for part in match.groups())
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", match.group())
 
 
 def visible_gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -> int:
@@ -53,7 +103,13 @@ def visible_gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is None or not gpus:
         return len(gpus)
-    return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+    valid = list(takewhile(lambda name: _is_device(name, len(gpus)), map(str.strip, visible.split(","))))
+    return min(len(valid), 1) if any(name.startswith("MIG-") for name in valid) else len(valid)
+
+
+def _is_device(name: str, gpus: int) -> bool:
+    """Whether CUDA takes `name`; it ignores all names after one that it does not take. Of MIG devices it uses one."""
+    return name.startswith(("GPU-", "MIG-")) or (name.isdecimal() and int(name) < gpus)
 
 
 def choose_ranks(asked: int | None, gpus: int) -> int:
@@ -67,4 +123,6 @@ def choose_ranks(asked: int | None, gpus: int) -> int:
 
 
 def _slurm_tasks(environment: Mapping[str, str]) -> int:
-    return int(environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS") or 1)
+    names = (name for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") if environment.get(name))
+    name = next(names, None)
+    return _count(environment, name, 1) if name else 1

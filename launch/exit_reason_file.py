@@ -1,7 +1,9 @@
 """exit_reason.json: why a run ended, for a person or a scheduler that starts it again."""
 
+import os
+import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
@@ -28,10 +30,28 @@ def read_exit_reason(folder: RunFolder) -> ExitReason | None:
     return ExitReason(code, (stat.st_ino, stat.st_mtime_ns)) if is_count(code) else None
 
 
+def stopped_under_this_agent(folder: RunFolder) -> ExitStatus | None:
+    """With which status this process's torchrun has seen the run stop, before it started the ranks again; None: not."""
+    agent = _agent(os.environ)
+    try:
+        ending = parse_json(folder.exit_file.read_bytes())
+        stopped = ending["code"] in (ExitStatus.STOPPED, ExitStatus.NEEDS_PERSON) and ending.get("agent")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return ExitStatus(ending["code"]) if stopped and stopped == agent.get("agent") else None
+
+
+def _agent(environment: Mapping[str, str]) -> dict[str, str]:
+    """Which torchrun has started this process: it is the same one for all its restarts."""
+    known = "TORCHELASTIC_RESTART_COUNT" in environment
+    return {"agent": f"{socket.gethostname()} {os.getppid()}"} if known else {}
+
+
 def write_exit_reason(folder: RunFolder, status: int, reason: str, step: int, *, requeue: bool = False) -> None:
     """Write why the run ended. Where the disk refuses the file, say so on stderr."""
     try:
-        write_json(folder.exit_file, {"code": int(status), "reason": reason, "step": step, "requeue": requeue})
+        ending = {"code": int(status), "reason": reason, "step": step, "requeue": requeue}
+        write_json(folder.exit_file, {**ending, **_agent(os.environ)})
     except OSError as error:
         print(f"minka: {folder.exit_file} could not be written: {error.strerror}", file=sys.stderr)
 

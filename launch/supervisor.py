@@ -25,7 +25,8 @@ from minka.plan.resume_rules import LENGTH
 from minka.plan.run_folder import RunFolder
 from minka.plan.run_state import RunState
 
-KILL_SECONDS = 5.0
+TURN_SECONDS = 1.0  # a turn of the supervisor's loop that took longer was not all its own
+KILL_SECONDS = 15.0  # without a heartbeat, for ranks that have been asked to save and to stop
 FORKER = (  # what torch logs while it is imported must not hold up the run either
     "import sys; from minka.plan.output import install_output; install_output(waits=False); "
     "from minka.train.forker import main; sys.exit(main())"
@@ -47,8 +48,8 @@ class Job(BaseModel, frozen=True):
     command: tuple[str, ...] = ()
     given: tuple[str, ...] = LENGTH  # keys that the user gave, of those that decide the length
     threads: int | None = None  # of torch in each rank; None leaves torch's choice
-    heartbeat_pipe: int | None = None  # the supervisor fills in these two
-    supervisor: int | None = None  # its process id
+    heartbeat_pipe: int | None = None  # the supervisor fills it in
+    supervisor: int | None = None  # its process id; under torchrun and Slurm, that of who started this rank
 
 
 class Ending(NamedTuple):
@@ -74,13 +75,16 @@ class Ranks:
         """The highest step that a rank has reported."""
         return max(self.steps.values(), default=0)
 
-    def read(self, pipe: int) -> None:
-        """Read all heartbeats in a non-blocking pipe."""
+    def read(self, pipe: int, now: float) -> bool:
+        """Read all heartbeats in a non-blocking pipe. Return whether there were any."""
+        any_read = False
         with suppress(BlockingIOError):
             while received := os.read(pipe, 65536):
+                any_read = True
                 *lines, self.rest = (self.rest + received).split(b"\n")
                 for line in lines:
-                    self.heartbeat(line.decode(), time.monotonic())
+                    self.heartbeat(line.decode(), now)
+        return any_read
 
     def heartbeat(self, line: str, now: float) -> None:
         """One line of the pipe: `rank pid step`, and `done` when the rank has nothing left but to exit."""
@@ -95,16 +99,34 @@ class Ranks:
 
 
 @dataclass
+class AwakeClock:
+    """Seconds in which this process was awake: while it is stopped (SIGSTOP, `scontrol suspend`), it misses heartbeats.
+
+    The ranks may have been stopped with it, or their heartbeats may wait in the pipe: neither is a hang.
+    """
+
+    seconds: float = 0.0
+    last: float | None = None
+
+    def tick(self, now: float) -> float:
+        """`seconds` at `now`, of a monotonic clock. For every turn of a loop."""
+        self.seconds += min(now - (now if self.last is None else self.last), TURN_SECONDS)
+        self.last = now
+        return self.seconds
+
+
+@dataclass
 class Signals:
     """Counts stop signals instead of obeying them."""
 
     received: int = 0
+    last: int = signal.SIGTERM
     passed_on: int = 0
     interrupts: int = 0
 
     def count(self, number: int, frame: object) -> None:
         """The handler."""
-        self.received += 1
+        self.received, self.last = self.received + 1, number
         self.interrupts += number == signal.SIGINT
 
 
@@ -150,17 +172,22 @@ def supervise(job: Job) -> Ending:
     with process.stdin as stdin:
         stdin.write(json.dumps(job.model_dump(mode="json")).encode())  # ASCII, whatever a path has in it
     try:
-        with os.fdopen(read_end) as pipe:
-            ending = _watch(process, pipe.fileno(), signals, job.config.guard.hang_seconds, folder)
+        ending = _watch(process, read_end, signals, job.config.guard.hang_seconds, folder)
     finally:
-        _end(process)
+        _end(process, read_end)
         handle_stop_signals(signal.SIG_IGN)
+        os.close(read_end)
     after = read_exit_reason(folder)
     by_ranks = after if after != before else None
     if ending.reason == INTERRUPTED and by_ranks and by_ranks.code:  # they stopped before they could be ended
         ending = ending._replace(status=by_ranks.code)
     elif ending.reason == INTERRUPTED and not by_ranks:
-        print(f"stopped at once, unsaved; `minka train {folder.path}` resumes from the last save", file=sys.stderr)
+        saved = ending.step > 0 and (folder.checkpoints / f"step-{ending.step:08d}").is_dir()
+        if saved:
+            ending = ending._replace(status=int(ExitStatus.STOPPED), reason=ExitStatus.STOPPED.reason)
+            write_exit_reason(folder, ending.status, ending.reason, ending.step, requeue=True)
+        last = f"step {ending.step:,} is saved" if saved else "unsaved"
+        print(f"stopped at once, {last}; `minka train {folder.path}` resumes from the last save", file=sys.stderr)
     if folder.exists():
         complete_exit_reason(folder, ending, by_ranks)
     return ending._replace(rank_failed=ending.rank_failed and by_ranks is None)
@@ -178,41 +205,54 @@ def complete_exit_reason(folder: RunFolder, ending: Ending, by_ranks: ExitReason
 def _watch(
     process: subprocess.Popen[bytes], pipe: int, signals: Signals, hang_seconds: float, folder: RunFolder
 ) -> Ending:
-    ranks = Ranks()
+    ranks, clock = Ranks(), AwakeClock()
     selector = selectors.DefaultSelector()
     selector.register(pipe, selectors.EVENT_READ)
     while process.poll() is None:
-        if selector.select(timeout=0.2):
-            ranks.read(pipe)
-        now = time.monotonic()
+        selector.select(timeout=0.2)
+        now = clock.tick(time.monotonic())
+        ranks.read(pipe, now)
         match next_action(ranks, signals, now, hang_seconds):
             case "pass on":
                 if not signals.passed_on:
                     print("stopping after this step; Ctrl-C again to stop at once, unsaved", file=sys.stderr)
                 signals.passed_on = signals.received
-                process.terminate()  # it passes the signal on to its children
+                process.send_signal(signals.last)  # it passes the signal on to its children
             case "end":
                 os.killpg(process.pid, signal.SIGKILL)  # SIGTERM would have the ranks save
                 return Ending(int(ExitStatus.FAILED), INTERRUPTED, ranks.step)
             case "hung":
                 silent = ", ".join(map(str, ranks.silent(now, hang_seconds)))
-                for pid in ranks.pids.values():
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, STACKS_SIGNAL)
-                time.sleep(1.0)  # for the stacks to be written
                 reason = f"no heartbeat from rank {silent} for {hang_seconds:g} s"
-                print(f"minka: {reason}. The stacks of all ranks are in {folder.logs}.", file=sys.stderr)
+                missing = ", ".join(map(str, _ask_for_stacks(ranks, folder)))
+                said = f"; rank {missing} did not answer, as if it were stopped" if missing else ""
+                print(f"minka: {reason}. The stacks of all ranks are in {folder.logs}{said}.", file=sys.stderr)
                 return Ending(int(ExitStatus.HUNG), reason, ranks.step)
-    ranks.read(pipe)
+    ranks.read(pipe, clock.seconds)
     if signals.passed_on and not ranks.pids:
         print("stopped before the first step: there was nothing to save", file=sys.stderr)
     return ending_of(process.returncode, ranks, stopping=signals.passed_on > 0)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End all processes of the forker's session: first by SIGTERM, then by SIGKILL."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is None:
-            os.killpg(process.pid, number)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(KILL_SECONDS)
+def _ask_for_stacks(ranks: Ranks, folder: RunFolder) -> list[int]:
+    """Have all ranks write their stacks. Return those that have not."""
+    files = {rank: folder.logs / f"stacks-{rank:05d}.txt" for rank in sorted(ranks.pids)}
+    sizes = {rank: file.stat().st_size for rank, file in files.items() if file.exists()}
+    for pid in ranks.pids.values():
+        with suppress(ProcessLookupError):
+            os.kill(pid, STACKS_SIGNAL)
+    time.sleep(1.0)  # for the stacks to be written
+    return [rank for rank, file in files.items() if not file.exists() or file.stat().st_size == sizes.get(rank, 0)]
+
+
+def _end(process: subprocess.Popen[bytes], pipe: int) -> None:
+    """End all processes of the forker's session. Ranks save at SIGTERM, and are killed when no heartbeat comes."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+    ranks, clock, last = Ranks(), AwakeClock(), 0.0
+    while process.poll() is None:
+        now = clock.tick(time.monotonic())
+        last = now if ranks.read(pipe, now) else last
+        if now - last > KILL_SECONDS:
+            os.killpg(process.pid, signal.SIGKILL)
+        time.sleep(0.05)

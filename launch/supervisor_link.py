@@ -12,16 +12,21 @@ STACKS_SIGNAL = signal.SIGUSR2  # a rank appends its stacks to its file in logs/
 
 
 def handle_stop_signals(handler: Callable[[int, object], None] | signal.Handlers) -> None:
-    """Set the handler of all of them. At its end a process ignores them: a late one must not change its exit status."""
+    """Set the handler of all of them. At its end a process ignores them: a late one must not change its exit status.
+
+    One that the process was started to ignore stays ignored (`nohup`; SIGINT in the background of a script).
+    """
     for number in STOP_SIGNALS:
-        signal.signal(number, handler)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 class SupervisorLink:
     """One for each rank. Nothing else in a rank handles signals."""
 
-    def __init__(self, rank: int, stop_file: Path, pipe: int | None, stacks: Path) -> None:
-        self.rank, self.stop_file, self._pipe = rank, stop_file, pipe
+    def __init__(self, rank: int, stop_file: Path, pipe: int | None, stacks: Path, launcher: int | None = None) -> None:
+        """`launcher`: the process of torchrun or Slurm that has started this rank, where there is no supervisor."""
+        self.rank, self.stop_file, self._pipe, self._launcher = rank, stop_file, pipe, launcher
         self._signalled = False
         try:
             stacks.parent.mkdir(exist_ok=True)
@@ -34,8 +39,9 @@ class SupervisorLink:
         faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True)
 
     def stop_requested(self) -> bool:
-        """Whether this rank got a stop signal, or (on rank 0) the run's folder has a file called STOP."""
-        return self._signalled or (self.rank == 0 and self.stop_file.exists())
+        """Whether this rank got a stop signal or lost its launcher, or (on rank 0) the run's folder has a STOP file."""
+        orphaned = self._launcher is not None and os.getppid() != self._launcher  # torchrun dies of SIGUSR1
+        return self._signalled or orphaned or (self.rank == 0 and self.stop_file.exists())
 
     def heartbeat(self, step: int, *, done: bool = False) -> None:
         """Say that this rank is alive. `done`: it only has to exit. Never waits: a full pipe drops the heartbeat."""

@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from minka.plan.config import RunConfig
+from minka.plan.ledger import read_ledger
 from minka.plan.load_config import dump_toml
+from minka.plan.run_folder import RunFolder
 
 STARTED: list["subprocess.Popen[str]"] = []
 SOURCE = Path(__file__).resolve().parent.parent / ".ns"
@@ -42,6 +45,17 @@ def written(config: RunConfig) -> Path:
     file = Path(config.data.paths[0]).parent / f"{config.run.name}.toml"
     file.write_text(dump_toml(config))
     return file
+
+
+def at_step(config: RunConfig, step: int) -> None:
+    """Wait until the run has logged `step`."""
+    while not any(e["event"] == "step" and e["step"] >= step for e in read_ledger(RunFolder.of(config).ledger_file)):
+        time.sleep(0.05)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that it has started."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def environment(**more: str) -> dict[str, str]:

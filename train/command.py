@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minka.launch.environment import choose_ranks, launcher, requeued, slurm_environment, visible_gpus
+from minka.launch.environment import (
+    choose_ranks,
+    launcher,
+    requeued,
+    slurm_environment,
+    threads_per_rank,
+    usable_cpus,
+    visible_gpus,
+)
 from minka.plan.cli import new_app, print_json, run_app
 from minka.plan.errors import UserError
 from minka.plan.output import only_reports
@@ -168,6 +176,7 @@ def _start(loaded: "LoadedRun", job: "Job", ranks: int | None) -> int:
     if joins == "slurm":
         os.environ.update(slurm_environment(os.environ))
     if joins:
+        job = job.model_copy(update={"supervisor": os.getppid()})  # before torch is imported, which takes a while
         from minka.train.worker import work
 
         return work(job)
@@ -184,6 +193,7 @@ def _start(loaded: "LoadedRun", job: "Job", ranks: int | None) -> int:
         return 0
     count = choose_ranks(ranks, gpus)
     config.check(count)
+    threads_per_rank(os.environ, count, usable_cpus())  # refused here, and not in every rank
     if not job.as_json and not outlook.state.begun:  # of a resumed run, the ranks print what has changed
         for key, (old, new) in loaded.changed.items():
             print(f"{key} = {new!r} (was {old!r})", flush=True)

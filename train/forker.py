@@ -16,17 +16,20 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from minka.launch.environment import threads_per_rank, usable_cpus, visible_gpus
 from minka.launch.supervisor import Job
 from minka.launch.supervisor_link import STOP_SIGNALS, handle_stop_signals
 from minka.plan.cli import print_error
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.output import install_output
+from minka.plan.read_file import first_line
 from minka.plan.run_folder import RunFolder
 from minka.train.parent_run import open_run
-from minka.train.worker import complete_export, work
+from minka.train.worker import check_gpus, complete_export, work
 
 GRACE_SECONDS = 5.0
+PROBE_BYTES = 2**16  # in the temporary folder; the ranks take less
 ON_PURPOSE = (ExitStatus.STOPPED, ExitStatus.NEEDS_PERSON)
 
 
@@ -39,12 +42,11 @@ def main() -> int:
     die_with(job.supervisor)
     children = Children()
     # In a child: tokenizers and torch start threads, and a process with threads must not be forked from.
-    first = partial(open_run if job.ranks else complete_export, job.config)
-    children.pids.append(_fork(first, job.as_json, hold=False))
+    children.pids.append(_fork(partial(_prepare, job), job.as_json, hold=False))
     status = _wait(children.pids, {})
     if not status and not children.stopping:
-        with tempfile.TemporaryDirectory(prefix="minka-") as folder:
-            children.pids, children.signal, logs = [], signal.SIGTERM, {}
+        with tempfile.TemporaryDirectory(prefix="minka-", ignore_cleanup_errors=True) as folder:
+            children.pids, logs = [], {}
             for rank in range(job.ranks):
                 body = partial(_rank, job, rank, f"{folder}/rendezvous")
                 children.pids.append(_fork(body, job.as_json, hold=True))
@@ -61,7 +63,6 @@ class Children:
 
     def __init__(self) -> None:
         self.pids: list[int] = []
-        self.signal = signal.SIGINT  # a child that prepares data removes what it has begun; ranks get SIGTERM
         self.stopping = False
         handle_stop_signals(self._pass_on)
 
@@ -69,7 +70,21 @@ class Children:
         self.stopping = True
         for pid in self.pids:
             with suppress(ProcessLookupError):
-                os.kill(pid, self.signal)
+                os.kill(pid, received)
+
+
+def _prepare(job: Job) -> None:
+    if not job.ranks:
+        complete_export(job.config)
+        return
+    check_gpus(visible_gpus(os.environ))
+    open_run(job.config)
+    try:
+        with tempfile.TemporaryFile() as file:  # the ranks meet in one
+            file.write(bytes(PROBE_BYTES))
+    except OSError as error:
+        what = f"no temporary file can be written: {first_line(error)}"
+        raise UserError(what, where="TMPDIR", remedy="set it to a folder on a local disk that has space") from None
 
 
 def _log(config: RunConfig, rank: int) -> Path:
@@ -86,7 +101,7 @@ def die_with(parent: int | None) -> None:
 
 
 def _rank(job: Job, rank: int, store: str) -> int:
-    threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or max(1, len(os.sched_getaffinity(0)) // job.ranks)
+    threads = threads_per_rank(os.environ, job.ranks, usable_cpus())
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.ranks), MINKA_STORE=store)
     if rank:
         try:
@@ -111,8 +126,7 @@ def _fork(body: Callable[[], int | None], as_json: bool, *, hold: bool) -> int:
         return pid
     status = int(ExitStatus.FAILED)
     try:
-        handle_stop_signals(signal.SIG_DFL)  # the forker's handlers are not the child's
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        handle_stop_signals(_interrupt)  # the forker's handlers are not the child's
         if not hold:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         die_with(me)
@@ -130,6 +144,12 @@ def _fork(body: Callable[[], int | None], as_json: bool, *, hold: bool) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)  # without the parent's atexit functions
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """Have a child that prepares data remove what it has begun; a second signal must not stop it in that."""
+    handle_stop_signals(signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _wait(pids: list[int], logs: dict[int, tuple[int, Path]]) -> int:

@@ -15,13 +15,16 @@ from minka.data.loader import Loader
 from minka.data.prepare import store_folder
 from minka.data.token_store import TokenStore
 from minka.data.verify import checked_split
-from minka.launch.exit_reason_file import refusals_recorded, write_exit_reason
+from minka.launch.environment import visible_gpus
+from minka.launch.exit_reason_file import refusals_recorded, stopped_under_this_agent, write_exit_reason
 from minka.launch.supervisor import Job
 from minka.launch.supervisor_link import SupervisorLink
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.plan.checkpoint_disk import place_checkpoints
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
+from minka.plan.layout import counted
+from minka.plan.read_file import first_line
 from minka.plan.resume_rules import Changes, Decision
 from minka.plan.run_folder import RunFolder, store_of
 from minka.plan.run_state import RunState
@@ -46,7 +49,8 @@ from minka.train.start_or_resume import (
 from minka.train.state import State
 from minka.train.way_back import restart, return_to
 
-GROUP_SECONDS = 300.0  # beyond guard.hang_seconds: the supervisor must notice a hang before the process group times out
+GROUP_SECONDS = 300.0  # beyond guard.hang_seconds, until the process group times out
+SUPERVISED_SECONDS = 86_400.0  # the same where a supervisor sees a hang: ranks may have been suspended for hours
 STORE_SECONDS = 60.0  # until a network file system shows a new folder on every host
 
 
@@ -61,10 +65,14 @@ def work(job: Job) -> int:
         nonlocal known
         known = _prepare(job)
 
+    beyond = SUPERVISED_SECONDS
+    if job.heartbeat_pipe is None:
+        beyond = GROUP_SECONDS
+        check_gpus(visible_gpus(os.environ))
     with (
         start_mesh(
             config.layout,
-            timeout_seconds=config.guard.hang_seconds + GROUP_SECONDS,
+            timeout_seconds=config.guard.hang_seconds + beyond,
             prepare=None if known else prepare,
         ) as mesh,
         refusals_recorded(RunFolder.of(config), writes=mesh.is_first),
@@ -88,9 +96,28 @@ def work(job: Job) -> int:
         return int(_finish(job, run, end) if mesh.is_first else end.status)
 
 
+def check_gpus(gpus: int) -> None:
+    """Raise UserError where this machine has GPUs that torch cannot use: training on its CPUs is not what was meant."""
+    if not gpus or torch.cuda.is_available():
+        return
+    why = f"this torch ({torch.__version__}) is built without CUDA"
+    if torch.version.cuda:
+        try:
+            torch.cuda.init()
+            why = "it sees none"
+        except (RuntimeError, AssertionError) as error:
+            why = first_line(error)
+    remedy = "install a torch that fits the driver, or set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
+    raise UserError(f"this machine has {counted(gpus, 'GPU')}, which torch cannot use", why=why, remedy=remedy)
+
+
 def _prepare(job: Job) -> RunState:
     """Check the run and make its data and folder ready, where torchrun or Slurm started the ranks."""
     folder = RunFolder.of(job.config)
+    stopped = stopped_under_this_agent(folder)
+    if stopped:
+        why = "torchrun starts ranks again that have stopped on purpose (--max-restarts)"
+        raise UserError("this job has stopped already", where=str(folder.exit_file), why=why, status=stopped)
     with refusals_recorded(folder):
         state = read_state(folder)
         if not (state.begun and check_start(job, state).decision.over):
@@ -163,7 +190,8 @@ def _start_session(job: Job, mesh: Mesh, stack: ExitStack, before: RunState, cha
         if mesh.is_first:
             checked_split(store, "validation")
     stacks = folder.logs / f"stacks-{mesh.rank:05d}.txt"
-    supervisor = SupervisorLink(mesh.rank, folder.stop_file, job.heartbeat_pipe, stacks)
+    launcher = job.supervisor if job.heartbeat_pipe is None else None
+    supervisor = SupervisorLink(mesh.rank, folder.stop_file, job.heartbeat_pipe, stacks, launcher)
     stack.callback(supervisor.close)
     supervisor.heartbeat(0)
     record = Recorder(config, mesh, store, supervisor, as_json=job.as_json)

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from commands import train
+from commands import at_step, children, train
 from minka.checkpoint.catalogue import checkpoints
 from minka.checkpoint.restore import whole_tensors
 from minka.launch.exit_reason_file import read_exit_reason, write_exit_reason
 from minka.launch.supervisor import Ending, Ranks, Signals, complete_exit_reason, ending_of, next_action
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
-from minka.plan.ledger import read_ledger
 from minka.plan.run_folder import RunFolder
 from tiny import tiny
 
@@ -175,6 +174,7 @@ def test_a_rank_that_hangs_is_stopped_with_its_stacks_written(tmp_path: Path) ->
         with_hands_off(pid)
     assert process.returncode == ExitStatus.HUNG
     assert "no heartbeat from rank" in errors
+    assert "rank 1 did not answer, as if it were stopped" in errors
     stacks = (RunFolder.of(config).logs / "stacks-00000.txt").read_text()
     assert "loop.py" in stacks
 
@@ -213,20 +213,10 @@ def ended(config: RunConfig, *overrides: str, ranks: int = 2) -> tuple[int, str,
     return process.returncode, output, errors
 
 
-def at_step(config: RunConfig, step: int) -> None:
-    """Wait until the run has logged `step`."""
-    while not any(e["event"] == "step" and e["step"] >= step for e in read_ledger(RunFolder.of(config).ledger_file)):
-        time.sleep(0.05)
-
-
 def rank_pids(supervisor: int) -> list[int]:
     """Processes two below the supervisor, oldest first: rank 0, rank 1, ..."""
     (forker,) = children(supervisor)
     return sorted(children(forker))
-
-
-def children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def alive(pid: int) -> bool:
