@@ -67,8 +67,8 @@ def test_a_supervisor_that_was_stopped_for_longer_than_a_hang_ends_nothing(tmp_p
 
 def test_a_signal_that_a_run_was_started_to_ignore_is_ignored_by_all_of_it(tmp_path: Path) -> None:
     config = tiny(tmp_path, run={"max_steps": 100_000})
-    command = f"trap '' HUP INT; exec {sys.executable} -m minka train {written(config)} --ranks 2"  # nohup, `  # as nohup and `&` do`
-    process = subprocess.Popen(["bash", "-c", command], env=environment(), stdout=subprocess.PIPE, text=True)
+    held = f"trap '' HUP INT; exec {sys.executable} -m minka train {written(config)} --ranks 2"  # as nohup does
+    process = subprocess.Popen(["bash", "-c", held], env=environment(), stdout=subprocess.PIPE, text=True)
     try:
         at_step(config, 2)
         (forker,) = children(process.pid)
