@@ -55,7 +55,7 @@ def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """CPUs that this process may use: its affinity, where the system has one, and the quota of its container."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):
-        quota, period = (cgroup / "cpu.max").read_text(encoding="ascii").split()  # cgroup v2; "max" is no quota
+        quota, period = (cgroup / "cpu.max").read_text(encoding="ascii").split()  # cgroup v2; "max": no limit
         count = min(count, -(-int(quota) // int(period)))
     return max(count, 1)
 
