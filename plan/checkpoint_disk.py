@@ -1,6 +1,7 @@
 """checkpoint.folder: a run's checkpoints on another disk. The run's checkpoints/ is then a link to a folder there."""
 
 import os
+from itertools import count
 from pathlib import Path
 
 from minka.plan.atomic import sync, writing
@@ -19,8 +20,9 @@ def find_place(config: RunConfig) -> Path | None:
         return None
     run = RunFolder.of(config)
     disk = run.bases()[0] / Path(config.checkpoint.folder).expanduser()
-    name, olds = run.path.absolute().name, len(list(run.path.glob("checkpoints.old-*")))  # before --from-scratch
-    place = disk / (f"{name}.{olds}" if olds else name)
+    place = disk / run.path.absolute().name
+    if any(run.path.glob("checkpoints.old-*")):  # of before --from-scratch: links to the folders there
+        place = next(other for n in count(1) if not (other := place.with_name(f"{place.name}.{n}")).exists())
     problem, remedy = f"there is no folder {disk}", "make it, or mount its disk"
     with reading(place):
         if disk.is_dir() and not (place.exists() and any(place.iterdir())):
