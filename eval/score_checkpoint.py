@@ -64,12 +64,13 @@ def score_checkpoint(
         with leased(folder.path, checkpoint):
             state = restore_from(checkpoint, scorer.weights(), mesh)
         scores = bits_per_byte(scorer, split, config, mesh, store.eod, heartbeat)
-        written = continue_prompts(scorer, store.tokenizer.backend, config, mesh, store.eod)
+        step, tokens = state["step"], state["tokens"]
+        written = continue_prompts(scorer, store.tokenizer.backend, config, step, mesh, store.eod)
     with writing(place, remedy):
         return write_result(
             folder.evals,
-            state["step"],
-            state["tokens"],
+            step,
+            tokens,
             scores,
             written or None,
             checkpoint=checkpoint,

@@ -55,7 +55,7 @@ def run_line(run: dict[str, Any]) -> str:
     of = f" of {plan['steps']:,}" if plan else ""
     words = [f"{run['name']}: {run['status']['label']}", f"step {numbers['step']:,}{of}"]
     words += [f"loss {loss:.4f}"] if isinstance(loss, float) else []
-    words += [f"best {best['value']:.4f} bits per byte"] if best else []
+    words += [f"best {best['bits_per_byte']:.4f} bits per byte"] if best else []
     return ", ".join(words)
 
 

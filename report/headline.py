@@ -1,4 +1,7 @@
-"""The headline numbers of a run: progress against the plan, newest loss, best score, speed. `--json` prints these."""
+"""The headline numbers of a run: progress against the plan, newest loss, best score, speed. `--json` prints these.
+
+Scores are those of the run's newest settings: the lowest of different sets of documents would be the easiest set's.
+"""
 
 import math
 from collections import Counter
@@ -19,7 +22,7 @@ def headline(
     last: Event = next((event for event in reversed(run.kept) if event["event"] == "step"), {})
     at = {key: last.get(key, newest[key]) for key in ("step", "tokens")}
     scored = [
-        {"name": SCORE, "suite": SUITE, **{key: point[key] for key in ("step", "value", "stderr")}}
+        {"suite": SUITE, "step": point["step"], SCORE: point["value"], "stderr": point["stderr"]}
         for point in scores.get((SUITE, SCORE), [])
         if math.isfinite(point["value"])
     ]
@@ -31,7 +34,8 @@ def headline(
         "why": status["why"],
         **at,
         "loss": last.get("loss"),
-        "best": min(scored, key=lambda score: float(score["value"]), default=None),
+        SCORE: scored[-1][SCORE] if scored else None,
+        "best": min(scored, key=lambda score: float(score[SCORE]), default=None),
         "newest_score": scored[-1] if scored else None,
         "tokens_per_second": last.get("tokens_per_second"),
         "mfu": last.get("mfu"),

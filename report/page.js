@@ -20,7 +20,7 @@ function runHead(run, index) {
       number("step", count(h.step), plan && `of ${count(plan.steps)}`),
       number("tokens", short(h.tokens), plan && `of ${short(plan.tokens)}`),
       number("loss", fixed(h.loss, 4), "nats per token"),
-      best && number("best score", fixed(best.value, 4), `${error}bits/byte, step ${count(best.step)}`),
+      best && number("best score", fixed(best.bits_per_byte, 4), `${error}bits/byte, step ${count(best.step)}`),
       h.tokens_per_second && number("tokens/s", short(h.tokens_per_second), finite(h.mfu) && `MFU ${(100 * h.mfu).toFixed(1)} %`),
       number("running time", duration(h.running_seconds), plan && plan.seconds_left !== null && `${duration(plan.seconds_left)} left`),
       h.events.skip && number("skipped", count(h.events.skip), "steps; no weight changed"),

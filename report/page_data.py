@@ -7,7 +7,7 @@ from typing import Any
 from minka.plan.load_config import flatten
 from minka.plan.run_folder import RunFolder
 from minka.report.curves import curves, step_columns, time_split
-from minka.report.eval_scores import eval_scores, newest_samples, score_curves
+from minka.report.eval_scores import eval_scores, newest_samples, own_settings, score_curves
 from minka.report.events import changed_settings, events, format_bytes
 from minka.report.headline import headline
 from minka.report.lineage_graph import lineage_graph
@@ -28,9 +28,21 @@ def page_data(runs: Sequence[RunFiles], now: float) -> PageData:
         "format": 1,
         "written": now,
         "points": points,
-        "runs": [_run(run, name, now, points) for run, name in zip(runs, names, strict=True)],
+        "runs": [
+            _run(run, name, now, points) | {"warnings": [*run.notes, *unlike_first(run, runs[0], names[0])]}
+            for run, name in zip(runs, names, strict=True)
+        ],
         "lineage": lineage_graph(runs, names),
     }
+
+
+def unlike_first(run: RunFiles, first: RunFiles, name: str) -> list[str]:
+    """Return a warning where `run` and the first run of the page, `name`, are scored with different settings."""
+    own, other = own_settings(run.config), own_settings(first.config)
+    unlike = [f"{key} {own[key]} against {other[key]}" for key in ("max_documents", "window") if own[key] != other[key]]
+    if not unlike:
+        return []
+    return [f"scored with other settings than {name} ({', '.join(unlike)}): their scores are not comparable"]
 
 
 def ended(page: PageData) -> bool:
@@ -72,7 +84,6 @@ def _run(run: RunFiles, name: str, now: float, points: int) -> dict[str, Any]:
         "name": name,
         "status": status,
         "headline": headline(run, steps, status, scores),
-        "warnings": run.notes,
         "steps": len(steps["step"]),
         "curves": curves(steps, points),
         "events": events(run.kept),

@@ -21,7 +21,8 @@ const SPLIT = { compute: "--part-0", data: "--part-1", save: "--part-2", eval: "
 
 const peak = RUNS.map((run) => run.started.mfu_peak_flops).find(Boolean);
 const has = (name) => RUNS.some((run) => run.curves[name]);
-const scoreNames = [...new Set(RUNS.flatMap((run) => Object.keys(run.scores)))];
+// First the score that the runs have in common, whatever else the first of them was scored on.
+const scoreNames = [...new Set(["bits_per_byte", ...RUNS.flatMap((run) => Object.keys(run.scores))])].filter((name) => RUNS.some((run) => run.scores[name]));
 const sourceNames = scoreNames.filter((name) => name.startsWith("bits_per_byte/"));
 const PLOTS = [
   { id: "loss", title: "Loss", subtitle: "nats per token", wide: true, log: true, traces: () => line("loss") },

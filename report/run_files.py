@@ -80,11 +80,12 @@ class RunFiles:
         return config
 
     def _evals(self) -> Iterator[dict[str, Any]]:
-        """Yield results. `suite` is the file's name where the settings were not the run's (heldout@1-HASH)."""
+        """Yield results. `suite` is the file's name (heldout@1-HASH) where it has settings that it does not say."""
         for file in sorted(self.folder.evals.glob("step-*/*.json")):
             result = self._table(file)
             if is_count(result.get("step")) and isinstance(result.get("scores"), dict):
-                suite = file.stem if "-" in file.stem else str(result.get("suite", file.stem))
+                unknown = "-" in file.stem and not isinstance(result.get("settings"), dict)
+                suite = file.stem if unknown else str(result.get("suite", file.stem))
                 yield {**result, "suite": suite}
 
     def _json(self, file: Path) -> object:

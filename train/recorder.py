@@ -197,7 +197,7 @@ class Recorder:
                 return
             eod, tokenizer = self.store.eod, self.store.tokenizer.backend
             self.scores = bits_per_byte(scorer, split, self.config, self.mesh, eod, self._beat(state))
-            written = continue_prompts(scorer, tokenizer, self.config, self.mesh, eod)
+            written = continue_prompts(scorer, tokenizer, self.config, state.step, self.mesh, eod)
         self.evaluated_at = state.step
         if not self.mesh.is_first:
             return

@@ -6,6 +6,7 @@ A continuation has the space that follows the prompt.
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -44,9 +45,39 @@ class Disagreeing:
 def sampled(config: RunConfig, file: str) -> Any:
     with start_mesh(Layout()) as mesh:
         if mesh.is_first:
-            tokenizer = Tokenizer(models.WordLevel(WORDS, unk_token="w0"))
-            tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-            tokenizer.save(file)
+            save_tokenizer(file)
         mesh.barrier()
         tokenizer = Tokenizer.from_file(file)
-        return continue_prompts(cast(Scorer, Disagreeing(mesh)), tokenizer, config, mesh, EOD)
+        return continue_prompts(cast(Scorer, Disagreeing(mesh)), tokenizer, config, 1, mesh, EOD)
+
+
+def save_tokenizer(file: str) -> None:
+    tokenizer = Tokenizer(models.WordLevel(WORDS, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(file)
+
+
+class Undecided:
+    """Every token is as likely as any other, but the end: only the random numbers decide."""
+
+    def next_logits(self, tokens: Tensor, place: int) -> Tensor:
+        return torch.tensor([0.0] * EOD + [-100.0])
+
+
+@pytest.mark.parametrize(("temperature", "different"), [(1.0, 6), (0.0, 1)])
+def test_every_sample_draws_numbers_of_its_own_and_the_same_ones_again(
+    temperature: float, different: int, tmp_path: Path
+) -> None:
+    """Greedy ones draw none."""
+    save_tokenizer(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    prompts = {"prompts": ["w1", "w1", "w2"], "sample_tokens": 20, "temperature": temperature}
+    config = tiny(tmp_path, eval=prompts)
+
+    def texts(step: int) -> list[str]:
+        with start_mesh(Layout()) as mesh:
+            scorer = cast(Scorer, Undecided())
+            return [text for _, text in continue_prompts(scorer, tokenizer, config, step, mesh, EOD)]
+
+    assert len({*texts(1), *texts(2)}) == different
+    assert texts(2) == texts(2)
