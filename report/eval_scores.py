@@ -52,7 +52,7 @@ def eval_scores(run: RunFiles, steps: Columns) -> dict[tuple[str, str], list[Eve
 def own_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a run's own evaluations (eval/bits_per_byte.py), from its flat configuration."""
     length = config.get("data.seq_len")
-    stride = max(1, length // 2) if is_count(length) else None
+    stride = max(1, length // 2) if isinstance(length, int) else None
     return {"max_documents": config.get("eval.max_documents"), "window": length, "stride": stride}
 
 
