@@ -23,6 +23,7 @@ from minka.data.store_manifest import (
     defining_fields,
     hash_file,
     hash_files,
+    read_manifest,
     write_manifest,
 )
 from minka.data.text_loss import TextLoss
@@ -92,6 +93,12 @@ def missing_corpus(config: RunConfig, root: Path) -> str:
     except UserError as error:
         return str(error)
     return ""
+
+
+def stored_tokens(config: RunConfig) -> int:
+    """The training tokens in the run's store; 0 where it is not prepared yet."""
+    folder = store_folder(config, Path())
+    return read_manifest(folder).splits["train"].tokens if (folder / MANIFEST).is_file() else 0
 
 
 def check_store(store: TokenStore, config: RunConfig) -> None:

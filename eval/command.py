@@ -1,6 +1,5 @@
 """`minka eval`: score a checkpoint of a run, on this machine, in one process."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -31,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
         if as_json:
             print_json(result)
         else:
-            errors = {name: f" +- {value:.4f}" for name, value in result["stderr"].items() if math.isfinite(value)}
+            errors = {name: f" +- {value:.4f}" for name, value in result["stderr"].items() if value is not None}
             lost = result["unaccounted"]
             scores = [
                 (name, f"{v:.4f}{errors.get(name, '')}", caveat(lost, name)) for name, v in result["scores"].items()

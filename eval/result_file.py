@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -48,6 +49,7 @@ def write_result(
         "tokens": tokens,
         "checkpoint": None if checkpoint is None else str(checkpoint),
         **scores._asdict(),
+        "stderr": {name: error if math.isfinite(error) else None for name, error in scores.stderr.items()},
         "samples": _read(file).get("samples", []) if samples is None else texts,
     }
     write_json(file, result)

@@ -56,8 +56,8 @@ def print_error(error: UserError, *, as_json: bool) -> None:
 
 
 def print_json(value: object) -> None:
-    """Print one JSON document. Non-finite numbers are the strings NaN, Infinity, -Infinity, as in the ledger."""
-    plain = json.loads(json.dumps(value, default=str), parse_constant=str)
+    """Print one JSON document. Numbers that are not finite are null: JSON has none, and a string is not a number."""
+    plain = json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
     print(json.dumps(plain, indent=2, allow_nan=False))
 
 
@@ -117,6 +117,8 @@ def progress(total: int | None, what: str, unit: str) -> Iterator[Callable[[int]
         if time.monotonic() - said >= SECONDS_BETWEEN_LINES:
             said = time.monotonic()
             of = f" of {total:,} ({100 * done / total:.0f} %)" if total else ""
-            print(f"{what}: {done:,}{of} {unit}, {said - began:.0f} s", file=sys.stderr, flush=True)
+            one = unit.removesuffix("es") if unit.endswith("ches") else unit.removesuffix("s")
+            named = one if (total or done) == 1 else unit
+            print(f"{what}: {done:,}{of} {named}, {said - began:.0f} s", file=sys.stderr, flush=True)
 
     yield advance

@@ -7,6 +7,7 @@ import torch
 from minka.parallel.mesh import Mesh
 from minka.plan.atomic import write_json
 from minka.plan.batch_padding import describe_padding
+from minka.plan.epochs import describe_epochs
 from minka.plan.flops import FORMULAS, parameters, training_flops_per_token
 from minka.plan.hardware import find_gpu
 from minka.plan.hub_family import reader_limits
@@ -59,10 +60,9 @@ def announce(record: Recorder, state: State, mesh: Mesh, changed: Changes) -> No
         f"{counted(mesh.ranks, 'rank')} on {device}, {dtype}"
     )
     training, validation = record.store.split("train"), record.store.split("validation")
-    epochs = tokens / training.n_tokens
     record.console.say(
-        f"{record.store.folder}: {training.n_tokens:,} tokens to train on ({epochs:.2g} epochs), "
+        f"{record.store.folder}: {training.n_tokens:,} tokens to train on ({tokens / training.n_tokens:.2g} epochs), "
         f"{counted(validation.n_documents, 'document')} for validation"
     )
-    for note in record.store.manifest.notes:
+    for note in filter(None, [*record.store.manifest.notes, describe_epochs(tokens, training.n_tokens)]):
         record.console.say(note)

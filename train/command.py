@@ -209,8 +209,10 @@ def _start(loaded: "LoadedRun", job: "Job", ranks: int | None) -> int:
 
 def _print_run(loaded: "LoadedRun", job: "Job", ranks: int | None) -> int:
     """Print the run and what starting it would do. Nothing is asked of this machine: a different one may train it."""
-    from minka.data.prepare import missing_corpus
+    from minka.data.prepare import missing_corpus, stored_tokens
+    from minka.plan.epochs import describe_epochs
     from minka.plan.flops import parameters, training_flops_per_token
+    from minka.plan.hub_family import reader_limits
     from minka.plan.load_config import dump_toml
     from minka.plan.run_folder import RunFolder
     from minka.train.start_or_resume import newest_whole, read_and_check
@@ -219,17 +221,20 @@ def _print_run(loaded: "LoadedRun", job: "Job", ranks: int | None) -> int:
     outlook = newest_whole(read_and_check(job), RunFolder.of(config))
     if ranks:
         config.check(ranks)
-    derived = {
+    stored, tokens = stored_tokens(config), config.total_tokens
+    repeated = describe_epochs(tokens, stored) if stored else ""
+    derived: dict[str, float | None] = {
         "parameters": parameters(config.model),
         "total_steps": config.total_steps,
-        "total_tokens": config.total_tokens,
-        "training_flops": training_flops_per_token(config.model, config.data.seq_len) * config.total_tokens,
+        "total_tokens": tokens,
+        "training_flops": training_flops_per_token(config.model, config.data.seq_len) * tokens,
     }
     missing = missing_corpus(config, Path())
     begun, over, said = outlook.state.begun, outlook.decision.over, outlook.describe()
     if job.as_json:
         changed = {key: {"was": old, "is": new} for key, (old, new) in loaded.changed.items()}
         start = {"begun": begun, "finished": over, "step": outlook.step, "said": said, "missing_corpus": missing}
+        derived["epochs"] = tokens / stored if stored else None
         print_json({"run": config.model_dump(mode="json"), "changed": changed, "derived": derived, "start": start})
         return 0
     print(f"# {loaded.source}\n# {RunFolder.of(config).path} {said}")
@@ -239,5 +244,7 @@ def _print_run(loaded: "LoadedRun", job: "Job", ranks: int | None) -> int:
         print(f"# changed: {key} = {new!r} (was {old!r})")
     for name, value in derived.items():
         print(f"# {name} = {value:,.0f}")
+    for line in filter(None, [reader_limits(config.model) if config.checkpoint.export else "", repeated]):
+        print(f"# {line}")
     print(dump_toml(config), end="")
     return 0

@@ -1,5 +1,6 @@
 """What rank 0 shows while it trains: a progress bar on a terminal, plain lines elsewhere. Other ranks show nothing."""
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any, TextIO
@@ -40,16 +41,23 @@ class Console:
         self._bar.start()
         self._bar.add_task("", total=self._total, completed=step)
 
-    def step(self, record: StepRecord, tokens_per_second: float, mfu: float | None) -> None:
-        """Show the newest logged step."""
+    def step(self, record: StepRecord, tokens_per_second: float, mfu: float | None, left: float | None) -> None:
+        """Show the newest logged step. `left`: seconds until the end of the run, where they are known."""
         text = f"loss {record.loss:.4f}  norm {record.grad_norm:.3f}  lr {record.learning_rate:.2e}"
         text += f"  {tokens_per_second:,.0f} tokens/s" + (f"  MFU {100 * mfu:.1f} %" if mfu is not None else "")
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=record.step, description=text)
         else:
+            text += f"  {hours_and_minutes(left)} left" if left else ""
             self.say(f"step {record.step:>{len(str(self._total))}}/{self._total}  {text}")
 
     def end(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def hours_and_minutes(seconds: float) -> str:
+    """h:mm, rounded up: a run that is not over has a minute left."""
+    hours, minutes = divmod(math.ceil(seconds / 60), 60)
+    return f"{hours:,}:{minutes:02}"

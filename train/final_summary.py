@@ -8,6 +8,7 @@ from minka.data.verify import checked_split
 from minka.eval.bits_per_byte import compressed_bits_per_byte
 from minka.plan.cli import print_json
 from minka.plan.errors import ExitStatus, UserError
+from minka.plan.layout import counted
 from minka.plan.scores import BITS_PER_BYTE, caveat
 from minka.train.loop import TrainingEnd
 from minka.train.recorder import Recorder
@@ -54,7 +55,7 @@ def summarise(record: Recorder, end: TrainingEnd, export: str | None, *, as_json
         error = scores.stderr[BITS_PER_BYTE]
         error_text = f"standard error {error:.4f}" if math.isfinite(error) else "one document: no standard error"
         at = f", at step {record.evaluated_at:,}" if record.evaluated_at != state.step else ""
-        held_out = f"{scores.documents:,} documents, {scores.bytes:,} bytes of validation{at}; {error_text}"
+        held_out = f"{counted(scores.documents, 'document')}, {scores.bytes:,} bytes of validation{at}; {error_text}"
         rows.append(("bits per byte", f"{bits:.4f}  ({held_out})"))
         rows += [("", but)] if but else []
         rows += [(f"  {k}", f"{v:.4f}  (this model: {bits / v:.3f} of that)") for k, v in compressors.items()]

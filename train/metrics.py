@@ -4,6 +4,7 @@ import math
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from minka.plan.hardware import find_gpu
 from minka.train.state import State
 
 PARTS = ("data", "compute", "save", "eval")
+READINGS = 20  # the newest ones, from which the remaining time is estimated
 
 
 class Stopwatch:
@@ -74,6 +76,8 @@ class Metrics:
     state: State  # at the last measurement of speed; at first, where training starts
     _since: float = field(default_factory=time.perf_counter)
     _waiting: list[tuple[State, Tensor, float, int, dict[str, float]]] = field(default_factory=list)
+    _readings: deque[tuple[float, State]] = field(default_factory=lambda: deque(maxlen=READINGS))
+    _every: int = 1  # steps until the next reading: the first step of a session is read at once
 
     def note(self, state: State, sums: Sums, norm: Tensor, rate: float, targets: int, watch: Stopwatch) -> None:
         """Keep a step; nothing is read from the device."""
@@ -82,8 +86,8 @@ class Metrics:
 
     @property
     def due(self) -> bool:
-        """Whether tracking.log_every steps are waiting."""
-        return len(self._waiting) >= self.config.tracking.log_every
+        """Whether tracking.log_every steps are waiting, or the first of the session is."""
+        return len(self._waiting) >= self._every
 
     def flush(self) -> list[StepRecord]:
         """The steps since the last flush, read from the device at once."""
@@ -91,10 +95,22 @@ class Metrics:
             return []
         waiting, self._waiting = self._waiting, []
         rows = torch.stack([numbers for _, numbers, *_ in waiting]).tolist()
+        every = self.config.tracking.log_every
+        self._every = every if self._readings else max(1, every - 1)  # then at the multiples of log_every
+        self._readings.append((time.perf_counter(), waiting[-1][0]))
         return [
             StepRecord(state, loss / max(targets, 1), z / max(targets, 1), norm, rate, targets, seconds)
             for (state, _, rate, targets, seconds), (loss, z, norm) in zip(waiting, rows, strict=True)
         ]
+
+    def seconds_left(self) -> float | None:
+        """Until the end of the run, saves and evaluations included; None before the second reading.
+
+        The first step is left out: it compiles and allocates.
+        """
+        (began, first), (now, last) = self._readings[0], self._readings[-1]
+        _, end = self.config.end(last.step, last.tokens)
+        return (end - last.tokens) * (now - began) / (last.tokens - first.tokens) if last != first else None
 
     def speed(self, state: State, left_out_seconds: float) -> dict[str, float | None]:
         """tokens_per_second and mfu since the last call, without saves and evaluations; mfu is None where unknown."""

@@ -16,6 +16,7 @@ class Profile:
         self.first, self.last = window
         self.file = file
         self._profiler: Any = None
+        self._marked: Any = None  # the step under way, as a span in the trace
         self.step(0)
 
     def step(self, step: int) -> None:
@@ -25,9 +26,20 @@ class Profile:
             self._profiler.start()
         elif step >= self.last:
             self.close()
+        self._mark(step + 1)
+
+    def _mark(self, step: int | None) -> None:
+        """End the span of the step that has ended, and begin that of `step`."""
+        if self._marked is not None:
+            self._marked.__exit__(None, None, None)
+        self._marked = None
+        if self._profiler is not None and step is not None:
+            self._marked = torch.profiler.record_function(f"step {step}")
+            self._marked.__enter__()
 
     def close(self) -> None:
         """End a running trace and write it."""
+        self._mark(None)
         if self._profiler is not None:
             self._profiler.stop()
             said = str(self.file)

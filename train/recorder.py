@@ -110,7 +110,7 @@ class Recorder:
         last = self.last = records[-1]
         self.tokens_per_second = speed["tokens_per_second"]
         self._check_reports()
-        self.console.step(last, speed["tokens_per_second"] or 0.0, speed["mfu"])
+        self.console.step(last, speed["tokens_per_second"] or 0.0, speed["mfu"], metrics.seconds_left())
         self._track(last.step, {**interval_numbers(records), **speed, "memory_bytes": memory})
         return replace(state, refused_in_a_row=refused), status
 

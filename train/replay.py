@@ -23,7 +23,7 @@ from minka.parallel.mesh import Mesh, start_mesh
 from minka.plan.cli import print_json, print_table, progress
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
-from minka.plan.layout import AXES
+from minka.plan.layout import AXES, counted
 from minka.plan.ledger import is_count, read_ledger
 from minka.plan.load_config import load_run, validate
 from minka.plan.read_file import reading
@@ -195,7 +195,9 @@ def print_result(result: Mapping[str, Any]) -> None:
     *earlier, last = result["steps"]
     earlier = [one for one in earlier if len(one) > 1]  # the ledger has no numbers of the other steps
     print(f"step {result['step']} of {result['run']}, replayed from {result['from']}")
-    sides = [f"{one['ranks']} rank(s) on {one['device']}, {one['compute_dtype']}" for one in (recorded, replayed)]
+    sides = [
+        f"{counted(one['ranks'], 'rank')} on {one['device']}, {one['compute_dtype']}" for one in (recorded, replayed)
+    ]
     rows = [("run on", *sides, "")]
     rows += [
         (name, repr(numbers["recorded"]), repr(numbers["replayed"]), f"{numbers['difference']:.1e}")
@@ -206,7 +208,7 @@ def print_result(result: Mapping[str, Any]) -> None:
     if earlier:
         numbers = [{name: one[name]["difference"] for name in one if name != "step"} for one in earlier]
         loss, norm = (max(found.get(name, 0.0) for found in numbers) for name in ("loss", "grad_norm"))
-        print(f"largest difference in the {len(earlier)} step(s) before it: loss {loss:.1e}, norm {norm:.1e}")
+        print(f"largest difference in the {counted(len(earlier), 'step')} before it: loss {loss:.1e}, norm {norm:.1e}")
     for sample in result["samples"][:SHOWN_SAMPLES]:
         spans = ", ".join(
             f"{span['provenance'].get('path') or span['provenance'].get('id')}[{span['first']}:{span['last']}]"

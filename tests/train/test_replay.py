@@ -117,7 +117,7 @@ def test_a_planted_difference_is_found_and_the_step_named(base: RunFolder, tmp_p
     done = minka("train", str(folder.path), "--replay", "14")
     assert done.returncode == 1
     assert "DIFFERS from step 13" in done.stdout
-    assert "3 step(s) before it: loss 1.0e-04" in done.stdout
+    assert "3 steps before it: loss 1.0e-04" in done.stdout
     done = minka("train", str(folder.path / "run.toml"), "--replay", "12")
     assert done.returncode == 0
     assert "bit for bit" in done.stdout.splitlines()[-1]
@@ -206,7 +206,7 @@ def test_a_step_with_nothing_to_compare_is_not_called_the_same(
     result = again(folder, 8)
     assert (result["verdict"], result["steps"][0]) == ("bit for bit", {"step": 6})
     print_result(result)
-    assert " 1 step(s) before it: " in capsys.readouterr().out  # step 7; step 6 is not vouched for
+    assert " 1 step before it: " in capsys.readouterr().out  # step 7; step 6 is not vouched for
 
 
 def test_a_mangled_ledger_is_replayed_as_far_as_it_can_be_read(base: RunFolder, tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ def test_a_run_writes_ledger_trackers_details_and_a_trace(tmp_path: Path) -> Non
     folder = RunFolder.of(config)
     assert list((folder.path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert list((folder.logs / "tensorboard").glob("events.out.tfevents.*"))
-    assert json.loads((folder.logs / "trace-00001.json").read_text())["traceEvents"]
+    spans = {e["name"] for e in json.loads((folder.logs / "trace-00001.json").read_text())["traceEvents"]}
+    assert {name for name in spans if name.startswith("step ")} == {"step 4", "step 5"}
     events = list(read_ledger(folder.ledger_file))
     steps = [e for e in events if e["event"] == "step"]
     assert set(steps[0]) >= STEP_FIELDS | {"event", "time", "step", "tokens"}
