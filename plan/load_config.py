@@ -126,10 +126,13 @@ def describe_problems(error: ValidationError) -> str:
 
 
 def _value(field: FieldInfo, key: str, text: str) -> object:
-    """The value after the equals sign: TOML, or a bare word. For a list, a single value means a list of one.
+    """The value after the equals sign: TOML, a bare word, or none where the setting may be unset.
 
+    For a list, a single value means a list of one.
     Raises UserError for a list, table or string that is not TOML: most often, the shell has removed its quotes.
     """
+    if text == "none" and type(None) in get_args(field.annotation):
+        return None
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError as error:

@@ -10,7 +10,7 @@ from minka.plan.errors import ExitStatus, UserError
 from minka.plan.load_config import flatten, validate
 from minka.plan.run_state import RunState
 
-Verdict = Literal["free", "shown", "refused"]
+Verdict = Literal["free", "shown", "asked", "refused"]  # asked: allowed where the user gave the key
 Changes = dict[str, tuple[object, object]]  # "section.key" -> (old value, new value)
 
 
@@ -53,7 +53,9 @@ RULES = (
     ChangeRule("data.*", "refused", "shown", "later steps would get different samples than the position stands for"),
     ChangeRule("model.z_loss", "shown", "shown", "it changes the objective of later steps"),
     *(ChangeRule(f"model.{key}", "refused", "refused", "the saved weights would not fit") for key in SHAPE),
-    ChangeRule("model.*", "refused", "shown", "the same weights would compute a different function"),
+    ChangeRule("model.init_std", "refused", "shown", "the initial weights follow from it"),
+    ChangeRule("model.max_positions", "refused", "shown", "the export says it"),
+    ChangeRule("model.*", "refused", "asked", "the same weights would compute a different function"),
 )
 LENGTH = ("run.max_steps", "run.max_tokens")
 RATE = (*LENGTH, "schedule.", "optimizer.learning_rate", "data.batch_")
@@ -71,8 +73,8 @@ def changes(old: RunConfig, new: RunConfig) -> Changes:
 
 
 def model_changes(old: ModelSection, new: ModelSection) -> Changes:
-    """The differences of two models: in their shape, and in what their weights compute."""
-    keys = {*SHAPE, "rope_theta", "rope_scaling", "norm_eps"}
+    """The differences of two models: in their shape, in what their weights compute, and in how long a text may be."""
+    keys = {*SHAPE, "rope_theta", "rope_scaling", "norm_eps", "max_positions"}
     return _differences(*(flatten({"model": model.model_dump(mode="json", include=keys)}) for model in (old, new)))
 
 
@@ -151,13 +153,38 @@ def check_resume(changed: Changes, config: RunConfig, where: str, *, edited: Seq
     raise UserError(what, where=where, why=_reasons(refused), remedy=f"{new}, or {old}")
 
 
-def check_fork(changed: Changes, parent: str) -> None:
-    """Raises UserError naming each change with which a run cannot start from `parent`."""
+def check_fork(changed: Changes, parent: str, given: Collection[str] = ()) -> None:
+    """Raises UserError naming each change with which a run cannot start from `parent`. `given`: keys the user gave."""
     refused = {key: change for key, change in changed.items() if rule_of(key).fork == "refused"}
     if refused:
         what = f"a run cannot start from {parent} with different settings: {'; '.join(describe_changes(refused))}"
         remedy = "use the parent's values, or leave run.start_from out to begin from new weights"
         raise UserError(what, where="run.start_from", why=_reasons(refused), remedy=remedy)
+    asked = {_setting(key) for key in given}
+    silent = {k: pair for k, pair in changed.items() if rule_of(k).fork == "asked" and _setting(k) not in asked}
+    if silent:
+        what = f"{parent} was trained with different settings, and nobody asked for new ones"
+        why = f"{_reasons(silent)}: {'; '.join(describe_changes(silent))}"
+        old, new = (_as_overrides({key: pair[side] for key, pair in silent.items()}) for side in (0, 1))
+        remedy = f"add the parent's ({old}), or ask for the new ones by adding {new}"
+        raise UserError(what, where="run.start_from", why=why, remedy=remedy)
+
+
+def explain_model_changes(changed: Changes) -> list[str]:
+    """A line with the reason for each change of the model that a run makes to its parent's."""
+    shown = {key: pair for key, pair in changed.items() if key.startswith("model.")}
+    return [f"{line}: {rule_of(key).why}" for key, line in zip(shown, describe_changes(shown), strict=True)]
+
+
+def _setting(key: str) -> str:
+    """The setting that a key belongs to: model.rope_scaling.factor to model.rope_scaling."""
+    return ".".join(key.split(".")[:2])
+
+
+def _as_overrides(values: Mapping[str, object]) -> str:
+    """Values as a user gives them on the command line."""
+    unset = {_setting(key) for key, value in values.items() if value is None}
+    return " ".join([*(f"{k}={v}" for k, v in values.items() if v is not None), *(f"{k}=none" for k in sorted(unset))])
 
 
 def check_length(changed: Mapping[str, object], config: RunConfig, step: int, tokens: int) -> None:

@@ -154,6 +154,25 @@ class RunFolder:
         with writing(self.path):
             self.logs.mkdir(parents=True, exist_ok=True)
 
+    @contextmanager
+    def discarded_if_refused(self, *, writes: bool) -> Iterator[None]:
+        """Where the block refuses a run that has not begun, delete what was created for it; other files stay."""
+        try:
+            yield
+        except UserError as error:
+            if writes and error.status == ExitStatus.REFUSED and not self.begun():
+                ours = [path for path in self.path.glob("*") if re.fullmatch(rf"{CREATED}|ledger\.jsonl", path.name)]
+                logs = [
+                    path for path in self.logs.glob("*") if re.fullmatch(r"(rank|stacks|samples)-\d+\..*", path.name)
+                ]
+                links = [self.checkpoints] if self.checkpoints.is_symlink() else []
+                for path in (*ours, *logs, *links, self.path / ".lock"):
+                    path.unlink(missing_ok=True)
+                for folder in (self.checkpoints, self.path / "leases", self.logs, self.path):
+                    with suppress(OSError):  # not empty: somebody has put something there
+                        folder.rmdir()
+            raise
+
     def delete_leftovers(self) -> None:
         """Delete what killed processes of this host have left half written; for the run's one writer."""
         for folder in (self.path, self.path / "leases", *self.evals.glob("*")):

@@ -66,16 +66,16 @@ def samples(folder: RunFolder) -> dict[int, list[int]]:
     return {entry["step"]: entry["samples"] for entry in map(json.loads, lines)}
 
 
-def said(config: RunConfig) -> str:
+def said(config: RunConfig, *given: str) -> str:
     """What the run says while one rank trains it to its end."""
-    (text,) = on_ranks(train_listening, 1, config)
+    (text,) = on_ranks(train_listening, 1, config, *given)
     return str(text)
 
 
-def train_listening(config: RunConfig) -> str:
+def train_listening(config: RunConfig, *given: str) -> str:
     """One rank's stdout."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert train_rank(config) == 0
+        assert train_rank(config, *given) == 0
     return out.getvalue()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from minka.launch.supervisor import Job
 from minka.plan.config import RunConfig
 from minka.plan.load_config import validate
+from minka.plan.resume_rules import LENGTH
 from minka.train.worker import work
 
 WORDS = "the loss of a run is one number and the data are many so look at both before you change the model".split()
@@ -59,6 +60,6 @@ def tiny(folder: Path, **sections: Mapping[str, object]) -> RunConfig:
     return validate(values, "tests/tiny.py")
 
 
-def train_rank(config: RunConfig) -> int:
-    """One rank of the run, by the real worker; for on_ranks."""
-    return work(Job(config=config, threads=1))
+def train_rank(config: RunConfig, *given: str) -> int:
+    """One rank of the run, by the real worker; for on_ranks. `given`: keys that the user gave, besides the length."""
+    return work(Job(config=config, threads=1, given=(*LENGTH, *given)))

@@ -214,7 +214,9 @@ def _print_run(loaded: "LoadedRun", job: "Job", ranks: int | None) -> int:
     from minka.plan.flops import parameters, training_flops_per_token
     from minka.plan.hub_family import reader_limits
     from minka.plan.load_config import dump_toml
+    from minka.plan.resume_rules import explain_model_changes
     from minka.plan.run_folder import RunFolder
+    from minka.train.parent_run import changes_of
     from minka.train.start_or_resume import newest_whole, read_and_check
 
     config = loaded.config
@@ -231,6 +233,7 @@ def _print_run(loaded: "LoadedRun", job: "Job", ranks: int | None) -> int:
     }
     missing = missing_corpus(config, Path())
     begun, over, said = outlook.state.begun, outlook.decision.over, outlook.describe()
+    unlike = explain_model_changes(changes_of(outlook.parent, config)) if outlook.parent else []
     if job.as_json:
         changed = {key: {"was": old, "is": new} for key, (old, new) in loaded.changed.items()}
         start = {"begun": begun, "finished": over, "step": outlook.step, "said": said, "missing_corpus": missing}
@@ -240,6 +243,8 @@ def _print_run(loaded: "LoadedRun", job: "Job", ranks: int | None) -> int:
     print(f"# {loaded.source}\n# {RunFolder.of(config).path} {said}")
     if missing:
         print(f"# warning: on this machine there is no token store, and none can be made: {missing}")
+    for line in unlike:
+        print(f"# unlike {outlook.parent.name if outlook.parent else ''}: {line}")
     for key, (old, new) in loaded.changed.items():
         print(f"# changed: {key} = {new!r} (was {old!r})")
     for name, value in derived.items():

@@ -78,7 +78,7 @@ def _prepare(job: Job) -> None:
         complete_export(job.config)
         return
     check_gpus(visible_gpus(os.environ))
-    open_run(job.config)
+    open_run(job.config, job.given)
     try:
         with tempfile.TemporaryFile() as file:  # the ranks meet in one
             file.write(bytes(PROBE_BYTES))
@@ -154,17 +154,22 @@ def _interrupt(number: int, frame: object) -> None:
 
 def _wait(pids: list[int], logs: dict[int, tuple[int, Path]]) -> int:
     """Wait for all. After the first failure the others get GRACE_SECONDS to end by themselves."""
-    left, status, failed_at = set(pids), 0, 0.0
+    left, status, failed_at, said = set(pids), 0, 0.0, False
+    unsaid: tuple[int, int, Path | None] | None = None
     while left:
         pid, raw = os.waitpid(-1, os.WNOHANG)
         if pid in left:
             left.remove(pid)
             code = os.waitstatus_to_exitcode(raw)
             code = code if code >= 0 else int(ExitStatus.FAILED)
+            rank, log = logs.get(pid, (0, None))
+            said = said or (code == ExitStatus.REFUSED and not rank)
             if code and status in (0, *ON_PURPOSE) and status != code:
                 status, failed_at = code, time.monotonic()
-                if code not in ON_PURPOSE:
-                    _report(raw, *logs.get(pid, (0, None)))
+                if code == ExitStatus.REFUSED and rank:
+                    unsaid = raw, rank, log  # rank 0 mostly says the same
+                elif code not in ON_PURPOSE:
+                    _report(raw, rank, log)
         elif not pid:
             time.sleep(0.02)
         # Ranks that stopped on purpose end by themselves: rank 0 still exports.
@@ -172,6 +177,8 @@ def _wait(pids: list[int], logs: dict[int, tuple[int, Path]]) -> int:
             for other in left:
                 os.kill(other, signal.SIGKILL)
             failed_at = float("inf")
+    if unsaid and not said:
+        _report(*unsaid)
     return status
 
 

@@ -7,7 +7,7 @@ before its own first checkpoint begins from the very same weights again.
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +53,7 @@ class Parent(NamedTuple):
         return f"{self.run} at step {self.position.step}" if self.run else str(self.folder)
 
 
-def open_run(config: RunConfig) -> None:
+def open_run(config: RunConfig, given: Collection[str] = ()) -> None:
     """Prepare the run's token store if it is missing, and check that the run can begin or resume. Raises UserError."""
     folder = RunFolder.of(config)
     if folder.begun():
@@ -64,7 +64,7 @@ def open_run(config: RunConfig) -> None:
         find_place(config)
         parent = find_parent(config)
         if parent:
-            check_parent(parent, config)
+            check_parent(parent, config, given)
         open_or_prepare(config, Path(), progress)
         if parent:
             check_tokenizer(parent, config)  # the run's own may just have been trained
@@ -120,13 +120,13 @@ def pinned_parent(folder: RunFolder) -> Parent | None:
     return parent
 
 
-def check_parent(parent: Parent, config: RunConfig) -> None:
-    """Raises UserError naming what keeps the run from starting from `parent`."""
+def check_parent(parent: Parent, config: RunConfig, given: Collection[str] = ()) -> None:
+    """Raises UserError naming what keeps the run from starting from `parent`. `given` are the keys the user gave."""
     entire = config.run.start_with == "all"
     if entire and parent.config is None:
         what = "a Hugging Face folder has weights only: no optimizer, counters or data position"
         raise UserError(what, where="run.start_with", remedy='set run.start_with="weights"')
-    check_fork(changes_of(parent, config), parent.name)
+    check_fork(changes_of(parent, config), parent.name, given)
     if not entire or parent.config is None:
         return
     run, (step, _, tokens) = config.run, parent.position

@@ -18,10 +18,10 @@ from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
-from minka.plan.resume_rules import changes, decides_rate
+from minka.plan.resume_rules import changes, decides_rate, explain_model_changes
 from minka.plan.run_state import RunState
 from minka.plan.tensor_name import tensor_name
-from minka.train.parent_run import Parent, begins_at, pinned_parent
+from minka.train.parent_run import Parent, begins_at, changes_of, pinned_parent
 from minka.train.recorder import Recorder
 from minka.train.schedule import learning_rate
 from minka.train.state import State, random_state
@@ -112,6 +112,8 @@ def _init(engine: Engine, record: Recorder, mesh: Mesh, before: RunState) -> Sta
         record.last_saved = replace(state, step=-1)  # it is not saved yet, and its token milestones are its parent's
         load_parent(parent, engine, record.config.run.start_with, mesh, lambda: record.supervisor.heartbeat(0))
         record.console.say(origin)
+        for line in explain_model_changes(changes_of(parent, record.config)):
+            record.console.say(line)
         if parent.learning_rate is not None and state.step:
             rate = learning_rate(record.config, state.step, state.tokens)
             both = f"{parent.learning_rate:.4g} there, {rate:.4g} here"

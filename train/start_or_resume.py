@@ -101,7 +101,7 @@ def check_start(job: Job, state: RunState) -> Outlook:
         find_place(config)
         parent = find_parent(config)
         if parent:
-            check_parent(parent, config)
+            check_parent(parent, config, job.given)
             check_tokenizer(parent, config)
         return Outlook(state, Decision(False, {}), parent)
     if not state.finished:

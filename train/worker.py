@@ -76,6 +76,7 @@ def work(job: Job) -> int:
             prepare=None if known else prepare,
         ) as mesh,
         refusals_recorded(RunFolder.of(config), writes=mesh.is_first),
+        RunFolder.of(config).discarded_if_refused(writes=mesh.is_first),
         ExitStack() as stack,
     ):
         claim: tuple[RunState, Changes] | None = RunState(), {}
@@ -121,7 +122,7 @@ def _prepare(job: Job) -> RunState:
     with refusals_recorded(folder):
         state = read_state(folder)
         if not (state.begun and check_start(job, state).decision.over):
-            open_run(job.config)
+            open_run(job.config, job.given)
     return state
 
 
@@ -139,7 +140,7 @@ def _claim_run(job: Job, state: RunState, stack: ExitStack) -> tuple[RunState, C
         decision = _decide(job, state)
         if decision.over:
             return None
-        open_run(job.config)
+        open_run(job.config, job.given)
     if not state.begun:  # only now: of two first starts at once, the second must not overwrite the other's files
         create_run(job.config, job.command)
     aside = None

@@ -20,6 +20,7 @@ from minka.plan.resume_rules import (
     decide,
     decides_rate,
     describe_changes,
+    explain_model_changes,
     rule_of,
 )
 from minka.plan.resume_rules import changes as changes_between
@@ -97,7 +98,41 @@ def test_a_resume_refuses_by_name_what_a_fork_may_have(override: str, key: str) 
     with pytest.raises(UserError, match=re.escape(key)) as caught:
         check_resume(changed, run(), "runs/demo")
     assert "run.name=NEW run.start_from=demo" in caught.value.remedy
-    check_fork(changed, "demo at step 5")
+    check_fork(changed, "demo at step 5", given=[key])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "parents", "ours"),
+    [
+        ((), ("model.rope_theta=500000",), "(model.rope_theta=10000.0)", "adding model.rope_theta=500000.0"),
+        ((), ("model.norm_eps=1e-6",), "(model.norm_eps=1e-05)", "adding model.norm_eps=1e-06"),
+        ((), ("model.rope_scaling.factor=4",), "(model.rope_scaling=none)", "model.rope_scaling.factor=4.0"),
+        (("model.rope_scaling.factor=4",), (), "model.rope_scaling.factor=4.0", "adding model.rope_scaling=none"),
+        (("model.rope_scaling.factor=4",), ("model.rope_scaling.factor=8",), "factor=4.0)", "factor=8.0"),
+    ],
+)
+def test_a_different_function_of_the_parents_weights_must_be_asked_for(
+    old: tuple[str, ...], new: tuple[str, ...], parents: str, ours: str
+) -> None:
+    """A value of the template, or a default, does not ask; each of the two remedies is accepted as it is written."""
+    changed = changes_between(run(*old), run(*new))
+    with pytest.raises(UserError, match="nobody asked for new ones") as caught:
+        check_fork(changed, "demo at step 5", given=["run.name", "optimizer.learning_rate"])
+    assert "the same weights would compute a different function" in caught.value.why
+    take, ask = caught.value.remedy.split(", or ask for the new ones by adding ")
+    assert parents in take
+    assert ours in caught.value.remedy
+    taken = load_run("demo", [*new, *take.partition("(")[2].rstrip(")").split()]).config
+    assert changes_between(run(*old), taken) == {}
+    asked = load_run("demo", [*new, *ask.split()])
+    assert changes_between(run(*new), asked.config) == {}
+    check_fork(changed, "demo at step 5", asked.given)
+    assert len(explain_model_changes(changed)) == len(changed)
+
+
+@pytest.mark.parametrize("key", ["model.init_std", "model.max_positions", "model.z_loss"])
+def test_what_leaves_the_function_as_it_is_need_not_be_asked_for(key: str) -> None:
+    check_fork({key: (1, 2)}, "demo at step 5")
 
 
 @pytest.mark.parametrize("name", SHAPE)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from commands import minka
-from families import crash, fork, ledger, rank_refuses, said, samples, stable_phase, steps, trained
+from families import crash, fork, ledger, said, samples, stable_phase, steps, trained
 from minka.checkpoint.catalogue import checkpoints
 from minka.checkpoint.manifest import read_header
 from minka.checkpoint.restore import whole_tensors
@@ -78,7 +78,9 @@ def test_another_sequence_length_goes_on_with_the_counters_and_a_new_order(base:
 def test_another_rope_base_starts_from_the_weights(base: RunFolder) -> None:
     config = fork(base, "rope", "base@20", "model.rope_theta=50000", "run.max_steps=5")
     line = "starts from base at step 20 (weights only; optimizer, schedule and data begin at 0)"
-    assert line in said(config)
+    text = said(config, "model.rope_theta")
+    assert line in text
+    assert "model.rope_theta = 50000.0 (was 10000.0): the same weights would compute a different function" in text
     (parent,) = RunFolder.of(config).lineage()
     assert parent["changed"] == {"model.rope_theta": [10000.0, 50000.0], "run.max_steps": [20, 5]}
     alike = steps(ledger(base))[20]["loss"] - steps(ledger(RunFolder.of(config)))[1]["loss"]
@@ -124,13 +126,17 @@ def test_the_command_that_made_a_fork_goes_on_with_it_when_the_parent_is_gone(ba
     assert "resuming from step 20" in again.stdout
 
 
-def test_a_fork_whose_parent_could_not_be_read_is_made_again_from_another(base: RunFolder, tmp_path: Path) -> None:
+def test_a_fork_whose_parent_is_damaged_is_refused_once_and_leaves_nothing(base: RunFolder, tmp_path: Path) -> None:
     parent = tmp_path / "runs" / "parent"
     shutil.copytree(base.path, parent)
     shard = parent / "checkpoints" / "step-00000020" / "rank-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\7")
     given = [f"run.folder={tmp_path / 'runs'}", "run.name=child", "run.max_steps=5"]
-    assert "damaged" in rank_refuses(load_run(str(base.path), [*given, "run.start_from=parent"]).config)
+    refused = minka("train", str(base.path), *given, "run.start_from=parent", "--ranks", "2")
+    assert refused.returncode == 2
+    assert refused.stderr.count("damaged") == 1
+    assert "step-00000020" in refused.stderr
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["parent"]
     trained(load_run(str(base.path), [*given, "run.start_from=parent@15"]).config)
     assert RunFolder(tmp_path / "runs" / "child").lineage()[0]["step"] == 15
 

@@ -14,6 +14,7 @@ from families import crash, fork, rank_refuses, refused, stable_phase, trained
 from minka.data.prepare import open_or_prepare
 from minka.plan.load_config import load_run
 from minka.plan.run_folder import RunFolder
+from minka.train.command import main
 from tiny import tiny
 
 MIXED = "schedule.unit=tokens"  # the end is in steps
@@ -163,3 +164,26 @@ def test_looking_at_a_parent_imports_no_torch(base: RunFolder) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "is finished" in done.stdout
+
+
+@pytest.mark.parametrize("hub", [True, False])
+def test_a_template_does_not_ask_for_a_different_function_of_the_parents_weights(
+    hub: bool, base: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each of the two commands that the message names starts the run."""
+    template = base.path.parent / "template.toml"
+    text = base.config_file.read_text()
+    assert "rope_theta = 10000.0" in text
+    template.write_text(text.replace("rope_theta = 10000.0", "rope_theta = 500000.0"))
+    parent = str(base.export) if hub else "base"
+    common = [str(template), "run.name=long", f"run.start_from={parent}", f"run.folder={base.path.parent}"]
+    before = sorted(base.path.parent.rglob("*"))
+    for dry in ([], ["--dry-run"]):
+        said = refused(capsys, *common, *dry)
+        assert "model.rope_theta = 500000.0 (was 10000.0)" in said
+        assert "add the parent's (model.rope_theta=10000.0)" in said
+    assert sorted(base.path.parent.rglob("*")) == before
+    assert main([*common, "--dry-run", "model.rope_theta=500000.0"]) == 0
+    assert "model.rope_theta = 500000.0 (was 10000.0): the same weights would" in capsys.readouterr().out
+    assert main([*common, "--dry-run", "model.rope_theta=10000.0"]) == 0
+    assert "# unlike" not in capsys.readouterr().out
