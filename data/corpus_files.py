@@ -50,7 +50,7 @@ def expand_paths(paths: Sequence[str], suffixes: Sequence[tuple[str, ...]] = (()
             chosen = next(filter(None, ([f for f in regular if _has(f, group)] for group in suffixes)), [])
             others = Counter(kinds[file] or _suffix(file) for file in {*inside} - {*chosen})
             left_out += others
-            listed = ", ".join(f"{count} {name}" for name, count in others.most_common(5))
+            listed = ", ".join(f"{count} {name}" for name, count in _ranked(others)[:5])
             wanted = "file" if not suffixes[0] else f"{', '.join(group[0] for group in suffixes)} file"
             what = f"no {wanted} is in this folder" + (f"; it has {listed}" if others else "")
         else:
@@ -70,7 +70,7 @@ def expand_paths(paths: Sequence[str], suffixes: Sequence[tuple[str, ...]] = (()
             )
         for file in chosen:
             found.setdefault(os.path.realpath(file), file)  # a link to a file that was named is not read again
-    counts = dict(left_out.most_common(SHOWN_SUFFIXES))
+    counts = dict(_ranked(left_out)[:SHOWN_SUFFIXES])
     if more := left_out.total() - sum(counts.values()):
         counts["others"] = more
     return CorpusFiles(list(found.values()), counts)
@@ -93,6 +93,11 @@ def _files_in(folder: Path, entry: str) -> Iterator[Path]:
         entered.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(place) / name for name in files if not name.startswith("."))
+
+
+def _ranked(counts: Counter[str]) -> list[tuple[str, int]]:
+    """The most frequent first, and in one order: a store's hash follows from it."""
+    return sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
 
 
 def _kind(path: Path) -> str:

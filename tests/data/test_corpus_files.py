@@ -107,6 +107,9 @@ def test_files_that_were_left_out_are_in_the_manifest(tmp_path: Path) -> None:
     (corpus / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "three"}'))
     prepare(data_section(source="jsonl", paths=[str(corpus)]), 256, tmp_path / "store")
     manifest = TokenStore.open(tmp_path / "store").manifest
-    assert manifest.left_out == {".jsonl.lz4": 1, ".md": 1}
+    assert list((manifest.left_out or {}).items()) == [
+        (".jsonl.lz4", 1),
+        (".md", 1),
+    ]  # the store's hash follows from it
     assert "files in the folders of data.paths that were not read: 1 .jsonl.lz4, 1 .md" in manifest.notes
     assert len(list(read_documents(data_section(source="jsonl", paths=[str(corpus)])))) == 3
