@@ -41,11 +41,10 @@ def test_a_rank_stops_and_saves_when_its_launcher_is_gone(tmp_path: Path) -> Non
     config = tiny(tmp_path, run={"max_steps": 100_000})
     folder = RunFolder.of(config)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "minka"]
-    with subprocess.Popen([*command, "train", str(written(config))], env=environment(), stdout=-1) as agent:
+    with subprocess.Popen([*command, "train", str(written(config))], env=environment()) as agent:
         at_step(config, 3)
         agent.send_signal(signal.SIGUSR1)
         agent.wait(timeout=60)
-        agent.stdout = None  # its ranks have the other end
     until = time.monotonic() + 120
     while not folder.exit_file.exists():
         assert time.monotonic() < until, "the ranks train on without a launcher"
@@ -66,7 +65,7 @@ def test_torchrun_starts_no_run_again_that_has_stopped(tmp_path: Path) -> None:
     (rank,) = children(agent.pid)
     os.kill(rank, signal.SIGTERM)
     _, errors = agent.communicate(timeout=120)
-    assert errors.count("this job has stopped already") == 1, errors
+    assert "this job has stopped already" in errors, errors
     ending = json.loads(folder.exit_file.read_text())
     assert (ending["code"], ending["requeue"]) == (ExitStatus.STOPPED, True)
     starts = [event for event in read_ledger(folder.ledger_file) if event["event"] == "start"]
