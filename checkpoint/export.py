@@ -12,15 +12,17 @@ from minka.checkpoint.restore import DAMAGE, whole_tensors
 from minka.model.hub_folder import write_folder
 from minka.plan.config_sections import ModelSection
 from minka.plan.errors import UserError
+from minka.plan.store_files import check_store_files
 
 
 def export_checkpoint(
     checkpoint: Path, folder: Path, model: ModelSection, tokenizer: Path, eod: int, alive: Heartbeat = lambda: None
 ) -> None:
-    """Write `folder` from `checkpoint`, replacing an earlier export.
+    """Write `folder` from `checkpoint` and the store's `tokenizer`, replacing an earlier export.
 
-    Raises UserError when a hash does not match, and where write_folder does; then nothing has changed.
+    Raises UserError when a hash of either does not match, and where write_folder does; then nothing has changed.
     """
+    check_store_files(tokenizer.parent, f"{tokenizer.name}/")
     with _intact(checkpoint):
         sha256 = read_header(checkpoint).sha256
     weights, source = _readable(checkpoint, alive), str(checkpoint)

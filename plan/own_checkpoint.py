@@ -31,10 +31,12 @@ def check_own(folder: RunFolder, checkpoint: Path, saved: Mapping[str, Any]) -> 
 def difference_of_runs(folder: RunFolder, saved: Mapping[str, Any]) -> str:
     """What shows that a checkpoint is of a different run; empty where nothing does. Older versions wrote no id."""
     began = folder.provenance()
+    if not isinstance(began.get("data"), dict):
+        return ""  # damaged: whoever needs it says so
     if saved.get("run_id"):
         here = str(began.get("id", ""))
         return "" if saved["run_id"] == here else f"its run has the id {saved['run_id']}, and this one {here or 'none'}"
-    data = began.get("data", {}).get("manifest_sha256")
+    data = began["data"].get("manifest_sha256")
     if data and saved.get("data_sha256", data) != data:
         return f"it was trained on a different token store (hash {str(saved['data_sha256'])[:8]}, not {data[:8]})"
     changed = {}

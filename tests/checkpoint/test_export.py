@@ -56,6 +56,22 @@ def test_a_place_that_is_not_free_is_one_paragraph(
     ]
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_is_named_and_nothing_is_written(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = saved_run(tmp_path, 1)
+    file = tmp_path / "store" / "tokenizer" / name
+    whole = file.read_bytes()
+    for damaged in (whole[:-1], b"{}", None):
+        file.unlink() if damaged is None else file.write_bytes(damaged)
+        assert main([str(run.path), str(tmp_path / "out")]) == ExitStatus.REFUSED
+        assert f"tokenizer/{name} " in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+    file.write_bytes(whole)
+    assert main([str(run.path), str(tmp_path / "out")]) == 0
+
+
 @pytest.mark.parametrize("damage", ["manifest.json", "rank-00000.safetensors"])
 def test_a_damaged_checkpoint_changes_nothing(damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = saved_run(tmp_path, 1, 2)
