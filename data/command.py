@@ -66,8 +66,9 @@ def _inspect(
     if split and document is None:
         raise UserError("it needs --document", where="--split", why="samples come from train", remedy="leave it out")
     if document is not None or sample is not None:
+        name = store.split(split or "train").name
         for part in ("idx", "parquet"):  # not the tokens, which may take hours
-            check_store_files(folder, f"{split or 'train'}.{part}")
+            check_store_files(folder, f"{name}.{part}")
     if document is not None:
         found = _document(store, split or "train", document)
     elif sample is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from minka.checkpoint.manifest import seal
+from minka.checkpoint.manifest import FORMAT, seal
 
 SHARD = "rank-00000.safetensors"
 TABLE = "rank-00000.json"
@@ -189,14 +189,24 @@ def old_manifest(change: Callable[[dict[str, Any]], object], number: int = 1) ->
         shutil.rmtree(path)
         shutil.copytree(GOLDENS / f"format-{number}" / "step-00000004", path)
         body = json.loads((path / "manifest.json").read_text()) | {"step": 2}
-        del body["sha256"]
         change(body)
-        body["sha256"] = hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in body.items())
-        text = json.dumps(body, indent=2) + "\n" if number == 1 else f"{{\n{lines}\n}}\n"
-        (path / "manifest.json").write_text(text)
+        write_manifest(path, body)
 
     return spoil
+
+
+def write_manifest(path: Path, body: dict[str, Any]) -> None:
+    """A manifest of any format with these values, and a hash that holds."""
+    number = body["format"]
+    body.pop("sha256", None)
+    (path / "manifest.json").unlink()
+    if number == FORMAT:
+        (path / "manifest.json").write_bytes(seal({key: value for key, value in body.items() if key != "format"}))
+        return
+    body["sha256"] = hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in body.items())
+    text = json.dumps(body, indent=2) + "\n" if number == 1 else f"{{\n{lines}\n}}\n"
+    (path / "manifest.json").write_text(text)
 
 
 def old_piece(**changed: Any) -> Callable[[Path], object]:

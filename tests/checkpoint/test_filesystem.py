@@ -9,6 +9,7 @@ from minka.checkpoint import filesystem
 from minka.checkpoint.catalogue import Catalogue, find_checkpoint
 from minka.checkpoint.filesystem import LOCAL, FileSystem
 from minka.checkpoint.restore import restore
+from minka.plan.errors import UserError
 from minka.plan.retention import Kept
 from saved import ALONE, save, silent, tensors
 
@@ -69,6 +70,8 @@ def test_each_manifest_is_read_once_however_many_saves_follow(tmp_path: Path) ->
     assert numbers == sorted(numbers)
 
 
-def test_the_newest_is_one_that_has_a_manifest(folder: Path) -> None:
+def test_the_newest_without_a_manifest_is_named_not_passed_over(folder: Path) -> None:
     (folder / "step-00000009").mkdir()
-    assert find_checkpoint(folder).name == "step-00000002"
+    with pytest.raises(UserError, match=r"step-00000009/manifest\.json.*damaged.*steps saved here: 1, 2"):
+        find_checkpoint(folder)
+    assert find_checkpoint(folder, "2").name == "step-00000002"
