@@ -119,7 +119,7 @@ def test_a_return_within_a_longer_run_takes_new_settings_from_there(base: RunFol
 
 
 def test_in_random_histories_a_good_checkpoint_is_left_and_found() -> None:
-    for seed in range(1000):
+    for seed in range(300):
         random_history(Random(seed))
 
 
@@ -138,6 +138,8 @@ def random_history(dice: Random) -> None:
             if verdict.action == "stop":
                 if (aside := way_back(newest(there), accepted).set_aside) is not None:
                     del there[aside]
+                first = [there[step][1] for step in newest(there)][:1]
+                assert first == [True] or len(there) < 2, "the next start resumes from ruined weights"
                 break
             if verdict.action == "accept":
                 proven = proven or bool(there)  # the weights of every checkpoint led to this step
