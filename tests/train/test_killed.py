@@ -75,12 +75,11 @@ def stage_of(note: str) -> str:
 
 
 def result(config: RunConfig) -> dict[str, Any]:
-    """The bits of the export and of the last checkpoint."""
+    """The bits of the export, and of weights and optimizer in the last checkpoint. Torch seeds a process at random."""
     folder = RunFolder.of(config)
-    tensors = {
-        name: tensor.numpy().tobytes() for name, tensor in whole_tensors(find_checkpoint(folder.checkpoints), "")
-    }
-    return tensors | {"export": (folder.export / "model.safetensors").read_bytes()}
+    tensors = whole_tensors(find_checkpoint(folder.checkpoints), "")
+    found = {name: tensor.numpy().tobytes() for name, tensor in tensors if not name.startswith("rng.")}
+    return found | {"export": (folder.export / "model.safetensors").read_bytes()}
 
 
 def leftovers(folder: Path) -> list[str]:
