@@ -14,7 +14,7 @@ from minka.plan.errors import ExitStatus, UserError
 from minka.plan.ledger import parse_json
 from minka.plan.load_config import dump_toml, load_run, run_names
 from minka.plan.read_file import MALFORMED, reading
-from minka.plan.store_files import MANIFEST
+from minka.plan.store_files import MANIFEST, sha256_of
 
 EXPORT_MARKER = "minka_export.json"  # in an export, and in no other folder: it names the checkpoint
 CREATED = r"run\.toml|provenance\.json|lineage\.json"  # written when a run is created, run.toml last
@@ -92,7 +92,7 @@ class RunFolder:
         return places
 
     def bases(self, current: Path = Path()) -> list[Path]:
-        """Folders that relative paths of the configuration may start from, the likeliest first.
+        """Folders that relative paths of the configuration may start from, in the order to try them.
 
         A run that was created records the folder that it was started in: relative to its own, so that both can be
         moved together, and absolute. Other runs have the `current` one.
@@ -106,11 +106,20 @@ class RunFolder:
         return list(dict.fromkeys([*(current if path == here else path for path in found), current]))
 
     def find_store(self, name: Path, current: Path = Path()) -> Path:
-        """The run's token store, which its configuration calls `name`; where there is none yet, its place."""
-        recorded = self.provenance().get("data")
-        was = recorded.get("store") if isinstance(recorded, dict) else None
+        """The run's token store, which its configuration calls `name`; where there is none yet, its place.
+
+        Of several, it is the one whose manifest the run has recorded: a different project may have one of this name.
+        """
+        data = self.provenance().get("data")
+        recorded = data if isinstance(data, dict) else {}
+        was, sha256 = recorded.get("store"), recorded.get("manifest_sha256")
         places = [*(base / name for base in self.bases(current)), *([Path(was)] if isinstance(was, str) else [])]
-        return next((place for place in places if (place / MANIFEST).is_file()), places[0])
+        found = [place for place in places if (place / MANIFEST).is_file()]
+        for place in found:
+            with suppress(OSError):  # its reader says why it cannot be read
+                if sha256_of(place / MANIFEST) == sha256:
+                    return place
+        return (found or places)[0]
 
     def check_free(self) -> None:
         """Raises UserError when this is not a run's folder, and holds what no run to come would have in it."""

@@ -12,6 +12,7 @@ from minka.plan.atomic import writing
 from minka.plan.errors import UserError
 from minka.plan.load_config import load_run
 from minka.plan.run_folder import RunFolder, find_run, store_of
+from minka.plan.store_files import sha256_of
 
 DEEP = "[" * 100_000
 
@@ -182,6 +183,23 @@ def test_a_store_that_is_gone_is_said(tmp_path: Path) -> None:
     folder.create(config, {"data": {"store": str(tmp_path / "gone")}})
     with pytest.raises(UserError, match=r"gone.*manifest.json"):
         store_of(folder)
+
+
+def test_a_store_of_the_same_name_in_a_different_project_is_not_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = tmp_path / "ours" / "stores" / "x", tmp_path / "theirs" / "stores" / "x"
+    for store, eod in ((ours, 1), (theirs, 2)):
+        store.mkdir(parents=True)
+        (store / "manifest.json").write_text(json.dumps({"eod": eod}))
+    config = load_run("demo", [f"run.folder={tmp_path / 'ours' / 'runs'}", "data.store=stores/x"]).config
+    folder, sha256 = RunFolder.of(config), sha256_of(ours / "manifest.json")
+    folder.create(config, {"data": {"store": str(ours), "manifest_sha256": sha256}})  # before `base` was recorded
+    monkeypatch.chdir(tmp_path / "theirs")
+    assert store_of(folder).folder == ours
+    assert store_of(folder).eod == 1
+    folder.provenance_file.write_text(json.dumps({"data": {"store": str(ours), "manifest_sha256": "0" * 64}}))
+    assert store_of(folder).folder.resolve() == theirs  # no store is the recorded one: `check_data` says so
 
 
 def test_errors_of_writing_say_where_and_how_much_is_free(tmp_path: Path) -> None:
