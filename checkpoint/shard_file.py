@@ -11,6 +11,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -194,6 +195,9 @@ def _pin(memory: NDArray[np.uint8]) -> None:
     if int(runtime.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)) == 0:
         unpin = weakref.finalize(memory, runtime.cudaHostUnregister, memory.ctypes.data)
         unpin.atexit = False  # the process ends, and CUDA may have ended before
+    else:
+        with suppress(RuntimeError):  # CUDA reports the failure again at the next kernel, which must not be training's
+            torch.ones(1, device="cuda")
 
 
 def _span(entry: Mapping[str, Any], begin: int, size: int) -> TensorSpan:

@@ -36,12 +36,12 @@ def verify(folder: Path, advance: Callable[[int], None] = lambda n: None) -> dic
     return checked
 
 
-def checked_split(store: TokenStore, name: str) -> Split:
+def checked_split(store: TokenStore, name: str, alive: Callable[[], None] = lambda: None) -> Split:
     """Open a split after hashing its files and comparing them with each other. Raises UserError naming the damage.
 
-    It reads the whole split, about two seconds a GB: for validation.
+    It reads the whole split, about two seconds a GB: for validation. `alive` is called for each block.
     """
-    check_store_files(store.folder, f"{name}.")
+    check_store_files(store.folder, f"{name}.", alive)
     split = store.split(name)
     problems = [f"{name}: {problem}" for problem in _split_problems(split, store)]
     if problems:

@@ -65,7 +65,7 @@ def bits_per_byte(
     mesh.sum_(nats)
     bits = (nats.cpu().numpy() + math.log(config.model.vocab)) / math.log(2)
     sizes, lost = split.document_bytes[:count].astype(np.float64), split.lost_bytes[:count]
-    tokens = sum(len(split.document(i)) for i in range(count))
+    tokens = int(split.index.lengths[:count].sum())
     sources = named_sources([split.source_of(i) for i in range(count)], sizes)
     scores, stderr, shares = {}, {}, {}
     of_source = {f"{BITS_PER_BYTE}/{source}": sources == source for source in sorted(set(sources))}

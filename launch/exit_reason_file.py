@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
+from minka.launch.environment import requeued
 from minka.plan.atomic import write_json
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.ledger import is_count, lines_from_end, parse_event, parse_json
@@ -31,7 +32,12 @@ def read_exit_reason(folder: RunFolder) -> ExitReason | None:
 
 
 def stopped_under_this_agent(folder: RunFolder) -> ExitStatus | None:
-    """With which status this process's torchrun has seen the run stop, before it started the ranks again; None: not."""
+    """With which status this process's torchrun has seen the run stop, before it started the ranks again; None: not.
+
+    A first start is never such a one: in a new container, torchrun may have the number of the one before.
+    """
+    if not requeued(os.environ):
+        return None
     agent = _agent(os.environ)
     try:
         ending = parse_json(folder.exit_file.read_bytes())
@@ -44,7 +50,8 @@ def stopped_under_this_agent(folder: RunFolder) -> ExitStatus | None:
 def _agent(environment: Mapping[str, str]) -> dict[str, str]:
     """Which torchrun has started this process: it is the same one for all its restarts."""
     known = "TORCHELASTIC_RESTART_COUNT" in environment
-    return {"agent": f"{socket.gethostname()} {os.getppid()}"} if known else {}
+    job = environment.get("TORCHELASTIC_RUN_ID", "")
+    return {"agent": f"{socket.gethostname()} {os.getppid()} {job}"} if known else {}
 
 
 def write_exit_reason(folder: RunFolder, status: int, reason: str, step: int, *, requeue: bool = False) -> None:

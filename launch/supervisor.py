@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel
 
 from minka.launch.exit_reason_file import ExitReason, read_exit_reason, write_exit_reason
-from minka.launch.supervisor_link import STACKS_SIGNAL, handle_stop_signals
+from minka.launch.supervisor_link import ABOVE_RANKS, STACKS_SIGNAL, handle_stop_signals
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
 from minka.plan.resume_rules import LENGTH
@@ -155,7 +155,7 @@ def ending_of(returncode: int, ranks: Ranks, *, stopping: bool) -> Ending:
 def supervise(job: Job) -> Ending:
     """Run the ranks of `job` here until they end, and write the exit reason where the ranks did not."""
     folder, signals = RunFolder.of(job.config), Signals()
-    handle_stop_signals(signals.count)
+    handle_stop_signals(signals.count, ABOVE_RANKS)
     before = read_exit_reason(folder)
     read_end, write_end = os.pipe()
     os.set_blocking(read_end, False)
@@ -175,7 +175,7 @@ def supervise(job: Job) -> Ending:
         ending = _watch(process, read_end, signals, job.config.guard.hang_seconds, folder)
     finally:
         _end(process, read_end)
-        handle_stop_signals(signal.SIG_IGN)
+        handle_stop_signals(signal.SIG_IGN, ABOVE_RANKS)
         os.close(read_end)
     after = read_exit_reason(folder)
     by_ranks = after if after != before else None

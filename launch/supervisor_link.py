@@ -3,20 +3,24 @@
 import faulthandler
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
-STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP})  # each: save and stop
+# Each: save and stop. SIGXCPU is the warning of a limit on CPU time.
+STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU})
 STACKS_SIGNAL = signal.SIGUSR2  # a rank appends its stacks to its file in logs/
+ABOVE_RANKS = STOP_SIGNALS | {STACKS_SIGNAL}  # of supervisor and forker: SIGUSR2 is the warning of SGE and LSF
 
 
-def handle_stop_signals(handler: Callable[[int, object], None] | signal.Handlers) -> None:
+def handle_stop_signals(
+    handler: Callable[[int, object], None] | signal.Handlers, numbers: Collection[signal.Signals] = STOP_SIGNALS
+) -> None:
     """Set the handler of all of them. At its end a process ignores them: a late one must not change its exit status.
 
     One that the process was started to ignore stays ignored (`nohup`; SIGINT in the background of a script).
     """
-    for number in STOP_SIGNALS:
+    for number in numbers:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
@@ -35,8 +39,8 @@ class SupervisorLink:
             stacks = Path(os.devnull)
         self._stacks = stacks.open("a")
         handle_stop_signals(self._note)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ABOVE_RANKS)
 
     def stop_requested(self) -> bool:
         """Whether this rank got a stop signal or lost its launcher, or (on rank 0) the run's folder has a STOP file."""

@@ -17,7 +17,14 @@ PLACES = ("data.store", "data.paths", "run.start_from", "run.start_with")  # may
 
 
 def check_own(folder: RunFolder, checkpoint: Path, saved: Mapping[str, Any]) -> None:
-    """Raises UserError where `checkpoint`, with the state `saved` in its manifest, is of a different run."""
+    """Raises UserError where `checkpoint`, with the state `saved` in its manifest, is of a different run.
+
+    Or where provenance.json, which has the id of this one, is missing or damaged.
+    """
+    if saved.get("run_id") and not folder.provenance():
+        why = "it has the run's id, by which its checkpoints are known"
+        remedy = "put the file back, from a copy of the run's folder"
+        raise UserError("missing or damaged", where=str(folder.provenance_file), why=why, remedy=remedy)
     why = difference_of_runs(folder, saved)
     if not why:
         return

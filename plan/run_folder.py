@@ -164,23 +164,25 @@ class RunFolder:
             self.logs.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
-    def discarded_if_refused(self, *, writes: bool) -> Iterator[None]:
-        """Where the block refuses a run that has not begun, delete what was created for it; other files stay."""
+    def discarded_if_refused(self) -> Iterator[None]:
+        """Where the block refuses a run that has not begun, delete what it has created; for the run's one writer."""
+        before = self._contents()
         try:
             yield
-        except UserError as error:
-            if writes and error.status == ExitStatus.REFUSED and not self.begun():
-                ours = [path for path in self.path.glob("*") if re.fullmatch(rf"{CREATED}|ledger\.jsonl", path.name)]
-                logs = [
-                    path for path in self.logs.glob("*") if re.fullmatch(r"(rank|stacks|samples)-\d+\..*", path.name)
-                ]
-                links = [self.checkpoints] if self.checkpoints.is_symlink() else []
-                for path in (*ours, *logs, *links, self.path / ".lock"):
+        except (UserError, SystemExit) as error:  # SystemExit: a different rank has refused it
+            status = error.status if isinstance(error, UserError) else error.code
+            if status == ExitStatus.REFUSED and not self.begun():
+                for path in (*(self._contents() - before), self.path / ".lock"):  # `only_writer` copes with the last
                     path.unlink(missing_ok=True)
                 for folder in (self.checkpoints, self.path / "leases", self.logs, self.path):
-                    with suppress(OSError):  # not empty: somebody has put something there
+                    with suppress(OSError):  # not empty, or a link
                         folder.rmdir()
             raise
+
+    def _contents(self) -> set[Path]:
+        """Its files and links, and those in logs/."""
+        found = (*self.path.glob("*"), *self.logs.glob("*"))
+        return {path for path in found if path.is_symlink() or not path.is_dir()}
 
     def delete_leftovers(self) -> None:
         """Delete what killed processes of this host have left half written; for the run's one writer."""
@@ -215,13 +217,17 @@ class RunFolder:
         """Hold the lock of the one process that writes here. Raises UserError when it is held, or not allowed."""
         with ExitStack() as stack:
             with writing(self.path):
-                file = stack.enter_context((self.path / ".lock").open("a"))
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    remedy = "wait until it ends, or stop it (create a file called STOP in the folder)"
-                    what = "a different process is training this run"
-                    raise UserError(what, where=str(self.path), remedy=remedy) from None
+                while True:
+                    file = stack.enter_context((self.path / ".lock").open("a"))
+                    try:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        remedy = "wait until it ends, or stop it (create a file called STOP in the folder)"
+                        what = "a different process is training this run"
+                        raise UserError(what, where=str(self.path), remedy=remedy) from None
+                    with suppress(FileNotFoundError):  # deleted by the writer before, whose run was refused
+                        if os.path.samestat(os.fstat(file.fileno()), (self.path / ".lock").stat()):
+                            break
             yield
 
     def check_may_start(self) -> None:

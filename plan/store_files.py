@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from minka.plan.errors import UserError
@@ -9,13 +10,14 @@ from minka.plan.read_file import MALFORMED, first_line, reading
 
 MANIFEST = "manifest.json"
 SHOWN_PROBLEMS = 5
+BLOCK_BYTES = 2**24
 REPAIR = "copy it again from an intact copy, or remove the folder and run `minka data prepare` again"
 
 
-def check_store_files(store: Path, prefix: str) -> None:
+def check_store_files(store: Path, prefix: str, alive: Callable[[], None] = lambda: None) -> None:
     """Hash the files of `store` whose names start with `prefix` ("tokenizer/", "validation."): about a second a GB.
 
-    Raises UserError naming those that are not what the manifest says.
+    `alive` is called for each block. Raises UserError naming those that are not what the manifest says.
     """
     with reading(store / MANIFEST, "a manifest", RecursionError, *MALFORMED, remedy=REPAIR):
         files = json.loads((store / MANIFEST).read_bytes())["files"]
@@ -23,7 +25,7 @@ def check_store_files(store: Path, prefix: str) -> None:
     problems = [] if expected else [f"{MANIFEST} lists no file {prefix}*"]
     for name, sha256 in expected.items():
         try:
-            found = sha256_of(store / name)
+            found = sha256_of(store / name, alive)
         except OSError as error:
             problems.append(f"{name} cannot be read: {first_line(error)}")
         else:
@@ -32,10 +34,14 @@ def check_store_files(store: Path, prefix: str) -> None:
         raise damaged_store(store, *problems)
 
 
-def sha256_of(path: Path) -> str:
-    """The hash of one file, read in blocks. Raises OSError."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(path: Path, alive: Callable[[], None] = lambda: None) -> str:
+    """The hash of one file, read in blocks; `alive` is called for each. Raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+            alive()
+    return digest.hexdigest()
 
 
 def damaged_store(folder: Path, *problems: str) -> UserError:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from minka.launch.environment import threads_per_rank, usable_cpus, visible_gpus
 from minka.launch.supervisor import Job
-from minka.launch.supervisor_link import STOP_SIGNALS, handle_stop_signals
+from minka.launch.supervisor_link import ABOVE_RANKS, handle_stop_signals
 from minka.plan.cli import print_error
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
@@ -54,7 +54,7 @@ def main() -> int:
             status = _wait(children.pids, logs)
     elif not status:
         status = int(ExitStatus.FAILED)  # stopped before there were ranks
-    handle_stop_signals(signal.SIG_IGN)
+    handle_stop_signals(signal.SIG_IGN, ABOVE_RANKS)
     return status
 
 
@@ -64,7 +64,7 @@ class Children:
     def __init__(self) -> None:
         self.pids: list[int] = []
         self.stopping = False
-        handle_stop_signals(self._pass_on)
+        handle_stop_signals(self._pass_on, ABOVE_RANKS)
 
     def _pass_on(self, received: int, frame: object) -> None:
         self.stopping = True
@@ -119,16 +119,16 @@ def _fork(body: Callable[[], int | None], as_json: bool, *, hold: bool) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     me = os.getpid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # none may reach the child before it has its own handlers
+    signal.pthread_sigmask(signal.SIG_BLOCK, ABOVE_RANKS)  # none may reach the child before it has its own handlers
     pid = os.fork()
     if pid:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ABOVE_RANKS)
         return pid
     status = int(ExitStatus.FAILED)
     try:
-        handle_stop_signals(_interrupt)  # the forker's handlers are not the child's
+        handle_stop_signals(_interrupt, ABOVE_RANKS)  # the forker's handlers are not the child's
         if not hold:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ABOVE_RANKS)
         die_with(me)
         status = int(body() or 0)
     except UserError as error:
@@ -148,7 +148,7 @@ def _fork(body: Callable[[], int | None], as_json: bool, *, hold: bool) -> int:
 
 def _interrupt(number: int, frame: object) -> None:
     """Have a child that prepares data remove what it has begun; a second signal must not stop it in that."""
-    handle_stop_signals(signal.SIG_IGN)
+    handle_stop_signals(signal.SIG_IGN, ABOVE_RANKS)
     raise KeyboardInterrupt
 
 

@@ -22,6 +22,7 @@ from minka.launch.supervisor_link import SupervisorLink
 from minka.parallel.engine import Scorer
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece
+from minka.plan.atomic import writing
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.guard import judge
@@ -45,14 +46,15 @@ class Recorder:
         self, config: RunConfig, mesh: Mesh, store: TokenStore, supervisor: SupervisorLink, *, as_json: bool
     ) -> None:
         self.config, self.mesh, self.store, self.supervisor = config, mesh, store, supervisor
-        self.folder = RunFolder.of(config)
-        self.trackers: list[Tracker] = []  # once it is known where training starts
-        self.ledger = Ledger(self.folder.ledger_file) if mesh.is_first else None
-        self.lineage = self.folder.lineage() if mesh.is_first else []
-        self.run_id = self.folder.run_id()
-        self.console = Console(config, speaks=mesh.is_first, as_json=as_json)
-        settings = config.checkpoint
+        self.folder, settings = RunFolder.of(config), config.checkpoint
+        # First, because it is collective: what follows may fail on rank 0 alone.
         self._saver = AsyncSaver(self.folder.checkpoints, mesh, settings.keep, asynchronous=settings.asynchronous)
+        self.trackers: list[Tracker] = []  # once it is known where training starts
+        with writing(self.folder.ledger_file):
+            self.ledger = Ledger(self.folder.ledger_file) if mesh.is_first else None
+        self.lineage = self.folder.lineage() if mesh.is_first else []
+        self.run_id = self.folder.run_id() if mesh.is_first else ""
+        self.console = Console(config, speaks=mesh.is_first, as_json=as_json)
         self.last_saved = State(step=-1)
         self.accepted = State()  # after the last accepted step, whose weights the engine has: refused ones change none
         self.save_waits = False  # a save is due, and waits until a step is accepted
@@ -191,7 +193,7 @@ class Recorder:
             return
         self._evaluation_tried_at = state.step
         with watch.time("eval"):
-            split, problem = self._held_out()
+            split, problem = self.held_out()
             if self.mesh.sum_on_host([split is None])[0] or split is None:
                 self._failed(state, "evaluation", problem or "a rank cannot read the validation split", "made")
                 return
@@ -213,25 +215,27 @@ class Recorder:
             self.console.say(f"  {prompt!r} -> {text!r}")
         self._track(state.step, {f"eval/{name}": value for name, value in self.scores.scores.items()})
 
-    def _held_out(self) -> tuple[Split | None, str]:
-        """The validation split, or None and why it cannot be read: a file may be damaged while the run trains.
-
-        Rank 0 checks it when a file is not the one that it has checked before.
-        """
+    def held_out(self) -> tuple[Split | None, str]:
+        """The validation split, or None and why it cannot be read: a file may be damaged while the run trains."""
         try:
-            seen = []
-            for file in (self.store.folder / f"validation.{ending}" for ending in ("bin", "idx", "parquet")):
-                with reading(file):
-                    now = file.stat()
-                seen.append((now.st_mtime_ns, now.st_size, now.st_ino))
-            if self.mesh.is_first and seen != self._checked:
-                checked_split(self.store, "validation")
-                self._checked = seen
+            if self.mesh.is_first:
+                self.check_held_out()
             split = self.store.split("validation")
             split.read_sidecar()
         except UserError as error:
             return None, str(error)
         return split, ""
+
+    def check_held_out(self) -> None:
+        """Hash the validation split, unless its files are those that were hashed before. Raises UserError."""
+        seen = []
+        for file in (self.store.folder / f"validation.{ending}" for ending in ("bin", "idx", "parquet")):
+            with reading(file):
+                now = file.stat()
+            seen.append((now.st_mtime_ns, now.st_size, now.st_ino))
+        if seen != self._checked:
+            checked_split(self.store, "validation", self._beat(self.last_saved))
+            self._checked = seen
 
     def _failed(self, state: State, what: str, error: str, done: str = "written") -> None:
         self.event("save_failed", state, reason=f"{what}: {error}")

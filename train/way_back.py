@@ -7,6 +7,7 @@ from pathlib import Path
 from minka.checkpoint.catalogue import newest_first, whole_newest_first
 from minka.checkpoint.commit import set_aside, step_name
 from minka.checkpoint.filesystem import LOCAL
+from minka.plan.errors import UserError
 from minka.plan.ledger import Ledger
 from minka.plan.retention import way_back
 from minka.plan.run_folder import RunFolder
@@ -20,7 +21,10 @@ def go_back_from(folder: RunFolder, refused: int) -> str:
 
     A newest checkpoint with those weights is renamed if there is an older whole one, which then is the newest.
     """
-    back = way_back(list(islice(whole_newest_first(folder.checkpoints), 2)), refused)
+    whole: list[int] = []
+    with suppress(OSError, UserError):  # one of a different run, say: the next start reports it
+        whole.extend(islice(whole_newest_first(folder.checkpoints), 2))
+    back = way_back(whole, refused)
     if back.step is None:
         return f"nothing was saved: `minka train {folder.path}` begins again; {CURE}"
     command = f"`minka train {folder.path}@{back.step}` goes back to step {back.step}; {CURE}"

@@ -14,7 +14,6 @@ from minka.checkpoint.export import export_checkpoint
 from minka.data.loader import Loader
 from minka.data.prepare import store_folder
 from minka.data.token_store import TokenStore
-from minka.data.verify import checked_split
 from minka.launch.environment import visible_gpus
 from minka.launch.exit_reason_file import refusals_recorded, stopped_under_this_agent, write_exit_reason
 from minka.launch.supervisor import Job
@@ -76,7 +75,6 @@ def work(job: Job) -> int:
             prepare=None if known else prepare,
         ) as mesh,
         refusals_recorded(RunFolder.of(config), writes=mesh.is_first),
-        RunFolder.of(config).discarded_if_refused(writes=mesh.is_first),
         ExitStack() as stack,
     ):
         claim: tuple[RunState, Changes] | None = RunState(), {}
@@ -142,6 +140,7 @@ def _claim_run(job: Job, state: RunState, stack: ExitStack) -> tuple[RunState, C
             return None
         open_run(job.config, job.given)
     if not state.begun:  # only now: of two first starts at once, the second must not overwrite the other's files
+        stack.enter_context(folder.discarded_if_refused())
         create_run(job.config, job.command)
     aside = None
     if job.from_scratch and state.begun:  # last: a refusal must leave everything as it was
@@ -188,15 +187,16 @@ def _start_session(job: Job, mesh: Mesh, stack: ExitStack, before: RunState, cha
     config, folder = job.config, RunFolder.of(job.config)
     with agreed(mesh):
         store = _open_store(store_folder(config, Path()), mesh)
-        if mesh.is_first:
-            checked_split(store, "validation")
     stacks = folder.logs / f"stacks-{mesh.rank:05d}.txt"
     launcher = job.supervisor if job.heartbeat_pipe is None else None
     supervisor = SupervisorLink(mesh.rank, folder.stop_file, job.heartbeat_pipe, stacks, launcher)
     stack.callback(supervisor.close)
     supervisor.heartbeat(0)
-    record = Recorder(config, mesh, store, supervisor, as_json=job.as_json)
-    stack.callback(record.close)
+    with agreed(mesh):
+        record = Recorder(config, mesh, store, supervisor, as_json=job.as_json)
+        stack.callback(record.close)
+        if mesh.is_first:
+            record.check_held_out()
     engine, optimizer = build_engine(config, mesh)
     state = restore_or_init(engine, record, mesh, before)
     with agreed(mesh):
