@@ -42,12 +42,11 @@ def _check_rank(environment: Mapping[str, str], *missing: str) -> None:
 
 
 def _count(
-    environment: Mapping[str, str], name: str, least: int, most: int = 2**31, remedy: str = "unset or correct it"
+    environment: Mapping[str, str], name: str, least: int, most: int = 2**31 - 1, remedy: str = "unset or correct it"
 ) -> int:
     value = environment.get(name, "").strip()
     if not (value.isascii() and value.isdigit() and least <= int(value) <= most):
-        bounds = f"from {least} to {most}" if most < 2**31 else f"of at least {least}"
-        raise UserError(f"{value!r} is not a number {bounds}", where=name, remedy=remedy)
+        raise UserError(f"{value!r} is not a number from {least} to {most}", where=name, remedy=remedy)
     return int(value)
 
 
@@ -76,16 +75,17 @@ def requeued(environment: Mapping[str, str]) -> bool:
 
 
 def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """torch's variables for a rank, from those that srun gives each task."""
-    hosts = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
+    """torch's variables for a rank, from those that srun gives each task. Raises UserError naming one that is wrong."""
+    tasks, remedy = _slurm_tasks(environment), "start the ranks with srun, which sets it, or with torchrun"
+    job, step = (_count(environment, name, 0, 2**32 - 1, remedy) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     return {
-        "RANK": environment["SLURM_PROCID"],
-        "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "WORLD_SIZE": str(_slurm_tasks(environment)),
-        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(hosts),
+        "RANK": str(_count(environment, "SLURM_PROCID", 0, tasks - 1, remedy)),
+        "LOCAL_RANK": str(_count(environment, "SLURM_LOCALID", 0, tasks - 1, remedy)),
+        "WORLD_SIZE": str(tasks),
+        "MASTER_ADDR": environment.get("MASTER_ADDR")
+        or first_host(environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")),
         # All tasks must choose the same port without communication: from the job's and step's numbers.
-        "MASTER_PORT": environment.get("MASTER_PORT")
-        or str(20_000 + (int(environment["SLURM_JOB_ID"]) * 31 + int(environment["SLURM_STEP_ID"])) % 40_000),
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(20_000 + (job * 31 + step) % 40_000),
     }
 
 

@@ -33,22 +33,45 @@ def test_first_host_of_a_slurm_list(hosts: str, first: str) -> None:
     assert first_host(hosts) == first
 
 
+STEP = {
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_ID": "0",
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+}
+
+
 def test_joins_torchrun_and_srun_but_not_a_batch_script() -> None:
     assert launcher({"SLURM_PROCID": "0", "SLURM_JOB_ID": "5"}) is None
     assert launcher({"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}) is None  # srun --pty bash
-    step = {
-        "SLURM_PROCID": "3",
-        "SLURM_LOCALID": "1",
-        "SLURM_STEP_ID": "0",
-        "SLURM_JOB_ID": "77",
-        "SLURM_STEP_NUM_TASKS": "4",
-        "SLURM_STEP_NODELIST": "n[1-2]",
-    }
-    assert launcher(step) == "slurm"
-    found = slurm_environment(step)
+    assert launcher(STEP) == "slurm"
+    found = slurm_environment(STEP)
     assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"], found["MASTER_ADDR"]) == ("3", "1", "4", "n1")
     assert 20_000 <= int(found["MASTER_PORT"]) < 60_000
-    assert slurm_environment({**step, "SLURM_PROCID": "0"})["MASTER_PORT"] == found["MASTER_PORT"]
+    assert slurm_environment({**STEP, "SLURM_PROCID": "0"})["MASTER_PORT"] == found["MASTER_PORT"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"SLURM_STEP_NODELIST": None}, "SLURM_JOB_NODELIST"),
+        ({"SLURM_LOCALID": None}, "SLURM_LOCALID"),
+        ({"SLURM_LOCALID": "4"}, "SLURM_LOCALID"),
+        ({"SLURM_PROCID": "4"}, "SLURM_PROCID"),
+        ({"SLURM_JOB_ID": None}, "SLURM_JOB_ID"),
+        ({"SLURM_JOB_ID": "77_3"}, "SLURM_JOB_ID"),
+        ({"SLURM_STEP_ID": "batch"}, "SLURM_STEP_ID"),
+    ],
+)
+def test_a_task_whose_variables_are_wrong_is_refused_by_the_name_of_one(
+    changed: dict[str, str | None], named: str
+) -> None:
+    environment = {name: value for name, value in {**STEP, **changed}.items() if value is not None}
+    with pytest.raises(UserError) as caught:
+        slurm_environment(environment)
+    assert caught.value.where == named
 
 
 def test_no_test_of_the_cpu_sees_a_gpu_of_this_machine(tmp_path: Path) -> None:
@@ -121,7 +144,7 @@ def test_threads_of_a_rank(value: str | None, threads: int) -> None:
     assert threads_per_rank({}, ranks=16, cpus=8) == 1
 
 
-@pytest.mark.parametrize("value", ["auto", "-1", "2.5", "four", "²"])
+@pytest.mark.parametrize("value", ["auto", "-1", "2.5", "four", "²", "2147483648"])
 def test_a_number_of_threads_that_is_none_is_refused(value: str) -> None:
     with pytest.raises(UserError) as caught:
         threads_per_rank({"OMP_NUM_THREADS": value}, ranks=2, cpus=8)
