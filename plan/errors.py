@@ -1,6 +1,9 @@
 """Exit statuses, and errors for users: one paragraph, no traceback."""
 
+import unicodedata
 from enum import IntEnum
+
+JOINERS = "\u200c\u200d"  # Persian, Indic scripts and emoji are spelled with them
 
 
 class ExitStatus(IntEnum):
@@ -48,5 +51,10 @@ def visible(text: str, keep: str = "") -> str:
     """Return `text` with escapes for all characters that do not print as themselves, but those of `keep`.
 
     For text of documents, models and paths: a terminal obeys control characters, and some reorder what is shown.
+    All spaces of Unicode (U+3000, no-break ones) and the joiners are text.
     """
-    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if _is_text(c) or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def _is_text(character: str) -> bool:
+    return character.isprintable() or character in JOINERS or unicodedata.category(character) == "Zs"

@@ -58,7 +58,9 @@ TRAPS = "\x1b[2J \r \x00 \u202e \u2028 \n \ud800 \x9b \u200b"
 def test_control_characters_are_shown_and_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert visible(TRAPS) == r"\x1b[2J \r \x00 \u202e \u2028 \n \ud800 \x9b \u200b"
     assert visible("a\tb\n", keep="\n\t") == "a\tb\n"
-    assert visible("naïve データ 🙂 \\n") == "naïve データ 🙂 \\n"
+    for text in ("naïve データ 🙂 \\n", "日本\u3000語", "12\u202f345\u00a0km", "می\u200cخواهم", "👩\u200d💻"):
+        assert visible(text) == text
+    assert visible("\u2066\u200f\ufeff\u00ad\u2029") == r"\u2066\u200f\ufeff\xad\u2029"
     print_error(UserError(TRAPS, where=TRAPS, why=TRAPS, remedy=TRAPS), as_json=False)
     print_table([(TRAPS, 1)], title=TRAPS)
     print_table([(TRAPS, 1)], title=TRAPS, file=(terminal := Terminal()))
