@@ -94,7 +94,9 @@ def open_text(path: Path) -> Iterator[io.BufferedReader]:
 
 def check_text(path: Path, head: bytes) -> None:
     """Raise BadRow when a file that begins with `head` is known not to be text that can be read."""
-    kind = next((kind for kind in KINDS if head.startswith(kind.magic, kind.at)), None)
+    # A text may begin with a magic of letters and digits ("ORCHESTRA"); the files have control characters after it.
+    magic = (kind for kind in KINDS if head.startswith(kind.magic, kind.at))
+    kind = next((kind for kind in magic if not kind.magic.isalnum() or head != head.translate(None, CONTROLS)), None)
     if kind:
         remedy = kind.remedy.format(file=shlex.quote(shown(path)))
         raise BadRow("not text", f"this is {kind.name}", where=shown(path), remedy=remedy)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.feather as feather
+import pyarrow.orc as orc
 import pyarrow.parquet as pq
 import pytest
 import zstandard
@@ -153,6 +154,23 @@ def test_a_file_that_is_not_text_is_described_with_what_reads_it(
         assert what in error.what
         assert remedy in error.remedy
         assert "iconv" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "start", ["PARENTS", "PAR1S", "ORCHESTRA", "LZIP is a format", "ARROW1", "Objects", "O" * 257 + "ustar"]
+)
+def test_a_text_that_begins_with_the_letters_of_a_magic_is_text(start: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(f"{start} and more")
+    assert read(tmp_path / "a.txt", "text") == [f"{start} and more"]
+
+
+@pytest.mark.parametrize("column", ["x" * 9000, "words " * 2000])
+def test_parquet_and_orc_of_long_texts_are_still_recognised(column: str, tmp_path: Path) -> None:
+    table = pa.table({"text": [column] * 3})
+    pq.write_table(table, tmp_path / "a", compression="none", use_dictionary=False, write_statistics=False)
+    assert "Parquet" in refused(tmp_path / "a", (tmp_path / "a").read_bytes(), "text").what
+    orc.write_table(table, str(tmp_path / "b"), compression="uncompressed")
+    assert "ORC" in refused(tmp_path / "b", (tmp_path / "b").read_bytes(), "text").what
 
 
 @pytest.mark.parametrize(
