@@ -109,6 +109,8 @@ def check_start(job: Job, state: RunState) -> Outlook:
     if state.config and config.run.start_from != state.config.run.start_from:
         find_parent(config)  # it may be this very run, which has an error message of its own
     decision = decide_start(job, state)
+    if not decision.over:  # a finished run that restarts or becomes longer
+        check_mounted(folder.checkpoints)
     if job.return_to is not None:
         position = position_of(folder, job.return_to)
         return Outlook(state, decision, returns_to=position)

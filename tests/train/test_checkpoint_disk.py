@@ -58,6 +58,18 @@ def test_a_run_saves_resumes_and_restarts_on_its_disk(tmp_path: Path) -> None:
     assert list(disk.iterdir()) == []
 
 
+def test_a_finished_run_whose_disk_is_not_mounted_is_over_and_does_not_restart(tmp_path: Path) -> None:
+    config = on_disk(tmp_path, str(tmp_path / "disk"))
+    folder = RunFolder.of(config)
+    folder.create(config, {})
+    folder.exit_file.write_text('{"code": 0}')
+    folder.ledger_file.write_text('{"event": "stop", "time": 1.0, "step": 6, "tokens": 96}\n')
+    folder.checkpoints.symlink_to(tmp_path / "disk" / "tiny")
+    assert read_and_check(Job(config=config)).decision.over
+    with pytest.raises(UserError, match="which is not there"):
+        read_and_check(Job(config=config, from_scratch=True))
+
+
 def test_a_place_that_is_taken_is_refused_before_anything_is_prepared(tmp_path: Path) -> None:
     config = on_disk(tmp_path, str(tmp_path / "disk"))
     (tmp_path / "disk" / "tiny" / "step-00000003").mkdir(parents=True)
