@@ -35,9 +35,11 @@ def kill_at(moment: int, folder: Path, log: Path, *, full: bool = False) -> None
             if full and count >= moment and event in ("open", "os.mkdir"):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
             if count == moment and not full:
-                if top := os.environ.get("MINKA_TEST_TOP"):
-                    os.kill(int(top), signal.SIGKILL)
-                    os.killpg(0, signal.SIGKILL)
+                if top := int(os.environ.get("MINKA_TEST_TOP", "0")):
+                    forker = os.getpgid(top) != os.getpgrp()  # and its ranks have a group of their own
+                    os.kill(top, signal.SIGKILL)
+                    if forker:
+                        os.killpg(0, signal.SIGKILL)
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)

@@ -94,7 +94,9 @@ def rank_that_is_killed(config: RunConfig, place: dict[str, str], moment: int, l
     os._exit(train_rank(config))
 
 
-def trained(config: RunConfig, ranks: int, moment: int, log: Path, seconds: float = 300.0, *, full: bool = False) -> int:
+def trained(
+    config: RunConfig, ranks: int, moment: int, log: Path, seconds: float = 300.0, *, full: bool = False
+) -> int:
     """Train on forked ranks. The status; -SIGKILL once one was killed at `moment`, or all were after `seconds`."""
     Path(config.run.folder).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as shared:
