@@ -75,7 +75,8 @@ def test_the_family_follows_from_the_shape(fields: dict[str, Any], family: str, 
 def test_shards_index_tokenizer_and_dtype(tmp_path: Path) -> None:
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
-    (tokenizer / "tokenizer.json").write_text("{}")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tokenizer / name).write_text("{}")
     ours, out = model(section()), tmp_path / "out"
     write_folder(out, ours.cfg, [], eod_token=0)
     (out / "stale.safetensors").touch()
