@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,9 +26,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Only `-m gpu` sees GPUs: all other tests, and the processes that they start, are of the CPU on any machine."""
+    """The same surroundings everywhere. Only `-m gpu` sees GPUs: all other tests, and what they start, use the CPU."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # A run keeps ignoring what it was started to ignore, and tests may be started in the background of a script.
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
