@@ -126,6 +126,7 @@ def test_what_a_reader_drops_is_said() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # mostly pip's, on a busy machine
 @pytest.mark.parametrize("version", OLD)
 @torch.no_grad()
 def test_transformers_4_loads_the_same_model(version: str, tmp_path: Path) -> None:
@@ -153,7 +154,7 @@ def test_transformers_4_loads_the_same_model(version: str, tmp_path: Path) -> No
 
 def install(packages: tuple[str, ...], folder: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
-    done = subprocess.run([*pip, "--target", str(folder), *packages], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*pip, "--target", str(folder), *packages], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
