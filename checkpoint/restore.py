@@ -133,7 +133,7 @@ def _filled(checkpoint: StoredCheckpoint, batch: dict[str, Piece], prefix: str) 
 
 def _try(path: Path, tensors: Pieces, mesh: Mesh, alive: Heartbeat, fs: FileSystem) -> tuple[Any, str, bool]:
     """The state; or why this checkpoint was not read, and whether that may pass. The same on every rank."""
-    state, problem, mismatch, passing, stranger = None, "", "", False, None
+    state, problem, mismatch, passing, refusal = None, "", "", False, None
     held = {tensor_name(key) for key in tensors}
     kinds = {name.split(".")[0] for name in held}
     wanted: list[str] = []  # the stored tensors of these kinds
@@ -149,13 +149,13 @@ def _try(path: Path, tensors: Pieces, mesh: Mesh, alive: Heartbeat, fs: FileSyst
         if not mismatch:
             fill(checkpoint, {key: piece for key, piece in tensors.items() if tensor_name(key) in index.tensors})
     except UserError as error:
-        stranger = error
+        refusal = error
     except DAMAGE as error:
         reason = str(error) or type(error).__name__
         problem = reason if str(path) in reason else f"{path}: {reason}"
         passing = isinstance(error, OSError) and error.errno in PASSING
-    if mesh.first_error(stranger.what if stranger else ""):
-        raise stranger or SystemExit(int(ExitStatus.REFUSED))
+    if mesh.first_error(refusal.what if refusal else ""):
+        raise refusal or SystemExit(int(ExitStatus.REFUSED))
     problem = mesh.first_error(problem)
     if problem:
         return None, problem, bool(mesh.sum_on_host([passing])[0])

@@ -38,7 +38,7 @@ class TextLoss(BaseModel, frozen=True, extra="forbid"):
         return self.model_copy(update=sums | ({} if self.differ else {"example": _example(text, decoded)})), lost
 
     def describe(self, tokenizer: str) -> str:
-        """What a person is told: how much differs, with the example."""
+        """The message for people: how much differs, with the example."""
         old, new = self.example
         share = (
             f"at least {100 * self.lost / self.bytes:.2g} % of their bytes are lost" if self.lost else "none is lost"

@@ -164,7 +164,7 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: to
         flush()
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
-        shutil.copymode(folder / "config.json", folder / f"{number}.part")  # safetensors shuts out the group
+        shutil.copymode(folder / "config.json", folder / f"{number}.part")  # safetensors writes 0600
         final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else WHOLE
         (folder / f"{number}.part").rename(folder / final)
         weight_map |= dict.fromkeys(names, final)

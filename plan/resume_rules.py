@@ -102,7 +102,7 @@ def decide(
     """Decide whether the run in the folder `where` resumes as `config` describes it. Raises UserError if it cannot.
 
     `given` are the keys that the user gave for this run. A run that is finished gets a different length only from them:
-    it may have been shortened by an override that is not repeated, and the recipe's own length is not the user's word.
+    it may have been shortened by an override that is not repeated, and the user did not choose the recipe's length.
     """
     if state.unreadable_start and not from_scratch:
         why = "changes are checked against the configuration in it; a newer version of minka may have written it"
