@@ -51,7 +51,6 @@ def load_run(source: str, overrides: Sequence[str] = (), runs: str = "runs") -> 
     path = find_source(source, runs)
     with reading(path, "", *MALFORMED, remedy="it must be a TOML file"):
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    _check_provenance(path)
     if path.name == "run.toml" and (path.parent / PROVENANCE).is_file() and isinstance(values.get("run"), dict):
         # The folder names the run, whatever it was called at first: it may have been moved, or be a copy.
         place = path.parent if path.parent.name not in ("", "..") else Path(os.path.abspath(path.parent))
@@ -76,16 +75,6 @@ def load_run(source: str, overrides: Sequence[str] = (), runs: str = "runs") -> 
     config = validate(values, where)
     own = path.absolute() == (Path(config.run.folder) / config.run.name / "run.toml").absolute()
     return LoadedRun(config, changed, str(path), frozenset(given | before.keys() if own else given))
-
-
-def _check_provenance(path: Path) -> None:
-    """Raises UserError for the run.toml of a run that has lost its provenance.json: it may be of a different name."""
-    run = path.parent
-    begun = path.name == "run.toml" and ((run / "ledger.jsonl").exists() or any(run.glob("checkpoints/step-*")))
-    if begun and not os.path.lexists(run / PROVENANCE):
-        why = "the file marks the folder of a run; without it, run.toml could mean a run of a different name"
-        remedy = f"put the file back; for a new run with these settings, copy {path} to a folder without a run"
-        raise UserError("this run's file is missing", where=str(run / PROVENANCE), why=why, remedy=remedy)
 
 
 def find_source(source: str, runs: str = "runs") -> Path:

@@ -210,22 +210,6 @@ def test_a_run_is_where_it_lies_even_when_it_was_moved_or_copied(tmp_path: Path)
     assert (forked.name, forked.folder) == ("fork", str(tmp_path / "elsewhere"))
 
 
-@pytest.mark.parametrize("of_a_run", ["ledger.jsonl", "checkpoints/step-00000003"])
-def test_a_run_that_has_lost_its_provenance_is_not_taken_for_the_run_of_its_first_name(
-    of_a_run: str, tmp_path: Path
-) -> None:
-    config = load_run("demo", ["run.name=first", f"run.folder={tmp_path}"]).config
-    renamed = tmp_path / "renamed"
-    (renamed / of_a_run).mkdir(parents=True)
-    (renamed / "run.toml").write_text(dump_toml(config))
-    for source in (renamed, renamed / "run.toml"):
-        with pytest.raises(UserError, match="put the file back") as refusal:
-            load_run(str(source))
-        assert refusal.value.where == str(renamed / "provenance.json")
-    (renamed / "provenance.json").write_text("{}")
-    assert load_run(str(renamed)).config.run.name == "renamed"
-
-
 def test_who_starts_from_another_does_not_inherit_how_the_file_did(tmp_path: Path) -> None:
     file = tmp_path / "child.toml"
     file.write_text(dump_toml(load_run("demo", ["run.start_from=a", "run.start_with=all"]).config))
