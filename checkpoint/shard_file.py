@@ -196,7 +196,7 @@ def _pin(memory: NDArray[np.uint8]) -> None:
         unpin = weakref.finalize(memory, runtime.cudaHostUnregister, memory.ctypes.data)
         unpin.atexit = False  # the process ends, and CUDA may have ended before
     else:
-        with suppress(RuntimeError):  # CUDA reports the failure again at the next kernel, which must not be training's
+        with suppress(RuntimeError, AssertionError):  # CUDA reports it again at the next kernel: this one
             torch.ones(1, device="cuda")
 
 

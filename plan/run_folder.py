@@ -18,6 +18,7 @@ from minka.plan.store_files import MANIFEST, sha256_of
 
 EXPORT_MARKER = "minka_export.json"  # in an export, and in no other folder: it names the checkpoint
 CREATED = r"run\.toml|provenance\.json|lineage\.json"  # written when a run is created, run.toml last
+RANK_LOG = re.compile(r"(rank|stacks|samples)-\d+\..*")
 # What may be in a run's folder before the run: what a start that was cut off wrote, and what a person or a job script
 # puts there (the logs of torchrun, the output of Slurm).
 BEFORE_A_RUN = re.compile(
@@ -172,7 +173,8 @@ class RunFolder:
         except (UserError, SystemExit) as error:  # SystemExit: a different rank has refused it
             status = error.status if isinstance(error, UserError) else error.code
             if status == ExitStatus.REFUSED and not self.begun():
-                for path in (*(self._contents() - before), self.path / ".lock"):  # `only_writer` copes with the last
+                logs = {path for path in self.logs.glob("*") if RANK_LOG.fullmatch(path.name)}  # begun before the lock
+                for path in (*(self._contents() - before), *logs, self.path / ".lock"):  # `only_writer` copes with that
                     path.unlink(missing_ok=True)
                 for folder in (self.checkpoints, self.path / "leases", self.logs, self.path):
                     with suppress(OSError):  # not empty, or a link
