@@ -34,8 +34,8 @@ sys.addaudithook(note)
 def test_a_resume_of_two_ranks_reads_the_ledger_once_and_opens_three_manifests(tmp_path: Path) -> None:
     config = run(tmp_path, max_steps=12)
     trained(config, ranks=2)
-    longer = run(tmp_path, max_steps=16)
-    ledgers, manifests = reads(tmp_path, [sys.executable, "-m", "minka", "train", str(written(longer)), "--ranks", "2"])
+    command = [sys.executable, "-m", "minka", "train", str(written(config)), "run.max_steps=16", "--ranks", "2"]
+    ledgers, manifests = reads(tmp_path, command)
     assert len(list(RunFolder.of(config).checkpoints.glob("step-*/manifest.json"))) == 3
     assert ledgers == 1
     assert manifests == 3  # one to say where the run stands, and one a rank to restore it
@@ -52,9 +52,8 @@ def test_a_resume_under_torchrun_reads_as_little(lost: bool, manifests: int, tmp
         lines = ledger.read_text().splitlines(keepends=True)
         last = max(i for i, line in enumerate(lines) if json.loads(line)["event"] == "save")
         ledger.write_text("".join(lines[:last]))
-    file = str(written(run(tmp_path, max_steps=16)))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "minka"]
-    assert reads(tmp_path, [*torchrun, "train", file]) == (1, manifests)
+    assert reads(tmp_path, [*torchrun, "train", str(written(config)), "run.max_steps=16"]) == (1, manifests)
 
 
 def run(folder: Path, max_steps: int) -> RunConfig:
