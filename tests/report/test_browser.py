@@ -212,7 +212,7 @@ def test_it_fits_its_window_and_follows_the_colour_scheme(
 def test_a_watched_page_reloads_and_keeps_its_place(tmp_path: Path, chromium: Browser) -> None:
     folder = run_of(tmp_path, "a", [start(), *steps(1, 5)])
     now = 1_700_000_020.0
-    with opened(chromium, report(tmp_path, folder, refresh_seconds=1, now=now)) as seen:
+    with opened(chromium, report(tmp_path, folder, refresh_seconds=15, now=now)) as seen:  # time for what comes first
         seen.page.get_by_role("button", name="steps", exact=True).click()
         seen.page.evaluate("Plotly.relayout('plot-loss', {'xaxis.range': [2, 4]})")
         seen.page.evaluate("scrollTo(0, 300)")
