@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel
 
 from minka.launch.exit_reason_file import ExitReason, read_exit_reason, write_exit_reason
-from minka.launch.supervisor_link import ABOVE_RANKS, STACKS_SIGNAL, handle_stop_signals
+from minka.launch.supervisor_link import ABOVE_RANKS, STACKS_SIGNAL, for_ranks, handle_stop_signals
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
 from minka.plan.resume_rules import LENGTH
@@ -126,7 +126,7 @@ class Signals:
 
     def count(self, number: int, frame: object) -> None:
         """The handler."""
-        self.received, self.last = self.received + 1, number
+        self.received, self.last = self.received + 1, for_ranks(number)
         self.interrupts += number == signal.SIGINT
 
 

@@ -10,7 +10,12 @@ from pathlib import Path
 # Each: save and stop. SIGXCPU is the warning of a limit on CPU time.
 STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU})
 STACKS_SIGNAL = signal.SIGUSR2  # a rank appends its stacks to its file in logs/
-ABOVE_RANKS = STOP_SIGNALS | {STACKS_SIGNAL}  # of supervisor and forker: SIGUSR2 is the warning of SGE and LSF
+ABOVE_RANKS = STOP_SIGNALS | {STACKS_SIGNAL}  # of supervisor and forker: SIGUSR2 is SGE's and LSF's warning
+
+
+def for_ranks(number: int) -> int:
+    """The signal that stops the ranks when a process above them gets `number`."""
+    return signal.SIGTERM if number == STACKS_SIGNAL else number
 
 
 def handle_stop_signals(

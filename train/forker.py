@@ -18,7 +18,7 @@ from pathlib import Path
 
 from minka.launch.environment import threads_per_rank, usable_cpus, visible_gpus
 from minka.launch.supervisor import Job
-from minka.launch.supervisor_link import ABOVE_RANKS, handle_stop_signals
+from minka.launch.supervisor_link import ABOVE_RANKS, for_ranks, handle_stop_signals
 from minka.plan.cli import print_error
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
@@ -70,7 +70,7 @@ class Children:
         self.stopping = True
         for pid in self.pids:
             with suppress(ProcessLookupError):
-                os.kill(pid, received)
+                os.kill(pid, for_ranks(received))
 
 
 def _prepare(job: Job) -> None:

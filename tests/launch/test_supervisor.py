@@ -139,13 +139,14 @@ def test_signals_while_a_stopped_run_ends_do_not_undo_the_stop(tmp_path: Path) -
     assert json.loads(RunFolder.of(config).exit_file.read_text())["requeue"] is True
 
 
-def test_a_signal_to_every_process_saves_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])  # the second asks a rank for its stacks only
+def test_a_signal_to_every_process_saves_too(number: signal.Signals, tmp_path: Path) -> None:
     config = tiny(tmp_path, run={"max_steps": 100_000})
     process = train(config)
     at_step(config, 3)
     (forker,) = children(process.pid)
     for pid in [process.pid, forker, *children(forker)]:
-        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, number)
     _, errors = process.communicate()
     assert process.returncode == ExitStatus.STOPPED, errors
     assert len(checkpoints(RunFolder.of(config).checkpoints)) == 1
