@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's own) and return its exit status."""
     if argv is not None:
         return run_command(list(argv) or ["--help"])
-    output = importlib.import_module("minka.plan.output")
+    output = importlib.import_module("minka.plan.console_output")
     output.install_output()
     return int(output.status_with_output(run_command(sys.argv[1:] or ["--help"])))
 

@@ -12,8 +12,8 @@ from minka.checkpoint.manifest import NAME, Damage, Header, read_header
 from minka.checkpoint.reader_lease import is_leased
 from minka.checkpoint.stored_checkpoint import StoredCheckpoint
 from minka.plan.checkpoint_disk import check_mounted
+from minka.plan.checkpoint_owner import check_own, difference_of_runs
 from minka.plan.errors import UserError
-from minka.plan.own_checkpoint import check_own, difference_of_runs
 from minka.plan.retention import Kept, expendable
 from minka.plan.run_folder import RunFolder
 

@@ -31,8 +31,8 @@ from minka.checkpoint.shard_file import dtype_name
 from minka.checkpoint.stored_checkpoint import StoredCheckpoint
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece, Pieces
+from minka.plan.checkpoint_owner import check_own
 from minka.plan.errors import ExitStatus, UserError
-from minka.plan.own_checkpoint import check_own
 from minka.plan.run_folder import RunFolder
 from minka.plan.tensor_name import tensor_name
 

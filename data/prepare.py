@@ -14,6 +14,7 @@ from minka.data.corpus_files import find_files
 from minka.data.document import Document
 from minka.data.indexed_dataset import token_dtype
 from minka.data.read_documents import read_documents
+from minka.data.round_trip import TextLoss
 from minka.data.split_writer import SplitWriter
 from minka.data.store_manifest import (
     SPLITS,
@@ -26,7 +27,6 @@ from minka.data.store_manifest import (
     read_manifest,
     write_manifest,
 )
-from minka.data.text_loss import TextLoss
 from minka.data.token_store import LOST, LOST_DTYPE, TokenStore
 from minka.data.tokenizer import BPE_MIN_ENTRIES, TextTokenizer, bytes_tokenizer, load_hf, train_bpe
 from minka.data.validation_split import CorpusSurvey, add_hash, survey_corpus

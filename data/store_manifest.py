@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from minka.data.text_loss import TextLoss
+from minka.data.round_trip import TextLoss
 from minka.data.tokenizer import TokenizerKind
 from minka.plan.config_sections import DataSection
 from minka.plan.errors import UserError

@@ -28,7 +28,7 @@ from minka.plan.run_state import RunState
 TURN_SECONDS = 1.0  # a turn of the supervisor's loop that took longer was not all its own
 KILL_SECONDS = 15.0  # without a heartbeat, for ranks that have been asked to save and to stop
 FORKER = (  # what torch logs while it is imported must not hold up the run either
-    "import sys; from minka.plan.output import install_output; install_output(waits=False); "
+    "import sys; from minka.plan.console_output import install_output; install_output(waits=False); "
     "from minka.train.forker import main; sys.exit(main())"
 )
 INTERRUPTED = "interrupted twice"

@@ -10,6 +10,8 @@ from minka.plan.errors import ExitStatus, UserError
 from minka.plan.read_file import reading
 from minka.plan.run_folder import RunFolder
 
+CLAIM = ".run"  # in the folder there: a link to the run that made it
+
 
 def find_place(config: RunConfig) -> Path | None:
     """The folder in checkpoint.folder for the checkpoints of a run that has none; None where that is not set.
@@ -25,7 +27,7 @@ def find_place(config: RunConfig) -> Path | None:
         place = next(other for n in count(1) if not (other := place.with_name(f"{place.name}.{n}")).exists())
     problem, remedy = f"there is no folder {disk}", "make it, or mount its disk"
     with reading(place):
-        if disk.is_dir() and not (place.exists() and any(place.iterdir())):
+        if disk.is_dir() and _is_free(place, run):
             return place
         if disk.is_dir():
             problem = f"{place} is not empty, and may hold the checkpoints of a different run"
@@ -42,6 +44,8 @@ def place_checkpoints(config: RunConfig) -> None:
     target = str(place) if absolute else os.path.relpath(place.resolve(), link.parent.resolve())
     with writing(place):
         place.mkdir(exist_ok=True)
+        if not os.path.lexists(place / CLAIM):  # it is there, and of this run, after a creation that was cut off
+            (place / CLAIM).symlink_to(RunFolder.of(config).path.resolve())  # of two runs at once, one gets it
     with writing(link):
         if link.is_symlink():
             link.unlink()  # of a creation that was cut off
@@ -49,6 +53,11 @@ def place_checkpoints(config: RunConfig) -> None:
             link.rmdir()
         link.symlink_to(target)
         sync(link.parent)
+
+
+def _is_free(place: Path, run: RunFolder) -> bool:
+    names = [path.name for path in place.iterdir()] if place.exists() else []
+    return not names or (names == [CLAIM] and os.readlink(place / CLAIM) == str(run.path.resolve()))
 
 
 def check_mounted(checkpoints: Path) -> None:

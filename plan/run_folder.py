@@ -139,7 +139,7 @@ class RunFolder:
         if path == self.ledger_file:
             return not self.ledger_bytes()
         if path == self.checkpoints:
-            return path.is_dir() and not any(path.iterdir())
+            return path.is_dir() and all(inside.name.startswith(".") for inside in path.iterdir())
         return bool(BEFORE_A_RUN.fullmatch(path.name))
 
     def create(self, config: RunConfig, provenance: Mapping[str, object], lineage: Sequence[object] = ()) -> None:

@@ -18,8 +18,8 @@ from minka.launch.environment import (
     visible_gpus,
 )
 from minka.plan.cli import new_app, print_json, run_app
+from minka.plan.console_output import only_reports
 from minka.plan.errors import UserError
-from minka.plan.output import only_reports
 
 if TYPE_CHECKING:
     from minka.launch.supervisor import Job

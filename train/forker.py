@@ -21,8 +21,8 @@ from minka.launch.supervisor import Job
 from minka.launch.supervisor_link import ABOVE_RANKS, for_ranks, handle_stop_signals
 from minka.plan.cli import print_error
 from minka.plan.config import RunConfig
+from minka.plan.console_output import install_output
 from minka.plan.errors import ExitStatus, UserError
-from minka.plan.output import install_output
 from minka.plan.read_file import first_line
 from minka.plan.run_folder import RunFolder
 from minka.train.parent_run import open_run

@@ -24,19 +24,19 @@ from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece
 from minka.plan.atomic import writing
 from minka.plan.config import RunConfig
+from minka.plan.console_output import lost_output
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.guard import judge
 from minka.plan.ledger import Ledger
-from minka.plan.output import lost_output
 from minka.plan.read_file import reading
 from minka.plan.retention import permanent
 from minka.plan.run_folder import RunFolder
 from minka.plan.scores import BITS_PER_BYTE, caveat
 from minka.train.console import Console
 from minka.train.metrics import Metrics, StepRecord, Stopwatch, interval_numbers, memory_bytes
+from minka.train.rewind import go_back_from
 from minka.train.state import State, manifest_state, random_state
 from minka.train.trackers import Tracker, start_trackers
-from minka.train.way_back import go_back_from
 
 
 class Recorder:

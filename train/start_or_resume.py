@@ -10,10 +10,10 @@ from minka.checkpoint.manifest import read_header
 from minka.checkpoint.stored_checkpoint import StoredCheckpoint
 from minka.launch.supervisor import Job
 from minka.plan.checkpoint_disk import check_mounted, find_place
+from minka.plan.checkpoint_owner import check_own
 from minka.plan.cli import print_json
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
-from minka.plan.own_checkpoint import check_own
 from minka.plan.read_file import MALFORMED, reading
 from minka.plan.resume_rules import LENGTH, Decision, decide
 from minka.plan.run_folder import RunFolder

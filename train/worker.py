@@ -36,6 +36,7 @@ from minka.train.parent_run import create_run, open_run, pinned_parent
 from minka.train.profiler import Profile
 from minka.train.recorder import Recorder
 from minka.train.restore_or_init import agreed, restore_or_init
+from minka.train.rewind import restart, return_to
 from minka.train.start_or_resume import (
     check_start,
     decide_start,
@@ -46,7 +47,6 @@ from minka.train.start_or_resume import (
     read_state,
 )
 from minka.train.state import State
-from minka.train.way_back import restart, return_to
 
 GROUP_SECONDS = 300.0  # beyond guard.hang_seconds, until the process group times out
 SUPERVISED_SECONDS = 86_400.0  # the same where a supervisor sees a hang: ranks may have been suspended for hours

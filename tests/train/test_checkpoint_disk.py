@@ -70,6 +70,20 @@ def test_a_finished_run_whose_disk_is_not_mounted_is_over_and_does_not_restart(t
         read_and_check(Job(config=config, from_scratch=True))
 
 
+def test_two_runs_of_one_name_do_not_share_a_place(tmp_path: Path) -> None:
+    """Not even before the first of them has saved; a creation that was cut off is finished by the same run."""
+    (tmp_path / "disk").mkdir()
+    ours, theirs = (on_disk(tmp_path, str(tmp_path / "disk"), folder=str(tmp_path / runs)) for runs in ("a", "b"))
+    for config in (ours, theirs):
+        RunFolder.of(config).make()
+    place_checkpoints(ours)
+    RunFolder.of(ours).checkpoints.unlink()
+    place_checkpoints(ours)
+    with pytest.raises(UserError, match="may hold the checkpoints of a different run"):
+        find_place(theirs)
+    assert not os.path.lexists(RunFolder.of(theirs).checkpoints)
+
+
 def test_a_place_that_is_taken_is_refused_before_anything_is_prepared(tmp_path: Path) -> None:
     config = on_disk(tmp_path, str(tmp_path / "disk"))
     (tmp_path / "disk" / "tiny" / "step-00000003").mkdir(parents=True)

@@ -11,7 +11,7 @@ from threading import Thread
 import pytest
 
 from commands import SOURCE, environment
-from minka.plan.output import Descriptor
+from minka.plan.console_output import Descriptor
 
 
 def closed_pipe() -> int:
@@ -101,7 +101,9 @@ def test_text_that_the_locale_lacks_is_written(tmp_path: Path) -> None:
 
 
 def test_a_file_does_not_get_the_number_of_a_closed_descriptor(tmp_path: Path) -> None:
-    code = "from minka.plan.output import install_output as i; i(); f = open('f', 'w'); print('x'); exit(f.fileno())"
+    code = (
+        "from minka.plan.console_output import install_output as i; i(); f = open('f', 'w'); print(1); exit(f.fileno())"
+    )
     command = f'PYTHONPATH={SOURCE} exec {sys.executable} -c "{code}" <&- >&- 2>&-'
     status = subprocess.run(["bash", "-c", command], cwd=tmp_path, timeout=60, check=False).returncode
     assert status > 2

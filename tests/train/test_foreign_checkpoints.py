@@ -10,9 +10,9 @@ from families import copy, rank_refuses, refused, stable_phase
 from minka.checkpoint.catalogue import Catalogue, find_checkpoint, steps_of
 from minka.checkpoint.manifest import NAME, read_header, seal
 from minka.checkpoint.restore import restore_from
+from minka.plan.checkpoint_owner import difference_of_runs
 from minka.plan.errors import UserError
 from minka.plan.load_config import load_run
-from minka.plan.own_checkpoint import difference_of_runs
 from minka.plan.run_folder import RunFolder
 from minka.train.command import main
 from saved import ALONE
@@ -24,7 +24,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return stable_phase(tmp_path_factory)
 
 
-def with_stranger(base: RunFolder, name: str, step: int = 20, **changes: object) -> RunFolder:
+def with_foreign(base: RunFolder, name: str, step: int = 20, **changes: object) -> RunFolder:
     """A copy of the run in which the checkpoint of `step` says that it is of a different one."""
     folder = RunFolder.of(copy(base, name))
     relabel(folder.checkpoints / f"step-{step:08d}", **(changes or {"run_id": "b" * 16}))
@@ -48,7 +48,7 @@ def test_every_checkpoint_says_of_which_run_it_is(base: RunFolder) -> None:
 def test_whoever_would_read_it_refuses_it_and_says_what_works(
     base: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = with_stranger(base, "copied")
+    folder = with_foreign(base, "copied")
     before = sorted(folder.path.rglob("*"))
     for arguments in ([], ["run.max_steps=25"], ["--dry-run"], ["run.name=new", f"run.start_from={folder.path}"]):
         said = refused(capsys, str(folder.path), *arguments)
@@ -63,14 +63,14 @@ def test_whoever_would_read_it_refuses_it_and_says_what_works(
 
 
 def test_a_rank_that_meets_one_on_its_way_to_an_older_checkpoint_refuses_it(base: RunFolder) -> None:
-    folder = with_stranger(base, "fallback", 15)
+    folder = with_foreign(base, "fallback", 15)
     (folder.checkpoints / "step-00000020" / "rank-00000.safetensors").write_bytes(b"")
     said = rank_refuses(load_run(str(folder.path), ["run.max_steps=25"]).config)
     assert "step-00000015: this checkpoint is of a different run" in said
 
 
 def test_retention_neither_counts_nor_deletes_it(base: RunFolder) -> None:
-    folder = with_stranger(base, "kept", 5)
+    folder = with_foreign(base, "kept", 5)
     assert [path.name for path in Catalogue(folder.checkpoints).prune(1)] == ["step-00000010", "step-00000015"]
     assert steps_of(folder.checkpoints) == [5, 20]
 
