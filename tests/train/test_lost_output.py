@@ -40,7 +40,7 @@ def test_no_report_ends_or_slows_or_changes_a_run(tmp_path: Path) -> None:
         while os.write(writer, b"x" * 512):
             pass
     os.set_blocking(writer, True)
-    command = f"exec {sys.executable} -m minka train {written(silent)} --ranks 1 --profile 8:10 2>&-"
+    command = f"exec {sys.executable} -m minka train {written(silent)} run.max_steps=20 --ranks 1 --profile 8:10 2>&-"
     done = subprocess.run(
         ["bash", "-c", command], stdout=writer, env=environment(PYTHONIOENCODING="ascii"), timeout=300, check=False
     )

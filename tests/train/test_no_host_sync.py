@@ -190,12 +190,17 @@ def run_on_meta(config: RunConfig, rank: int) -> TrainingEnd:
             part.to_empty(device=META)
         engine, optimizer = engine_over(parts, InputCutter(mesh, varlen=True), config)
         record, supervisor = MagicMock(), MagicMock()
-        record.judge.side_effect = lambda metrics, state: (state, ExitStatus.DONE)
+        record.judge.side_effect = lambda metrics, state: accept(record, state)
         supervisor.stop_requested.return_value = False
         loader = Loader(config, store.split("train"), mesh.data_rank, config.layout.data_ways, None, engine.prepare)
         with loader, NoBlockingCopies(), NoListsToDevice():
             session = Session(config, mesh, engine, optimizer, loader, record, supervisor, MagicMock(), False)
             return train(session, State())
+
+
+def accept(record: MagicMock, state: State) -> tuple[State, ExitStatus]:
+    record.accepted = state
+    return state, ExitStatus.DONE
 
 
 @contextmanager
