@@ -16,7 +16,7 @@ from minka.data.verify import checked_split
 from minka.eval.bits_per_byte import bits_per_byte
 from minka.eval.continue_prompts import continue_prompts
 from minka.eval.result_file import write_result
-from minka.launch.environment import threads_per_rank, usable_cpus
+from minka.launch.environment import check_one_process, threads_per_rank, usable_cpus
 from minka.parallel.fsdp_engine import build_scorer
 from minka.parallel.mesh import start_mesh
 from minka.plan.atomic import writing
@@ -32,6 +32,7 @@ def score_checkpoint(
     run: str, overrides: Sequence[str], heartbeat: Callable[[], None], output: Path | None = None
 ) -> Any:
     """Score RUN or RUN@STEP, write the result to the run's evals/, or to `output`, and return it. Raises UserError."""
+    check_one_process(os.environ, "an evaluation")
     if output and output.suffix != ".json":
         what = "the result is a JSON document, and this is not the name of a .json file"
         raise UserError(what, where=f"--output {output}", remedy="for example --output scores.json")

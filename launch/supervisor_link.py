@@ -12,6 +12,8 @@ STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.
 STACKS_SIGNAL = signal.SIGUSR2  # a rank appends its stacks to its file in logs/
 ABOVE_RANKS = STOP_SIGNALS | {STACKS_SIGNAL}  # of supervisor and forker: SIGUSR2 is SGE's and LSF's warning
 
+_ignored_here: set[int] = set()  # by an earlier call in this process, not by whoever started it
+
 
 def for_ranks(number: int) -> int:
     """The signal that stops the ranks when a process above them gets `number`."""
@@ -26,8 +28,10 @@ def handle_stop_signals(
     One that the process was started to ignore stays ignored (`nohup`; SIGINT in the background of a script).
     """
     for number in numbers:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)
+        if signal.getsignal(number) == signal.SIG_IGN and number not in _ignored_here:
+            continue
+        signal.signal(number, handler)
+        (_ignored_here.add if handler == signal.SIG_IGN else _ignored_here.discard)(number)
 
 
 class SupervisorLink:

@@ -18,11 +18,12 @@ from minka.checkpoint.restore import restore_from
 from minka.data.batch import PADDING, Batch
 from minka.data.loader import Loader, order_of
 from minka.data.token_store import TokenStore
+from minka.launch.environment import check_one_process
 from minka.parallel.engine import Engine
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.plan.cli import print_json, print_table, progress
 from minka.plan.config import RunConfig
-from minka.plan.errors import ExitStatus, UserError
+from minka.plan.errors import ExitStatus
 from minka.plan.layout import AXES, counted
 from minka.plan.ledger import is_count, read_ledger
 from minka.plan.load_config import load_run, validate
@@ -76,8 +77,7 @@ class Replay:
 
 def replay_command(source: str, step: int, as_json: bool) -> int:
     """Replay step `step` of a run and print how it compares. Return the exit status."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("a replay runs on one process, and the launcher started several", where="--replay")
+    check_one_process(os.environ, "a replay")
     path = Path(source)
     by_file = path.suffix == ".toml" and path.name != "run.toml" and path.is_file()
     folder = RunFolder.of(load_run(source).config) if by_file else find_run(run_and_step(source)[0])

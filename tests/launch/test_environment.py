@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from minka.eval.command import main as eval_main
 from minka.launch.environment import (
+    check_one_process,
     choose_ranks,
     first_host,
     launcher,
@@ -15,8 +17,12 @@ from minka.launch.environment import (
     usable_cpus,
     visible_gpus,
 )
-from minka.plan.errors import UserError
+from minka.plan.errors import ExitStatus, UserError
+from minka.train.command import main as train_main
 from minka.train.worker import check_gpus
+from saved import saved_run
+
+RANK_1_OF_2 = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "here", "MASTER_PORT": "29500"}
 
 
 @pytest.mark.parametrize(
@@ -31,6 +37,23 @@ from minka.train.worker import check_gpus
 )
 def test_first_host_of_a_slurm_list(hosts: str, first: str) -> None:
     assert first_host(hosts) == first
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"WORLD_SIZE": "two"}, {"WORLD_SIZE": "2"}, {"RANK": "0"}, {"RANK": "1", "WORLD_SIZE": "1"}, RANK_1_OF_2],
+)
+def test_an_evaluation_and_a_replay_are_not_started_with_variables_of_several_ranks(
+    variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(saved_run(tmp_path, 3).path)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for status in (eval_main([run]), train_main([run, "--replay", "2"])):
+        assert status == ExitStatus.REFUSED
+    assert capsys.readouterr().err.count("RANK and WORLD_SIZE") == 2
+    check_one_process({"RANK": "0", "WORLD_SIZE": "1"}, "an evaluation")
+    check_one_process(STEP, "an evaluation")
 
 
 STEP = {

@@ -13,6 +13,7 @@ from minka.checkpoint.catalogue import checkpoints
 from minka.checkpoint.restore import whole_tensors
 from minka.launch.exit_reason_file import read_exit_reason, write_exit_reason
 from minka.launch.supervisor import Ending, Ranks, Signals, complete_exit_reason, ending_of, next_action
+from minka.launch.supervisor_link import handle_stop_signals
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
 from minka.plan.run_folder import RunFolder
@@ -205,6 +206,20 @@ def test_ranks_end_when_their_supervisor_is_killed(tmp_path: Path) -> None:
     process.communicate()
     while any(alive(pid) for pid in pids):
         time.sleep(0.05)
+
+
+def test_signals_that_were_ignored_by_whoever_started_the_process_stay_so_and_its_own_do_not() -> None:
+    before, signals = signal.getsignal(signal.SIGUSR1), Signals()
+    try:
+        for handler in signals.count, signal.SIG_IGN, signals.count:
+            handle_stop_signals(handler, {signal.SIGUSR1})
+        signal.raise_signal(signal.SIGUSR1)
+        assert signals.received == 1
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        handle_stop_signals(signals.count, {signal.SIGUSR1})
+        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def ended(config: RunConfig, *overrides: str, ranks: int = 2) -> tuple[int, str, str]:
