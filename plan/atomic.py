@@ -44,7 +44,8 @@ def writing(path: Path, remedy: str = REMEDY) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _cannot_write(Path(error.filename or path), error, remedy) from error
+        named = Path(error.filename or path)
+        raise _cannot_write(path if named.name.startswith(f".{path.name}.") else named, error, remedy) from error
 
 
 @dataclass

@@ -42,7 +42,7 @@ def watch_runs(
 
 def write_page(file: Path, text: str) -> None:
     """Replace `file` with the page, atomically. Raises UserError if the existing file is not a report."""
-    with writing(file):
+    with writing(file, "choose a different place: --out FILE.html"):
         if file.exists() and not (file.is_file() and MARK.encode() in file.read_bytes()[:1000]):
             raise UserError(
                 "this file exists and is not a report, and a report replaces only reports",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from killed import forked
-from minka.plan.atomic import writing
+from minka.plan.atomic import write_text, writing
 from minka.plan.errors import UserError
 from minka.plan.load_config import load_run
 from minka.plan.run_folder import RunFolder, find_run, store_of
@@ -216,3 +216,6 @@ def test_errors_of_writing_say_where_and_how_much_is_free(tmp_path: Path) -> Non
         with pytest.raises(UserError, match=said) as caught, writing(tmp_path):
             raise OSError(number, "no", str(file))
         assert unsaid not in str(caught.value)
+    with pytest.raises(UserError) as caught, writing(Path("/proc/ours")):  # where nobody can make a file
+        write_text(Path("/proc/ours"), "")
+    assert caught.value.where == "/proc/ours"  # and not the temporary file's name

@@ -77,6 +77,16 @@ def test_a_file_that_is_not_a_report_is_not_replaced(tmp_path: Path, capsys: pyt
     assert folder.config_file.read_text() == before
 
 
+def test_a_page_that_cannot_be_written_is_named_with_its_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_of(tmp_path, "a", [start()])
+    assert main([str(folder.path), "--out", "/proc/page.html"]) == ExitStatus.REFUSED
+    errors = capsys.readouterr().err
+    assert errors.startswith("minka: /proc/page.html: cannot be written")
+    assert "--out FILE.html" in errors
+
+
 def test_torn_lines_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run_of(tmp_path, "a", [start(), *steps(1, 2)])
     with folder.ledger_file.open("a") as ledger:
