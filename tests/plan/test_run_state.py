@@ -129,7 +129,15 @@ def test_a_start_event_that_this_version_cannot_parse_is_reported_and_not_replac
     assert read(run).unreadable_start == ""  # nothing depends on it any more
 
 
-@pytest.mark.parametrize(("old", "new"), [(b'"seed": 0', b'"seed": \x00'), (b'"event"', b'"evenu"')])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"seed": 0', b'"seed": \x00'),
+        (b'"event"', b'"evenu"'),
+        (b"\n", b" "),  # joined to the line after it
+        (b'"config": {', b'"config": [{'),
+    ],
+)
 def test_a_damaged_start_event_is_not_replaced_by_an_older_one(old: bytes, new: bytes, run: RunFolder) -> None:
     config = run.config()
     other = load_run("demo", [f"run.folder={run.path.parent}", "schedule.warmup=3"]).config
