@@ -36,6 +36,7 @@ def test_joins_ranks_that_torchrun_started(tmp_path: Path) -> None:
     assert re.search(r"^trained +step 20 of 20", done.stdout, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_a_rank_stops_and_saves_when_its_launcher_is_gone(tmp_path: Path) -> None:
     """torchrun dies of SIGUSR1, which a scheduler sends before the time is up."""
     config = tiny(tmp_path, run={"max_steps": 100_000})
@@ -53,6 +54,7 @@ def test_a_rank_stops_and_saves_when_its_launcher_is_gone(tmp_path: Path) -> Non
     assert len(checkpoints(folder.checkpoints)) == 1
 
 
+@pytest.mark.slow
 def test_torchrun_starts_no_run_again_that_has_stopped(tmp_path: Path) -> None:
     """With --max-restarts it starts the ranks again, which must not undo the stop."""
     config = tiny(tmp_path, run={"max_steps": 100_000})

@@ -164,6 +164,7 @@ def test_a_finished_run_says_so_and_a_changed_one_is_refused(tmp_path: Path) -> 
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_stopped_with_its_stacks_written(tmp_path: Path) -> None:
     config = tiny(tmp_path, run={"max_steps": 100_000}, guard={"hang_seconds": 20.0})
     process = train(config)

@@ -65,6 +65,7 @@ def test_a_supervisor_that_was_stopped_for_longer_than_a_hang_ends_nothing(tmp_p
     assert process.returncode == ExitStatus.STOPPED
 
 
+@pytest.mark.slow
 def test_a_signal_that_a_run_was_started_to_ignore_is_ignored_by_all_of_it(tmp_path: Path) -> None:
     config = tiny(tmp_path, run={"max_steps": 100_000})
     held = f"trap '' HUP INT; exec {sys.executable} -m minka train {written(config)} --ranks 2"  # as nohup does

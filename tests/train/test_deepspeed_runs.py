@@ -47,6 +47,7 @@ def test_a_run_of_the_real_worker_resumes_where_it_stopped(stage: int, tmp_path:
             np.testing.assert_allclose(list(mine[key].values()), list(reference[key].values()), rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_samples_after_training_are_those_of_fsdp(tmp_path: Path) -> None:
     """An untied head's weights are being prefetched, as in training, when logits are asked for."""
     said = []

@@ -126,6 +126,7 @@ def test_the_command_that_made_a_fork_goes_on_with_it_when_the_parent_is_gone(ba
     assert "resuming from step 20" in again.stdout
 
 
+@pytest.mark.slow
 def test_a_fork_whose_parent_is_damaged_is_refused_once_and_leaves_nothing(base: RunFolder, tmp_path: Path) -> None:
     parent = tmp_path / "runs" / "parent"
     shutil.copytree(base.path, parent)

@@ -91,6 +91,7 @@ def test_a_run_killed_on_the_way_and_begun_again_is_the_same_to_the_bit(ranks: i
     assert_same_bits(straight, killed)
 
 
+@pytest.mark.slow
 def test_two_ranks_then_one_then_three_are_the_run_of_two_to_rounding(folder: Path) -> None:
     straight, moved = run(folder, "staying"), run(folder, "moving")
     assert on_ranks(train_asked, 2, straight) == [ExitStatus.DONE] * 2

@@ -16,6 +16,7 @@ from tiny import tiny
 from vocabularies import save_tokenizer
 
 
+@pytest.mark.slow
 def test_a_run_whose_tokenizer_loses_text_says_so_with_every_score(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
+
 from commands import environment, written
 from minka.plan.errors import ExitStatus
 from minka.plan.ledger import read_ledger
@@ -14,6 +16,7 @@ from ranks import on_ranks
 from tiny import tiny, train_rank
 
 
+@pytest.mark.slow
 def test_no_report_ends_or_slows_or_changes_a_run(tmp_path: Path) -> None:
     """Standard output is a pipe that nobody reads, standard error is closed, the disk of the logs is full."""
     straight = tiny(tmp_path, run={"name": "straight"}, schedule={"kind": "constant"})
