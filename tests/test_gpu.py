@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from minka.benchmarks.training import our_step, peer_step, synthetic_batch
 from minka.checkpoint.async_saver import AsyncSaver, Outcome
 from minka.checkpoint.restore import restore_from
+from minka.checkpoint.shard_file import StagingBuffer
 from minka.checkpoint.write import SaveRequest
 from minka.model.attention import attention, document_structure
 from minka.parallel.mesh import start_mesh
@@ -30,6 +32,16 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
 ]
+
+
+def test_the_demo_trains_as_a_command(tmp_path: Path) -> None:
+    """First of all: the process that forks the ranks must not have touched the device."""
+    places = [f"run.folder={tmp_path / 'runs'}", f"data.store={tmp_path / 'store'}"]
+    subprocess.run([sys.executable, "-m", "minka", "train", "demo", *places], env=dict(os.environ), check=True)
+    folder = RunFolder(tmp_path / "runs" / "demo")
+    (start,) = [e for e in read_ledger(folder.ledger_file) if e["event"] == "start"]
+    assert start["device"] == torch.cuda.get_device_name()
+    assert folder.finished()
 
 
 @pytest.mark.parametrize("kv_heads", [8, 2])
@@ -99,6 +111,38 @@ def test_offloaded_weights_are_trained_as_those_on_the_device(precision: str, tm
     assert len(found[0]) == 20
     for here, away in zip(*found, strict=True):
         assert away == pytest.approx(here, rel=1e-4 if precision == "fp32" else 2e-2)
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the deepspeed extra")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_moments_that_deepspeed_offloads_are_those_on_the_device(stage: int, tmp_path: Path) -> None:
+    """A scale or a refusal that the kernel reads before its copy has arrived would change the losses."""
+    found = []
+    for offload in ("none", "optimizer"):
+        layout = {"engine": "deepspeed", "zero_stage": stage, "offload": offload}
+        config = tiny(tmp_path, run={"name": f"{offload}-{stage}"}, layout=layout)
+        assert train_rank(config) == 0
+        events = read_ledger(RunFolder.of(config).ledger_file)
+        found.append([(e["loss"], e["grad_norm"]) for e in events if e["event"] == "step"])
+    for here, away in zip(*found, strict=True):
+        assert away == pytest.approx(here, rel=2e-2)
+
+
+def test_the_process_group_is_bound_to_the_device_of_the_rank() -> None:
+    with start_mesh(Layout(precision="bf16")) as mesh:
+        group: Any = torch.distributed.group.WORLD
+        assert group.bound_device_id == mesh.device == torch.device("cuda", 0)
+
+
+def test_the_staging_buffer_is_page_locked_and_not_rounded_up() -> None:
+    state = {"model.w": piece_of(torch.randn(2**20 + 1, 3, device="cuda"))}
+    for _ in range(2):  # what has been unlocked can be locked again
+        staged = StagingBuffer(state, pinned=True)
+        assert staged.buffer.is_pinned()
+        assert staged.buffer.numel() < 1.01 * state["model.w"].local.nbytes
+        staged.copy_in(state)
+        torch.cuda.synchronize()
+        del staged
 
 
 def test_offloaded_weights_leave_room_on_the_device() -> None:
