@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 
 from commands import environment
+from minka.data.prepare import open_or_prepare
 from minka.eval.bits_per_byte import Scores
 from minka.eval.command import main
 from minka.eval.result_file import write_result
 from minka.plan.errors import ExitStatus
-from minka.plan.run_folder import RunFolder
+from minka.plan.run_folder import RunFolder, store_of
 from saved import saved_run
+from tiny import tiny
 
 NOBODY = 65534
 CAPTURED: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 300}
@@ -139,6 +141,18 @@ def test_a_result_goes_to_the_named_file_and_nothing_into_the_run(run: RunFolder
         assert main([str(run.path), f"eval.max_documents={documents}", "--output", str(output)]) == 0
         assert json.loads(output.read_text())["documents"] == documents
     assert files() == before
+
+
+def test_a_different_store_in_the_place_of_the_runs_is_refused(
+    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = store_of(run).folder
+    before = results(run)
+    shutil.rmtree(store)
+    open_or_prepare(tiny(tmp_path, data={"store": str(store), "validation_fraction": 0.3}), tmp_path)
+    assert main([str(run.path)]) == ExitStatus.REFUSED
+    assert f"{store}: this is not the token store that the run began with" in capsys.readouterr().err
+    assert results(run) == before
 
 
 @pytest.mark.parametrize("output", ["scores.txt", "missing/scores.json"])
