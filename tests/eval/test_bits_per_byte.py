@@ -33,9 +33,7 @@ def test_is_the_sum_of_the_models_losses_over_the_bytes(tmp_path: Path) -> None:
                 logits = scorer.executor.parts[0](seen, None, torch.arange(seen.shape[1])[None])
                 nats += float(torch.nn.functional.cross_entropy(logits[0, -1], tokens[at]).detach())
         scores = bits_per_byte(scorer, split, config, mesh, store.eod, lambda: None)
-        vars(split)["lost_bytes"] = np.full(
-            split.n_documents, np.nan
-        )  # of a lossy store by a version that measured nothing
+        vars(split)["lost_bytes"] = np.full(split.n_documents, np.nan)  # a lossy store that nobody measured
         unknown = bits_per_byte(scorer, split, config, mesh, store.eod, lambda: None).unaccounted
     assert scores.scores["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
     assert scores.scores["bits_per_byte/text"] == scores.scores["bits_per_byte"]
