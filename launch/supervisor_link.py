@@ -11,8 +11,8 @@ from pathlib import Path
 STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU})
 STACKS_SIGNAL = signal.SIGUSR2  # a rank appends its stacks to its file in logs/
 ABOVE_RANKS = STOP_SIGNALS | {STACKS_SIGNAL}  # of supervisor and forker: SIGUSR2 is SGE's and LSF's warning
-
-_ignored_here: set[int] = set()  # by an earlier call in this process, not by whoever started it
+# By `nohup`, or in the background of a script. Asked when this module is imported, before minka sets any.
+IGNORED_FROM_THE_START = frozenset(number for number in ABOVE_RANKS if signal.getsignal(number) == signal.SIG_IGN)
 
 
 def for_ranks(number: int) -> int:
@@ -23,15 +23,12 @@ def for_ranks(number: int) -> int:
 def handle_stop_signals(
     handler: Callable[[int, object], None] | signal.Handlers, numbers: Collection[signal.Signals] = STOP_SIGNALS
 ) -> None:
-    """Set the handler of all of them. At its end a process ignores them: a late one must not change its exit status.
+    """Set the handler of all of them, but of those that the process was started to ignore.
 
-    One that the process was started to ignore stays ignored (`nohup`; SIGINT in the background of a script).
+    At its end a process ignores them: a late one must not change its exit status.
     """
-    for number in numbers:
-        if signal.getsignal(number) == signal.SIG_IGN and number not in _ignored_here:
-            continue
+    for number in set(numbers) - IGNORED_FROM_THE_START:
         signal.signal(number, handler)
-        (_ignored_here.add if handler == signal.SIG_IGN else _ignored_here.discard)(number)
 
 
 class SupervisorLink:

@@ -209,18 +209,20 @@ def test_ranks_end_when_their_supervisor_is_killed(tmp_path: Path) -> None:
         time.sleep(0.05)
 
 
-def test_signals_that_were_ignored_by_whoever_started_the_process_stay_so_and_its_own_do_not() -> None:
-    before, signals = signal.getsignal(signal.SIGUSR1), Signals()
+def test_signals_that_were_ignored_by_whoever_started_the_process_stay_so_and_its_own_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before, signals, both = signal.getsignal(signal.SIGUSR1), Signals(), {signal.SIGUSR1, signal.SIGUSR2}
     try:
-        for handler in signals.count, signal.SIG_IGN, signals.count:
+        for handler in signals.count, signal.SIG_IGN, signals.count:  # a second supervise in one process
             handle_stop_signals(handler, {signal.SIGUSR1})
         signal.raise_signal(signal.SIGUSR1)
         assert signals.received == 1
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        handle_stop_signals(signals.count, {signal.SIGUSR1})
-        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGUSR1, before)
+    monkeypatch.setattr("minka.launch.supervisor_link.IGNORED_FROM_THE_START", both)
+    handle_stop_signals(signals.count, both)
+    assert signals.count not in [signal.getsignal(number) for number in both]
 
 
 def ended(config: RunConfig, *overrides: str, ranks: int = 2) -> tuple[int, str, str]:
