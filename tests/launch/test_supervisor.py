@@ -12,14 +12,7 @@ from commands import at_step, children, train
 from minka.checkpoint.catalogue import checkpoints
 from minka.checkpoint.restore import whole_tensors
 from minka.launch.exit_reason_file import read_exit_reason, write_exit_reason
-from minka.launch.supervisor import (
-    Ending,
-    Ranks,
-    Signals,
-    complete_exit_reason,
-    ending_of,
-    next_action,
-)
+from minka.launch.supervisor import Ending, Ranks, Signals, complete_exit_reason, ending_of, next_action
 from minka.launch.supervisor_link import handle_stop_signals
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
