@@ -56,6 +56,9 @@ def expand_paths(paths: Sequence[str], suffixes: Sequence[tuple[str, ...]] = (()
         else:
             matches = sorted([path] if os.path.lexists(path) else map(Path, glob.glob(str(path), recursive=True)))
             chosen = [file for file in matches if not _kind(file)]
+            # `**` matches the folders on its way, too.
+            others = Counter(kind for kind in map(_kind, matches) if kind and not (kind == "folder" and "**" in entry))
+            left_out += others
             what = "this glob matches no file" if glob.has_magic(entry) else "there is no such file or folder"
             if matches and not chosen:
                 what = f"this is a {_kind(matches[0])}"

@@ -146,6 +146,7 @@ class TokenStore:
 
     folder: Path
     manifest: Manifest
+    hash: str  # sha256 of manifest.json, which contains the hash of every other file: it identifies the exact corpus
 
     @classmethod
     def open(cls, folder: Path) -> "TokenStore":
@@ -163,12 +164,7 @@ class TokenStore:
         if problems:
             raise damaged_store(folder, *problems)
         check_store_files(folder, "tokenizer/")
-        return cls(folder, manifest)
-
-    @property
-    def hash(self) -> str:
-        """sha256 of manifest.json, which contains the hash of every other file: it identifies the exact corpus."""
-        return sha256_of(self.folder / MANIFEST)
+        return cls(folder, manifest, sha256_of(folder / MANIFEST))
 
     @property
     def eod(self) -> int:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from itertools import takewhile
@@ -82,6 +83,13 @@ def requeued(environment: Mapping[str, str]) -> bool:
     """Whether a scheduler or torchrun has repeated this command by itself."""
     counts = (environment.get(name, "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
     return any(count.isdecimal() and int(count) > 0 for count in counts)
+
+
+def job_name(environment: Mapping[str, str]) -> str:
+    """Which job of a scheduler, or which torchrun, starts this process again under the same name; empty outside one."""
+    if "TORCHELASTIC_RESTART_COUNT" in environment:
+        return f"{socket.gethostname()} {os.getppid()} {environment.get('TORCHELASTIC_RUN_ID', '')}"
+    return environment.get("SLURM_JOB_ID", "")
 
 
 def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:

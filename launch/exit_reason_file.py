@@ -1,13 +1,12 @@
 """exit_reason.json: why a run ended, for a person or a scheduler that starts it again."""
 
 import os
-import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from minka.launch.environment import requeued
+from minka.launch.environment import job_name, requeued
 from minka.plan.atomic import write_json
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.ledger import is_count, lines_from_end, parse_event, parse_json
@@ -49,9 +48,7 @@ def stopped_under_this_agent(folder: RunFolder) -> ExitStatus | None:
 
 def _agent(environment: Mapping[str, str]) -> dict[str, str]:
     """Which torchrun has started this process: it is the same one for all its restarts."""
-    known = "TORCHELASTIC_RESTART_COUNT" in environment
-    job = environment.get("TORCHELASTIC_RUN_ID", "")
-    return {"agent": f"{socket.gethostname()} {os.getppid()} {job}"} if known else {}
+    return {"agent": job_name(environment)} if "TORCHELASTIC_RESTART_COUNT" in environment else {}
 
 
 def write_exit_reason(folder: RunFolder, status: int, reason: str, step: int, *, requeue: bool = False) -> None:
@@ -69,7 +66,8 @@ def refusals_recorded(folder: RunFolder, *, writes: bool = True) -> Iterator[Non
     try:
         yield
     except UserError as error:
-        if writes and error.status == ExitStatus.NEEDS_PERSON and folder.exists():
+        # A run that was finished before stays so: what was asked of it has been refused.
+        if writes and error.status == ExitStatus.NEEDS_PERSON and folder.exists() and not folder.finished():
             with suppress(UserError), folder.only_writer():
                 write_exit_reason(folder, error.status, error.what, _last_step(folder))
         raise

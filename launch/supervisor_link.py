@@ -44,8 +44,10 @@ class SupervisorLink:
         except OSError:  # a full disk, which shall not end a run that needs no stacks
             stacks = Path(os.devnull)
         self._stacks = stacks.open("a")
-        handle_stop_signals(self._note)
-        faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True)
+        # Where no supervisor asks for stacks, a scheduler's SIGUSR2 reaches the ranks themselves.
+        self._stops = STOP_SIGNALS if pipe is not None else ABOVE_RANKS
+        handle_stop_signals(self._note, self._stops)
+        faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True, chain=pipe is None)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ABOVE_RANKS)
 
     def stop_requested(self) -> bool:
@@ -62,7 +64,7 @@ class SupervisorLink:
     def close(self) -> None:
         """Ignore signals from here on."""
         faulthandler.unregister(STACKS_SIGNAL)
-        handle_stop_signals(signal.SIG_IGN)
+        handle_stop_signals(signal.SIG_IGN, self._stops)
         self._stacks.close()
 
     def _note(self, number: int, frame: object) -> None:

@@ -277,7 +277,7 @@ class StorePlace(NamedTuple):
 
 
 def store_of(folder: RunFolder) -> StorePlace:
-    """The token store of a run, by its provenance. Raises UserError when one of the files is missing."""
+    """The token store that the run began with. Raises UserError when it is a different one, or a file is missing."""
     remedy = "put the run's folder and its token store, which has its tokenizer, back where they were"
     with reading(folder.provenance_file, "", *MALFORMED, remedy=remedy):
         was = Path(parse_json(folder.provenance_file.read_bytes())["data"]["store"])
@@ -285,4 +285,5 @@ def store_of(folder: RunFolder) -> StorePlace:
     store = folder.find_store(Path(named).expanduser() if named else Path(was.parent.name, was.name))
     with reading(store / MANIFEST, "", *MALFORMED, remedy=remedy):
         eod = int(parse_json((store / MANIFEST).read_bytes())["eod"])
+        folder.check_data(store, sha256_of(store / MANIFEST))
     return StorePlace(store, store / "tokenizer", eod)

@@ -11,7 +11,6 @@ import typer
 from minka.launch.environment import (
     choose_ranks,
     launcher,
-    requeued,
     slurm_environment,
     threads_per_rank,
     usable_cpus,
@@ -101,12 +100,25 @@ def main(argv: Sequence[str]) -> int:
             return dry_run_command(loaded.config, world, rank or "stages", as_json=as_json)
         window = parse_window(profile, loaded.config.total_steps)
         # A scheduler repeats the command as it was typed, and only its first start may discard anything.
-        back = {} if requeued(os.environ) else {"from_scratch": from_scratch, "return_to": step}
+        back = {"from_scratch": from_scratch, "return_to": step}
+        if (from_scratch or step is not None) and _has_gone_back(loaded):
+            back = {}
         values = {"config": loaded.config, "profile": window, "as_json": as_json, "command": tuple(sys.argv), **back}
         job = Job(**values, given=tuple(sorted(loaded.given)))
         return _print_run(loaded, job, ranks) if dry_run else _start(loaded, job, ranks)
 
     return run_app(app, argv, "minka train")
+
+
+def _has_gone_back(loaded: "LoadedRun") -> bool:
+    """Whether a scheduler repeats this command as it was typed; then it says that the run resumes."""
+    from minka.plan.run_folder import RunFolder
+    from minka.train.rewind import repeated
+
+    found = repeated(RunFolder.of(loaded.config), os.environ)
+    if found:
+        print("minka: this job has gone back once already, so this start resumes the run", file=sys.stderr)
+    return found
 
 
 def doctor(argv: Sequence[str]) -> int:

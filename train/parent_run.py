@@ -17,7 +17,7 @@ from minka.checkpoint.manifest import read_header
 from minka.data.prepare import open_or_prepare, store_folder
 from minka.data.token_store import TokenStore
 from minka.data.tokenizer import bytes_tokenizer, load_hf
-from minka.plan.checkpoint_disk import find_place, place_checkpoints
+from minka.plan.checkpoint_disk import claim_place, find_place, link_place
 from minka.plan.cli import progress
 from minka.plan.config import RunConfig
 from minka.plan.config_sections import ModelSection
@@ -75,7 +75,7 @@ def create_run(config: RunConfig, command: Sequence[str]) -> None:
     """Write the files of a run that has not begun; for the folder's one writer, after `open_run`. Raises UserError."""
     parent, store = find_parent(config), TokenStore.open(store_folder(config, Path()))
     lineage = lineage_of(parent, config) if parent else ()
-    place_checkpoints(config)
+    link_place(config, claim_place(config))
     RunFolder.of(config).create(config, provenance(config, store, command), lineage)
 
 

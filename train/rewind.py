@@ -1,5 +1,7 @@
 """The way back to an earlier checkpoint, or to the beginning: what becomes of later ones, and what is recorded."""
 
+import os
+from collections.abc import Mapping
 from contextlib import suppress
 from itertools import count, islice
 from pathlib import Path
@@ -7,8 +9,10 @@ from pathlib import Path
 from minka.checkpoint.catalogue import newest_first, whole_newest_first
 from minka.checkpoint.commit import set_aside, step_name
 from minka.checkpoint.filesystem import LOCAL
+from minka.launch.environment import job_name, requeued
 from minka.plan.errors import UserError
-from minka.plan.ledger import Ledger
+from minka.plan.ledger import STEP, Ledger, lines_from_end, parse_event
+from minka.plan.read_file import reading
 from minka.plan.retention import way_back
 from minka.plan.run_folder import RunFolder
 from minka.plan.run_state import Position
@@ -76,9 +80,22 @@ def restart(folder: RunFolder) -> Path | None:
     return aside
 
 
+def repeated(folder: RunFolder, environment: Mapping[str, str]) -> bool:
+    """Whether a scheduler repeats a command that has gone back in this run already: it must not discard anything again.
+
+    A job may also be repeated before its first start came so far.
+    """
+    if not (requeued(environment) and folder.ledger_bytes()):
+        return False
+    job = job_name(environment)
+    with reading(folder.ledger_file), folder.ledger_file.open("rb") as ledger:
+        events = (parse_event(line) for _, line in lines_from_end(ledger, skip=STEP))
+        return any(e and e["event"] in ("rewind", "restart") and e.get("job", job) == job for e in events)
+
+
 def _record(folder: RunFolder, event: str, position: Position, reason: str) -> None:
     ledger = Ledger(folder.ledger_file)
-    ledger.append(event, step=position.step, tokens=position.tokens, reason=reason)
+    ledger.append(event, step=position.step, tokens=position.tokens, reason=reason, job=job_name(os.environ))
     ledger.close()
 
 

@@ -9,7 +9,7 @@ from minka.checkpoint.commit import step_name
 from minka.checkpoint.manifest import read_header
 from minka.checkpoint.stored_checkpoint import StoredCheckpoint
 from minka.launch.supervisor import Job
-from minka.plan.checkpoint_disk import check_mounted, find_place
+from minka.plan.checkpoint_disk import check_place, find_place
 from minka.plan.checkpoint_owner import check_own
 from minka.plan.cli import print_json
 from minka.plan.config import RunConfig
@@ -105,16 +105,18 @@ def check_start(job: Job, state: RunState) -> Outlook:
             check_tokenizer(parent, config)
         return Outlook(state, Decision(False, {}), parent)
     if not state.finished:
-        check_mounted(folder.checkpoints)
+        check_place(folder)
     if state.config and config.run.start_from != state.config.run.start_from:
         find_parent(config)  # it may be this very run, which has an error message of its own
     decision = decide_start(job, state)
     if not decision.over:  # a finished run that restarts or becomes longer
-        check_mounted(folder.checkpoints)
+        check_place(folder)
+    if from_scratch:
+        find_place(config, again=True)
     if job.return_to is not None:
         position = position_of(folder, job.return_to)
         return Outlook(state, decision, returns_to=position)
-    if state.started and not state.position and not decision.over and not from_scratch:
+    if not decision.over and (from_scratch or not state.position):
         parent = pinned_parent(folder)
         if parent and not parent.run and hash_hub_folder(parent.folder) != parent.sha256:
             what = "the weights that this run starts from have changed since it was created"

@@ -19,7 +19,7 @@ from minka.launch.exit_reason_file import refusals_recorded, stopped_under_this_
 from minka.launch.supervisor import Job
 from minka.launch.supervisor_link import SupervisorLink
 from minka.parallel.mesh import Mesh, start_mesh
-from minka.plan.checkpoint_disk import place_checkpoints
+from minka.plan.checkpoint_disk import claim_place, link_place, renew_claim
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.layout import counted
@@ -132,6 +132,7 @@ def _claim_run(job: Job, state: RunState, stack: ExitStack) -> tuple[RunState, C
     folder.check_may_start()
     stack.enter_context(folder.only_writer())
     folder.delete_leftovers()
+    renew_claim(folder)
     if not state.is_current(folder, steps_of(folder.checkpoints)):  # a different process has trained it meanwhile
         state = read_state(folder)
         check_start(job, state)
@@ -145,7 +146,9 @@ def _claim_run(job: Job, state: RunState, stack: ExitStack) -> tuple[RunState, C
     aside = None
     if job.from_scratch and state.begun:  # last: a refusal must leave everything as it was
         pinned_parent(folder)
+        place = claim_place(job.config, again=True)
         aside = restart(folder)
+        link_place(job.config, place)
         state = state.restarted()
     elif job.return_to is not None:
         aside = return_to(folder, position_of(folder, job.return_to))
@@ -153,7 +156,7 @@ def _claim_run(job: Job, state: RunState, stack: ExitStack) -> tuple[RunState, C
     if aside and not job.as_json:
         print(f"the old checkpoints are now in {aside}", flush=True)
     if not os.path.lexists(folder.checkpoints):
-        place_checkpoints(job.config)
+        link_place(job.config, claim_place(job.config))
     return state, decision.changed
 
 
@@ -187,6 +190,13 @@ def _start_session(job: Job, mesh: Mesh, stack: ExitStack, before: RunState, cha
     config, folder = job.config, RunFolder.of(job.config)
     with agreed(mesh):
         store = _open_store(store_folder(config, Path()), mesh)
+    number = int(store.hash[:12], 16)
+    (first,) = mesh.sum_on_host([number if mesh.is_first else 0])
+    with agreed(mesh):
+        if number != first:  # of node-local copies, say
+            what = f"on {socket.gethostname()}, the host of rank {mesh.rank}, this is not the store of the first rank"
+            remedy = "copy the first rank's host's, or put data.store on a file system that all hosts share"
+            raise UserError(what, where=str(store.folder), why="their manifest.json differ", remedy=remedy)
     stacks = folder.logs / f"stacks-{mesh.rank:05d}.txt"
     launcher = job.supervisor if job.heartbeat_pipe is None else None
     supervisor = SupervisorLink(mesh.rank, folder.stop_file, job.heartbeat_pipe, stacks, launcher)

@@ -1,6 +1,7 @@
 """`minka export` as a user types it: what it writes, what it replaces, and what it refuses in one paragraph."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,12 @@ import torch
 
 from minka.checkpoint.command import main
 from minka.checkpoint.restore import whole_tensors
+from minka.data.prepare import open_or_prepare
 from minka.plan.errors import ExitStatus
 from minka.plan.run_folder import EXPORT_MARKER, RunFolder
 from models import from_folder
 from saved import saved_run
+from tiny import tiny
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,17 @@ def test_a_damaged_tokenizer_is_named_and_nothing_is_written(
         assert not (tmp_path / "out").exists()
     file.write_bytes(whole)
     assert main([str(run.path), str(tmp_path / "out")]) == 0
+
+
+def test_the_tokenizer_of_a_different_store_in_its_place_is_not_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = saved_run(tmp_path, 1)
+    shutil.rmtree(tmp_path / "store")
+    open_or_prepare(tiny(tmp_path, data={"validation_fraction": 0.3}), tmp_path)
+    assert main([str(run.path), str(tmp_path / "out")]) == ExitStatus.REFUSED
+    assert "not the token store that the run began with" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("damage", ["manifest.json", "rank-00000.safetensors"])

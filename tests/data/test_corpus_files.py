@@ -69,6 +69,10 @@ def test_links_are_followed_once_and_what_is_not_a_file_is_counted(tmp_path: Pat
     assert names("jsonl", folder / "**" / "*.jsonl") == ["a.jsonl", "b.jsonl"]
     left_out = find_files(data_section(source="jsonl", paths=[str(folder)])).left_out
     assert left_out == {"broken link": 1, "pipe or device, not a regular file": 1}
+    of_glob = find_files(data_section(source="jsonl", paths=[str(folder / "*")]))
+    assert [file.name for file in of_glob.files] == ["a.jsonl"]  # and not those of the folders that it matches
+    assert of_glob.left_out == {**left_out, "folder": 2}
+    assert find_files(data_section(source="jsonl", paths=[str(folder / "m*" / "**")])).left_out == {}
 
 
 @pytest.mark.parametrize(

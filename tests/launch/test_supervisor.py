@@ -13,7 +13,7 @@ from minka.checkpoint.catalogue import checkpoints
 from minka.checkpoint.restore import whole_tensors
 from minka.launch.exit_reason_file import read_exit_reason, write_exit_reason
 from minka.launch.supervisor import Ending, Ranks, Signals, complete_exit_reason, ending_of, next_action
-from minka.launch.supervisor_link import handle_stop_signals
+from minka.launch.supervisor_link import ABOVE_RANKS, SupervisorLink, handle_stop_signals
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
 from minka.plan.run_folder import RunFolder
@@ -223,6 +223,24 @@ def test_signals_that_were_ignored_by_whoever_started_the_process_stay_so_and_it
     monkeypatch.setattr("minka.launch.supervisor_link.IGNORED_FROM_THE_START", both)
     handle_stop_signals(signals.count, both)
     assert signals.count not in [signal.getsignal(number) for number in both]
+
+
+@pytest.mark.parametrize("supervised", [True, False])
+def test_a_schedulers_sigusr2_stops_ranks_that_no_supervisor_asks_for_stacks(supervised: bool, tmp_path: Path) -> None:
+    (read_end, write_end), before = os.pipe(), {number: signal.getsignal(number) for number in ABOVE_RANKS}
+    stacks = tmp_path / "logs" / "stacks-00000.txt"
+    link = SupervisorLink(0, tmp_path / "STOP", write_end if supervised else None, stacks)
+    try:
+        signal.raise_signal(signal.SIGUSR2)
+        assert link.stop_requested() == (not supervised)
+        assert "test_supervisor.py" in stacks.read_text()
+        link.close()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for end in (read_end, write_end):
+            os.close(end)
 
 
 def ended(config: RunConfig, *overrides: str, ranks: int = 2) -> tuple[int, str, str]:

@@ -8,7 +8,8 @@ import pytest
 
 from minka.checkpoint.catalogue import find_checkpoint, steps_of
 from minka.launch.supervisor import Job
-from minka.plan.checkpoint_disk import check_mounted, find_place, place_checkpoints
+from minka.plan import checkpoint_disk
+from minka.plan.checkpoint_disk import check_place, claim_place, find_place, link_place
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.run_folder import RunFolder
@@ -76,12 +77,65 @@ def test_two_runs_of_one_name_do_not_share_a_place(tmp_path: Path) -> None:
     ours, theirs = (on_disk(tmp_path, str(tmp_path / "disk"), folder=str(tmp_path / runs)) for runs in ("a", "b"))
     for config in (ours, theirs):
         RunFolder.of(config).make()
-    place_checkpoints(ours)
+    link_place(ours, claim_place(ours))
     RunFolder.of(ours).checkpoints.unlink()
-    place_checkpoints(ours)
+    link_place(ours, claim_place(ours))
     with pytest.raises(UserError, match="may hold the checkpoints of a different run"):
         find_place(theirs)
     assert not os.path.lexists(RunFolder.of(theirs).checkpoints)
+
+
+def test_of_two_first_starts_at_once_one_gets_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second has seen it free before the first claims it."""
+    (tmp_path / "disk").mkdir()
+    ours, theirs = (on_disk(tmp_path, str(tmp_path / "disk"), folder=str(tmp_path / runs)) for runs in ("a", "b"))
+    seen, really = [find_place(theirs)], find_place
+    assert claim_place(ours) == seen[0]
+    monkeypatch.setattr(
+        checkpoint_disk, "find_place", lambda config, again: seen.pop() if seen else really(config, again=again)
+    )
+    with pytest.raises(UserError, match="may hold the checkpoints of a different run"):
+        claim_place(theirs)
+
+
+def test_a_copy_of_a_run_does_not_train_with_the_checkpoints_of_the_original(tmp_path: Path) -> None:
+    """`cp -a` copies the link. A run that was moved takes its link along, and is named at the place."""
+    (tmp_path / "disk").mkdir()
+    config = on_disk(tmp_path, str(tmp_path / "disk"))
+    folder, other = RunFolder.of(config), RunFolder(tmp_path / "runs" / "other")
+    assert on_ranks(train_rank, 1, config) == [ExitStatus.DONE]
+    shutil.copytree(folder.path, other.path, symlinks=True)
+    copied = on_disk(tmp_path, str(tmp_path / "disk"), name="other", max_steps=9)
+    for asked in ({}, {"from_scratch": True}, {"return_to": 3}):
+        with pytest.raises(UserError, match=f"these are the checkpoints of {folder.path}") as caught:
+            read_and_check(Job(config=copied, **asked))
+        assert caught.value.status == ExitStatus.NEEDS_PERSON
+    shutil.rmtree(folder.path)  # from here on it was moved
+    assert on_ranks(train_rank, 1, copied) == [ExitStatus.DONE]
+    assert (tmp_path / "disk" / "tiny" / ".run").samefile(other.path)
+
+
+@pytest.mark.parametrize("relinked", [True, False])
+def test_a_restart_puts_checkpoints_where_the_others_are_or_leaves_all_as_it_was(
+    relinked: bool, tmp_path: Path
+) -> None:
+    """The disk was mounted elsewhere, and the link was changed, as the message about it says."""
+    (tmp_path / "disk").mkdir()
+    config = on_disk(tmp_path, str(tmp_path / "disk"))
+    folder = RunFolder.of(config)
+    assert on_ranks(train_rank, 1, config) == [ExitStatus.DONE]
+    (tmp_path / "disk").rename(tmp_path / "disk2")
+    before = [folder.exit_file.read_bytes(), folder.ledger_file.read_bytes()]
+    if not relinked:
+        with pytest.raises(UserError, match="which is not there"):
+            read_and_check(Job(config=config, from_scratch=True))
+        assert [folder.exit_file.read_bytes(), folder.ledger_file.read_bytes()] == before
+        return
+    folder.checkpoints.unlink()
+    folder.checkpoints.symlink_to(tmp_path / "disk2" / "tiny")
+    assert on_ranks(from_scratch, 1, config) == [ExitStatus.DONE]
+    assert folder.checkpoints.resolve() == tmp_path / "disk2" / "tiny.1"
+    assert steps_of(folder.checkpoints) == [3, 6]
 
 
 def test_a_place_that_is_taken_is_refused_before_anything_is_prepared(tmp_path: Path) -> None:
@@ -103,16 +157,16 @@ def test_a_relative_disk_can_be_moved_with_the_run_and_a_cut_off_link_is_made_ag
     folder.make()
     (project / "disk").mkdir()
     folder.checkpoints.mkdir()
-    place_checkpoints(config)
+    link_place(config, claim_place(config))
     folder.checkpoints.unlink()
     folder.checkpoints.symlink_to("elsewhere")
     for _ in range(2):  # killed after the link, before run.toml
-        place_checkpoints(config)
+        link_place(config, claim_place(config))
         folder.check_free()
     assert find_place(config) == Path("disk/tiny")
     assert os.readlink(folder.checkpoints) == "../../disk/tiny"
     shutil.move(project, tmp_path / "moved")
-    check_mounted(tmp_path / "moved" / "runs" / "tiny" / "checkpoints")
+    check_place(RunFolder(tmp_path / "moved" / "runs" / "tiny"))
 
 
 def test_it_cannot_change_when_a_run_resumes(tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from commands import minka, written
-from minka.launch.supervisor import Job
+from minka.launch.supervisor import Ending, Job, complete_exit_reason
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
 from minka.plan.run_folder import EXPORT_MARKER, RunFolder
+from minka.train.command import main
 from minka.train.worker import work
 from ranks import on_ranks
 from tiny import tiny, train_rank
@@ -103,6 +104,20 @@ def test_the_command_says_that_it_completes_an_export_and_the_next_one_only_that
     assert again.returncode == 0
     assert "writing it" not in again.stdout
     assert "is finished. Its export:" in again.stdout
+
+
+def test_a_start_that_is_refused_leaves_a_finished_run_finished(
+    finished: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or its recipe, which may be longer than the run was, would lengthen it at the next start."""
+    folder = RunFolder.of(finished)
+    before = folder.exit_file.read_bytes()
+    folder.stop_file.touch()
+    assert main([str(folder.path), "--from-scratch", "--ranks", "1"]) == ExitStatus.NEEDS_PERSON
+    assert "STOP" in capsys.readouterr().err
+    folder.stop_file.unlink()
+    complete_exit_reason(folder, Ending(int(ExitStatus.FAILED), "failed before training began", 0), None)
+    assert folder.exit_file.read_bytes() == before
 
 
 def test_a_first_start_does_not_write_into_the_folder_of_one_that_trains(tmp_path: Path) -> None:

@@ -11,11 +11,14 @@ from families import crash, fork, ledger, said, samples, stable_phase, steps, tr
 from minka.checkpoint.catalogue import checkpoints
 from minka.checkpoint.manifest import read_header
 from minka.checkpoint.restore import whole_tensors
+from minka.launch.supervisor import Job
 from minka.plan.config import RunConfig
+from minka.plan.errors import UserError
 from minka.plan.load_config import load_run
 from minka.plan.run_folder import RunFolder
 from minka.train import restore_or_init
 from minka.train.command import main
+from minka.train.start_or_resume import read_and_check
 from ranks import on_ranks
 from tiny import corpus, train_rank
 
@@ -61,6 +64,21 @@ def test_weights_alone_begin_a_run_at_step_0_and_a_hugging_face_folder_is_the_sa
     (parent,) = RunFolder.of(by_hub).lineage()
     assert (parent["run"], parent["folder"], parent["step"]) == ("", str(base.export.resolve()), 0)
     assert len(parent["sha256"]) == 64
+
+
+def test_a_restart_from_a_hugging_face_folder_whose_weights_have_changed_is_refused(
+    base: RunFolder, tmp_path: Path
+) -> None:
+    shutil.copytree(base.export, tmp_path / "hub")
+    whole, crashed = (fork(base, name, str(tmp_path / "hub"), "run.max_steps=6") for name in ("whole", "crashed"))
+    trained(whole)
+    crash(crashed, 3)  # before its first checkpoint
+    assert read_and_check(Job(config=whole, from_scratch=True)).from_scratch
+    (weights,) = (tmp_path / "hub").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    for job in (Job(config=whole, from_scratch=True), Job(config=crashed), Job(config=crashed, from_scratch=True)):
+        with pytest.raises(UserError, match="have changed since it was created"):
+            read_and_check(job)
 
 
 def test_another_sequence_length_goes_on_with_the_counters_and_a_new_order(base: RunFolder) -> None:

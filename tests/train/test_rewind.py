@@ -17,6 +17,8 @@ from minka.plan.guard import judge
 from minka.plan.retention import Kept, expendable, way_back
 from minka.plan.run_folder import RunFolder
 from minka.train.command import main
+from minka.train.rewind import return_to
+from minka.train.start_or_resume import position_of
 from minka.train.worker import work
 from ranks import on_ranks
 
@@ -88,14 +90,29 @@ def test_a_damaged_step_is_refused_and_nothing_is_moved(base: RunFolder, capsys:
     assert newest_first(folder.checkpoints) == [20, 15, 10, 5]
 
 
-@pytest.mark.parametrize("launched", [{"TORCHELASTIC_RESTART_COUNT": "1"}, {"SLURM_RESTART_COUNT": "2"}])
-def test_a_requeued_start_does_not_go_back_again(
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "0"}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "0"}
+
+
+@pytest.mark.parametrize("launched", [SLURM, TORCHRUN], ids=["slurm", "torchrun"])
+def test_a_repeated_start_goes_back_unless_its_job_has_done_so(
     launched: dict[str, str], base: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A job can be repeated before its first start came so far: preempted while it prepared data, say."""
+    folder = RunFolder.of(copy(base, f"repeated-{min(launched)}"))
     for name, value in launched.items():
-        monkeypatch.setenv(name, value)
-    assert main([f"{base.path}@10", "run.max_steps=25", "--dry-run"]) == 0
-    assert "resumes from step 20" in capsys.readouterr().out
+        monkeypatch.setenv(name, "1" if value == "0" else value)
+    command = [f"{folder.path}@10", "run.max_steps=25", "--dry-run"]
+    assert main(command) == 0
+    assert "goes back to step 10" in capsys.readouterr().out
+    return_to(folder, position_of(folder, 15))
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert "resumes from step 15" in said.out
+    assert "this job has gone back once already" in said.err
+    monkeypatch.setenv(*("SLURM_JOB_ID", "8") if launched is SLURM else ("TORCHELASTIC_RUN_ID", "y"))
+    assert main(command) == 0
+    assert "goes back to step 10" in capsys.readouterr().out
 
 
 def test_an_interrupted_return_is_finished_by_the_same_command(base: RunFolder) -> None:
