@@ -46,7 +46,9 @@ def find_checkpoint(folder: Path, step: str = "") -> Path:
 def run_and_step(given: str) -> tuple[str, str]:
     """RUN or RUN@STEP as (run, step or ""); the path of a run's run.toml means the run."""
     path = Path(given)
-    name, _, step = path.name.partition("@")
+    name, at, step = path.name.partition("@")
+    if at and not step:
+        raise UserError("no step follows the @", where=given, remedy=f"{given}STEP, or {given[:-1]} for the newest")
     return str(path.parent if name == "run.toml" else path.parent / name), step
 
 

@@ -105,6 +105,8 @@ def check_store(store: TokenStore, config: RunConfig) -> None:
     """Raise UserError unless the store has the tokens that the run describes."""
     manifest, where = store.manifest, str(store.folder)
     remedy = "set data.store to a different store, or leave it empty and the right one is prepared"
+    if RunFolder.of(config).exists():
+        remedy = f"to prepare it for a new run, name that (run.name=NEW): this is the store of run {config.run.name}"
     name, vocab = manifest.tokenizer.name, config.model.vocab
     if name != config.data.tokenizer:
         what = f"the store was made with tokenizer {name!r}, the run uses {config.data.tokenizer!r}"

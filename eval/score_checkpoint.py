@@ -1,7 +1,6 @@
 """Score a checkpoint on disk in one process. The result is written where the run itself would write it."""
 
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from minka.eval.result_file import write_result
 from minka.launch.environment import check_one_process, threads_per_rank, usable_cpus
 from minka.parallel.fsdp_engine import build_scorer
 from minka.parallel.mesh import start_mesh
-from minka.plan.atomic import writing
+from minka.plan.atomic import check_writable, writing
 from minka.plan.config_sections import EvalSection
 from minka.plan.errors import UserError
 from minka.plan.layout import Layout
@@ -33,6 +32,9 @@ def score_checkpoint(
 ) -> Any:
     """Score RUN or RUN@STEP, write the result to the run's evals/, or to `output`, and return it. Raises UserError."""
     check_one_process(os.environ, "an evaluation")
+    if output and not output.parent.is_dir():
+        what = f"there is no folder {output.parent}"
+        raise UserError(what, where=f"--output {output}", remedy="make it, or name a file elsewhere")
     if output and output.suffix != ".json":
         what = "the result is a JSON document, and this is not the name of a .json file"
         raise UserError(what, where=f"--output {output}", remedy="for example --output scores.json")
@@ -57,7 +59,7 @@ def score_checkpoint(
     with writing(place, remedy):  # fail before the work, which may take hours
         if not output:
             place.mkdir(exist_ok=True)
-        tempfile.TemporaryFile(dir=place).close()
+        check_writable(place)
     layout = Layout(micro_batch=config.layout.micro_batch, precision=config.layout.precision)
     torch.set_num_threads(threads_per_rank(os.environ, 1, usable_cpus()))
     with start_mesh(layout) as mesh:

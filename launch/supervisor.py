@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from shlex import quote
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel
@@ -187,7 +188,8 @@ def supervise(job: Job) -> Ending:
             ending = ending._replace(status=int(ExitStatus.STOPPED), reason=ExitStatus.STOPPED.reason)
             write_exit_reason(folder, ending.status, ending.reason, ending.step, requeue=True)
         last = f"step {ending.step:,} is saved" if saved else "unsaved"
-        print(f"stopped at once, {last}; `minka train {folder.path}` resumes from the last save", file=sys.stderr)
+        command = f"minka train {quote(str(folder.path))}"
+        print(f"stopped at once, {last}; `{command}` resumes from the last save", file=sys.stderr)
     if folder.exists():
         complete_exit_reason(folder, ending, by_ranks)
     return ending._replace(rank_failed=ending.rank_failed and by_ranks is None)

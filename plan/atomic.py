@@ -7,6 +7,7 @@ import re
 import secrets
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -46,6 +47,14 @@ def writing(path: Path, remedy: str = REMEDY) -> Iterator[None]:
     except OSError as error:
         named = Path(error.filename or path)
         raise _cannot_write(path if named.name.startswith(f".{path.name}.") else named, error, remedy) from error
+
+
+def check_writable(folder: Path) -> None:
+    """Raise an OSError with the name of `folder` where no file can be made in it."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(folder)) from None
 
 
 @dataclass

@@ -122,8 +122,8 @@ class DataSection(Section):
         ends = [stage.until_tokens for stage in self.batch_warmup]
         if ends != sorted(set(ends)):
             raise ValueError("batch_warmup must be in rising order of until_tokens")
-        if self.source in ("text", "jsonl", "parquet") and not self.paths:
-            raise ValueError(f'source="{self.source}" needs paths = ["..."]')
+        if self.source in ("text", "jsonl", "parquet") and not (self.paths and all(map(str.strip, self.paths))):
+            raise ValueError(f'source="{self.source}" needs paths = ["..."], none of them empty')
         if self.source != "text" and (self.split_on or self.chunk_bytes):
             raise ValueError('split_on and chunk_bytes are for source="text"; a row is a document already')
         if 0 < self.chunk_bytes < 64:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from shlex import quote
 from typing import Literal, NamedTuple
 
 from minka.plan.config import RunConfig
@@ -88,7 +89,7 @@ class Decision(NamedTuple):
     @property
     def ignored(self) -> list[str]:
         """Changes without an effect on a run that is over."""
-        return [key for key in self.changed if key not in LENGTH]
+        return [key for key in self.changed if key not in (*LENGTH, "run.folder")]  # which differs in a moved run
 
 
 def decide(
@@ -106,7 +107,7 @@ def decide(
     """
     if state.unreadable_start and not from_scratch:
         why = "changes are checked against the configuration in it; a newer version of minka may have written it"
-        again = f"restart at step 0 (minka train {where} --from-scratch)"
+        again = f"restart at step 0 (minka train {quote(where)} --from-scratch)"
         remedy = f"resume with the version that wrote it, repair the line, or {again}"
         raise UserError(state.unreadable_start, why=why, remedy=remedy)
     changed = changes(state.config, config) if state.config else {}
@@ -120,7 +121,7 @@ def decide(
         return Decision(True, changed, tuple(ends) if longer else ())
     if state.last_save is not None and not state.checkpoints:
         what = "this run has saved checkpoints, and all of them are gone: it would begin again at step 0"
-        remedy = f"put them back, or restart on purpose: `minka train {where} --from-scratch`"
+        remedy = f"put them back, or restart on purpose: `minka train {quote(where)} --from-scratch`"
         raise UserError(what, where=f"{where}/checkpoints", remedy=remedy, status=ExitStatus.NEEDS_PERSON)
     at = state.position
     if at is None:  # where no checkpoint can be read, the restore says why
@@ -145,7 +146,7 @@ def check_resume(changed: Changes, config: RunConfig, where: str, *, edited: Seq
         new = f"begin a new run from new weights ({no_parent}run.name=NEW)"
     else:
         new = f"start a new run from this one (run.name=NEW run.start_from={name})"
-    old = f"resume the old one unchanged (minka train {where})"
+    old = f"resume the old one unchanged (minka train {quote(where)})"
     typed = [key for key in edited if rule_of(key).resume == "refused"]
     if typed:
         old = f"resume the old one: set {', '.join(typed)} back in {where}/run.toml, which was edited since its start"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 from minka.plan.atomic import delete_leftovers, write_json, write_text, writing
@@ -283,6 +284,7 @@ def store_of(folder: RunFolder) -> StorePlace:
         was = Path(parse_json(folder.provenance_file.read_bytes())["data"]["store"])
     named = folder.config().data.store
     store = folder.find_store(Path(named).expanduser() if named else Path(was.parent.name, was.name))
+    remedy += f", or a link to a store that was moved alone: ln -s ITS_FOLDER {quote(str(store))}"
     with reading(store / MANIFEST, "", *MALFORMED, remedy=remedy):
         eod = int(parse_json((store / MANIFEST).read_bytes())["eod"])
         folder.check_data(store, sha256_of(store / MANIFEST))

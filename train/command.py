@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -214,7 +215,7 @@ def _start(loaded: "LoadedRun", job: "Job", ranks: int | None) -> int:
     if ending.rank_failed:
         step = saved_step(folder)
         next_start = "begins again: nothing was saved" if step is None else f"resumes from step {step:,}"
-        said = f"training has ended, because a rank failed. `minka train {folder.path}` {next_start}"
+        said = f"training has ended, because a rank failed. `minka train {quote(str(folder.path))}` {next_start}"
         print(f"minka: {said}.", file=sys.stderr)
     return ending.status
 

@@ -1,6 +1,7 @@
 """The summary at the end of a run: a table, or one JSON document."""
 
 import math
+from shlex import quote
 
 from minka.checkpoint.commit import step_name
 from minka.eval.bits_per_byte import compressed_bits_per_byte
@@ -70,5 +71,5 @@ def summarise(record: Recorder, end: TrainingEnd, export: str | None, *, as_json
     if export is not None:
         rows.append(("for transformers", export))
     if status in (ExitStatus.FAILED, ExitStatus.STOPPED):
-        rows.append(("to resume", f"minka train {folder.path}"))
+        rows.append(("to resume", f"minka train {quote(str(folder.path))}"))
     record.console.table(rows)

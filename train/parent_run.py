@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 from minka.checkpoint.catalogue import find_checkpoint, run_and_step
@@ -95,7 +96,8 @@ def find_parent(config: RunConfig) -> Parent | None:
         what = f"{config.run.start_from!r} is neither a run nor a Hugging Face folder"
         raise UserError(what, where="run.start_from", why=error.why) from None
     if found.path.resolve() == ours.path.resolve():
-        remedy = f"give the new run a name (run.name=NEW), or leave it out to resume (minka train {found.path})"
+        old = f"minka train {quote(str(found.path))}"
+        remedy = f"give the new run a name (run.name=NEW), or leave it out to resume ({old})"
         raise UserError("a run cannot start from itself", where="run.start_from", remedy=remedy)
     return _checkpoint(found, find_checkpoint(found.checkpoints, step))
 

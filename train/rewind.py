@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from itertools import count, islice
 from pathlib import Path
+from shlex import quote
 
 from minka.checkpoint.catalogue import newest_first, whole_newest_first
 from minka.checkpoint.commit import set_aside, step_name
@@ -30,11 +31,11 @@ def go_back_from(folder: RunFolder, refused: int) -> str:
         whole.extend(islice(whole_newest_first(folder.checkpoints), 2))
     back = way_back(whole, refused)
     if back.step is None:
-        return f"nothing was saved: `minka train {folder.path}` begins again; {CURE}"
-    command = f"`minka train {folder.path}@{back.step}` goes back to step {back.step}; {CURE}"
+        return f"nothing was saved: `minka train {quote(str(folder.path))}` begins again; {CURE}"
+    command = f"`minka train {quote(f'{folder.path}@{back.step}')}` goes back to step {back.step}; {CURE}"
     if back.set_aside is None:
         only = back.step == refused
-        scratch = f"`minka train {folder.path} --from-scratch` begins again"
+        scratch = f"`minka train {quote(str(folder.path))} --from-scratch` begins again"
         note = f"the only whole checkpoint is of the step whose weights were refused ({refused})"
         return f"{note}; {scratch}, and {command}" if only else command
     path = folder.checkpoints / step_name(back.set_aside)

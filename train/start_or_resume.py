@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from functools import partial
+from shlex import quote
 from typing import NamedTuple
 
 from minka.checkpoint.catalogue import find_checkpoint, steps_of, whole_newest_first
@@ -173,7 +174,8 @@ def print_finished(folder: RunFolder, decision: Decision, *, as_json: bool) -> N
     if decision.longer:
         lengths = {key: decision.changed[key][0] for key in LENGTH if key in decision.changed}
         ended, longer = next(f"{key}={value}" for key, value in lengths.items() if value), " ".join(decision.longer)
-        print(f"It ended at {ended}; to make it as long as the file says: `minka train {folder.path} {longer}`")
+        command = f"minka train {quote(str(folder.path))} {longer}"
+        print(f"It ended at {ended}; to make it as long as the file says: `{command}`")
     if decision.ignored:
         print(f"Without more steps, {', '.join(decision.ignored)} changes nothing in it.")
 

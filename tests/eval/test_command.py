@@ -160,7 +160,16 @@ def test_a_file_that_cannot_be_the_result_is_refused_before_the_work(
     output: str, run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(run.path), "--output", str(tmp_path / output)]) == ExitStatus.REFUSED
-    assert "--output" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "--output" in errors
+    assert "MiB" not in errors  # no disk is full
+
+
+def test_the_newest_checkpoint_is_not_what_an_empty_step_names(
+    run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([f"{run.path}@"]) == ExitStatus.REFUSED
+    assert "no step follows the @" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not shutil.which("setpriv") or os.getuid() != 0, reason="only root can give a file to another")

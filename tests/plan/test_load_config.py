@@ -36,6 +36,7 @@ BAD: list[tuple[dict[str, dict[str, Any]], list[str]]] = [  # what is given, wha
         ["batch_warmup must be in rising order"],
     ),
     ({"data": {"source": "parquet"}}, ['source="parquet" needs paths']),
+    ({"data": {"source": "text", "paths": ["a", " "]}}, ["none of them empty"]),  # $CORPUS was not set
     ({"data": {"source": "datasets"}}, ['source="datasets" needs dataset']),
     ({"data": {"source": "pdf"}}, ["data.source='pdf'", "'stdlib', 'text', 'jsonl', 'parquet' or 'datasets'"]),
     ({"data": {"validation_fraction": 1.0}}, ["data.validation_fraction=1.0", "less than 1"]),

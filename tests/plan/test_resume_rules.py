@@ -239,10 +239,13 @@ def test_a_finished_run_is_over_until_a_length_goes_beyond_its_position() -> Non
     assert decide(finished, config, "here").over
     ignored = decide(finished, run("run.max_steps=50", "optimizer.beta1=0.8"), "here")
     assert (ignored.over, ignored.ignored) == (True, ["optimizer.beta1"])
+    assert decide(finished, run("run.max_steps=50", "run.folder=/elsewhere"), "here").ignored == []
+    with pytest.raises(UserError, match="minka train 'moved there/x'"):
+        decide(finished, run("run.max_steps=50", "run.seed=8"), "moved there/x")
     assert not decide(finished, run("run.max_steps=51"), "here").over
     assert not decide(state(config), config, "here").over  # it has yet to be exported
-    lost = state(config, finished=True, position=None)
-    assert not decide(lost, run("run.max_steps=51"), "here").over  # the restore says why no checkpoint can be read
+    lost = state(config, finished=True, position=None)  # the restore says why no checkpoint can be read
+    assert not decide(lost, run("run.max_steps=51"), "here").over
 
 
 def test_a_finished_run_becomes_longer_only_by_a_length_that_was_given() -> None:
@@ -293,6 +296,5 @@ def walk(config: RunConfig, steps: int) -> tuple[int, int]:
 
 def remedied(error: UserError) -> str:
     """The override that a message offers, as a user would copy it."""
-    override = error.remedy.split("'")[1]
-    tomllib.loads(override.removeprefix("data."))
+    tomllib.loads((override := error.remedy.split("'")[1]).removeprefix("data."))
     return override

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from killed import forked
-from minka.plan.atomic import write_text, writing
+from minka.plan.atomic import check_writable, write_text, writing
 from minka.plan.errors import UserError
 from minka.plan.load_config import load_run
 from minka.plan.run_folder import RunFolder, find_run, store_of
@@ -220,3 +220,6 @@ def test_errors_of_writing_say_where_and_how_much_is_free(tmp_path: Path) -> Non
     with pytest.raises(UserError) as caught, writing(Path("/proc/ours")):  # where nobody can make a file
         write_text(Path("/proc/ours"), "")
     assert caught.value.where == "/proc/ours"  # and not the temporary file's name
+    with pytest.raises(UserError) as caught, writing(Path("/proc")):
+        check_writable(Path("/proc"))
+    assert caught.value.where == "/proc"
