@@ -16,7 +16,7 @@ import torch
 
 from minka.checkpoint.async_saver import AsyncSaver
 from minka.checkpoint.catalogue import Catalogue
-from minka.checkpoint.commit import HIDDEN, step_name, steps_among
+from minka.checkpoint.commit import HIDDEN, step_name
 from minka.checkpoint.filesystem import FileSystem
 from minka.checkpoint.manifest import NAME
 from minka.checkpoint.restore import restore, restore_from
@@ -26,7 +26,7 @@ from ranks import FORKS
 from saved import ALONE
 
 KILLS, KEEP, EVERY = 60, 2, 7  # multiples of EVERY stay for ever
-NAP = 0.15
+LIMIT = 300.0  # seconds, against hangs alone
 MOMENTS = (
     "staging",
     "writing",
@@ -34,7 +34,7 @@ MOMENTS = (
     "after the manifest, before the rename",
     "between the renames of a replacement",
     "after the rename, the replaced one still there",
-    "after the rename, before pruning",
+    "after the rename, before it is reported",
     "pruning, its name taken",
     "pruning, deleting",
 )
@@ -47,10 +47,10 @@ def numbers(version: float) -> dict[str, Piece]:
 
 
 class NappingFileSystem(FileSystem):
-    """The real disk, with a nap at one moment, which makes a rare one common."""
+    """The real disk, where one moment lasts until the kill, which makes a rare one certain."""
 
-    def __init__(self, moment: str) -> None:
-        self.moment = moment
+    def __init__(self, moment: str, naps: Connection) -> None:
+        self.moment, self._naps = moment, naps
 
     def mkdir(self, folder: Path) -> None:
         self._nap("staging")
@@ -67,11 +67,11 @@ class NappingFileSystem(FileSystem):
             self._nap(MOMENTS[4] if replacing else MOMENTS[3])
         elif old.name.endswith(".replaced"):
             self._nap("after the rename, the replaced one still there")
-        elif new.name.endswith(".leaving"):
-            self._nap("after the rename, before pruning")
         elif old.name.endswith(".leaving"):
             self._nap("pruning, its name taken")
         super().rename(old, new)
+        if ".saving-" in old.name and not replacing:
+            self._nap("after the rename, before it is reported")
 
     def rmtree(self, folder: Path) -> None:
         if folder.name.endswith(".deleting") and folder.exists():
@@ -90,16 +90,17 @@ class NappingFileSystem(FileSystem):
 
     def _nap(self, moment: str) -> None:
         if self.moment == moment:
-            time.sleep(NAP)
+            self._naps.send(moment)
+            time.sleep(LIMIT)
 
 
-def write_for_ever(pipe: Connection, folder: str, first: int, moment: str) -> None:
+def write_for_ever(pipe: Connection, naps: Connection, folder: str, first: int, moment: str) -> None:
     """Restore, then save in a loop, every third step twice, saying when a save begins and when it is committed."""
     torch.set_num_threads(1)
     read = numbers(-1)
     state = restore(Path(folder), read, ALONE, lambda path, reason: os._exit(3))
     step = state["step"] if state else 0
-    saver = AsyncSaver(Path(folder), ALONE, KEEP, fs=NappingFileSystem(moment))
+    saver = AsyncSaver(Path(folder), ALONE, KEEP, fs=NappingFileSystem(moment, naps))
     for version in itertools.count(first):
         step += version % 3 != 0 or step == 0
         tensors = numbers(version)
@@ -115,13 +116,16 @@ def write_for_ever(pipe: Connection, folder: str, first: int, moment: str) -> No
 
 
 def killed_writer(folder: Path, first: int, moment: str, dice: random.Random) -> list[Any]:
-    """All that a writer said before it was killed."""
-    ours, theirs = FORKS.Pipe(duplex=False)
-    process = FORKS.Process(target=write_for_ever, args=(theirs, str(folder), first, moment), daemon=True)
+    """All that a writer said before it was killed: at `moment`, or at any time where that is empty."""
+    (ours, theirs), (napping, naps) = FORKS.Pipe(duplex=False), FORKS.Pipe(duplex=False)
+    process = FORKS.Process(target=write_for_ever, args=(theirs, naps, str(folder), first, moment), daemon=True)
     process.start()
     theirs.close()
+    naps.close()
     said = [ours.recv()]
-    until = time.monotonic() + dice.uniform(0.0, 0.9)
+    if moment:
+        assert napping.poll(LIMIT), f"never came to: {moment}"
+    until = time.monotonic() + (0.0 if moment else dice.uniform(0.0, 0.9))
     while time.monotonic() < until:
         if ours.poll(max(0.0, until - time.monotonic())):
             said.append(ours.recv())
@@ -153,17 +157,13 @@ def moment_of(folder: Path, version: int) -> str:
     newest = max(Catalogue(folder).all(), key=lambda kept: kept.number, default=None)
     if newest is None or f'"version": {version}' not in (folder / step_name(newest.step) / NAME).read_text():
         return "staging"
-    return "after the rename, before pruning" if len(passing(folder)) > KEEP else "between two saves"
+    return "after the rename, before it is reported"
 
 
 def _full(folder: Path) -> bool:
     """Whether the shard being written has all its bytes: then only its note, gone already, can have been last."""
     shards = {file.stat().st_size for file in folder.glob(".*.saving-*/*.safetensors")}
     return shards <= {file.stat().st_size for file in folder.glob("step-*/*.safetensors")}
-
-
-def passing(folder: Path) -> list[int]:
-    return [step for step in steps_among(os.listdir(folder)) if step % EVERY]
 
 
 def assert_whole(read: dict[str, Piece], state: dict[str, Any]) -> None:
