@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "folder": folder,
     "dangle": dangle,
     "other": lambda file: file.write_bytes(b"\xff\xfe[{"),
+    "unreadable": lambda file: file.chmod(0),  # as one of another owner; root reads it all the same
 }
 FILES = [
     "run.toml",
@@ -169,6 +172,18 @@ def test_damage_is_named_or_harmless(
         named = Path(file).stem in said and (reader == "report" or made in (2, 86))  # a page says it, and is made
         assert made == right[reader] or named, f"{reader}: {made}, {said}"
         assert "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("setpriv") or os.getuid() != 0, reason="only root can give up a right")
+def test_files_of_another_owner_are_named_too(tmp_path: Path) -> None:
+    """The same without root's right to read everything."""
+    rights = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'tests'}"]
+    chosen = [__file__, "-k", "test_damage_is_named_or_harmless and unreadable"]
+    done = subprocess.run([*rights, *tests, *chosen], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert f"{len(FILES)} passed" in done.stdout
 
 
 @pytest.mark.parametrize("reader", ["export", "eval"])
