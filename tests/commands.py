@@ -1,10 +1,13 @@
 """minka's commands as a user types them, each in its own process."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 from minka.plan.config import RunConfig
 from minka.plan.ledger import read_ledger
@@ -19,6 +22,17 @@ def minka(*arguments: str) -> "subprocess.CompletedProcess[str]":
     """Run one command to its end."""
     command = [sys.executable, "-m", "minka", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+
+
+def as_another_user() -> list[str]:
+    """What is put before a command so that root has no right to files of others: an ordinary user may not reach this
+    Python. Skips the test where that does not work."""
+    rights = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    if os.getuid() or not shutil.which("setpriv"):
+        pytest.skip("only root can give up its rights")
+    if subprocess.run([*rights, sys.executable, "-c", "import torch"], capture_output=True, check=False).returncode:
+        pytest.skip("without root's rights this Python cannot be started here")
+    return rights
 
 
 def train(config: RunConfig, *overrides: str, ranks: int = 2) -> "subprocess.Popen[str]":
