@@ -27,10 +27,8 @@ def launcher(environment: Mapping[str, str]) -> str | None:
 
 
 def check_one_process(environment: Mapping[str, str], what: str) -> None:
-    """Raise UserError where torchrun's variables say that this is one process of several, or make no sense.
-
-    Several tasks of srun are let through: they may be given different work.
-    """
+    """Raise UserError where torchrun's variables say that this is one process of several, or make no sense."""
+    # Several tasks of srun may have been given different work.
     if launcher(environment) == "torchrun" and environment["WORLD_SIZE"].strip() != "1":
         remedy = "start it without torchrun, or unset RANK and WORLD_SIZE"
         raise UserError(f"{what} runs in one process, and this one is of several", where="WORLD_SIZE", remedy=remedy)

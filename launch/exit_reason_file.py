@@ -51,11 +51,16 @@ def _agent(environment: Mapping[str, str]) -> dict[str, str]:
     return {"agent": job_name(environment)} if "TORCHELASTIC_RESTART_COUNT" in environment else {}
 
 
-def write_exit_reason(folder: RunFolder, status: int, reason: str, step: int, *, requeue: bool = False) -> None:
-    """Write why the run ended. Where the disk refuses the file, say so on stderr."""
+def write_exit_reason(
+    folder: RunFolder, status: int, reason: str, step: int, *, requeue: bool = False, finished: bool = False
+) -> None:
+    """Write why the run ended. Where the disk refuses the file, say so on stderr.
+
+    `finished`: it had reached its end before this start, which has not trained it.
+    """
     try:
         ending = {"code": int(status), "reason": reason, "step": step, "requeue": requeue}
-        write_json(folder.exit_file, {**ending, **_agent(os.environ)})
+        write_json(folder.exit_file, {**ending, **({"finished": True} if finished else {}), **_agent(os.environ)})
     except OSError as error:
         print(f"minka: {folder.exit_file} could not be written: {error.strerror}", file=sys.stderr)
 
@@ -66,10 +71,9 @@ def refusals_recorded(folder: RunFolder, *, writes: bool = True) -> Iterator[Non
     try:
         yield
     except UserError as error:
-        # A run that was finished before stays so: what was asked of it has been refused.
-        if writes and error.status == ExitStatus.NEEDS_PERSON and folder.exists() and not folder.finished():
+        if writes and error.status == ExitStatus.NEEDS_PERSON and folder.exists():
             with suppress(UserError), folder.only_writer():
-                write_exit_reason(folder, error.status, error.what, _last_step(folder))
+                write_exit_reason(folder, error.status, error.what, _last_step(folder), finished=folder.finished())
         raise
 
 

@@ -199,11 +199,10 @@ def complete_exit_reason(folder: RunFolder, ending: Ending, by_ranks: ExitReason
     """Write the exit reason when the ranks could not. `by_ranks` is the one that they wrote in this session."""
     if ending.status in BY_THE_RANKS or (by_ranks and by_ranks.code != ExitStatus.DONE):
         return
-    if not by_ranks and folder.finished():  # before this start, which has not trained it
-        return
     # Of "done", the next start would take the run for finished, and not export it.
     reason = "trained to its end and saved; then the export failed" if by_ranks else ending.reason
-    write_exit_reason(folder, ending.status, reason, ending.step, requeue=ending.status == ExitStatus.HUNG)
+    hung, before = ending.status == ExitStatus.HUNG, not by_ranks and folder.finished()
+    write_exit_reason(folder, ending.status, reason, ending.step, requeue=hung, finished=before)
 
 
 def _watch(

@@ -244,7 +244,8 @@ class RunFolder:
     def finished(self) -> bool:
         """Whether the run has reached its end, according to its exit reason."""
         try:
-            return bool(parse_json(self.exit_file.read_bytes())["code"] == ExitStatus.DONE)
+            ending = parse_json(self.exit_file.read_bytes())
+            return bool(ending["code"] == ExitStatus.DONE or ending.get("finished") is True)
         except (OSError, ValueError, KeyError, TypeError):
             return False
 

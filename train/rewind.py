@@ -82,10 +82,7 @@ def restart(folder: RunFolder) -> Path | None:
 
 
 def repeated(folder: RunFolder, environment: Mapping[str, str]) -> bool:
-    """Whether a scheduler repeats a command that has gone back in this run already: it must not discard anything again.
-
-    A job may also be repeated before its first start came so far.
-    """
+    """Whether a scheduler repeats a job that has gone back in this run already, and must not discard anything again."""
     if not (requeued(environment) and folder.ledger_bytes()):
         return False
     job = job_name(environment)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from commands import minka, written
+from minka.launch.exit_reason_file import write_exit_reason
 from minka.launch.supervisor import Ending, Job, complete_exit_reason
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus
@@ -111,13 +112,16 @@ def test_a_start_that_is_refused_leaves_a_finished_run_finished(
 ) -> None:
     """Or its recipe, which may be longer than the run was, would lengthen it at the next start."""
     folder = RunFolder.of(finished)
-    before = folder.exit_file.read_bytes()
     folder.stop_file.touch()
     assert main([str(folder.path), "--from-scratch", "--ranks", "1"]) == ExitStatus.NEEDS_PERSON
     assert "STOP" in capsys.readouterr().err
     folder.stop_file.unlink()
+    ending = json.loads(folder.exit_file.read_text())
+    assert (ending["code"], folder.finished()) == (ExitStatus.NEEDS_PERSON, True)
     complete_exit_reason(folder, Ending(int(ExitStatus.FAILED), "failed before training began", 0), None)
-    assert folder.exit_file.read_bytes() == before
+    ending = json.loads(folder.exit_file.read_text())
+    assert (ending["code"], folder.finished()) == (ExitStatus.FAILED, True)
+    write_exit_reason(folder, ExitStatus.DONE, "done", 6)
 
 
 def test_a_first_start_does_not_write_into_the_folder_of_one_that_trains(tmp_path: Path) -> None:
