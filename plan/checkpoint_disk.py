@@ -4,6 +4,7 @@ import os
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
+from shlex import quote
 
 from minka.plan.atomic import sync, writing
 from minka.plan.config import RunConfig
@@ -101,13 +102,14 @@ def check_place(run: RunFolder) -> None:
     if not run.checkpoints.is_symlink() or not claim.is_symlink() or _names(claim, run):
         return
     owner = RunFolder(Path(os.readlink(claim)))
+    here, theirs = (quote(str(folder.checkpoints)) for folder in (run, owner))
     with suppress(OSError):  # it is gone: the run was moved
         if owner.exists() and owner.checkpoints.samefile(run.checkpoints):
             raise UserError(
                 f"these are the checkpoints of {owner.path}, which trains with them",
                 where=str(run.checkpoints),
                 why="this folder seems to be a copy of that run, and the link was copied",
-                remedy=f"copy them, too, in place of the link: cp -rL {owner.checkpoints} NEW, and move NEW here",
+                remedy=f"give it copies in place of the link: rm {here} && cp -r {theirs}/. {here}",
                 status=ExitStatus.NEEDS_PERSON,
             )
 

@@ -13,7 +13,7 @@ from corpora import data_section, run_config, texts, write_jsonl
 from minka.data import prepare as prepare_module
 from minka.data import validation_split
 from minka.data.document import content_hash
-from minka.data.prepare import open_or_prepare, prepare, store_folder
+from minka.data.prepare import check_store, open_or_prepare, prepare, store_folder
 from minka.data.read_documents import read_documents
 from minka.data.store_manifest import SPLITS
 from minka.data.token_store import TokenStore
@@ -22,6 +22,8 @@ from minka.data.validation_split import survey_corpus
 from minka.data.verify import verify
 from minka.plan.config_sections import DataSection
 from minka.plan.errors import UserError
+from minka.plan.run_folder import RunFolder
+from tiny import tiny
 
 
 def jsonl(path: Path, *given: str) -> list[str]:
@@ -66,6 +68,18 @@ def test_exact_duplicates_are_in_the_same_split(tmp_path: Path) -> None:
     )
     assert not set(both["train"]) & set(both["validation"])
     assert sorted(both["train"] + both["validation"]) == sorted(given)
+
+
+def test_different_data_for_a_run_that_exists_are_those_of_a_new_run(tmp_path: Path) -> None:
+    config = tiny(tmp_path)
+    store = open_or_prepare(config, tmp_path)
+    other = tiny(tmp_path, data={"validation_fraction": 0.3})
+    for exists in (False, True):
+        with pytest.raises(UserError, match="made with different settings") as caught:
+            check_store(store, other)
+        assert ("run.name=NEW" in caught.value.remedy) == exists
+        RunFolder.of(config).path.mkdir(parents=True, exist_ok=True)
+        RunFolder.of(config).config_file.touch()
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])

@@ -201,6 +201,10 @@ def test_a_store_of_the_same_name_in_a_different_project_is_not_the_runs(
     folder.provenance_file.write_text(json.dumps({"data": {"store": str(ours), "manifest_sha256": "0" * 64}}))
     with pytest.raises(UserError, match="not the token store that the run began with"):
         store_of(folder)  # no store is the recorded one
+    (theirs / "manifest.json").unlink()
+    (ours / "manifest.json").rename(tmp_path / "manifest.json")
+    with pytest.raises(UserError, match=r"ln -s ITS_FOLDER \S*stores/x"):
+        store_of(folder)
 
 
 def test_errors_of_writing_say_where_and_how_much_is_free(tmp_path: Path) -> None:

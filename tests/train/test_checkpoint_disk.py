@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from minka.plan.checkpoint_disk import check_place, claim_place, find_place, lin
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.run_folder import RunFolder
+from minka.train import worker
 from minka.train.start_or_resume import read_and_check
 from minka.train.worker import work
 from ranks import on_ranks
@@ -110,9 +112,39 @@ def test_a_copy_of_a_run_does_not_train_with_the_checkpoints_of_the_original(tmp
         with pytest.raises(UserError, match=f"these are the checkpoints of {folder.path}") as caught:
             read_and_check(Job(config=copied, **asked))
         assert caught.value.status == ExitStatus.NEEDS_PERSON
+    shutil.copytree(other.path, tmp_path / "runs" / "third", symlinks=True)
+    before = {file: file.read_bytes() for file in (tmp_path / "disk").rglob("*") if file.is_file()}
+    subprocess.run(caught.value.remedy.rpartition(": ")[2].replace("/other/", "/third/"), shell=True, check=True)
+    copied_whole = on_disk(tmp_path, str(tmp_path / "disk"), name="third", max_steps=9)
+    assert on_ranks(train_rank, 1, copied_whole) == [ExitStatus.DONE]
+    assert steps_of(RunFolder.of(copied_whole).checkpoints) == [6, 9]
+    assert {file: file.read_bytes() for file in (tmp_path / "disk").rglob("*") if file.is_file()} == before
     shutil.rmtree(folder.path)  # from here on it was moved
     assert on_ranks(train_rank, 1, copied) == [ExitStatus.DONE]
     assert (tmp_path / "disk" / "tiny" / ".run").samefile(other.path)
+
+
+def test_a_restart_for_which_there_is_no_place_leaves_all_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    config = on_disk(tmp_path, str(tmp_path / "disk"))
+    folder = RunFolder.of(config)
+    assert on_ranks(train_rank, 1, config) == [ExitStatus.DONE]
+    before = [folder.exit_file.read_bytes(), folder.ledger_file.read_bytes(), os.readlink(folder.checkpoints)]
+    assert on_ranks(from_scratch_without_place, 1, config) == ["the disk is full"]
+    assert before == [folder.exit_file.read_bytes(), folder.ledger_file.read_bytes(), os.readlink(folder.checkpoints)]
+
+
+def from_scratch_without_place(config: RunConfig) -> str:
+    """One rank of `--from-scratch`, which is refused once it holds the run's lock."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise UserError("the disk is full")
+
+    worker.claim_place = refused  # type: ignore[attr-defined]
+    try:
+        return str(from_scratch(config))
+    except UserError as error:
+        return error.what
 
 
 @pytest.mark.parametrize("relinked", [True, False])
