@@ -179,6 +179,7 @@ def test_the_namespace_is_one_relative_link(root: Path) -> None:
     assert [entry.name for entry in link.parent.iterdir()] == ["minka"]
 
 
+@pytest.mark.slow
 def test_the_thirds_run_every_slow_test_once_and_every_fast_test_always(root: Path, tmp_path: Path) -> None:
     for name in ("conftest.py", "house.py"):
         shutil.copy(root / "tests" / name, tmp_path)

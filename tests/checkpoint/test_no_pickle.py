@@ -127,6 +127,7 @@ def replay_without_pickle(run: Path, step: int) -> str:
     return f"{result['verdict']} from {Path(result['from']).name}"
 
 
+@pytest.mark.slow
 def test_no_path_of_a_run_calls_pickle(tmp_path: Path) -> None:
     """Trained, gone on with, forked from checkpoints and from the export, scored and replayed, by one rank or two."""
     saves = {"every_steps": 2, "keep": 9, "export": True}

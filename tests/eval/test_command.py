@@ -172,6 +172,7 @@ def test_the_newest_checkpoint_is_not_what_an_empty_step_names(
     assert "no step follows the @" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_of_somebody_else_is_scored_and_exported_without_writing_into_it(tmp_path: Path) -> None:
     rights, run, own = as_another_user(), saved_run(tmp_path, 3), tmp_path / "own"
     own.mkdir()

@@ -140,7 +140,8 @@ def test_signals_while_a_stopped_run_ends_do_not_undo_the_stop(tmp_path: Path) -
     assert json.loads(RunFolder.of(config).exit_file.read_text())["requeue"] is True
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])  # the second asks a rank for its stacks only
+# USR2 is the fast one: sent to a rank alone, it asks for its stacks only.
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR2])
 def test_a_signal_to_every_process_saves_too(number: signal.Signals, tmp_path: Path) -> None:
     config = tiny(tmp_path, run={"max_steps": 100_000})
     process = train(config)
@@ -153,6 +154,7 @@ def test_a_signal_to_every_process_saves_too(number: signal.Signals, tmp_path: P
     assert len(checkpoints(RunFolder.of(config).checkpoints)) == 1
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_a_changed_one_is_refused(tmp_path: Path) -> None:
     config = tiny(tmp_path)
     assert ended(config)[0] == ExitStatus.DONE

@@ -209,6 +209,7 @@ def test_it_fits_its_window_and_follows_the_colour_scheme(
         assert seen.complaints == []
 
 
+@pytest.mark.slow
 def test_a_watched_page_reloads_and_keeps_its_place(tmp_path: Path, chromium: Browser) -> None:
     folder = run_of(tmp_path, "a", [start(), *steps(1, 5)])
     now = 1_700_000_020.0

@@ -88,6 +88,7 @@ def test_a_disk_that_is_full_when_the_run_is_created(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_the_end_is_told_of_by_what_is_not_saved(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -119,6 +120,7 @@ def test_a_run_folder_below_a_file(tmp_path: Path) -> None:
     assert "cannot be written" in refused(tiny(tmp_path, run={"folder": str(tmp_path / "corpus" / "000.txt" / "runs")}))
 
 
+@pytest.mark.slow
 def test_a_token_beyond_the_vocabulary(tmp_path: Path) -> None:
     config = tiny(tmp_path, model={"vocab": 300}, data={"tokenizer": "bpe"})
     assert minka("data", "prepare", str(written(config))).returncode == 0
@@ -163,6 +165,7 @@ def test_a_store_made_again_from_other_text(tmp_path: Path) -> None:
     assert "not the token store that the run began with" in refused(config, "--ranks", "1")
 
 
+@pytest.mark.slow
 def test_a_stop_file_that_was_left_there(tmp_path: Path) -> None:
     config = tiny(tmp_path, run={"max_steps": 2}, schedule={"warmup": 0})
     assert minka("train", str(written(config)), "--ranks", "1").returncode == 0

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from commands import minka, written
 from minka.plan.errors import ExitStatus
 from tiny import tiny
@@ -24,6 +26,7 @@ def test_a_sound_recipe_passes_every_check(tmp_path: Path) -> None:
     assert len(checks) == 6
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_diverges_fails_its_check(tmp_path: Path) -> None:
     done = minka("doctor", str(written(tiny(tmp_path, optimizer={"learning_rate": 3.0}))))
     assert done.returncode == ExitStatus.FAILED

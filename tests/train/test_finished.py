@@ -87,6 +87,7 @@ def train_unasked(config: RunConfig) -> int:
     return work(Job(config=config, threads=1, given=()))
 
 
+@pytest.mark.slow
 def test_the_command_says_that_it_completes_an_export_and_the_next_one_only_that_the_run_is_over(
     finished: RunConfig,
 ) -> None:

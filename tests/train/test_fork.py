@@ -133,6 +133,7 @@ def test_lineage_is_in_the_folder_the_ledger_the_checkpoints_and_goes_back_to_th
     assert read_header(checkpoints(folder.checkpoints)[-1]).state["lineage"] == parents
 
 
+@pytest.mark.slow
 def test_the_command_that_made_a_fork_goes_on_with_it_when_the_parent_is_gone(base: RunFolder, tmp_path: Path) -> None:
     shutil.copytree(base.path, tmp_path / "runs" / "parent")
     given = [f"run.folder={tmp_path / 'runs'}", "run.name=heir", "run.start_from=parent@10", "run.start_with=all"]

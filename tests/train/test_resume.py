@@ -199,6 +199,7 @@ def test_a_schedule_that_drifted_under_a_run_stops_it_for_a_person(base: RunFold
     assert_needs_person(RunFolder.of(config), "learning rate of step 16 would be 0.0015", step=15)
 
 
+@pytest.mark.slow
 def test_a_finished_run_without_a_whole_checkpoint_is_not_called_finished_when_it_is_made_longer(
     base: RunFolder,
 ) -> None:

@@ -29,6 +29,7 @@ def restart_rank(config: RunConfig) -> int:
     return work(Job(config=config, threads=1, from_scratch=True))
 
 
+@pytest.mark.slow
 def test_a_resumed_curve_has_every_step_once_and_one_from_scratch_is_new(tmp_path: Path) -> None:
     config = tiny(
         tmp_path,

@@ -45,6 +45,7 @@ def test_the_umask_decides_for_every_file_of_a_run_its_store_and_its_exports(uma
     assert found == expected(found, tmp_path, umask)
 
 
+@pytest.mark.slow
 def test_it_decides_for_the_logs_of_ranks_too(tmp_path: Path) -> None:
     config = tiny(tmp_path, run={"max_steps": 5})
     file, before = written(config), os.umask(0o007)
