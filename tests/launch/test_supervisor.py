@@ -140,7 +140,7 @@ def test_signals_while_a_stopped_run_ends_do_not_undo_the_stop(tmp_path: Path) -
     assert json.loads(RunFolder.of(config).exit_file.read_text())["requeue"] is True
 
 
-# USR2 is the fast one: sent to a rank alone, it asks for its stacks only.
+# A rank that gets USR2 alone prints its stacks and trains on.
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR2])
 def test_a_signal_to_every_process_saves_too(number: signal.Signals, tmp_path: Path) -> None:
     config = tiny(tmp_path, run={"max_steps": 100_000})
