@@ -1,0 +1,29 @@
+"""Triton where it is installed. Elsewhere the kernels are defined all the same, and none can be launched."""
+
+from collections.abc import Callable
+from typing import Any
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit: Any = triton.jit
+except ImportError:  # macOS, Windows
+
+    class tl:  # type: ignore[no-redef]
+        """What the signatures of kernels name."""
+
+        constexpr = object
+
+    triton = None  # type: ignore[assignment]
+
+    def jit(kernel: Callable[..., Any]) -> Any:
+        return kernel
+
+
+__all__ = ["jit", "power_of_two", "tl", "triton"]
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is not below `size`."""
+    return 1 << max(size - 1, 0).bit_length()
