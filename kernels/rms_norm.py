@@ -8,7 +8,7 @@ a few programs sums the weight's gradient over its rows, and the sums are added 
 Half-precision inputs are computed in fp32 and rounded once, at the end.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,8 @@ from minka.kernels.optional_triton import jit, power_of_two, tl
 
 How = Literal["torch", "aten", "triton"]
 WIDEST = 16384  # a wider row does not fit into the registers of a program
-TILE = 4096  # elements that a program holds at once
+BACKWARD_WIDEST = 8192
+TILE, BACKWARD_TILE = 4096, 2048  # elements that a program holds at once, of narrower rows
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, how: How = "torch") -> Tensor:
@@ -69,7 +70,7 @@ class _RMSNorm(torch.autograd.Function):
 # fmt: off
 @jit
 def _forward_kernel(
-    X, R, W, S, Y, I, rows, width, x_step, r_step, eps,
+    X, R, W, S, Y, INV, rows, width, x_step, r_step, eps,
     ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -85,12 +86,12 @@ def _forward_kernel(
     w = tl.load(W + column, mask=column < width, other=0.0).to(tl.float32)
     y = x * inverse[:, None] * w[None, :]
     tl.store(Y + row[:, None] * width + column[None, :], y.to(Y.dtype.element_ty), mask=there)
-    tl.store(I + row, inverse, mask=row < rows)
+    tl.store(INV + row, inverse, mask=row < rows)
 
 
 @jit
 def _backward_kernel(
-    X, W, I, DY, DS, DX, DW, rows, width, x_step, dy_step, ds_step, turns,
+    X, W, INV, DY, DS, DX, DW, rows, width, x_step, dy_step, ds_step, turns,
     ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
@@ -102,7 +103,7 @@ def _backward_kernel(
         there = (row < rows)[:, None] & (column < width)[None, :]
         x = tl.load(X + row[:, None] * x_step + column[None, :], mask=there, other=0.0).to(tl.float32)
         dy = tl.load(DY + row[:, None] * dy_step + column[None, :], mask=there, other=0.0).to(tl.float32)
-        inverse = tl.load(I + row, mask=row < rows, other=0.0)
+        inverse = tl.load(INV + row, mask=row < rows, other=0.0)
         unit = x * inverse[:, None]
         dw += tl.sum(dy * unit, axis=0)
         dy = dy * w[None, :]
@@ -112,6 +113,39 @@ def _backward_kernel(
             dx += tl.load(DS + row[:, None] * ds_step + column[None, :], mask=there, other=0.0).to(tl.float32)
         tl.store(DX + row[:, None] * width + column[None, :], dx.to(DX.dtype.element_ty), mask=there)
     tl.store(DW + program * width + column, dw, mask=column < width)
+
+
+@jit
+def _wide_backward_kernel(
+    X, W, INV, DY, DS, DX, DW, rows, width, x_step, dy_step, ds_step, turns, ADD: tl.constexpr, WIDTH: tl.constexpr,
+):
+    """The same for rows that do not fit into registers together with their sums: WIDTH of a row at a time, twice."""
+    program = tl.program_id(0).to(tl.int64)
+    for turn in range(turns):
+        row = tl.minimum(program * turns + turn, rows - 1)
+        counts = program * turns + turn < rows
+        inverse = tl.load(INV + row)
+        along = tl.zeros((WIDTH,), dtype=tl.float32)
+        for first in range(0, width, WIDTH):
+            column = first + tl.arange(0, WIDTH)
+            w = tl.load(W + column, mask=column < width, other=0.0).to(tl.float32)
+            x = tl.load(X + row * x_step + column, mask=column < width, other=0.0).to(tl.float32)
+            dy = tl.load(DY + row * dy_step + column, mask=column < width, other=0.0).to(tl.float32)
+            along += dy * w * x
+        scale = tl.sum(along, axis=0) / width * inverse
+        for first in range(0, width, WIDTH):
+            column = first + tl.arange(0, WIDTH)
+            w = tl.load(W + column, mask=column < width, other=0.0).to(tl.float32)
+            x = tl.load(X + row * x_step + column, mask=column < width, other=0.0).to(tl.float32)
+            dy = tl.load(DY + row * dy_step + column, mask=column < width, other=0.0).to(tl.float32)
+            unit = x * inverse
+            dx = (dy * w - unit * scale) * inverse
+            if ADD:
+                dx += tl.load(DS + row * ds_step + column, mask=column < width, other=0.0).to(tl.float32)
+            tl.store(DX + row * width + column, dx.to(DX.dtype.element_ty), mask=(column < width) & counts)
+            sums = DW + program * width + column
+            before = tl.load(sums, mask=(column < width) & (turn > 0), other=0.0)
+            tl.store(sums, tl.where(counts, before + dy * unit, before), mask=column < width)
 # fmt: on
 
 
@@ -137,14 +171,19 @@ def _rms_norm_backward(
     d_sum = d_flat if d_total is None else rows_of(d_total)
     rows, width = flat.shape
     d_x = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
-    high, wide_ = _tile(rows, width)
-    programs = max(1, min(processors(x.device), -(-rows // high)))
-    turns = -(-rows // (programs * high))
+    launch = backward_launch(rows, width)
+    programs = max(1, min(processors(x.device), -(-rows // launch.rows)))
+    turns = -(-rows // (programs * launch.rows))
     sums = torch.empty(programs, width, dtype=torch.float32, device=x.device)
-    _backward_kernel[(programs,)](
+    arguments = (
         flat, weight, inverse, d_flat, d_sum, d_x, sums, rows, width, flat.stride(0), d_flat.stride(0),
-        d_sum.stride(0), turns, ADD=d_total is not None, ROWS=high, WIDTH=wide_, num_warps=_warps(wide_),
+        d_sum.stride(0), turns,
     )  # fmt: skip
+    add, columns, warps = d_total is not None, launch.columns, launch.warps
+    if launch.columns < width:
+        _wide_backward_kernel[(programs,)](*arguments, ADD=add, WIDTH=columns, num_warps=warps)
+    else:
+        _backward_kernel[(programs,)](*arguments, ADD=add, ROWS=launch.rows, WIDTH=columns, num_warps=warps)
     return d_x.view(x.shape), sums.sum(dim=0).to(weight.dtype)
 
 
@@ -155,24 +194,36 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
     y = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
     total = y if residual is None else torch.empty_like(y)
     inverse = torch.empty(rows, dtype=torch.float32, device=x.device)
-    high, wide_ = _tile(rows, width)
-    _forward_kernel[(max(1, -(-rows // high)),)](
+    launch = forward_launch(rows, width)
+    _forward_kernel[(max(1, -(-rows // launch.rows)),)](
         flat, other, weight, total, y, inverse, rows, width, flat.stride(0), other.stride(0), eps,
-        ADD=residual is not None, ROWS=high, WIDTH=wide_, num_warps=_warps(wide_),
+        ADD=residual is not None, ROWS=launch.rows, WIDTH=launch.columns, num_warps=launch.warps,
     )  # fmt: skip
     return y.view(x.shape), total.view(x.shape), inverse
 
 
-def _tile(rows: int, width: int) -> tuple[int, int]:
-    """Rows and columns that a program holds at once."""
+class Launch(NamedTuple):
+    """Rows and columns that a program holds at once, and the warps that share them."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+def forward_launch(rows: int, width: int) -> Launch:
     if width > WIDEST:
         raise ValueError(f"the triton kernel of rms_norm takes rows of at most {WIDEST} elements, not {width}")
-    columns = power_of_two(width)
-    return max(1, min(TILE // columns, power_of_two(rows))), columns
+    return _launch(rows, power_of_two(width), TILE)
 
 
-def _warps(columns: int) -> int:
-    return 4 if columns <= 4096 else 8 if columns <= 8192 else 16
+def backward_launch(rows: int, width: int) -> Launch:
+    """Less, for the gradients and their sums take registers too; half a row or less where it is very wide."""
+    return _launch(rows, min(power_of_two(width), BACKWARD_WIDEST), BACKWARD_TILE)
+
+
+def _launch(rows: int, columns: int, tile: int) -> Launch:
+    high = max(1, min(tile // columns, power_of_two(rows)))
+    return Launch(high, columns, max(4, min(32, high * columns // 128)))
 
 
 @_rms_norm.register_fake
@@ -187,9 +238,7 @@ def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, 
 
 
 @_rms_norm_backward.register_fake
-def _(
-    x: Tensor, weight: Tensor, inverse: Tensor, d_y: Tensor, d_total: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, inverse: Tensor, d_y: Tensor, d_total: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)
 
 

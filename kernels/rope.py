@@ -20,7 +20,8 @@ from minka.kernels.optional_triton import jit, power_of_two, tl
 from minka.kernels.rms_norm import rms_norm
 
 How = Literal["torch", "triton"]
-TILE = 2048  # elements of heads that a program holds at once
+TILE, BACKWARD_TILE = 2048, 1024  # elements of heads that a program holds at once
+BACKWARD_WARPS = 8
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, how: How = "torch") -> tuple[Tensor, Tensor]:
@@ -219,11 +220,11 @@ def _norm_rope_backward(
     d_x, d_z = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     programs = max(1, min(processors(q.device) * 4, batch * tokens))
     sums = torch.empty(programs, 2, width, dtype=torch.float32, device=q.device)
-    heads, half = _tile(max(q_heads, k.shape[2]), width)
+    heads, half = head_tile(max(q_heads, k.shape[2]), width, BACKWARD_TILE)
     _norm_backward_kernel[(programs,)](
         q, k, d_q, d_k, d_x, d_z, cos, sin, q_weight, k_weight, sums, batch * tokens, tokens, q_heads, k.shape[2],
         width, eps, -(-batch * tokens // programs), *q.stride()[:3], *k.stride()[:3], *d_q.stride()[:3],
-        *d_k.stride()[:3], *_table_steps(cos), HEADS=heads, HALF=half, num_warps=4,
+        *d_k.stride()[:3], *_table_steps(cos), HEADS=heads, HALF=half, num_warps=BACKWARD_WARPS,
     )  # fmt: skip
     return d_x, d_z, sums[:, 0].sum(dim=0).to(q_weight.dtype), sums[:, 1].sum(dim=0).to(k_weight.dtype)
 
@@ -234,7 +235,7 @@ def _turned(
     q, k, cos, sin = (inner_contiguous(x) for x in (q, k, cos, sin))
     batch, tokens, q_heads, width = q.shape
     y, z = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    heads, half = _tile(max(q_heads, k.shape[2]), width)
+    heads, half = head_tile(max(q_heads, k.shape[2]), width, TILE)
     q_weight, k_weight = norms or (cos, cos)  # not read without norms
     if batch * tokens:
         _forward_kernel[(batch * tokens,)](
@@ -245,10 +246,10 @@ def _turned(
     return y, z
 
 
-def _tile(heads: int, width: int) -> tuple[int, int]:
+def head_tile(heads: int, width: int, tile: int) -> tuple[int, int]:
     """Heads that a program holds at once, and the padded half of their width."""
     half = power_of_two(width // 2)
-    return max(1, min(power_of_two(heads), TILE // (2 * half))), half
+    return max(1, min(power_of_two(heads), tile // (2 * half))), half
 
 
 def _table_steps(table: Tensor) -> tuple[int, int]:

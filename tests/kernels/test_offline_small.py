@@ -1,0 +1,64 @@
+"""Norm, SwiGLU and RoPE as they would run on a GPU, compiled without one."""
+
+from typing import Any
+
+import pytest
+
+import offline
+from minka.kernels import rms_norm, rope, swiglu
+from offline import CAPABILITIES, compile_kernel
+
+FP32 = {"eps": "fp32", "sign": "fp32"} | dict.fromkeys(("INV", "W", "DW", "COS", "SIN", "QW", "KW"), "*fp32")
+
+
+def types(kernel: Any) -> dict[str, str]:
+    """Tensors have upper-case names, and are bf16 where FP32 does not say otherwise."""
+    return {n: FP32.get(n, "*bf16" if n.isupper() else "i32") for n in kernel.arg_names}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("kernel", [swiglu._forward_kernel, swiglu._backward_kernel], ids=["forward", "backward"])
+def test_swiglu(kernel: Any, capability: int) -> None:
+    compile_kernel(kernel, types(kernel), {"TILE": swiglu.TILE}, capability).check()
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("width", [64, 128, 1024, 2048, 4096, 8192, 16384])
+@pytest.mark.parametrize("add", [False, True], ids=["alone", "after a sum"])
+def test_rms_norm(width: int, add: bool, capability: int) -> None:
+    forward, backward = rms_norm.forward_launch(2**16, width), rms_norm.backward_launch(2**16, width)
+    wide = backward.columns < width
+    for kernel, launch in (
+        (rms_norm._forward_kernel, forward),
+        (rms_norm._wide_backward_kernel if wide else rms_norm._backward_kernel, backward),
+    ):
+        constants = {"ADD": add, "ROWS": launch.rows, "WIDTH": launch.columns}
+        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        compile_kernel(kernel, types(kernel), constants, capability, launch.warps).check()
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("width", [64, 96, 128, 256])
+def test_rope(width: int, capability: int) -> None:
+    cases: tuple[tuple[Any, int, dict[str, Any]], ...] = (
+        (rope._forward_kernel, rope.TILE, {"NORM": False}),
+        (rope._forward_kernel, rope.TILE, {"NORM": True}),
+        (rope._norm_backward_kernel, rope.BACKWARD_TILE, {}),
+    )
+    for kernel, tile, constants in cases:
+        heads, half = rope.head_tile(32, width, tile)
+        constants, warps = {**constants, "HEADS": heads, "HALF": half}, 4 if tile == rope.TILE else rope.BACKWARD_WARPS
+        compile_kernel(kernel, types(kernel), constants, capability, warps).check()
+
+
+def test_a_spill_and_a_narrow_offset_are_seen() -> None:
+    """The checks of this file find what they look for."""
+    launch = rms_norm.backward_launch(2**16, 4096)
+    constants = {"ADD": True, "ROWS": 4 * launch.rows, "WIDTH": 16384}
+    with pytest.raises(AssertionError, match="spilled"):
+        compile_kernel(rms_norm._backward_kernel, types(rms_norm._backward_kernel), constants, 90, 4).check()
+    narrow = """
+      %0 = tt.get_program_id x : i32
+      %1 = arith.muli %0, %arg3 : i32
+    """
+    assert offline.narrow_products(narrow) == ["%1 = arith.muli %0, %arg3 : i32"]
