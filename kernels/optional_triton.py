@@ -21,9 +21,14 @@ except ImportError:  # macOS, Windows
         return kernel
 
 
-__all__ = ["jit", "power_of_two", "tl", "triton"]
+__all__ = ["interprets", "jit", "power_of_two", "tl", "triton"]
 
 
 def power_of_two(size: int) -> int:
     """The smallest power of two that is not below `size`."""
     return 1 << max(size - 1, 0).bit_length()
+
+
+def interprets() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1 when they were defined)."""
+    return triton is not None and bool(triton.knobs.runtime.interpret)

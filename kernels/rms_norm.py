@@ -29,8 +29,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, how: How = "torch") -> Tenso
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019), in x's dtype."""
     if how == "triton":
         return torch.ops.minka.rms_norm(x, weight, eps)[0]
-    if how == "aten" or torch.compiler.is_compiling():  # Inductor fuses the plain formula better than an operator
+    if torch.compiler.is_compiling():  # Inductor fuses the plain formula better than an operator
         return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+    if how == "aten":  # by its own name: a dry run's tensors are on the CPU, where F.rms_norm does not take it
+        return torch.ops.aten._fused_rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)[0]
     return _RMSNorm.apply(x, weight, eps)
 
 
@@ -122,8 +124,10 @@ def _wide_backward_kernel(
     """The same for rows that do not fit into registers together with their sums: WIDTH of a row at a time, twice."""
     program = tl.program_id(0).to(tl.int64)
     for turn in range(turns):
-        row = tl.minimum(program * turns + turn, rows - 1)
-        counts = program * turns + turn < rows
+        number = program * turns + turn
+        row = tl.minimum(number, rows - 1)
+        here = tl.where(number < rows, width, 0)  # columns of this row that count
+        before = tl.where(number > program * turns, width, 0)  # columns that have a sum already
         inverse = tl.load(INV + row)
         along = tl.zeros((WIDTH,), dtype=tl.float32)
         for first in range(0, width, WIDTH):
@@ -142,10 +146,10 @@ def _wide_backward_kernel(
             dx = (dy * w - unit * scale) * inverse
             if ADD:
                 dx += tl.load(DS + row * ds_step + column, mask=column < width, other=0.0).to(tl.float32)
-            tl.store(DX + row * width + column, dx.to(DX.dtype.element_ty), mask=(column < width) & counts)
+            tl.store(DX + row * width + column, dx.to(DX.dtype.element_ty), mask=column < here)
             sums = DW + program * width + column
-            before = tl.load(sums, mask=(column < width) & (turn > 0), other=0.0)
-            tl.store(sums, tl.where(counts, before + dy * unit, before), mask=column < width)
+            dw = tl.load(sums, mask=column < before, other=0.0)
+            tl.store(sums, dw + tl.where(column < here, dy * unit, 0.0), mask=column < width)
 # fmt: on
 
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minka.kernels.launch import rows_of
-from minka.kernels.optional_triton import jit, tl
+from minka.kernels.optional_triton import jit, power_of_two, tl
 
 How = Literal["torch", "triton"]
-TILE = 1024  # elements of a row that a program computes
+TILE = 1024  # elements that a program computes
 
 
 def swiglu(gate: Tensor, up: Tensor, how: How = "torch") -> Tensor:
@@ -39,10 +39,12 @@ class _SwiGLU(torch.autograd.Function):
 
 # fmt: off
 @jit
-def _forward_kernel(G, U, Y, width, g_step, u_step, TILE: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    there = column < width
+def _forward_kernel(
+    G, U, Y, rows, width, g_step, u_step, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = (tl.program_id(1) * WIDTH + tl.arange(0, WIDTH))[None, :]
+    there = (row < rows) & (column < width)
     gate = tl.load(G + row * g_step + column, mask=there, other=0.0).to(tl.float32)
     up = tl.load(U + row * u_step + column, mask=there, other=0.0).to(tl.float32)
     y = gate * tl.sigmoid(gate) * up
@@ -50,10 +52,12 @@ def _forward_kernel(G, U, Y, width, g_step, u_step, TILE: tl.constexpr):
 
 
 @jit
-def _backward_kernel(G, U, DY, DG, DU, width, g_step, u_step, dy_step, TILE: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    there = column < width
+def _backward_kernel(
+    G, U, DY, DG, DU, rows, width, g_step, u_step, dy_step, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = (tl.program_id(1) * WIDTH + tl.arange(0, WIDTH))[None, :]
+    there = (row < rows) & (column < width)
     gate = tl.load(G + row * g_step + column, mask=there, other=0.0).to(tl.float32)
     up = tl.load(U + row * u_step + column, mask=there, other=0.0).to(tl.float32)
     dy = tl.load(DY + row * dy_step + column, mask=there, other=0.0).to(tl.float32)
@@ -70,8 +74,10 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     g, u = rows_of(gate), rows_of(up)
     rows, width = g.shape
     y = torch.empty(g.shape, dtype=gate.dtype, device=gate.device)
+    high, wide = tile(width)
+    grid = -(-rows // high), -(-width // wide)
     if rows:
-        _forward_kernel[rows, -(-width // TILE)](g, u, y, width, g.stride(0), u.stride(0), TILE=TILE, num_warps=4)
+        _forward_kernel[grid](g, u, y, rows, width, g.stride(0), u.stride(0), ROWS=high, WIDTH=wide, num_warps=4)
     return y.view(gate.shape)
 
 
@@ -80,11 +86,19 @@ def _swiglu_backward(gate: Tensor, up: Tensor, d_y: Tensor) -> tuple[Tensor, Ten
     g, u, dy = rows_of(gate), rows_of(up), rows_of(d_y)
     rows, width = g.shape
     d_gate, d_up = (torch.empty(g.shape, dtype=x.dtype, device=x.device) for x in (gate, up))
+    high, wide = tile(width)
     if rows:
-        _backward_kernel[rows, -(-width // TILE)](
-            g, u, dy, d_gate, d_up, width, g.stride(0), u.stride(0), dy.stride(0), TILE=TILE, num_warps=4
-        )
+        _backward_kernel[-(-rows // high), -(-width // wide)](
+            g, u, dy, d_gate, d_up, rows, width, g.stride(0), u.stride(0), dy.stride(0),
+            ROWS=high, WIDTH=wide, num_warps=4,
+        )  # fmt: skip
     return d_gate.view(gate.shape), d_up.view(up.shape)
+
+
+def tile(width: int) -> tuple[int, int]:
+    """Rows and columns that a program computes: several rows only where they are narrow."""
+    columns = min(TILE, power_of_two(width))
+    return TILE // columns, columns
 
 
 @_swiglu.register_fake

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from minka.kernels.choose import Kernels
 from minka.model.initial_weights import fill_
 from minka.model.transformer import Transformer
+from minka.parallel.choose_kernels import kernels_of
 from minka.parallel.fsdp import shard_model
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece, parameter_piece
@@ -30,15 +32,16 @@ def build_parts(config: RunConfig, mesh: Mesh) -> list[Transformer]:
     return parts
 
 
-def cut(config: RunConfig, mesh: Mesh) -> list[Transformer]:
-    """The same parts on the meta device.
+def cut(config: RunConfig, mesh: Mesh, kernels: Kernels | None = None) -> list[Transformer]:
+    """The same parts on the meta device; kernels: those of this rank's device, unless given.
 
     Take the stage, cut tensors, recompute, compile, shard: each of these sees what the ones before left.
     """
+    kernels = kernels or kernels_of(config, mesh)
     parts = []
     for stage in mesh.layout.stages_of_rank(mesh.coordinate["pipeline"]):
         with torch.device("meta"):
-            model = Transformer(config.model)
+            model = Transformer(config.model, kernels)
         if mesh.layout.precision == "fp64":
             model.double()
         take_stage(model, stage, stages_of(mesh.layout, config.model))
@@ -65,18 +68,20 @@ def weight_pieces(parts: Sequence[Transformer]) -> dict[str, Piece]:
 
 
 def recompute(block: nn.Module) -> None:
-    """Keep only the block's inputs for backward, and run its forward again there (Chen et al. 2016).
+    """Keep only the block's input for backward, and run its forward again there (Chen et al. 2016).
 
     The instance's forward is replaced; a module around it would change parameter names.
     """
     forward: Callable[..., Any] = block.forward
 
     @wraps(forward)
-    def recomputed(*args: Any, **kwargs: Any) -> Any:
+    def recomputed(x_BTD: Tensor, added_BTD: Tensor | None, *rest: Any) -> Any:
         if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
+            return forward(x_BTD, added_BTD, *rest)
+        if added_BTD is not None:  # added here, so that one tensor is kept and not two
+            x_BTD = x_BTD + added_BTD
         # Nothing in a block draws random numbers, so there is no state to go back to.
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return checkpoint(forward, x_BTD, None, *rest, use_reentrant=False, preserve_rng_state=False)
 
     block.forward = recomputed
 
@@ -102,8 +107,15 @@ def take_stage(model: Transformer, stage: int, stages: Sequence[range]) -> None:
     if stage > 0:
         model.embedding = nn.Identity()  # type: ignore[assignment]  # what comes in are hidden states
     if stage < len(stages) - 1:
-        model.norm = nn.Identity()  # type: ignore[assignment]
+        model.norm = _Sum()  # type: ignore[assignment]
         model.head = NoHead()  # type: ignore[assignment]
+
+
+class _Sum(nn.Module):
+    """In place of a norm that is on a different stage: only the sum is sent there."""
+
+    def forward(self, x_BTD: Tensor, added_BTD: Tensor | None = None) -> tuple[Tensor, None]:
+        return x_BTD if added_BTD is None else x_BTD + added_BTD, None
 
 
 class NoHead(nn.Module):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from minka.model.transformer import Transformer
 from minka.parallel.apply import initialise, recompute
+from minka.parallel.choose_kernels import kernels_of
 from minka.parallel.deepspeed_slices import gradient_of, slices
 from minka.parallel.engine import Engine
 from minka.parallel.fsdp_engine import FsdpExecutor
@@ -47,14 +48,14 @@ def build_deepspeed_engine(config: RunConfig, mesh: Mesh, decay: Decay) -> "Deep
     # Cut parameter by parameter under stage 3, whole on this rank's device otherwise.
     cuts = mesh.layout.zero_stage == 3
     with deepspeed.zero.Init(config_dict_or_path=settings) if cuts else mesh.device:
-        model = Transformer(config.model)
+        model = Transformer(config.model, kernels_of(config, mesh))
     for block in model.blocks.values():
         if config.layout.recompute == "block":
             recompute(block)
         if config.kernels.compile:
             block.compile(fullgraph=config.layout.recompute == "none")
     if cuts:
-        _gather_for_head(deepspeed, model)
+        _gather_outside(deepspeed, model)
     optimizer = _adamw(model, config, decay)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     built = DeepSpeedEngine(engine, optimizer, InputCutter.of(config, mesh), decay)
@@ -212,14 +213,19 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def _gather_for_head(deepspeed: Any, model: Transformer) -> None:
-    """Stage 3 gathers weights when their own module is called: not for a tied head, nor for head.logits.
+def _gather_outside(deepspeed: Any, model: Transformer) -> None:
+    """Stage 3 gathers weights when their own module is called: not for a tied head, head.logits, fused norms of heads.
 
     Its own GatheredParameters does not know what is prefetched for the next module; a call of the head does.
     """
     head: Any = model.head
     logits, forward = head.logits, head.forward
     deepspeed.zero.register_external_parameter(head, head.matrix())
+    attentions: list[Any] = [block.attention for block in model.blocks.values()]
+    for attention in attentions:
+        if attention.q_norm is not None and model.kernels.rope == "triton":  # one kernel does norms and rotation
+            deepspeed.zero.register_external_parameter(attention, attention.q_norm.weight)
+            deepspeed.zero.register_external_parameter(attention, attention.k_norm.weight)
 
     @wraps(forward)
     def either(*given: Any, only_logits: bool = False, **options: Any) -> Any:

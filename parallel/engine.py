@@ -56,6 +56,7 @@ class Scorer:
 
     def __init__(self, executor: Executor, cutter: InputCutter) -> None:
         self.executor, self.cutter, self.mesh = executor, cutter, cutter.mesh
+        self.kernels = executor.parts[0].kernels
 
     def prepare(self, micro_batch: MicroBatch) -> ModelInputs:
         """This rank's inputs of a micro-batch: host work, for any thread."""

@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
 
 from minka.kernels.linear_cross_entropy import VocabShard
-from minka.kernels.rms_norm import rms_norm
 from minka.model.head import Head, HeadSums
 from minka.model.transformer import RMSNorm, Transformer
 from minka.parallel.mesh import Mesh
@@ -58,7 +57,7 @@ def _all_tokens(others: int) -> PrepareModuleInput:
 def _cut_norm(norm: RMSNorm, axis: DeviceMesh) -> None:
     """Every rank has it whole and applies it to its own tokens: the gradients of its weight are partial sums."""
     _distribute(norm, axis, Replicate())
-    norm.forward = lambda x: rms_norm(x, _local(norm.weight, Partial()), norm.eps)  # type: ignore[method-assign]
+    norm.here = lambda: _local(norm.weight, Partial())  # type: ignore[method-assign]
 
 
 def _cut_embedding(embedding: nn.Embedding, axis: DeviceMesh) -> None:

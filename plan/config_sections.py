@@ -196,6 +196,18 @@ class TrackingSection(Section):
     tensorboard: bool = False
 
 
+Implementation = Literal["auto", "triton", "torch"]
+
+
 class KernelsSection(Section):
+    implementation: Implementation = Field("auto", description="auto: what was measured fastest on this kind of GPU")
+    rms_norm: Implementation | None = Field(None, description="this operation's own; none: implementation")
+    rope: Implementation | None = None
+    swiglu: Implementation | None = None
     attention: Literal["auto", "sdpa", "varlen"] = Field("auto", description="auto: varlen on a GPU, sdpa elsewhere")
     compile: bool = Field(False, description="torch.compile each block")
+
+    def asked(self) -> dict[str, Implementation]:
+        """The implementation that is asked for, by operation."""
+        own = {"rms_norm": self.rms_norm, "rope": self.rope, "swiglu": self.swiglu}
+        return {operation: one or self.implementation for operation, one in own.items()}

@@ -1,5 +1,7 @@
 """Errors of kernels against the same formula in fp64."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ def error(found: Tensor, exact: Tensor) -> float:
     """||found - exact|| / ||exact||; 0 where both are all zero."""
     assert found.shape == exact.shape, f"expected shape {tuple(exact.shape)}, found {tuple(found.shape)}"
     assert bool(found.isfinite().all()), "not finite"
-    distance, size = (found.double() - exact.double()).norm(), exact.double().norm()
+    distance, size = (found.detach().double() - exact.double()).norm(), exact.double().norm()
     return 0.0 if distance == 0 else float(distance / size)
 
 
@@ -21,6 +23,6 @@ def assert_near(found: Tensor, exact: Tensor, bound: float | None = None) -> Non
     assert found_error <= allowed, f"relative error {found_error:.2e}, allowed {allowed:.2e}, in {found.dtype}"
 
 
-def exact(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Copies in fp64, which require gradients."""
+def exact(*tensors: Tensor) -> Any:
+    """Copies in fp64, which require gradients; a tuple."""
     return tuple(t.detach().double().requires_grad_() for t in tensors)

@@ -4,7 +4,7 @@ from contextlib import suppress
 
 import torch
 
-from minka.parallel.mesh import Mesh
+from minka.parallel.engine import Engine
 from minka.plan.atomic import write_json
 from minka.plan.batch_padding import describe_padding
 from minka.plan.epochs import describe_epochs
@@ -20,9 +20,9 @@ from minka.train.recorder import Recorder
 from minka.train.state import State
 
 
-def announce(record: Recorder, state: State, mesh: Mesh, changed: Changes) -> None:
+def announce(record: Recorder, state: State, engine: Engine, changed: Changes) -> None:
     """Record and print the start of training. `changed` is against the start before."""
-    config = record.config
+    config, mesh, kernels = record.config, engine.mesh, engine.kernels
     gpu_name = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else ""
     gpu = find_gpu(gpu_name) if gpu_name else None
     device = gpu_name or processor()
@@ -34,6 +34,7 @@ def announce(record: Recorder, state: State, mesh: Mesh, changed: Changes) -> No
         layout=mesh.layout.model_dump(),
         device=device,
         compute_dtype=dtype,
+        kernels=kernels.ways(),
         threads=torch.get_num_threads(),
         parameters=parameters(config.model),
         flops_per_token=training_flops_per_token(config.model, config.data.seq_len),
@@ -43,7 +44,7 @@ def announce(record: Recorder, state: State, mesh: Mesh, changed: Changes) -> No
         changed=changed,
         lineage=record.lineage,
     )
-    lines = [*describe_changes(changed)]
+    lines = [*describe_changes(changed), *kernels.fallbacks]
     if mesh.topology and mesh.is_first:
         places = describe(mesh.layout, mesh.topology, stages_of(mesh.layout, config.model))
         with suppress(OSError):  # no run ends because of this file

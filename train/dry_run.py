@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minka.parallel.apply import cut
+from minka.parallel.choose_kernels import kernels_of
 from minka.parallel.engine import Engine
 from minka.parallel.inputs import InputCutter, ModelInputs
 from minka.parallel.memory_trace import MemoryTrace, Peak
@@ -30,7 +31,7 @@ from minka.plan.layout import Layout, micro_batches, micro_batches_fit
 from minka.plan.topology import coordinates
 from minka.train.accept_step import accepts
 from minka.train.build_engine import engine_over
-from minka.train.dry_run_fakes import AssumedInputs, alone, gpu_ways, tensors_in, without_numbers
+from minka.train.dry_run_fakes import AssumedInputs, alone, tensors_in, without_numbers
 from minka.train.optimizer import AdamW
 
 TRACED_LAYERS = 300  # in a pipeline: layers of a rank times micro-batches that take less than a minute
@@ -125,11 +126,10 @@ def _traced(config: RunConfig, layout: Layout, rank: int, count: int, as_gpu: bo
     """Build the rank's part and trace a step of `count` micro-batches."""
     with alone(layout.world, rank), ExitStack() as stack:
         mesh = _mesh(layout, rank)
-        parts = cut(config, mesh)
+        parts = cut(config, mesh, kernels_of(config, mesh, as_gpu=as_gpu))
         for part in parts:
             part.head.device_kind = "cuda" if as_gpu else ""
         mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(gpu_ways() if as_gpu else ExitStack())
         for part in parts:
             part.to_empty(device=mesh.device)
         stack.enter_context(without_numbers())

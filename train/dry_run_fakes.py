@@ -18,9 +18,7 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from minka.data.batch import Batch
-from minka.model import transformer
 from minka.model.attention import map_tensors
-from minka.parallel import tensor as tensor_parallel
 from minka.parallel.inputs import InputCutter, ModelInputs
 from minka.parallel.traffic import Traffic, Transfer
 from minka.plan.config import RunConfig
@@ -124,18 +122,4 @@ def without_numbers() -> Iterator[None]:
         if hasattr(schedules._PipelineSchedule, "_warmup_p2p"):  # torch 2.11 has none: its ranks agree on nothing
             stack.enter_context(patch.object(schedules._PipelineSchedule, "_warmup_p2p", warm_up))
         stack.enter_context(patch.object(schedules, "_batch_p2p", hold))
-        yield
-
-
-@contextmanager
-def gpu_ways() -> Iterator[None]:
-    """Take the RMS norm that runs on a GPU."""
-
-    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        found: Tensor = torch.ops.aten._fused_rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)[0]
-        return found
-
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(transformer, "rms_norm", rms_norm))
-        stack.enter_context(patch.object(tensor_parallel, "rms_norm", rms_norm))
         yield

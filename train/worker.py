@@ -212,7 +212,7 @@ def _start_session(job: Job, mesh: Mesh, stack: ExitStack, before: RunState, cha
     with agreed(mesh):
         if mesh.is_first:
             folder.training_starts(config)
-    announce(record, state, mesh, changed)
+    announce(record, state, engine, changed)
     record.open_reports(state)
     (missed,) = mesh.sum_on_host([mesh.is_first and evaluation_missed(config, before, state)])
     loader = Loader(config, store.split("train"), mesh.data_rank, mesh.layout.data_ways, state.loader, engine.prepare)

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent / "interpreted"
-FILES = sorted(path.name for path in FOLDER.glob("test_*.py"))
+SLOW = ("test_training_layouts.py",)
+FILES = [
+    pytest.param(path.name, marks=[pytest.mark.slow] if path.name in SLOW else [])
+    for path in sorted(FOLDER.glob("test_*.py"))
+]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -17,5 +21,5 @@ def test_kernels_are_their_definitions_in_the_interpreter(name: str, tmp_path: P
     env = {key: value for key, value in env.items() if not key.startswith("PYTEST_")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'base'}"]
     command.append(str(FOLDER / name))
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=850, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

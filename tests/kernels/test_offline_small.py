@@ -5,10 +5,12 @@ from typing import Any
 import pytest
 
 import offline
-from minka.kernels import rms_norm, rope, swiglu
+from minka.kernels import norm_rope, rms_norm, rope, swiglu
 from offline import CAPABILITIES, compile_kernel
 
-FP32 = {"eps": "fp32", "sign": "fp32"} | dict.fromkeys(("INV", "W", "DW", "COS", "SIN", "QW", "KW"), "*fp32")
+FP32 = {"eps": "fp32", "sign": "fp32"} | dict.fromkeys(
+    ("INV", "W", "DW", "DQW", "DKW", "COS", "SIN", "QW", "KW"), "*fp32"
+)
 
 
 def types(kernel: Any) -> dict[str, str]:
@@ -18,8 +20,10 @@ def types(kernel: Any) -> dict[str, str]:
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("kernel", [swiglu._forward_kernel, swiglu._backward_kernel], ids=["forward", "backward"])
-def test_swiglu(kernel: Any, capability: int) -> None:
-    compile_kernel(kernel, types(kernel), {"TILE": swiglu.TILE}, capability).check()
+@pytest.mark.parametrize("width", [96, 14336])
+def test_swiglu(kernel: Any, width: int, capability: int) -> None:
+    rows, columns = swiglu.tile(width)
+    compile_kernel(kernel, types(kernel), {"ROWS": rows, "WIDTH": columns}, capability).check()
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -40,15 +44,14 @@ def test_rms_norm(width: int, add: bool, capability: int) -> None:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("width", [64, 96, 128, 256])
 def test_rope(width: int, capability: int) -> None:
-    cases: tuple[tuple[Any, int, dict[str, Any]], ...] = (
-        (rope._forward_kernel, rope.TILE, {"NORM": False}),
-        (rope._forward_kernel, rope.TILE, {"NORM": True}),
-        (rope._norm_backward_kernel, rope.BACKWARD_TILE, {}),
-    )
-    for kernel, tile, constants in cases:
-        heads, half = rope.head_tile(32, width, tile)
-        constants, warps = {**constants, "HEADS": heads, "HALF": half}, 4 if tile == rope.TILE else rope.BACKWARD_WARPS
-        compile_kernel(kernel, types(kernel), constants, capability, warps).check()
+    forward, backward = rope._forward_kernel, norm_rope._backward_kernel
+    rows, half = rope.head_tile(width, rope.TILE)
+    for norm in (False, True):
+        constants = {"NORM": norm, "ROWS": rows, "HALF": half}
+        compile_kernel(forward, types(forward), constants, capability).check()
+    rows, half = rope.head_tile(width, norm_rope.BACKWARD_TILE)
+    constants = {"ROWS": rows, "HALF": half}
+    compile_kernel(backward, types(backward), constants, capability, norm_rope.BACKWARD_WARPS).check()
 
 
 def test_a_spill_and_a_narrow_offset_are_seen() -> None:

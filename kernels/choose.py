@@ -1,0 +1,136 @@
+"""Which implementation of each operation runs: one value, decided once, and handed to whoever computes.
+
+"torch" is the definition with a backward of its own, "aten" torch's own kernel, "triton" ours. `auto` takes what was
+measured fastest on this kind of GPU (choices.toml), and the definition where nothing was measured.
+"""
+
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from minka.kernels import rms_norm
+from minka.kernels.optional_triton import interprets, triton
+
+Way = Literal["torch", "aten", "triton"]
+Own = Literal["torch", "triton"]
+CHOICES = Path(__file__).parent / "choices.toml"
+OLDEST = (8, 0)  # compute capability from which the kernels are compiled and tested
+COMPILED_MARGIN = 0.9  # an operator keeps Inductor from fusing across it: it must win clearly
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The implementation of each operation. `reasons`: why, by operation; `fallbacks`: what was asked for in vain."""
+
+    rms_norm: Way = "torch"
+    rope: Own = "torch"
+    swiglu: Own = "torch"
+    reasons: Mapping[str, str] = field(default_factory=dict, compare=False)
+    fallbacks: tuple[str, ...] = field(default=(), compare=False)
+
+    def ways(self) -> dict[str, Way]:
+        """{operation: implementation}."""
+        return {operation: getattr(self, operation) for operation in OPERATIONS}
+
+
+OPERATIONS = ("rms_norm", "rope", "swiglu")
+
+
+class Machine(NamedTuple):
+    """Torch's kind of device, the GPU's name and compute capability, and whether Triton is installed."""
+
+    kind: str
+    gpu: str = ""
+    capability: tuple[int, int] | None = None
+    triton: bool = triton is not None
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Machine":
+        if device.type != "cuda":
+            return cls(device.type)
+        return cls("cuda", torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+
+
+class Work(NamedTuple):
+    """What is computed: in which dtype, how wide each operation's rows are, and whether blocks are compiled."""
+
+    dtype: torch.dtype
+    widths: Mapping[str, int]
+    compiled: bool = False
+
+
+def choose(asked: Mapping[str, str], machine: Machine, work: Work) -> Kernels:
+    """The kernels for `work` on `machine`; asked: "auto", "triton" or "torch" by operation.
+
+    Triton that cannot run is replaced by the definition, and `fallbacks` says so.
+    """
+    ways, reasons, fallbacks = dict[str, Any](), dict[str, str](), list[str]()
+    for operation in OPERATIONS:
+        wanted = asked.get(operation, "auto")
+        obstacle = cannot_run(operation, machine, work)
+        plain = _plain(operation, machine, work)
+        if wanted == "auto":
+            ways[operation], reasons[operation] = _fastest(operation, plain, obstacle, machine, work)
+        elif wanted == "triton" and obstacle:
+            ways[operation], reasons[operation] = plain, f"triton cannot run: {obstacle}"
+            fallbacks.append(f"kernels.{operation}: {obstacle}; torch's runs")
+        else:
+            ways[operation], reasons[operation] = ("triton" if wanted == "triton" else plain), "asked for"
+    return Kernels(**ways, reasons=reasons, fallbacks=tuple(fallbacks))
+
+
+def cannot_run(operation: str, machine: Machine, work: Work) -> str:
+    """Why the Triton kernel of an operation cannot run; empty if it can."""
+    if not machine.triton:
+        return "triton is not installed"
+    if machine.kind != "cuda" and not interprets():
+        return "there is no GPU"
+    if machine.capability is not None and machine.capability < OLDEST:
+        have, least = (".".join(map(str, version)) for version in (machine.capability, OLDEST))
+        return f"{machine.gpu} has compute capability {have}, and the kernels need {least}"
+    if work.dtype == torch.float64:
+        return "the kernels compute in fp32, not in fp64"
+    if operation == "rms_norm" and work.widths[operation] > rms_norm.WIDEST:
+        return f"rows of {work.widths[operation]:,} elements, and at most {rms_norm.WIDEST:,} fit"
+    return ""
+
+
+def _plain(operation: str, machine: Machine, work: Work) -> Way:
+    """torch's own kernel where it has one for GPUs that is better than the definition."""
+    own = operation == "rms_norm" and machine.kind == "cuda" and work.dtype != torch.float64
+    return "aten" if own else "torch"
+
+
+def _fastest(operation: str, plain: Way, obstacle: str, machine: Machine, work: Work) -> tuple[Way, str]:
+    if obstacle:
+        return plain, obstacle
+    row = nearest_row(read_choices(), operation, machine.gpu, work.widths.get(operation, 1))
+    if row is None:
+        return plain, f"nothing measured on {machine.gpu or machine.kind} with torch {_torch_version()}"
+    rival = row["compile_ms"] * COMPILED_MARGIN if work.compiled else row["torch_ms"]
+    way: Way = "triton" if row["triton_ms"] < rival else plain
+    times = f"triton {row['triton_ms']:g} ms, torch {row['torch_ms']:g}, compiled {row['compile_ms']:g}"
+    return way, f"measured on {machine.gpu}: {times} at width {row['width']}"
+
+
+def nearest_row(rows: Sequence[Mapping[str, Any]], operation: str, gpu: str, width: int) -> Mapping[str, Any] | None:
+    """The measurement of the operation on this GPU with this torch whose width is nearest, by ratio."""
+    here = [r for r in rows if (r["operation"], r["gpu"], r["torch"]) == (operation, gpu, _torch_version())]
+    return min(here, key=lambda row: abs(math.log(row["width"] / width)), default=None)
+
+
+@cache
+def read_choices() -> tuple[Mapping[str, Any], ...]:
+    """The rows of choices.toml."""
+    return tuple(tomllib.loads(CHOICES.read_text(encoding="utf-8")).get("measured", ()))
+
+
+def _torch_version() -> str:
+    """Major and minor version: kernels of torch change with them."""
+    return ".".join(torch.__version__.split(".")[:2])
