@@ -1,12 +1,10 @@
 """From a model on the meta device to this rank's part of it. The order of the cuts is the contract of the folder."""
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import wraps
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from minka.kernels.choose import Kernels
 from minka.model.initial_weights import fill_
@@ -15,6 +13,7 @@ from minka.parallel.choose_kernels import kernels_of
 from minka.parallel.fsdp import shard_model
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece, parameter_piece
+from minka.parallel.recompute import recompute
 from minka.parallel.tensor import cut_tensor
 from minka.plan.config import RunConfig
 from minka.plan.execution_choices import compiles_full_graph
@@ -46,10 +45,10 @@ def cut(config: RunConfig, mesh: Mesh, kernels: Kernels | None = None) -> list[T
             model.double()
         take_stage(model, stage, stages_of(mesh.layout, config.model))
         cut_tensor(model, mesh)
-        blocks = list(model.blocks.values())
+        blocks: list[Any] = list(model.blocks.values())
         for block in blocks:
-            if config.layout.recompute == "block":
-                recompute(block)
+            if config.layout.recompute != "none":
+                recompute(block, config.layout.recompute)
             if config.kernels.compile:
                 block.compile(fullgraph=compiles_full_graph(mesh.layout))
         shard_model(model, blocks, mesh)
@@ -65,25 +64,6 @@ def named_parameters(parts: Sequence[Transformer]) -> dict[str, nn.Parameter]:
 def weight_pieces(parts: Sequence[Transformer]) -> dict[str, Piece]:
     """This rank's pieces of the same parameters."""
     return {name: parameter_piece(parameter) for name, parameter in named_parameters(parts).items()}
-
-
-def recompute(block: nn.Module) -> None:
-    """Keep only the block's input for backward, and run its forward again there (Chen et al. 2016).
-
-    The instance's forward is replaced; a module around it would change parameter names.
-    """
-    forward: Callable[..., Any] = block.forward
-
-    @wraps(forward)
-    def recomputed(x_BTD: Tensor, added_BTD: Tensor | None, *rest: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(x_BTD, added_BTD, *rest)
-        if added_BTD is not None:  # added here, so that one tensor is kept and not two
-            x_BTD = x_BTD + added_BTD
-        # Nothing in a block draws random numbers, so there is no state to go back to.
-        return checkpoint(forward, x_BTD, None, *rest, use_reentrant=False, preserve_rng_state=False)
-
-    block.forward = recomputed
 
 
 @torch.no_grad()

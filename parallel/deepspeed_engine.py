@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minka.model.transformer import Transformer
-from minka.parallel.apply import initialise, recompute
+from minka.parallel.apply import initialise
 from minka.parallel.choose_kernels import kernels_of
 from minka.parallel.deepspeed_slices import gradient_of, slices
 from minka.parallel.engine import Engine
@@ -26,6 +26,7 @@ from minka.parallel.fsdp_engine import FsdpExecutor
 from minka.parallel.inputs import InputCutter
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece, piece_of
+from minka.parallel.recompute import recompute
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 from minka.plan.tensor_name import tensor_name
@@ -49,9 +50,10 @@ def build_deepspeed_engine(config: RunConfig, mesh: Mesh, decay: Decay) -> "Deep
     cuts = mesh.layout.zero_stage == 3
     with deepspeed.zero.Init(config_dict_or_path=settings) if cuts else mesh.device:
         model = Transformer(config.model, kernels_of(config, mesh))
-    for block in model.blocks.values():
-        if config.layout.recompute == "block":
-            recompute(block)
+    blocks: list[Any] = list(model.blocks.values())
+    for block in blocks:
+        if config.layout.recompute != "none":
+            recompute(block, config.layout.recompute)
         if config.kernels.compile:
             block.compile(fullgraph=config.layout.recompute == "none")
     if cuts:

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup  # there is no public hook
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.utils import checkpoint as checkpointing
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -88,6 +89,7 @@ class MemoryTrace(TorchDispatchMode):
         for name in DTENSOR_PLANS:
             self._wrap(ShardingPropagator, name, self._plan)
         self._wrap(torch.UntypedStorage, "resize_", self._resize)
+        self._wrap(checkpointing._VersionWrapper, "__init__", self._keep)
         # Detached: a node that saves its own output would keep itself alive, after a split backward forever.
         self._patches.enter_context(saved_tensors_hooks(Tensor.detach, lambda x: x))
         super().__enter__()
@@ -186,6 +188,12 @@ class MemoryTrace(TorchDispatchMode):
             return kept
 
         inner(hooks, watched, unpack)
+
+    def _keep(self, inner: Any, wrapper: Any, value: Any) -> None:
+        """Watch what selective recomputation keeps."""
+        if isinstance(value, Tensor):
+            self.watch("activations", [value])
+        inner(wrapper, value)
 
     def _run_fsdp(self, kind: str, inner: Any, group: Any, *args: Any, **kwargs: Any) -> Any:
         """Whole gradients are known before FSDP reduces them; what it makes is of one kind."""

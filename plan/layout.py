@@ -27,7 +27,7 @@ class Layout(BaseModel, frozen=True, extra="forbid", strict=True):
     schedule: Schedule = Field("1f1b", description="order of a pipeline's passes")
     stages_per_rank: int = Field(0, ge=0, description="pipeline stages a rank holds; 0 = what the schedule wants")
     stages: str = Field("", description='layers of each stage, "3,4,4,3"; empty: balanced by cost')
-    recompute: Literal["none", "block"] = Field("none", description="activations that are recomputed in backward")
+    recompute: Literal["none", "selective", "block"] = Field("none", description="what backward computes again")
     reshard: Literal["auto", "always", "never"] = Field("auto", description="free gathered weights after forward")
     reduce: Literal["step", "micro_batch"] = Field("step", description="sum gradients over shard: once, or each time")
     # Weights stay fp32; fp64, which tells a fault from rounding, is for weights too.

@@ -66,6 +66,11 @@ ROWS = [
     Row({"shard": 2, "tensor": 2, "recompute": "block"}, "QK-norm"),
     Row({"context": 2, "tensor": 2, "recompute": "block"}),
     *(Row({**row.layout, "recompute": "block"}, "QKV bias") for row in in_pipeline(tensor=2)),
+    Row({"shard": 2, "reshard": "always", "recompute": "selective"}, "QK-norm"),
+    Row({"shard": 2, "tensor": 2, "recompute": "selective"}, "QK-norm", core=True),
+    Row({"context": 2, "tensor": 2, "recompute": "selective"}),
+    *(Row({**row.layout, "recompute": "selective"}, "QKV bias") for row in in_pipeline(tensor=2)),
+    Row({"shard": 2, "engine": "deepspeed", "zero_stage": 3, "recompute": "selective"}, "QK-norm"),
     # tied embeddings where they are allowed
     *(
         Row(layout, variant, model={"tied": True})
@@ -79,7 +84,7 @@ ROWS = [
     ),
 ]
 # Of the list above, one number for each of its lines.
-EXPECTED = [1, 1, 1, 1, 1, 1, 1, 5, 1, 1, 1, 1, 1, 5, 5, 5, 1, 3, 1, 1, 1, 5, 5]
+EXPECTED = [1, 1, 1, 1, 1, 1, 1, 5, 1, 1, 1, 1, 1, 5, 5, 5, 1, 3, 1, 1, 1, 5, 1, 1, 1, 5, 1, 5]
 
 
 def test_the_matrix_is_whole() -> None:

@@ -21,7 +21,7 @@ def drawn(dice: Random) -> RunConfig:
         layout: dict[str, Any] = {
             **axes,
             "schedule": dice.choice(sorted(STAGES_PER_RANK)),
-            "recompute": dice.choice(["none", "none", "block"]),
+            "recompute": dice.choice(["none", "none", "selective", "block"]),
             "reshard": dice.choice(["auto", "always", "never"]),
             "offload": dice.choice(["none", "none", "all"]),
         }

@@ -30,6 +30,11 @@ ROWS: dict[str, tuple[dict[str, Any], int]] = {
         {"shard": 2, "precision": "bf16", "recompute": "block", "reshard": "always"},
         UNITS,
     ),
+    "selective": ({"recompute": "selective"}, UNIT_BYTES),
+    "shard 2 x tensor 2, selective": (
+        {"shard": 2, "tensor": 2, "precision": "bf16", "recompute": "selective"},
+        UNIT_BYTES,
+    ),
     "shard 2, units, never": ({"shard": 2, "precision": "bf16", "reshard": "never"}, UNITS),
     "shard 2, units, reduced each time": (
         {"shard": 2, "precision": "bf16", "reshard": "always", "reduce": "micro_batch"},

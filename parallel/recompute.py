@@ -1,0 +1,66 @@
+"""Activations that are not kept: a block's forward runs again in backward (Chen et al. 2016), whole or in part."""
+
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from minka.model.transformer import Block
+
+# Dear to compute again for what they hold: matrix products and attention, under the names of all its implementations.
+KEPT = frozenset(
+    """
+    aten::mm aten::addmm aten::_scaled_mm aten::_scaled_dot_product_flash_attention
+    aten::_scaled_dot_product_flash_attention_for_cpu aten::_scaled_dot_product_efficient_attention
+    aten::_scaled_dot_product_cudnn_attention aten::_scaled_dot_product_fused_attention_overrideable
+    aten::_flash_attention_forward torch_attn::_varlen_attn minka::flash_attention
+    """.split()
+)
+
+
+def recompute(block: Block, what: Literal["block", "selective"] = "block") -> None:
+    """Keep only the block's input for backward, and with "selective" its matrix products and attention's output.
+
+    The instance's forward is replaced; a module around it would change parameter names.
+    """
+    forward: Callable[..., Any] = block.forward
+    # Nothing in a block draws random numbers, so there is no state to go back to.
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if what == "selective":
+        policy = _Policy(block.mlp.down)
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+
+    @wraps(forward)
+    def recomputed(x_BTD: Tensor, added_BTD: Tensor | None, *rest: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(x_BTD, added_BTD, *rest)
+        if added_BTD is not None:  # added here, so that one tensor is kept and not two
+            x_BTD = x_BTD + added_BTD
+        return checkpoint(forward, x_BTD, None, *rest, **options)
+
+    block.forward = recomputed  # type: ignore[method-assign]
+
+
+class _Policy:
+    """Keeps what KEPT names, but for the last product: backward needs its inputs, and not its output."""
+
+    def __init__(self, last: nn.Module) -> None:
+        self._in_last = False
+        forward: Callable[..., Any] = last.forward
+
+        @wraps(forward)
+        def marked(*args: Any) -> Any:
+            self._in_last = True
+            try:
+                return forward(*args)
+            finally:
+                self._in_last = False
+
+        last.forward = marked
+
+    def __call__(self, _: Any, operation: Any, *args: Any, **options: Any) -> CheckpointPolicy:
+        kept = operation._schema.name in KEPT and not self._in_last
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,108 @@
+"""Which implementation of an operation runs, and what is said where the one that was asked for cannot."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from configs import values
+from minka.kernels import choose as module
+from minka.kernels.choose import OPERATIONS, Kernels, Machine, Work, choose, nearest_row, read_choices
+from minka.kernels.rms_norm import WIDEST
+from minka.parallel.choose_kernels import kernels_of
+from minka.parallel.mesh import start_mesh
+from minka.plan.load_config import validate
+
+H100 = Machine("cuda", "some H100", (9, 0), triton=True)
+T4 = Machine("cuda", "Tesla T4", (7, 5), triton=True)
+CPU = Machine("cpu")
+WIDTHS = {"rms_norm": 4096, "rope": 128, "swiglu": 14336}
+WORK = Work(torch.bfloat16, WIDTHS)
+TORCH = ".".join(torch.__version__.split(".")[:2])
+
+
+def row(operation: str = "rms_norm", width: int = 4096, **times: Any) -> dict[str, Any]:
+    usual = {"torch_ms": 2.0, "compile_ms": 1.0, "triton_ms": 1.5, "gpu": "some H100", "torch": TORCH}
+    return {"operation": operation, "width": width} | usual | times
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Rows in place of choices.toml's."""
+    rows: list[dict[str, Any]] = []
+    monkeypatch.setattr(module, "read_choices", lambda: rows)
+    return rows
+
+
+def asked(how: str) -> dict[str, str]:
+    return dict.fromkeys(OPERATIONS, how)
+
+
+def test_what_is_asked_for_runs_where_it_can() -> None:
+    assert set(choose(asked("triton"), H100, WORK).ways().values()) == {"triton"}
+    found = choose(asked("torch") | {"swiglu": "triton"}, H100, WORK)
+    assert found == Kernels(rms_norm="aten", swiglu="triton")
+    assert found.fallbacks == ()
+
+
+@pytest.mark.parametrize(
+    ("machine", "work", "why"),
+    [
+        (CPU, WORK, "there is no GPU"),
+        (H100._replace(triton=False), WORK, "triton is not installed"),
+        (T4, WORK, "Tesla T4 has compute capability 7.5, and the kernels need 8.0"),
+        (H100, WORK._replace(dtype=torch.float64), "in fp32, not in fp64"),
+        (H100, WORK._replace(widths=WIDTHS | {"rms_norm": WIDEST + 1}), f"at most {WIDEST:,} fit"),
+    ],
+    ids=["no GPU", "no triton", "old GPU", "fp64", "too wide"],
+)
+def test_what_cannot_run_is_replaced_and_said(machine: Machine, work: Work, why: str) -> None:
+    found = choose(asked("triton"), machine, work)
+    assert found.rms_norm != "triton"
+    (said, *_) = found.fallbacks
+    assert said.startswith("kernels.rms_norm: ")
+    assert why in said
+    assert choose(asked("auto"), machine, work).fallbacks == ()  # nothing was asked for
+
+
+def test_auto_takes_what_was_measured_fastest(measured: list[dict[str, Any]]) -> None:
+    measured += [row(), row("rope", 128, triton_ms=3.0), row("swiglu", 14336, triton_ms=0.95)]
+    found = choose(asked("auto"), H100, WORK)
+    assert (found.rms_norm, found.rope, found.swiglu) == ("triton", "torch", "triton")
+    assert "triton 1.5 ms" in found.reasons["rms_norm"]
+
+
+def test_compiled_blocks_take_an_operator_only_where_it_wins_clearly(measured: list[dict[str, Any]]) -> None:
+    measured += [row(), row("rope", 128, triton_ms=0.5), row("swiglu", 14336, triton_ms=0.95)]
+    found = choose(asked("auto"), H100, WORK._replace(compiled=True))
+    assert (found.rms_norm, found.rope, found.swiglu) == ("aten", "triton", "torch")
+
+
+@pytest.mark.parametrize("other", [{"gpu": "another"}, {"torch": "2.0"}, {"operation": "rope"}])
+def test_measurements_of_another_kind_say_nothing(measured: list[dict[str, Any]], other: dict[str, str]) -> None:
+    measured.append(row() | other)
+    assert choose(asked("auto"), H100, WORK).rms_norm == "aten"
+    assert "nothing measured on some H100" in choose(asked("auto"), H100, WORK).reasons["rms_norm"]
+
+
+def test_the_nearest_width_counts(measured: list[dict[str, Any]]) -> None:
+    measured += [row(width=1024), row(width=8192)]
+    assert nearest_row(measured, "rms_norm", "some H100", 2000)["width"] == 1024  # type: ignore[index]
+    assert nearest_row(measured, "rms_norm", "some H100", 6000)["width"] == 8192  # type: ignore[index]
+
+
+def test_the_file_of_choices_is_read() -> None:
+    for one in read_choices():
+        assert one["operation"] in OPERATIONS
+        assert {"gpu", "torch", "width", "torch_ms", "compile_ms", "triton_ms"} <= one.keys()
+
+
+def test_the_settings_of_a_run_name_every_operation() -> None:
+    """One key an operation, over `implementation`; on this machine none can run, and each says so once."""
+    config = validate(values(kernels={"implementation": "triton", "swiglu": "torch"}), "here")
+    assert config.kernels.asked().keys() == set(OPERATIONS)
+    with start_mesh(config.layout) as mesh:
+        found = kernels_of(config, mesh)
+        as_gpu = kernels_of(config, mesh, as_gpu=True)
+    assert len(found.fallbacks) == len(OPERATIONS) - 1
+    assert as_gpu.ways() == dict.fromkeys(OPERATIONS, "triton") | {"swiglu": "torch"}
