@@ -21,3 +21,9 @@ def processors(device: torch.device) -> int:
 def inner_contiguous(x: Tensor) -> Tensor:
     """x with elements of the last dimension next to each other; a copy only where they are not."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU; (0, 0) in the interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)

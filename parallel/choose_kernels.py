@@ -3,11 +3,16 @@
 from minka.kernels.choose import Kernels, Machine, Work, choose
 from minka.parallel.mesh import Mesh
 from minka.plan.config import RunConfig
+from minka.plan.config_sections import ModelSection
 
 
 def kernels_of(config: RunConfig, mesh: Mesh, *, as_gpu: bool = False) -> Kernels:
     """Which implementation of each operation runs; as_gpu: as if the rank had some GPU that the kernels support."""
-    model, ways = config.model, mesh.layout.tensor
-    widths = {"rms_norm": model.d_model, "rope": model.head_dim, "swiglu": model.d_ff // ways}
+    widths = widths_of(config.model, mesh.layout.tensor)
     machine = Machine("cuda", triton=True) if as_gpu else Machine.of(mesh.device)
     return choose(config.kernels.asked(), machine, Work(mesh.compute_dtype, widths, config.kernels.compile))
+
+
+def widths_of(model: ModelSection, tensor: int) -> dict[str, int]:
+    """How wide the rows of each operation are on a rank of `tensor` tensor ranks."""
+    return {"rms_norm": model.d_model, "rope": model.head_dim, "swiglu": model.d_ff // tensor}

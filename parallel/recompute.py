@@ -41,7 +41,7 @@ def recompute(block: Block, what: Literal["block", "selective"] = "block") -> No
             x_BTD = x_BTD + added_BTD
         return checkpoint(forward, x_BTD, None, *rest, **options)
 
-    block.forward = recomputed  # type: ignore[method-assign]
+    block.forward = recomputed  # type: ignore[method-assign,assignment]
 
 
 class _Policy:

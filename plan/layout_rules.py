@@ -224,4 +224,10 @@ RULES: tuple[LayoutRule, ...] = (
         why="it gathers and frees weights in hooks within a block, which kernels.compile=true cannot hold in one graph",
         remedy="set kernels.compile=false, layout.zero_stage=2",
     ),
+    _deepspeed(
+        "recompute",
+        broken=lambda a: a.layout.zero_stage == 3 and a.layout.recompute == "selective",
+        why="it gathers weights in hooks within a block, other ones when it is computed again: what was kept is not found",
+        remedy='set layout.recompute="block", or layout.zero_stage=2',
+    ),
 )

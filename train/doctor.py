@@ -18,11 +18,13 @@ import torch
 from minka.data.batch import Batch
 from minka.data.loader import Loader
 from minka.data.prepare import open_or_prepare
+from minka.kernels.choose import Machine, Work, choose
+from minka.parallel.choose_kernels import widths_of
 from minka.parallel.local_device import local_device
 from minka.parallel.mesh import Mesh, start_mesh
 from minka.plan.cli import print_json, print_table, progress
 from minka.plan.config import RunConfig
-from minka.plan.config_sections import KernelsSection
+from minka.plan.config_sections import KernelsSection, ModelSection
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.execution_choices import attention_kind
 from minka.plan.flops import parameters
@@ -38,6 +40,8 @@ PACKAGES = (
 SEQUENCES = 4  # at most, in the batch that the checks share
 OVERFIT_NATS, OVERFIT_STEPS = 0.1, 600
 RANGE_STEPS, RANGE_LOW, RANGE_HIGH = 60, 1e-5, 1.0
+# Shape whose kernels are shown without a recipe: Llama 3.1 8B's.
+TYPICAL = ModelSection(layers=32, d_model=4096, heads=32, kv_heads=8, head_dim=128, d_ff=14336, vocab=128256)
 STATE_BYTES = 16  # per parameter: fp32 weight, gradient and two moments
 MEMORY_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 ATTENTION = {"mask": "torch's scaled_dot_product_attention with a document mask", "varlen": "torch's varlen_attn"}
@@ -77,6 +81,9 @@ def this_machine(config: RunConfig | None) -> dict[str, str]:
         gpus = f"{torch.cuda.device_count()} x {name}, {peak}"
     found = versions(*PACKAGES)
     kernels = config.kernels if config is not None else KernelsSection()
+    section = config.model if config is not None else TYPICAL
+    precision = torch.bfloat16 if dtype == "bf16" else torch.float32
+    chosen = choose(kernels.asked(), Machine.of(device), Work(precision, widths_of(section, 1), kernels.compile))
     return {
         "processor": f"{processor()}, {os.cpu_count()} cores",
         "memory": f"{MEMORY_BYTES / 2**30:.1f} GiB",
@@ -86,6 +93,7 @@ def this_machine(config: RunConfig | None) -> dict[str, str]:
         "not installed": ", ".join(name for name, version in found.items() if not version) or "nothing",
         "collectives": collectives,
         "compute": f"{dtype} on fp32 weights",
+        **{name: f"{way} ({chosen.reasons[name]})" for name, way in chosen.ways().items()},
         "attention": ATTENTION[attention_kind(kernels.attention, device.type, dtype)],
     }
 

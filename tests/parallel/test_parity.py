@@ -70,7 +70,7 @@ ROWS = [
     Row({"shard": 2, "tensor": 2, "recompute": "selective"}, "QK-norm", core=True),
     Row({"context": 2, "tensor": 2, "recompute": "selective"}),
     *(Row({**row.layout, "recompute": "selective"}, "QKV bias") for row in in_pipeline(tensor=2)),
-    Row({"shard": 2, "engine": "deepspeed", "zero_stage": 3, "recompute": "selective"}, "QK-norm"),
+    Row({"shard": 2, "engine": "deepspeed", "zero_stage": 2, "recompute": "selective"}, "QK-norm"),
     # tied embeddings where they are allowed
     *(
         Row(layout, variant, model={"tied": True})

@@ -4,7 +4,6 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from torch import Tensor
 
 from minka.model.attention import document_structure
 from minka.model.rope_table import rope_table
@@ -18,7 +17,7 @@ CFG = ModelSection(layers=1, d_model=32, heads=4, kv_heads=2, head_dim=8, d_ff=8
 ROWS, TOKENS = 2, 24
 
 
-def passed(what: What | None, trace: MemoryTrace | None = None) -> list[Tensor]:
+def passed(what: What | None, trace: MemoryTrace | None = None) -> list[Any]:
     """Outputs and gradients of one block, after a block before it."""
     torch.manual_seed(0)
     block: Any = Block(CFG)
@@ -30,6 +29,7 @@ def passed(what: What | None, trace: MemoryTrace | None = None) -> list[Tensor]:
     documents = torch.arange(TOKENS).expand(ROWS, TOKENS) // 10
     structure = document_structure(documents, varlen=False).to(x.device, x.dtype)
     table = rope_table(documents, CFG)
+    assert structure.mask is not None
     if trace is None:
         outputs = block(x, added, table, structure)
     else:
@@ -38,7 +38,7 @@ def passed(what: What | None, trace: MemoryTrace | None = None) -> list[Tensor]:
         with trace:
             outputs = block(x, added, table, structure)
     sum(output.square().sum() for output in outputs).backward()
-    return [*outputs, x.grad, added.grad, *(weight.grad for weight in block.parameters())]
+    return [*outputs, *(leaf.grad for leaf in (x, added, *block.parameters()))]
 
 
 @pytest.mark.parametrize("what", ["block", "selective"])

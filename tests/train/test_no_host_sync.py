@@ -30,6 +30,7 @@ from minka.kernels import linear_cross_entropy
 from minka.model import attention
 from minka.parallel import engine as engine_module
 from minka.parallel.apply import cut
+from minka.parallel.choose_kernels import kernels_of
 from minka.parallel.inputs import InputCutter, ModelInputs
 from minka.parallel.mesh import lay_mesh
 from minka.plan.config import RunConfig
@@ -96,8 +97,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("rank", ["first", "last"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_step_never_reads_the_device_from_the_host(layout: str, rank: str, folder: Path) -> None:
-    config = config_of(folder, LAYOUTS[layout])
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_a_step_never_reads_the_device_from_the_host(layout: str, rank: str, implementation: str, folder: Path) -> None:
+    """With Triton's kernels their operators run, whose results on meta tensors have no numbers."""
+    config = config_of(folder, LAYOUTS[layout], implementation)
     state, status, *_ = run_on_meta(config, 0 if rank == "first" else config.layout.world - 1)
     assert (state.step, status) == (STEPS, ExitStatus.DONE)
 
@@ -172,12 +175,13 @@ def test_a_planted_synchronisation_is_seen(plant: Callable[[], Any], folder: Pat
         run_on_meta(config, 0)
 
 
-def config_of(folder: Path, layout: dict[str, Any]) -> RunConfig:
+def config_of(folder: Path, layout: dict[str, Any], implementation: str = "torch") -> RunConfig:
     """A run in bf16 with accumulation, batch warm-up and padding."""
-    model = {"layers": 4, "tied": False}
+    model = {"layers": 4, "tied": False, "qk_norm": True}
     run = {"max_steps": STEPS, "name": "meta"}
     settings = {"shard": 1, "micro_batch": 1, "precision": "bf16", **layout}
-    return tiny(folder, run=run, model=model, layout=settings, schedule={"warmup": 1})
+    kernels = {"implementation": implementation}
+    return tiny(folder, run=run, model=model, layout=settings, schedule={"warmup": 1}, kernels=kernels)
 
 
 def run_on_meta(config: RunConfig, rank: int) -> TrainingEnd:
@@ -185,7 +189,9 @@ def run_on_meta(config: RunConfig, rank: int) -> TrainingEnd:
     store = open_or_prepare(config, Path())
     with alone(config.layout.world, rank), meta_in_torch(), without_numbers():
         mesh = replace(lay_mesh(config.layout, torch.device("cpu"), rank), device=META)
-        parts = cut(config, mesh)
+        kernels = kernels_of(config, mesh, as_gpu=True)
+        assert (set(kernels.ways().values()) == {"triton"}) == (config.kernels.implementation == "triton")
+        parts = cut(config, mesh, kernels)
         for part in parts:
             part.to_empty(device=META)
         engine, optimizer = engine_over(parts, InputCutter(mesh, varlen=True), config)
