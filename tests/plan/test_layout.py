@@ -215,6 +215,12 @@ REFUSED = {
         "hooks",
         {"layout": {"zero_stage": 2}},
     ),
+    "selective recomputation under ZeRO stage 3": Refused(
+        {"layout": {"engine": "deepspeed", "recompute": "selective"}},
+        "recompute",
+        "hooks",
+        {"layout": {"zero_stage": 2}},
+    ),
     "few micro-batches in a warm-up": Refused(
         {"layout": {"pipeline": 4}, "data": {"batch_warmup": [{"until_tokens": 640, "batch_tokens": 128}]}},
         "schedule",
