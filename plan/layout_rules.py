@@ -227,7 +227,7 @@ RULES: tuple[LayoutRule, ...] = (
     _deepspeed(
         "recompute",
         broken=lambda a: a.layout.zero_stage == 3 and a.layout.recompute == "selective",
-        why="it gathers weights in hooks within a block, other ones when it is computed again: what was kept is not found",
+        why="it gathers weights in hooks within a block, and not the same ones when the block is computed again",
         remedy='set layout.recompute="block", or layout.zero_stage=2',
     ),
 )
