@@ -31,6 +31,7 @@ class Kernels:
     rms_norm: Way = "torch"
     rope: Own = "torch"
     swiglu: Own = "torch"
+    cross_entropy: Own = "torch"
     reasons: Mapping[str, str] = field(default_factory=dict, compare=False)
     fallbacks: tuple[str, ...] = field(default=(), compare=False)
 
@@ -39,7 +40,7 @@ class Kernels:
         return {operation: getattr(self, operation) for operation in OPERATIONS}
 
 
-OPERATIONS = ("rms_norm", "rope", "swiglu")
+OPERATIONS = ("rms_norm", "rope", "swiglu", "cross_entropy")
 
 
 class Machine(NamedTuple):

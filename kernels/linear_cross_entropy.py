@@ -3,31 +3,25 @@
 N tokens of the flattened batch · D width · V vocabulary, or the rows of it that are here
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minka.kernels.accumulation_dtype import wide
-
-IGNORED = -100  # a target that counts for nothing
-
-
-class VocabShard(NamedTuple):
-    """The rows of the vocabulary's matrix on this rank, from `first`, and reductions over all ranks' rows, in place."""
-
-    first: int
-    max_: Callable[[Tensor], object]
-    sum_: Callable[[Tensor], object]
-
-
-ALL_ROWS = VocabShard(0, lambda here: here, lambda here: here)
+from minka.kernels.cross_entropy import ALL_ROWS, How, Losses, VocabShard, cross_entropy_
+from minka.kernels.optional_triton import interprets
 
 
 def linear_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_weight: float, chunk: int, rows: VocabShard = ALL_ROWS
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    z_weight: float,
+    chunk: int,
+    rows: VocabShard = ALL_ROWS,
+    how: How = "torch",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(objective, loss, z_loss): sums over the targets that are not IGNORED, fp32 scalars, objective = loss + z_loss.
 
@@ -36,15 +30,23 @@ def linear_cross_entropy(
     With a shard of the vocabulary the numbers are those of the whole vocabulary; the gradient of `hidden` is this
     shard's term of a sum.
     """
-    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, z_weight, chunk, rows)
+    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, z_weight, chunk, rows, how)
 
 
 @torch.no_grad()
 def token_losses(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int, rows: VocabShard = ALL_ROWS
-) -> Tensor:
-    """Nats of each target, [N] fp32, 0 where ignored; no gradient."""
-    return _chunked(hidden_ND, weight_VD, targets_N, 0.0, chunk, rows, (False, False))[0]
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    chunk: int,
+    rows: VocabShard = ALL_ROWS,
+    how: How = "torch",
+    *,
+    hits: bool = False,
+) -> Losses:
+    """Losses of each target, [N] in fp32, without gradients; with hits=True also whether it has the largest logit."""
+    needed = (False, False)
+    return _chunked(hidden_ND, weight_VD, targets_N, 0.0, chunk, rows, how, needed, hits)[0]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -52,69 +54,78 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_weight: float, chunk: int, rows: VocabShard
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        z_weight: float,
+        chunk: int,
+        rows: VocabShard,
+        how: How,
     ) -> tuple[Tensor, Tensor, Tensor]:
         needed = ctx.needs_input_grad[:2]
-        losses, z_losses, *gradients = _chunked(hidden_ND, weight_VD, targets_N, z_weight, chunk, rows, needed)
+        losses, *gradients = _chunked(hidden_ND, weight_VD, targets_N, z_weight, chunk, rows, how, needed)
         ctx.save_for_backward(*gradients)
         ctx.dtypes = hidden_ND.dtype, weight_VD.dtype
-        loss, z_loss = losses.sum(), z_losses.sum()
+        loss, z_loss = losses.loss.sum(), losses.z_loss.sum()
         ctx.mark_non_differentiable(loss, z_loss)
         return loss + z_loss, loss, z_loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [
             None if saved is None else (saved * grad).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return scaled[0], scaled[1], None, None, None, None
+        return *scaled, None, None, None, None, None
 
 
 def _chunked(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_weight: float, chunk: int, rows: VocabShard, needed: Any
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Losses [N] and weighted z-losses [N] in fp32, and the gradients of their sum; those of the weight in fp32.
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    z_weight: float,
+    chunk: int,
+    rows: VocabShard,
+    how: How,
+    needed: Any,
+    hits: bool = False,
+) -> tuple[Losses, Tensor | None, Tensor | None]:
+    """Losses of all tokens, and the gradients of their sum; those of the weight in fp32.
 
-    needed: whether the gradient of `hidden`, and that of the weight, are.
+    needed: whether the gradient of `hidden`, and that of the weight, are. The loop is Python's, so that what it makes
+    is seen by whoever traces memory, and a rank's reductions stand between operators.
     """
     (tokens, _), vocab = hidden_ND.shape, weight_VD.shape[0]
     chunk = max(1, min(tokens, chunk))
     exact = wide(hidden_ND).dtype
     losses = torch.empty(tokens, dtype=exact, device=hidden_ND.device)
     z_losses = torch.empty_like(losses)
+    all_hits = torch.empty(tokens, dtype=torch.bool, device=hidden_ND.device) if hits else None
     buffer = torch.empty(chunk, vocab, dtype=hidden_ND.dtype, device=hidden_ND.device)
     d_hidden = torch.empty_like(hidden_ND) if needed[0] else None
     d_weight = torch.zeros(weight_VD.shape, dtype=exact, device=weight_VD.device) if needed[1] else None
     for begin in range(0, tokens, chunk):
         part = slice(begin, begin + chunk)
-        hidden, counts = hidden_ND[part], targets_N[part, None] != IGNORED
-        target = targets_N[part, None].where(counts, 0) - rows.first
-        here = (target >= 0) & (target < vocab)  # the target's row is one of these
-        target = target.where(here, 0)
+        hidden = hidden_ND[part]
         logits = torch.mm(hidden, weight_VD.t(), out=buffer[: len(hidden)])
-        shifted = wide(logits)
-        peak = shifted.amax(dim=1, keepdim=True)
-        rows.max_(peak)
-        at_target = shifted.gather(1, target) * here
-        exponents = shifted.sub_(peak).exp_()
-        sums = torch.cat((exponents.sum(dim=1, keepdim=True), at_target), dim=1)
-        rows.sum_(sums)
-        total, at_target = sums.split(1, dim=1)
-        log_total = total.log().add_(peak)
-        losses[part] = ((log_total - at_target) * counts).squeeze(1)
-        z_losses[part] = (z_weight * log_total.square() * counts).squeeze(1)
-        if not any(needed):
-            continue
-        scale = counts * (1 + 2 * z_weight * log_total) / total  # probability, z-loss and mask in one factor
-        # The target's entry is formed before rounding: probability - 1 cancels.
-        exponents.scatter_add_(1, target, here * total / -(1 + 2 * z_weight * log_total))
-        d_logits = torch.mul(exponents, scale, out=logits)
+        found = cross_entropy_(logits, targets_N[part], z_weight, rows, gradient=any(needed), hits=hits, how=how)
+        losses[part], z_losses[part] = found.loss, found.z_loss
+        if all_hits is not None and found.hit is not None:
+            all_hits[part] = found.hit
         if d_hidden is not None:
-            torch.mm(d_logits, weight_VD, out=d_hidden[part])
-        if d_weight is not None and d_weight.dtype == d_logits.dtype:
-            d_weight.addmm_(d_logits.t(), hidden)
-        elif d_weight is not None:
-            d_weight.add_(d_logits.t() @ hidden)  # the sum over chunks is in fp32
-    return losses, z_losses, d_hidden, d_weight
+            torch.mm(logits, weight_VD, out=d_hidden[part])
+        if d_weight is not None:
+            _add_product(d_weight, logits, hidden, how)
+    return Losses(losses, z_losses, all_hits), d_hidden, d_weight
+
+
+def _add_product(total: Tensor, d_logits: Tensor, hidden: Tensor, how: How) -> None:
+    """total += d_logits' hidden; total is fp32 where these are half precision."""
+    if total.dtype == hidden.dtype:
+        total.addmm_(d_logits.t(), hidden)
+    elif how == "triton" and not interprets():  # a product of halves with a sum in fp32, which torch has on GPUs alone
+        torch.addmm(total, d_logits.t(), hidden, out_dtype=torch.float32, out=total)
+    else:
+        total.add_(d_logits.t() @ hidden)

@@ -11,7 +11,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from minka.kernels.accumulation_dtype import wide
-from minka.kernels.linear_cross_entropy import ALL_ROWS, VocabShard, linear_cross_entropy, token_losses
+from minka.kernels.cross_entropy import ALL_ROWS, How, VocabShard
+from minka.kernels.linear_cross_entropy import linear_cross_entropy, token_losses
 from minka.plan.execution_choices import logit_rows
 
 
@@ -28,9 +29,11 @@ class Head(nn.Module):
 
     device_kind = ""  # whose number of logits at once is taken; empty: that of the device of the tensors
 
-    def __init__(self, d_model: int, vocab: int, z_weight: float, tied: nn.Embedding | None) -> None:
+    def __init__(
+        self, d_model: int, vocab: int, z_weight: float, tied: nn.Embedding | None, how: How = "torch"
+    ) -> None:
         super().__init__()
-        self.z_weight = z_weight
+        self.z_weight, self.how = z_weight, how
         # A tuple hides the embedding from nn.Module: the weight then exists once, and what replaces it in the embedding
         # (to_empty, FSDP2, tensor parallelism) cannot untie it.
         self._tied = () if tied is None else (tied,)
@@ -58,5 +61,7 @@ class Head(nn.Module):
         weight_VD, rows = self.rows()
         chunk = logit_rows(weight_VD.shape[0], self.device_kind or weight_VD.device.type)
         if reduce:
-            return HeadSums(*linear_cross_entropy(hidden_ND, weight_VD, targets_N, self.z_weight, chunk, rows))
-        return token_losses(hidden_ND, weight_VD, targets_N, chunk, rows).view(targets_BT.shape)
+            return HeadSums(
+                *linear_cross_entropy(hidden_ND, weight_VD, targets_N, self.z_weight, chunk, rows, self.how)
+            )
+        return token_losses(hidden_ND, weight_VD, targets_N, chunk, rows, self.how).loss.view(targets_BT.shape)

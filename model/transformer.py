@@ -34,7 +34,8 @@ class Transformer(nn.Module):
         self.embedding = Embedding(cfg.vocab, cfg.d_model, dtype=torch.float32)
         self.blocks = nn.ModuleDict({str(layer): Block(cfg, kernels) for layer in range(cfg.layers)})
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps, kernels.rms_norm)
-        self.head = Head(cfg.d_model, cfg.vocab, cfg.z_loss, self.embedding if cfg.tied else None)
+        tied = self.embedding if cfg.tied else None
+        self.head = Head(cfg.d_model, cfg.vocab, cfg.z_loss, tied, kernels.cross_entropy)
 
     def forward(
         self,

@@ -15,4 +15,9 @@ def kernels_of(config: RunConfig, mesh: Mesh, *, as_gpu: bool = False) -> Kernel
 
 def widths_of(model: ModelSection, tensor: int) -> dict[str, int]:
     """How wide the rows of each operation are on a rank of `tensor` tensor ranks."""
-    return {"rms_norm": model.d_model, "rope": model.head_dim, "swiglu": model.d_ff // tensor}
+    return {
+        "rms_norm": model.d_model,
+        "rope": model.head_dim,
+        "swiglu": model.d_ff // tensor,
+        "cross_entropy": model.vocab // tensor,
+    }

@@ -220,7 +220,7 @@ class MemoryTrace(TorchDispatchMode):
 
         with self._scope(kind_of):
             found = inner(hidden_ND, weight_VD, *args)
-        self.watch("gradients", [tensor for tensor in found[3:] if tensor is not None])
+        self.watch("gradients", [tensor for tensor in found[1:] if tensor is not None])
         return found
 
 

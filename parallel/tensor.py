@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
 
-from minka.kernels.linear_cross_entropy import VocabShard
+from minka.kernels.cross_entropy import VocabShard
 from minka.model.head import Head, HeadSums
 from minka.model.transformer import RMSNorm, Transformer
 from minka.parallel.mesh import Mesh
@@ -81,7 +81,7 @@ class VocabularyHead(Head):
 
     def __init__(self, head: Head, axis: DeviceMesh) -> None:
         nn.Module.__init__(self)
-        self.z_weight, self._tied, self.axis = head.z_weight, head._tied, axis
+        self.z_weight, self.how, self._tied, self.axis = head.z_weight, head.how, head._tied, axis
         if not self._tied:
             self.weight = head.weight
             _distribute(self, axis, Shard(0))

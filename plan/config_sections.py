@@ -204,10 +204,16 @@ class KernelsSection(Section):
     rms_norm: Implementation | None = Field(None, description="this operation's own; none: implementation")
     rope: Implementation | None = None
     swiglu: Implementation | None = None
+    cross_entropy: Implementation | None = Field(None, description="softmax, loss and gradient of a chunk of logits")
     attention: Literal["auto", "sdpa", "varlen"] = Field("auto", description="auto: varlen on a GPU, sdpa elsewhere")
     compile: bool = Field(False, description="torch.compile each block")
 
     def asked(self) -> dict[str, Implementation]:
         """The implementation that is asked for, by operation."""
-        own = {"rms_norm": self.rms_norm, "rope": self.rope, "swiglu": self.swiglu}
+        own = {
+            "rms_norm": self.rms_norm,
+            "rope": self.rope,
+            "swiglu": self.swiglu,
+            "cross_entropy": self.cross_entropy,
+        }
         return {operation: one or self.implementation for operation, one in own.items()}

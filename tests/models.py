@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minka.kernels.linear_cross_entropy import IGNORED
+from minka.kernels.cross_entropy import IGNORED
 from minka.model.hub_folder import read_tensors
 from minka.model.transformer import Transformer
 from minka.plan.config_sections import ModelSection

@@ -16,7 +16,7 @@ from minka.plan.load_config import validate
 H100 = Machine("cuda", "some H100", (9, 0), triton=True)
 T4 = Machine("cuda", "Tesla T4", (7, 5), triton=True)
 CPU = Machine("cpu")
-WIDTHS = {"rms_norm": 4096, "rope": 128, "swiglu": 14336}
+WIDTHS = {"rms_norm": 4096, "rope": 128, "swiglu": 14336, "cross_entropy": 128256}
 WORK = Work(torch.bfloat16, WIDTHS)
 TORCH = ".".join(torch.__version__.split(".")[:2])
 

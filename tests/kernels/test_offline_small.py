@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 import offline
-from minka.kernels import norm_rope, rms_norm, rope, swiglu
+from minka.kernels import cross_entropy, norm_rope, rms_norm, rope, swiglu
 from offline import CAPABILITIES, compile_kernel
 
 FP32 = {"eps": "fp32", "sign": "fp32"} | dict.fromkeys(
@@ -52,6 +52,22 @@ def test_rope(width: int, capability: int) -> None:
     rows, half = rope.head_tile(width, norm_rope.BACKWARD_TILE)
     constants = {"ROWS": rows, "HALF": half}
     compile_kernel(backward, types(backward), constants, capability, norm_rope.BACKWARD_WARPS).check()
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", ["*bf16", "*fp32"])
+@pytest.mark.parametrize("vocab", [2048, 128256])
+def test_cross_entropy(vocab: int, dtype: str, capability: int) -> None:
+    other = {"TARGET": "*i64", "BEST": "*i64", "HIT": "*i1", "COUNTS": "*i1", "X": dtype, "z_weight": "fp32"}
+    for kernel, constants in (
+        (cross_entropy._cross_entropy_kernel, {"GRADIENT": True, "HITS": False}),
+        (cross_entropy._cross_entropy_kernel, {"GRADIENT": False, "HITS": True}),
+        (cross_entropy._statistics_kernel, {"HITS": True}),
+        (cross_entropy._gradient_kernel, {}),
+    ):
+        given = {n: other.get(n, "*fp32" if n.isupper() else "i32") for n in kernel.arg_names}
+        whole = {**constants, "BLOCK": cross_entropy.block(vocab)}
+        compile_kernel(kernel, given, whole, capability, cross_entropy.WARPS).check()
 
 
 def test_a_spill_and_a_narrow_offset_are_seen() -> None:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minka.kernels.linear_cross_entropy import IGNORED
+from minka.kernels.cross_entropy import IGNORED
 from minka.model.head import Head, HeadSums
 from minka.plan import execution_choices
 

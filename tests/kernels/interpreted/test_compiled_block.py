@@ -10,7 +10,7 @@ from minka.model.transformer import Block
 from minka.plan.config_sections import ModelSection
 
 CFG = ModelSection(layers=1, d_model=16, heads=4, kv_heads=2, head_dim=4, d_ff=24, vocab=256, qk_norm=True)
-TRITON = Kernels(rms_norm="triton", rope="triton", swiglu="triton")
+TRITON = Kernels(rms_norm="triton", rope="triton", swiglu="triton", cross_entropy="triton")
 
 
 def test_a_block_is_one_graph() -> None:
