@@ -21,7 +21,7 @@ class Spans(NamedTuple):
     end_query: Tensor
 
 
-def spans(q_starts: Tensor, k_starts: Tensor, queries: int, keys: int) -> Spans:
+def document_spans(q_starts: Tensor, k_starts: Tensor, queries: int, keys: int) -> Spans:
     """The spans of documents whose cumulative lengths are q_starts and k_starts, int32 [documents + 1].
 
     Aligned bottom-right: the last query of a document sees all of its keys, the one before one fewer. Empty documents

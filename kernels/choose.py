@@ -15,10 +15,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from minka.kernels import rms_norm
+from minka.kernels.flash_attention_forward import WIDEST as WIDEST_HEAD
+from minka.kernels.flash_attn_package import installed_version
 from minka.kernels.optional_triton import interprets, triton
 
 Way = Literal["torch", "aten", "triton"]
 Own = Literal["torch", "triton"]
+Provider = Literal["sdpa", "varlen", "triton", "flash-attn"]
 CHOICES = Path(__file__).parent / "choices.toml"
 OLDEST = (8, 0)  # compute capability from which the kernels are compiled and tested
 COMPILED_MARGIN = 0.9  # an operator keeps Inductor from fusing across it: it must win clearly
@@ -32,12 +35,13 @@ class Kernels:
     rope: Own = "torch"
     swiglu: Own = "torch"
     cross_entropy: Own = "torch"
+    attention: Provider = "sdpa"
     reasons: Mapping[str, str] = field(default_factory=dict, compare=False)
     fallbacks: tuple[str, ...] = field(default=(), compare=False)
 
-    def ways(self) -> dict[str, Way]:
+    def ways(self) -> dict[str, str]:
         """{operation: implementation}."""
-        return {operation: getattr(self, operation) for operation in OPERATIONS}
+        return {operation: getattr(self, operation) for operation in (*OPERATIONS, "attention")}
 
 
 OPERATIONS = ("rms_norm", "rope", "swiglu", "cross_entropy")
@@ -83,7 +87,49 @@ def choose(asked: Mapping[str, str], machine: Machine, work: Work) -> Kernels:
             fallbacks.append(f"kernels.{operation}: {obstacle}; torch's runs")
         else:
             ways[operation], reasons[operation] = ("triton" if wanted == "triton" else plain), "asked for"
-    return Kernels(**ways, reasons=reasons, fallbacks=tuple(fallbacks))
+    provider, reasons["attention"] = _provider(asked.get("attention", "auto"), machine, work)
+    if provider == "sdpa" and asked.get("attention") in ("triton", "flash-attn"):
+        fallbacks.append(f"kernels.attention: {reasons['attention']}; torch's runs")
+    return Kernels(**ways, attention=provider, reasons=reasons, fallbacks=tuple(fallbacks))
+
+
+def _provider(wanted: str, machine: Machine, work: Work) -> tuple[Provider, str]:
+    """Whose attention runs, and why. A plain GPU takes torch's kernels for documents of any length."""
+    if wanted == "sdpa":
+        return "sdpa", "asked for"
+    candidates: tuple[Provider, ...] = ("varlen", "triton", "flash-attn")
+    obstacles = {name: cannot_attend(name, machine, work) for name in candidates}
+    if wanted != "auto":
+        (asked_for,) = (name for name in candidates if name == wanted)
+        return (asked_for, "asked for") if not obstacles[asked_for] else ("sdpa", obstacles[asked_for])
+    width = work.widths["attention"]
+    row = nearest_row(read_choices(), "attention", machine.gpu, width)
+    times = {name: row[f"{name}_ms"] for name in candidates if row is not None and f"{name}_ms" in row}
+    possible = [name for name in times if not obstacles[name]]
+    if possible:
+        best = min(possible, key=times.__getitem__)
+        return best, ", ".join(f"{name} {times[name]:g} ms" for name in possible) + f", measured on {machine.gpu}"
+    if obstacles["varlen"]:
+        return "sdpa", obstacles["varlen"]
+    return "varlen", f"nothing measured on {machine.gpu or machine.kind} with torch {_torch_version()}"
+
+
+def cannot_attend(provider: Provider, machine: Machine, work: Work) -> str:
+    """Why a provider of attention over packed documents cannot run; empty if it can."""
+    width = work.widths["attention"]
+    if width > WIDEST_HEAD:
+        return f"heads of {width} channels, and {provider} takes at most {WIDEST_HEAD}"
+    if provider == "triton":
+        return cannot_run("attention", machine, work)
+    if provider == "flash-attn" and not installed_version():
+        return "flash-attn is not installed"
+    if machine.kind != "cuda":
+        return "there is no GPU"
+    if machine.capability is not None and machine.capability < OLDEST:
+        return f"{machine.gpu} has compute capability {_dotted(machine.capability)}, and {provider} needs 8.0"
+    if work.dtype not in (torch.bfloat16, torch.float16):
+        return f"{provider} computes in half precision, and the run in {str(work.dtype).removeprefix('torch.')}"
+    return ""
 
 
 def cannot_run(operation: str, machine: Machine, work: Work) -> str:
@@ -93,8 +139,7 @@ def cannot_run(operation: str, machine: Machine, work: Work) -> str:
     if machine.kind != "cuda" and not interprets():
         return "there is no GPU"
     if machine.capability is not None and machine.capability < OLDEST:
-        have, least = (".".join(map(str, version)) for version in (machine.capability, OLDEST))
-        return f"{machine.gpu} has compute capability {have}, and the kernels need {least}"
+        return f"{machine.gpu} has compute capability {_dotted(machine.capability)}, and the kernels need 8.0"
     if work.dtype == torch.float64:
         return "the kernels compute in fp32, not in fp64"
     if operation == "rms_norm" and work.widths[operation] > rms_norm.WIDEST:
@@ -130,6 +175,10 @@ def nearest_row(rows: Sequence[Mapping[str, Any]], operation: str, gpu: str, wid
 def read_choices() -> tuple[Mapping[str, Any], ...]:
     """The rows of choices.toml."""
     return tuple(tomllib.loads(CHOICES.read_text(encoding="utf-8")).get("measured", ()))
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def _torch_version() -> str:

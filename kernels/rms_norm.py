@@ -175,19 +175,19 @@ def _rms_norm_backward(
     d_sum = d_flat if d_total is None else rows_of(d_total)
     rows, width = flat.shape
     d_x = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
-    launch = backward_launch(rows, width)
-    programs = max(1, min(processors(x.device), -(-rows // launch.rows)))
-    turns = -(-rows // (programs * launch.rows))
+    tile = backward_tile(rows, width)
+    programs = max(1, min(processors(x.device), -(-rows // tile.rows)))
+    turns = -(-rows // (programs * tile.rows))
     sums = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     arguments = (
         flat, weight, inverse, d_flat, d_sum, d_x, sums, rows, width, flat.stride(0), d_flat.stride(0),
         d_sum.stride(0), turns,
     )  # fmt: skip
-    add, columns, warps = d_total is not None, launch.columns, launch.warps
-    if launch.columns < width:
+    add, columns, warps = d_total is not None, tile.columns, tile.warps
+    if tile.columns < width:
         _wide_backward_kernel[(programs,)](*arguments, ADD=add, WIDTH=columns, num_warps=warps)
     else:
-        _backward_kernel[(programs,)](*arguments, ADD=add, ROWS=launch.rows, WIDTH=columns, num_warps=warps)
+        _backward_kernel[(programs,)](*arguments, ADD=add, ROWS=tile.rows, WIDTH=columns, num_warps=warps)
     return d_x.view(x.shape), sums.sum(dim=0).to(weight.dtype)
 
 
@@ -198,15 +198,15 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
     y = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
     total = y if residual is None else torch.empty_like(y)
     inverse = torch.empty(rows, dtype=torch.float32, device=x.device)
-    launch = forward_launch(rows, width)
-    _forward_kernel[(max(1, -(-rows // launch.rows)),)](
+    tile = forward_tile(rows, width)
+    _forward_kernel[(max(1, -(-rows // tile.rows)),)](
         flat, other, weight, total, y, inverse, rows, width, flat.stride(0), other.stride(0), eps,
-        ADD=residual is not None, ROWS=launch.rows, WIDTH=launch.columns, num_warps=launch.warps,
+        ADD=residual is not None, ROWS=tile.rows, WIDTH=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
     return y.view(x.shape), total.view(x.shape), inverse
 
 
-class Launch(NamedTuple):
+class RowTile(NamedTuple):
     """Rows and columns that a program holds at once, and the warps that share them."""
 
     rows: int
@@ -214,20 +214,20 @@ class Launch(NamedTuple):
     warps: int
 
 
-def forward_launch(rows: int, width: int) -> Launch:
+def forward_tile(rows: int, width: int) -> RowTile:
     if width > WIDEST:
         raise ValueError(f"the triton kernel of rms_norm takes rows of at most {WIDEST} elements, not {width}")
-    return _launch(rows, power_of_two(width), TILE)
+    return _tile_of(rows, power_of_two(width), TILE)
 
 
-def backward_launch(rows: int, width: int) -> Launch:
+def backward_tile(rows: int, width: int) -> RowTile:
     """Less, for the gradients and their sums take registers too; half a row or less where it is very wide."""
-    return _launch(rows, min(power_of_two(width), BACKWARD_WIDEST), BACKWARD_TILE)
+    return _tile_of(rows, min(power_of_two(width), BACKWARD_WIDEST), BACKWARD_TILE)
 
 
-def _launch(rows: int, columns: int, tile: int) -> Launch:
+def _tile_of(rows: int, columns: int, tile: int) -> RowTile:
     high = max(1, min(tile // columns, power_of_two(rows)))
-    return Launch(high, columns, max(4, min(32, high * columns // 128)))
+    return RowTile(high, columns, max(4, min(32, high * columns // 128)))
 
 
 @_rms_norm.register_fake

@@ -14,6 +14,11 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from minka.kernels.attention_spans import Spans, document_spans
+from minka.kernels.choose import Provider
+from minka.kernels.flash_attention import flash_attention
+from minka.kernels.flash_attn_package import packed_attention
+
 VARLEN: Callable[..., Any] = varlen_attn  # its signature differs between torch 2.11 and 2.13
 PROBE_BYTES = 2**24  # of logits that the probe holds at once
 VARLEN_TAKES = inspect.signature(varlen_attn).parameters
@@ -49,6 +54,9 @@ class Structure:
     starts: Tensor | None = None  # varlen: int32 cumulative lengths over the flattened batch, padded with B*T
     shard: ContextShard | None = None  # None: queries and keys are whole rows
     mask: Tensor | None = None  # [B, 1, Tq, Tk], 0 where allowed and -inf elsewhere; made by `to`
+    provider: Provider = "varlen"  # of varlen: whose kernels
+    spans: Spans | None = None  # of Triton's kernels: which key each query sees; made by `to`
+    repeats: bool = False  # give each query head its own keys: torch's kernels for GPUs that take a mask need that
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Structure":
         """The structure for activations of `dtype` on `device`; the host waits for nothing if its memory is pinned."""
@@ -62,7 +70,19 @@ class Structure:
             mask = torch.zeros(allowed_BQK.shape, dtype=dtype, device=device)
             return replace(self, mask=mask.masked_fill_(~allowed_BQK, float("-inf"))[:, None])
         shard = self.shard and replace(self.shard, take=move(self.shard.take), key_starts=move(self.shard.key_starts))
-        return replace(self, starts=move(self.starts), shard=shard)
+        moved = replace(self, starts=move(self.starts), shard=shard)
+        return replace(moved, spans=moved._spans()) if self.kind == "varlen" and self.provider == "triton" else moved
+
+    def _spans(self) -> Spans:
+        assert self.starts is not None  # it is varlen
+        assert self.documents is not None
+        rows, length = self.documents.shape
+        if self.shard is None:
+            return document_spans(self.starts, self.starts, rows * length, rows * length)
+        assert self.shard.take is not None
+        assert self.shard.key_starts is not None
+        queries = rows * len(self.shard.queries_at)
+        return document_spans(self.starts, self.shard.key_starts, queries, len(self.shard.take))
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -74,8 +94,10 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return replace(value, **{f.name: map_tensors(getattr(value, f.name), change) for f in fields(value)})
 
 
-def document_structure(documents_BT: Tensor | None, *, varlen: bool) -> Structure:
-    """The structure of whole rows.
+def document_structure(
+    documents_BT: Tensor | None, *, varlen: bool, provider: Provider = "varlen", repeats: bool = False
+) -> Structure:
+    """The structure of whole rows; provider: of variable-length kernels.
 
     documents_BT: int64 ids on the host, equal exactly within a document, whose tokens are consecutive; None: one
     document a row.
@@ -83,10 +105,10 @@ def document_structure(documents_BT: Tensor | None, *, varlen: bool) -> Structur
     if documents_BT is None:
         return Structure("causal")
     if varlen:
-        return Structure("varlen", documents_BT, starts=document_starts(documents_BT))
+        return Structure("varlen", documents_BT, starts=document_starts(documents_BT), provider=provider)
     if torch.equal(documents_BT[:, 1:], documents_BT[:, :-1]):
         return Structure("causal")  # the causal kernel skips half of the work
-    return Structure("mask", documents_BT)
+    return Structure("mask", documents_BT, repeats=repeats)
 
 
 def document_starts(documents_BT: Tensor) -> Tensor:
@@ -108,9 +130,11 @@ def attention(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, structure: Structu
         k_BKTC, v_BKTC = structure.shard.gather(k_BKTC, v_BKTC)
     if structure.kind == "varlen":
         return _varlen(q_BHTC, k_BKTC, v_BKTC, structure)
-    mask, grouped = structure.mask, q_BHTC.shape[1] != k_BKTC.shape[1]
+    mask, groups = structure.mask, q_BHTC.shape[1] // k_BKTC.shape[1]
+    if structure.repeats and groups > 1:
+        k_BKTC, v_BKTC, groups = (*(x.repeat_interleave(groups, dim=1) for x in (k_BKTC, v_BKTC)), 1)
     return F.scaled_dot_product_attention(
-        q_BHTC, k_BKTC, v_BKTC, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+        q_BHTC, k_BKTC, v_BKTC, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1
     )
 
 
@@ -153,17 +177,32 @@ def largest_logit(q_BHTC: Tensor, k_BKTC: Tensor, structure: Structure) -> Tenso
 
 
 def _varlen(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, structure: Structure) -> Tensor:
-    batch, heads, tokens, _ = q_BHTC.shape
-    groups = heads // k_BKTC.shape[1]
-    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in VARLEN_TAKES else {"is_causal": True}
-    if groups > 1 and "enable_gqa" in VARLEN_TAKES:
-        options["enable_gqa"] = True
-    elif groups > 1:
-        k_BKTC, v_BKTC = k_BKTC.repeat_interleave(groups, dim=1), v_BKTC.repeat_interleave(groups, dim=1)
+    batch, _, tokens, _ = q_BHTC.shape
     q, k, v = (rearrange(x, "b h t c -> (b t) h c") for x in (q_BHTC, k_BKTC, v_BKTC))
     starts, key_starts, longest = structure.starts, structure.starts, tokens
     if structure.shard is not None:
         k, v = k[structure.shard.take], v[structure.shard.take]
         key_starts, longest = structure.shard.key_starts, structure.shard.longest
-    y = VARLEN(q, k, v, starts, key_starts, tokens, longest, **options)
+    assert starts is not None
+    assert key_starts is not None
+    if structure.provider == "triton":
+        assert structure.spans is not None
+        y, _ = flash_attention(q, k, v, structure.spans)
+    elif structure.provider == "flash-attn":
+        y = packed_attention(q, k, v, starts, key_starts, tokens, longest)
+    else:
+        y = _torch_varlen(q, k, v, starts, key_starts, tokens, longest)
     return rearrange(y, "(b t) h c -> b h t c", b=batch)
+
+
+def _torch_varlen(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, key_starts: Tensor, longest_q: int, longest_k: int
+) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in VARLEN_TAKES else {"is_causal": True}
+    if groups > 1 and "enable_gqa" in VARLEN_TAKES:
+        options["enable_gqa"] = True
+    elif groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    y: Tensor = VARLEN(q, k, v, starts, key_starts, longest_q, longest_k, **options)
+    return y

@@ -19,5 +19,6 @@ def widths_of(model: ModelSection, tensor: int) -> dict[str, int]:
         "rms_norm": model.d_model,
         "rope": model.head_dim,
         "swiglu": model.d_ff // tensor,
+        "attention": model.head_dim,
         "cross_entropy": model.vocab // tensor,
     }

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minka.kernels.choose import Provider
 from minka.model.attention import ContextShard, Structure
 
 # torch 2.13 renames the two and warns about the old names; 2.11 has only those.
@@ -35,7 +36,9 @@ def gathered_places(length: int, ways: int) -> Tensor:
     return torch.cat([places(length, ways, rank) for rank in range(ways)])
 
 
-def shard_structure(documents_BT: Tensor, group: Any, *, varlen: bool) -> Structure:
+def shard_structure(
+    documents_BT: Tensor, group: Any, *, varlen: bool, provider: Provider = "varlen", repeats: bool = False
+) -> Structure:
     """The structure of this rank's queries and the whole sequence's keys. documents_BT: int64 ids of whole rows."""
     ways, rank, length = dist.get_world_size(group), dist.get_rank(group), documents_BT.shape[1]
 
@@ -45,10 +48,10 @@ def shard_structure(documents_BT: Tensor, group: Any, *, varlen: bool) -> Struct
 
     shard = ContextShard(gather, places(length, ways, rank), gathered_places(length, ways))
     if not varlen:
-        return Structure("mask", documents_BT, shard=shard)
+        return Structure("mask", documents_BT, shard=shard, repeats=repeats)
     starts, key_starts, take, longest = varlen_segments(documents_BT, ways, rank)
     shard = replace(shard, take=take, key_starts=key_starts, longest=longest)
-    return Structure("varlen", documents_BT, starts=starts, shard=shard)
+    return Structure("varlen", documents_BT, starts=starts, shard=shard, provider=provider)
 
 
 def varlen_segments(documents_BT: Tensor, ways: int, rank: int) -> tuple[Tensor, Tensor, Tensor, int]:

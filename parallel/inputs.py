@@ -4,13 +4,15 @@ Micro-batches are cut on the host, so that the loader's thread can do it and no 
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minka.kernels.choose import Kernels, Provider
 from minka.model.attention import Structure, document_structure, map_tensors
+from minka.parallel.choose_kernels import kernels_of
 from minka.parallel.context import places, shard_structure
 from minka.parallel.mesh import Mesh
 from minka.plan.config import RunConfig
@@ -49,19 +51,24 @@ class ModelInputs:
 class InputCutter:
     """Cuts micro-batches for one rank, and puts losses of its tokens back into whole rows.
 
-    varlen: whether attention runs variable-length kernels.
+    varlen: whether attention runs variable-length kernels, and provider: whose.
     """
 
-    def __init__(self, mesh: Mesh, *, varlen: bool) -> None:
+    def __init__(self, mesh: Mesh, *, varlen: bool, provider: Provider = "varlen", repeats: bool = False) -> None:
         self.mesh, self.varlen = mesh, varlen
+        self._how: dict[str, Any] = {"varlen": varlen, "provider": provider, "repeats": repeats}
         self.ways, self.rank = mesh.layout.context, mesh.coordinate["context"]
 
     @classmethod
     def of(cls, config: RunConfig, mesh: Mesh) -> "InputCutter":
-        """The cutter of a run: the one place that chooses between a mask and varlen kernels. Raises UserError."""
-        kind = mesh.device.type
-        dtype = compute_dtype_name(mesh.layout, kind)
-        return cls(mesh, varlen=attention_kind(config.kernels.attention, kind, dtype) == "varlen")
+        """The cutter of a run. Raises UserError where varlen is asked for and cannot run."""
+        attention_kind(config.kernels.attention, mesh.device.type, compute_dtype_name(mesh.layout, mesh.device.type))
+        return cls.over(mesh, kernels_of(config, mesh), repeats=mesh.device.type == "cuda")
+
+    @classmethod
+    def over(cls, mesh: Mesh, kernels: Kernels, *, repeats: bool = False) -> "InputCutter":
+        """The cutter for attention by these kernels."""
+        return cls(mesh, varlen=kernels.attention != "sdpa", provider=kernels.attention, repeats=repeats)
 
     def prepare(self, micro_batch: MicroBatch) -> ModelInputs:
         """The inputs on the host, page-locked where the device is a GPU. Safe to call from any thread."""
@@ -94,9 +101,9 @@ class InputCutter:
 
     def _cut(self, tokens: Tensor, documents: Tensor | None, positions: Tensor, targets: Tensor | None) -> ModelInputs:
         if self.ways == 1:
-            return ModelInputs(tokens, positions, document_structure(documents, varlen=self.varlen), targets)
+            return ModelInputs(tokens, positions, document_structure(documents, **self._how), targets)
         documents = torch.zeros_like(tokens) if documents is None else documents
-        structure = shard_structure(documents, self.mesh.context, varlen=self.varlen)
+        structure = shard_structure(documents, self.mesh.context, **self._how)
         mine = places(tokens.shape[1], self.ways, self.rank)
         return ModelInputs(
             tokens[:, mine], positions[:, mine], structure, None if targets is None else targets[:, mine]

@@ -205,10 +205,10 @@ class KernelsSection(Section):
     rope: Implementation | None = None
     swiglu: Implementation | None = None
     cross_entropy: Implementation | None = Field(None, description="softmax, loss and gradient of a chunk of logits")
-    attention: Literal["auto", "sdpa", "varlen"] = Field("auto", description="auto: varlen on a GPU, sdpa elsewhere")
+    attention: Literal["auto", "sdpa", "varlen", "triton", "flash-attn"] = Field("auto", description="whose kernels")
     compile: bool = Field(False, description="torch.compile each block")
 
-    def asked(self) -> dict[str, Implementation]:
+    def asked(self) -> dict[str, str]:
         """The implementation that is asked for, by operation."""
         own = {
             "rms_norm": self.rms_norm,
@@ -216,4 +216,4 @@ class KernelsSection(Section):
             "swiglu": self.swiglu,
             "cross_entropy": self.cross_entropy,
         }
-        return {operation: one or self.implementation for operation, one in own.items()}
+        return {"attention": self.attention, **{name: one or self.implementation for name, one in own.items()}}

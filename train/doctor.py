@@ -26,7 +26,6 @@ from minka.plan.cli import print_json, print_table, progress
 from minka.plan.config import RunConfig
 from minka.plan.config_sections import KernelsSection, ModelSection
 from minka.plan.errors import ExitStatus, UserError
-from minka.plan.execution_choices import attention_kind
 from minka.plan.flops import parameters
 from minka.plan.hardware import find_gpu
 from minka.plan.layout import Layout
@@ -44,7 +43,6 @@ RANGE_STEPS, RANGE_LOW, RANGE_HIGH = 60, 1e-5, 1.0
 TYPICAL = ModelSection(layers=32, d_model=4096, heads=32, kv_heads=8, head_dim=128, d_ff=14336, vocab=128256)
 STATE_BYTES = 16  # per parameter: fp32 weight, gradient and two moments
 MEMORY_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-ATTENTION = {"mask": "torch's scaled_dot_product_attention with a document mask", "varlen": "torch's varlen_attn"}
 
 
 class Check(NamedTuple):
@@ -94,7 +92,6 @@ def this_machine(config: RunConfig | None) -> dict[str, str]:
         "collectives": collectives,
         "compute": f"{dtype} on fp32 weights",
         **{name: f"{way} ({chosen.reasons[name]})" for name, way in chosen.ways().items()},
-        "attention": ATTENTION[attention_kind(kernels.attention, device.type, dtype)],
     }
 
 

@@ -126,15 +126,15 @@ def _traced(config: RunConfig, layout: Layout, rank: int, count: int, as_gpu: bo
     """Build the rank's part and trace a step of `count` micro-batches."""
     with alone(layout.world, rank), ExitStack() as stack:
         mesh = _mesh(layout, rank)
-        parts = cut(config, mesh, kernels_of(config, mesh, as_gpu=as_gpu))
+        kernels = kernels_of(config, mesh, as_gpu=as_gpu)
+        parts = cut(config, mesh, kernels)
         for part in parts:
             part.head.device_kind = "cuda" if as_gpu else ""
         mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         for part in parts:
             part.to_empty(device=mesh.device)
         stack.enter_context(without_numbers())
-        kind = attention_kind(config.kernels.attention, "cuda" if as_gpu else "cpu", layout.precision)
-        cutter = InputCutter(mesh, varlen=kind == "varlen")
+        cutter = InputCutter.over(mesh, kernels, repeats=as_gpu)
         engine, optimizer = engine_over(parts, cutter, config)
         inputs = AssumedInputs(config, cutter)
         shards = {name: _shard(piece) for name, piece in engine.tensors().items()}

@@ -16,7 +16,7 @@ from minka.plan.load_config import validate
 H100 = Machine("cuda", "some H100", (9, 0), triton=True)
 T4 = Machine("cuda", "Tesla T4", (7, 5), triton=True)
 CPU = Machine("cpu")
-WIDTHS = {"rms_norm": 4096, "rope": 128, "swiglu": 14336, "cross_entropy": 128256}
+WIDTHS = {"rms_norm": 4096, "rope": 128, "swiglu": 14336, "cross_entropy": 128256, "attention": 128}
 WORK = Work(torch.bfloat16, WIDTHS)
 TORCH = ".".join(torch.__version__.split(".")[:2])
 
@@ -39,9 +39,9 @@ def asked(how: str) -> dict[str, str]:
 
 
 def test_what_is_asked_for_runs_where_it_can() -> None:
-    assert set(choose(asked("triton"), H100, WORK).ways().values()) == {"triton"}
+    assert set(choose(asked("triton") | {"attention": "triton"}, H100, WORK).ways().values()) == {"triton"}
     found = choose(asked("torch") | {"swiglu": "triton"}, H100, WORK)
-    assert found == Kernels(rms_norm="aten", swiglu="triton")
+    assert found == Kernels(rms_norm="aten", swiglu="triton", attention="varlen")
     assert found.fallbacks == ()
 
 
@@ -99,10 +99,37 @@ def test_the_file_of_choices_is_read() -> None:
 
 def test_the_settings_of_a_run_name_every_operation() -> None:
     """One key an operation, over `implementation`; on this machine none can run, and each says so once."""
-    config = validate(values(kernels={"implementation": "triton", "swiglu": "torch"}), "here")
-    assert config.kernels.asked().keys() == set(OPERATIONS)
+    config = validate(values(kernels={"implementation": "triton", "swiglu": "torch", "attention": "triton"}), "here")
+    assert config.kernels.asked().keys() == {*OPERATIONS, "attention"}
     with start_mesh(config.layout) as mesh:
         found = kernels_of(config, mesh)
         as_gpu = kernels_of(config, mesh, as_gpu=True)
-    assert len(found.fallbacks) == len(OPERATIONS) - 1
-    assert as_gpu.ways() == dict.fromkeys(OPERATIONS, "triton") | {"swiglu": "torch"}
+    assert len(found.fallbacks) == len(OPERATIONS)
+    assert as_gpu.ways() == dict.fromkeys((*OPERATIONS, "attention"), "triton") | {"swiglu": "torch"}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "machine", "work", "provider", "why"),
+    [
+        ("auto", H100, WORK, "varlen", "nothing measured"),
+        ("auto", H100, WORK._replace(dtype=torch.float32), "sdpa", "half precision, and the run in float32"),
+        ("auto", T4, WORK._replace(dtype=torch.float16), "sdpa", "compute capability 7.5"),
+        ("auto", CPU, WORK, "sdpa", "there is no GPU"),
+        ("auto", H100, WORK._replace(widths=WIDTHS | {"attention": 320}), "sdpa", "heads of 320 channels"),
+        ("sdpa", H100, WORK, "sdpa", "asked for"),
+        ("triton", H100, WORK._replace(dtype=torch.float32), "triton", "asked for"),
+        ("triton", T4, WORK, "sdpa", "compute capability 7.5"),
+        ("flash-attn", H100, WORK, "sdpa", "flash-attn is not installed"),
+    ],
+)
+def test_who_provides_attention(wanted: str, machine: Machine, work: Work, provider: str, why: str) -> None:
+    found = choose({"attention": wanted}, machine, work)
+    assert found.attention == provider
+    assert why in found.reasons["attention"]
+    assert len(found.fallbacks) == (provider != wanted and wanted in ("triton", "flash-attn"))
+
+
+def test_attention_takes_the_fastest_that_can_run(measured: list[dict[str, Any]]) -> None:
+    measured.append(row("attention", 128) | {"varlen_ms": 3.0, "triton_ms": 2.0, "flash-attn_ms": 1.0})
+    assert choose({}, H100, WORK).attention == "triton"  # flash-attn is not installed
+    assert choose({}, H100, WORK._replace(dtype=torch.float64)).attention == "sdpa"

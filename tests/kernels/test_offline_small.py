@@ -30,7 +30,7 @@ def test_swiglu(kernel: Any, width: int, capability: int) -> None:
 @pytest.mark.parametrize("width", [64, 128, 1024, 2048, 4096, 8192, 16384])
 @pytest.mark.parametrize("add", [False, True], ids=["alone", "after a sum"])
 def test_rms_norm(width: int, add: bool, capability: int) -> None:
-    forward, backward = rms_norm.forward_launch(2**16, width), rms_norm.backward_launch(2**16, width)
+    forward, backward = rms_norm.forward_tile(2**16, width), rms_norm.backward_tile(2**16, width)
     wide = backward.columns < width
     for kernel, launch in (
         (rms_norm._forward_kernel, forward),
@@ -72,7 +72,7 @@ def test_cross_entropy(vocab: int, dtype: str, capability: int) -> None:
 
 def test_a_spill_and_a_narrow_offset_are_seen() -> None:
     """The checks of this file find what they look for."""
-    launch = rms_norm.backward_launch(2**16, 4096)
+    launch = rms_norm.backward_tile(2**16, 4096)
     constants = {"ADD": True, "ROWS": 4 * launch.rows, "WIDTH": 16384}
     with pytest.raises(AssertionError, match="spilled"):
         compile_kernel(rms_norm._backward_kernel, types(rms_norm._backward_kernel), constants, 90, 4).check()

@@ -1,6 +1,9 @@
 """Structures of packed batches, and the calls of a kernel that this machine may not have."""
 
 import inspect
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minka.kernels import flash_attn_package
 from minka.model import attention as attention_module
 from minka.model.attention import (
     Structure,
@@ -93,6 +97,49 @@ def test_variable_length_kernels_are_called_rightly(kernel: Any, monkeypatch: py
     torch.testing.assert_close(
         attention(q, k, v, varlen), attention(q, k, v, structure(documents)), rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+def test_the_flash_attn_package_is_called_rightly(version: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every version takes these names; 4 returns the logarithms of the sums as well."""
+
+    def flash_attn_varlen_func(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+        max_seqlen_k: int, causal: bool,
+    ) -> Any:  # fmt: skip
+        assert causal
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+        assert max_seqlen_q == max_seqlen_k == 20
+        y = by_document(q, k, v, cu_seqlens_q, max_seqlen_q)
+        return (y, None) if version == 4 else y
+
+    name = flash_attn_package.MODULES[version]
+    module = ModuleType(name)
+    module.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
+    module.__spec__, module.__path__ = ModuleSpec(name, None), []
+    for part in {name, name.partition(".")[0]}:
+        monkeypatch.setitem(sys.modules, part, module)
+    for cached in (flash_attn_package.installed_version, flash_attn_package._function):
+        cached.cache_clear()
+    try:
+        assert flash_attn_package.installed_version() == version
+        _, documents, _, _ = packed(rows=3, length=20, vocab=300)
+        q, k, v = (torch.randn(3, 20, heads, 8).transpose(1, 2) for heads in (4, 2, 2))
+        theirs = document_structure(documents, varlen=True, provider="flash-attn")
+        torch.testing.assert_close(
+            attention(q, k, v, theirs), attention(q, k, v, structure(documents)), rtol=1e-5, atol=1e-6
+        )
+    finally:
+        for cached in (flash_attn_package.installed_version, flash_attn_package._function):
+            cached.cache_clear()
+
+
+def test_repeated_keys_are_grouped_keys() -> None:
+    _, documents, _, _ = packed(rows=3, length=20, vocab=300)
+    q, k, v = (torch.randn(3, 20, heads, 8).transpose(1, 2) for heads in (4, 2, 2))
+    repeated = document_structure(documents, varlen=False, repeats=True).to(q.device, q.dtype)
+    assert repeated.repeats
+    torch.testing.assert_close(attention(q, k, v, repeated), attention(q, k, v, structure(documents)))
 
 
 class Largest(TorchDispatchMode):

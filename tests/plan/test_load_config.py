@@ -52,7 +52,10 @@ BAD: list[tuple[dict[str, dict[str, Any]], list[str]]] = [  # what is given, wha
     ({"guard": {"hang_seconds": 0}}, ["guard.hang_seconds=0"]),
     ({"eval": {"temperature": -1}}, ["eval.temperature=-1"]),
     ({"tracking": {"wandb": "yes"}}, ["tracking.wandb='yes'", "'off', 'offline' or 'online'"]),
-    ({"kernels": {"attention": "flash"}}, ["kernels.attention='flash'", "'auto', 'sdpa' or 'varlen'"]),
+    (
+        {"kernels": {"attention": "flash"}},
+        ["kernels.attention='flash'", "'auto', 'sdpa', 'varlen', 'triton' or 'flash-attn'"],
+    ),
     ({"shedule": {"warmup": 1}}, ["shedule is not a setting", "did you mean schedule?"]),
 ]
 

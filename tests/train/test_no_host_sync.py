@@ -180,7 +180,7 @@ def config_of(folder: Path, layout: dict[str, Any], implementation: str = "torch
     model = {"layers": 4, "tied": False, "qk_norm": True}
     run = {"max_steps": STEPS, "name": "meta"}
     settings = {"shard": 1, "micro_batch": 1, "precision": "bf16", **layout}
-    kernels = {"implementation": implementation}
+    kernels = {"implementation": implementation, "attention": "auto" if implementation == "torch" else "triton"}
     return tiny(folder, run=run, model=model, layout=settings, schedule={"warmup": 1}, kernels=kernels)
 
 
@@ -190,11 +190,12 @@ def run_on_meta(config: RunConfig, rank: int) -> TrainingEnd:
     with alone(config.layout.world, rank), meta_in_torch(), without_numbers():
         mesh = replace(lay_mesh(config.layout, torch.device("cpu"), rank), device=META)
         kernels = kernels_of(config, mesh, as_gpu=True)
-        assert (set(kernels.ways().values()) == {"triton"}) == (config.kernels.implementation == "triton")
+        triton = config.kernels.implementation == "triton"
+        assert set(kernels.ways().values()) == ({"triton"} if triton else {"torch", "aten", "varlen"})
         parts = cut(config, mesh, kernels)
         for part in parts:
             part.to_empty(device=META)
-        engine, optimizer = engine_over(parts, InputCutter(mesh, varlen=True), config)
+        engine, optimizer = engine_over(parts, InputCutter.over(mesh, kernels), config)
         record, supervisor = MagicMock(), MagicMock()
         record.judge.side_effect = lambda metrics, state: accept(record, state)
         supervisor.stop_requested.return_value = False

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernel_checks import assert_near, exact
-from minka.kernels.attention_spans import Spans, causal_spans, spans
+from minka.kernels.attention_spans import Spans, causal_spans, document_spans
 from minka.kernels.flash_attention import attention_definition, flash_attention
 from minka.kernels.flash_attention_forward import WIDEST
 from minka.parallel.context import varlen_segments
@@ -64,7 +64,7 @@ def check(inputs: Any, between: Spans, scale: float | None = None) -> None:
 def test_documents(lengths: tuple[int, ...], heads: int, groups: int, width: int, dtype: torch.dtype) -> None:
     """Causal within each document, padded with empty ones."""
     ends, total = starts(*lengths, 0, 0, 0), sum(lengths)
-    check(qkv(total, total, heads, groups, width, dtype), spans(ends, ends, total, total))
+    check(qkv(total, total, heads, groups, width, dtype), document_spans(ends, ends, total, total))
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -73,7 +73,7 @@ def test_queries_of_a_context_rank(rank: int, dtype: torch.dtype) -> None:
     """Some queries of each document, and all of its keys up to them: unequal lengths, aligned bottom-right."""
     documents = torch.tensor([[0] * 20 + [1] * 5 + [2] * 39, [0] * 64])
     q_starts, k_starts, take, _ = varlen_segments(documents, 2, rank)
-    between = spans(q_starts, k_starts, int(q_starts[-1]), len(take))
+    between = document_spans(q_starts, k_starts, int(q_starts[-1]), len(take))
     check(qkv(int(q_starts[-1]), len(take), 4, 2, 16, dtype), between)
 
 
@@ -81,7 +81,7 @@ def test_rows_that_are_one_document_each() -> None:
     rows, length = 3, 20
     ends = starts(*[length] * rows)
     between = causal_spans(rows, length, torch.device("cpu"))
-    for one, other in zip(between, spans(ends, ends, rows * length, rows * length), strict=True):
+    for one, other in zip(between, document_spans(ends, ends, rows * length, rows * length), strict=True):
         assert torch.equal(one, other)
     check(qkv(rows * length, rows * length, 2, 1, 16, torch.float32), between)
 
@@ -92,7 +92,7 @@ def test_magnitudes(size: float) -> None:
     ends = starts(33, 7)
     inputs = qkv(40, 40, 2, 1, 16, torch.float32)
     inputs[0] = (inputs[0].detach() * size).requires_grad_()
-    check(inputs, spans(ends, ends, 40, 40))
+    check(inputs, document_spans(ends, ends, 40, 40))
 
 
 def test_strides_and_a_scale() -> None:
@@ -108,7 +108,7 @@ def test_strides_and_a_scale() -> None:
 def test_a_query_without_keys_is_0() -> None:
     ends = torch.tensor([0, 2, 5], dtype=torch.int32), torch.tensor([0, 0, 3], dtype=torch.int32)
     inputs = qkv(5, 3, 1, 1, 16, torch.float32)
-    y, log_sums = flash_attention(inputs[0], inputs[1], inputs[2], spans(*ends, 5, 3))
+    y, log_sums = flash_attention(inputs[0], inputs[1], inputs[2], document_spans(*ends, 5, 3))
     assert torch.equal(y[:2], torch.zeros_like(y[:2]))
     assert torch.equal(log_sums[:, :2], torch.full((1, 2), float("-inf")))
     gradients = torch.autograd.grad(y.square().sum(), inputs)

@@ -12,7 +12,7 @@ SHAPE = {"layers": 2, "d_model": 16, "heads": 4, "kv_heads": 2, "head_dim": 4, "
 
 
 def trained(implementation: str, **shape: Any) -> Run:
-    kernels = {"implementation": implementation}
+    kernels = {"implementation": implementation, "attention": "triton" if implementation == "triton" else "sdpa"}
     return run_on(config_of({}, {**SHAPE, **shape}, rows=ROWS, kernels=kernels), steps=STEPS)
 
 

@@ -19,7 +19,7 @@ LAYOUTS: tuple[dict[str, Any], ...] = (
 
 
 def trained(layout: dict[str, Any], implementation: str, **shape: Any) -> Run:
-    kernels = {"implementation": implementation}
+    kernels = {"implementation": implementation, "attention": "triton" if implementation == "triton" else "sdpa"}
     return run_on(config_of(layout, {**SHAPE, **shape}, rows=ROWS, kernels=kernels), steps=STEPS)
 
 
