@@ -6,7 +6,7 @@ PYTEST := $(BIN)/python -m pytest
 FOLDERS := plan kernels model data parallel checkpoint launch eval train report slurm benchmarks
 STAMP := .venv/.minka-installed
 
-.PHONY: demo test test-all test-torch lint bench gpu-check clean
+.PHONY: demo test test-all test-torch lint bench bench-kernels gpu-check clean
 
 demo: $(STAMP) ## train the demo recipe: minutes on two cores
 	$(BIN)/minka train demo
@@ -31,7 +31,10 @@ lint: $(STAMP)
 bench: $(STAMP) ## speed compared with a peer, as ratios with their bounds
 	$(BIN)/python -m minka.benchmarks.training
 
-# For a machine that already has torch with CUDA: uses no network and no .venv.
+# For a machine that already has torch with CUDA: these two use no network and no .venv.
+bench-kernels: ## every operation by torch, torch.compile and Triton; writes kernels/choices.toml
+	PYTHONPATH=.ns:$$PYTHONPATH $(PYTHON) -m minka.benchmarks.kernels --write
+
 gpu-check:
 	PYTHONPATH=.ns:$$PYTHONPATH $(PYTHON) -m pytest -p no:cacheprovider -m gpu
 

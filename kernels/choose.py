@@ -111,10 +111,10 @@ def _provider(wanted: str, machine: Machine, work: Work) -> tuple[Provider, str]
         return best, ", ".join(f"{name} {times[name]:g} ms" for name in possible) + f", measured on {machine.gpu}"
     if obstacles["varlen"]:
         return "sdpa", obstacles["varlen"]
-    return "varlen", f"nothing measured on {machine.gpu or machine.kind} with torch {_torch_version()}"
+    return "varlen", f"nothing measured on {machine.gpu or machine.kind} with torch {torch_version()}"
 
 
-def cannot_attend(provider: Provider, machine: Machine, work: Work) -> str:
+def cannot_attend(provider: str, machine: Machine, work: Work) -> str:
     """Why a provider of attention over packed documents cannot run; empty if it can."""
     width = work.widths["attention"]
     if width > WIDEST_HEAD:
@@ -158,7 +158,7 @@ def _fastest(operation: str, plain: Way, obstacle: str, machine: Machine, work: 
         return plain, obstacle
     row = nearest_row(read_choices(), operation, machine.gpu, work.widths.get(operation, 1))
     if row is None:
-        return plain, f"nothing measured on {machine.gpu or machine.kind} with torch {_torch_version()}"
+        return plain, f"nothing measured on {machine.gpu or machine.kind} with torch {torch_version()}"
     rival = row["compile_ms"] * COMPILED_MARGIN if work.compiled else row["torch_ms"]
     way: Way = "triton" if row["triton_ms"] < rival else plain
     times = f"triton {row['triton_ms']:g} ms, torch {row['torch_ms']:g}, compiled {row['compile_ms']:g}"
@@ -167,7 +167,7 @@ def _fastest(operation: str, plain: Way, obstacle: str, machine: Machine, work: 
 
 def nearest_row(rows: Sequence[Mapping[str, Any]], operation: str, gpu: str, width: int) -> Mapping[str, Any] | None:
     """The measurement of the operation on this GPU with this torch whose width is nearest, by ratio."""
-    here = [r for r in rows if (r["operation"], r["gpu"], r["torch"]) == (operation, gpu, _torch_version())]
+    here = [r for r in rows if (r["operation"], r["gpu"], r["torch"]) == (operation, gpu, torch_version())]
     return min(here, key=lambda row: abs(math.log(row["width"] / width)), default=None)
 
 
@@ -181,6 +181,6 @@ def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
-def _torch_version() -> str:
+def torch_version() -> str:
     """Major and minor version: kernels of torch change with them."""
     return ".".join(torch.__version__.split(".")[:2])

@@ -191,13 +191,14 @@ def _varlen(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, structure: Structure
     elif structure.provider == "flash-attn":
         y = packed_attention(q, k, v, starts, key_starts, tokens, longest)
     else:
-        y = _torch_varlen(q, k, v, starts, key_starts, tokens, longest)
+        y = torch_varlen(q, k, v, starts, key_starts, tokens, longest)
     return rearrange(y, "(b t) h c -> b h t c", b=batch)
 
 
-def _torch_varlen(
+def torch_varlen(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, key_starts: Tensor, longest_q: int, longest_k: int
 ) -> Tensor:
+    """Causal attention of documents aligned bottom-right, [tokens, H, C], by torch's kernels."""
     groups = q.shape[1] // k.shape[1]
     options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in VARLEN_TAKES else {"is_causal": True}
     if groups > 1 and "enable_gqa" in VARLEN_TAKES:

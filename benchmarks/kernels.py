@@ -1,0 +1,219 @@
+"""`make bench-kernels`: every operation by torch, by torch.compile and by Triton, in one run, against what is possible.
+
+The ceilings are measured in the same run: a large copy, and a large product of matrices. Implementations take turns,
+buffers rotate so that none is still in the cache, and a time is the median of many.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import date
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minka.benchmarks.kernel_cases import KernelCase, kernel_cases
+from minka.kernels.choose import (
+    CHOICES,
+    Machine,
+    Work,
+    cannot_attend,
+    cannot_run,
+    read_choices,
+    torch_version,
+)
+from minka.plan.cli import print_json, print_table
+
+CACHE_BYTES = 128 * 2**20  # more than twice the second-level cache of any GPU here
+WARM_SECONDS, REPETITIONS = 0.025, 50
+HEAD = ("operation", "width", "pass", "way", "ms", "rate", "of the ceiling", "peak MiB")
+FIRST_LINES = """\
+# Measured times by GPU, torch, operation and width of its rows; `kernels.implementation = "auto"` reads them.
+# `make bench-kernels` writes them. No row for a GPU: torch's own operations run there.
+"""
+
+Timing = dict[str, Any]  # of one case, pass and way
+
+
+def main() -> int:
+    """Time the operations whose name contains --only; --write keeps what was measured for `auto` to read."""
+    parser = argparse.ArgumentParser(description="Times of every operation, against the machine's own limits.")
+    parser.add_argument("--only", default="", help="operations whose name contains this")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see that everything runs")
+    parser.add_argument("--write", action="store_true", help=f"write the winners to {CHOICES.name}; needs a GPU")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.write and (device.type != "cuda" or options.tiny):
+        print("--write needs a GPU, and sizes that are not tiny", file=sys.stderr)
+        return 2
+    ceilings = measure_ceilings(device, tiny=options.tiny)
+    timings: list[Timing] = []
+    for case in kernel_cases("tiny" if options.tiny else "full"):
+        if options.only in case.operation:
+            print(f"{case.operation} {case.width} {case.note}", file=sys.stderr, flush=True)
+            timings += time_case(case, device, ceilings, tiny=options.tiny)
+    found = {"gpu": name_of(device), "torch": torch_version(), "ceilings": ceilings, "timings": timings}
+    if options.json:
+        print_json(found)
+    else:
+        print_table([_row(timing) for timing in timings], HEAD, title=f"{name_of(device)}, torch {torch_version()}")
+    if options.write:
+        CHOICES.write_text(choices_text(merged(timings, name_of(device))), encoding="utf-8")
+    return 0
+
+
+def name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def measure_ceilings(device: torch.device, *, tiny: bool) -> dict[str, float]:
+    """Bytes a second of a copy (read and written), and FLOP/s of a product, both large."""
+    size = 2**10 if tiny else 2**29
+    source = torch.randn(size, device=device).to(torch.bfloat16)
+    target = torch.empty_like(source)
+    copied = 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device, tiny=tiny)
+    side = 32 if tiny else 8192
+    a, b = (torch.randn(side, side, device=device).to(torch.bfloat16) for _ in range(2))
+    return {"bytes_per_s": copied, "flop_per_s": 2 * side**3 / median_seconds(lambda: a @ b, device, tiny=tiny)}
+
+
+def time_case(case: KernelCase, device: torch.device, ceilings: Mapping[str, float], *, tiny: bool) -> Iterator[Timing]:
+    """A row for each pass and way; ways that cannot run here are left out."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    work = Work(dtype, {case.operation: case.width})
+    ways = {name: way for name, way in case.ways.items() if not _obstacle(case.operation, name, device, work)}
+    if not tiny:
+        ways["compile"] = torch.compile(case.ways["torch"], dynamic=False)
+    for index, name in enumerate(("forward", "backward") if case.learned else ("forward",)):
+        bound = max(case.moved[index] / ceilings["bytes_per_s"], case.flops[index] / ceilings["flop_per_s"])
+        for way, function in ways.items():
+            inputs = _rotating(case, device, dtype, tiny=tiny)
+            call = _forward(function, inputs) if name == "forward" else _backward(case, function, inputs)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            seconds = median_seconds(call, device, tiny=tiny)
+            peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+            yield {
+                "operation": case.operation,
+                "width": case.width,
+                "note": case.note,
+                "pass": name,
+                "way": way,
+                "ms": 1e3 * seconds,
+                "bytes_per_s": case.moved[index] / seconds,
+                "flop_per_s": case.flops[index] / seconds,
+                "share": bound / seconds,
+                "peak_bytes": peak,
+            }
+
+
+def _obstacle(operation: str, way: str, device: torch.device, work: Work) -> str:
+    if way == "torch":
+        return ""
+    if way == "triton":
+        return cannot_run(operation, Machine.of(device), work)
+    return cannot_attend(way, Machine.of(device), work)
+
+
+def _rotating(case: KernelCase, device: torch.device, dtype: torch.dtype, *, tiny: bool) -> list[tuple[Tensor, ...]]:
+    """Sets of inputs that together are larger than the cache."""
+    one = case.make(device, dtype)
+    size = sum(tensor.nbytes for tensor in one)
+    return [one, *(case.make(device, dtype) for _ in range(1 if tiny else CACHE_BYTES // size + 1))]
+
+
+def _forward(function: Callable[..., Any], inputs: Sequence[tuple[Tensor, ...]]) -> Callable[[], object]:
+    turns = cycle(inputs)
+
+    def call() -> object:
+        with torch.no_grad():
+            return function(*next(turns))
+
+    return call
+
+
+def _backward(
+    case: KernelCase, function: Callable[..., Any], inputs: Sequence[tuple[Tensor, ...]]
+) -> Callable[[], object]:
+    """Backward alone, of graphs that are kept."""
+    graphs = []
+    for tensors in inputs:
+        learned = [tensor.detach().requires_grad_() for tensor in tensors[: case.learned]]
+        outputs = function(*learned, *tensors[case.learned :])
+        graphs.append((outputs, learned, [torch.randn_like(output) for output in outputs]))
+    turns = cycle(graphs)
+
+    def call() -> object:
+        outputs, learned, gradients = next(turns)
+        return torch.autograd.grad(outputs, learned, gradients, retain_graph=True)
+
+    return call
+
+
+def median_seconds(call: Callable[[], object], device: torch.device, *, tiny: bool) -> float:
+    """Of one call, after warming up."""
+    if device.type != "cuda":
+        call()
+        return statistics.median(_clocked(call) for _ in range(2 if tiny else REPETITIONS))
+    until = time.perf_counter() + (0.0 if tiny else WARM_SECONDS)
+    call()
+    while time.perf_counter() < until:
+        call()
+        torch.cuda.synchronize()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(2 if tiny else REPETITIONS)]
+    for begin, end in events:
+        begin.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in events) / 1e3
+
+
+def _clocked(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def _row(timing: Timing) -> tuple[str, ...]:
+    kind, unit = ("flop_per_s", "TFLOP/s") if timing["flop_per_s"] else ("bytes_per_s", "TB/s")
+    rate = f"{timing[kind] / 1e12:.4g} {unit}"
+    name = f"{timing['operation']} {timing['note']}".strip()
+    numbers = f"{timing['ms']:.4g}", rate, f"{timing['share']:.0%}", f"{timing['peak_bytes'] / 2**20:,.0f}"
+    return name, str(timing["width"]), timing["pass"], timing["way"], *numbers
+
+
+def merged(timings: Sequence[Timing], gpu: str) -> list[dict[str, Any]]:
+    """Rows of choices.toml: both passes of each way together; the first case of an operation and width decides."""
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    notes: dict[tuple[str, int], str] = {}
+    for timing in timings:
+        key = timing["operation"], timing["width"]
+        if notes.setdefault(key, timing["note"]) != timing["note"]:
+            continue
+        first = {"gpu": gpu, "torch": torch_version(), "operation": key[0], "width": key[1], "date": str(date.today())}
+        row = rows.setdefault(key, first)
+        name = f"{timing['way']}_ms"
+        row[name] = round(row.get(name, 0.0) + timing["ms"], 5)
+    return list(rows.values())
+
+
+def choices_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """choices.toml with these rows, and those of other GPUs and versions of torch that it has."""
+    fresh = {(row["gpu"], row["torch"], row["operation"], row["width"]) for row in rows}
+    kept = [r for r in read_choices() if (r["gpu"], r["torch"], r["operation"], r["width"]) not in fresh]
+    lines = [FIRST_LINES]
+    for row in [*kept, *rows]:
+        lines.append("[[measured]]")
+        lines += [f"{key} = {value!r}".replace("'", '"') for key, value in row.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

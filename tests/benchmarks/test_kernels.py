@@ -1,0 +1,52 @@
+"""What the kernels' bench writes is what `auto` reads."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minka.benchmarks import kernels
+from minka.kernels import choose as choices
+from minka.kernels.choose import Machine, Work, choose, read_choices, torch_version
+
+
+def timing(way: str, ms: float, name: str = "forward", **other: Any) -> dict[str, Any]:
+    return {"operation": "rope", "width": 128, "note": "alone", "pass": name, "way": way, "ms": ms} | other
+
+
+def test_both_passes_count_and_the_first_case_of_a_width_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timings = [timing(way, ms, name) for way, ms in (("torch", 2.0), ("compile", 1.0), ("triton", 0.75))
+               for name in ("forward", "backward")]  # fmt: skip
+    timings += [timing("triton", 90.0, note="with norms of heads")]
+    rows = kernels.merged(timings, "some H100")
+    (row,) = rows
+    assert (row["torch_ms"], row["compile_ms"], row["triton_ms"]) == (4.0, 2.0, 1.5)
+    file = tmp_path / "choices.toml"
+    monkeypatch.setattr(choices, "CHOICES", file)
+    file.write_text("")
+    read_choices.cache_clear()
+    try:
+        file.write_text(kernels.choices_text(rows))
+        read_choices.cache_clear()
+        older = row | {"gpu": "another", "date": "2020-01-01"}
+        file.write_text(kernels.choices_text([older]))  # rows of other GPUs stay
+        read_choices.cache_clear()
+        assert [one["gpu"] for one in read_choices()] == ["some H100", "another"]
+        machine = Machine("cuda", "some H100", (9, 0), triton=True)
+        work = Work(torch.bfloat16, {"rope": 128, "rms_norm": 64, "attention": 128})
+        assert choose({}, machine, work).rope == "triton"
+        assert read_choices()[0]["torch"] == torch_version()
+    finally:
+        read_choices.cache_clear()
+
+
+def test_nothing_is_written_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    before = choices.CHOICES.read_text()
+    monkeypatch.setattr(sys, "argv", ["kernels", "--tiny", "--write"])
+    assert kernels.main() == 2
+    assert "needs a GPU" in capsys.readouterr().err
+    assert choices.CHOICES.read_text() == before
