@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -35,6 +36,8 @@ class Kernels:
     rope: Own = "torch"
     swiglu: Own = "torch"
     cross_entropy: Own = "torch"
+    adamw: Own = "torch"
+    grad_norm: Own = "torch"
     attention: Provider = "sdpa"
     reasons: Mapping[str, str] = field(default_factory=dict, compare=False)
     fallbacks: tuple[str, ...] = field(default=(), compare=False)
@@ -44,7 +47,7 @@ class Kernels:
         return {operation: getattr(self, operation) for operation in (*OPERATIONS, "attention")}
 
 
-OPERATIONS = ("rms_norm", "rope", "swiglu", "cross_entropy")
+OPERATIONS = ("rms_norm", "rope", "swiglu", "cross_entropy", "adamw", "grad_norm")
 
 
 class Machine(NamedTuple):
@@ -63,11 +66,15 @@ class Machine(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What is computed: in which dtype, how wide each operation's rows are, and whether blocks are compiled."""
+    """What is computed: in which dtype, how wide each operation's rows are, and whether blocks are compiled.
+
+    obstacles: what keeps Triton's kernel from an operation in this run, by operation.
+    """
 
     dtype: torch.dtype
     widths: Mapping[str, int]
     compiled: bool = False
+    obstacles: Mapping[str, str] = MappingProxyType({})
 
 
 def choose(asked: Mapping[str, str], machine: Machine, work: Work) -> Kernels:
@@ -142,6 +149,8 @@ def cannot_run(operation: str, machine: Machine, work: Work) -> str:
         return f"{machine.gpu} has compute capability {_dotted(machine.capability)}, and the kernels need 8.0"
     if work.dtype == torch.float64:
         return "the kernels compute in fp32, not in fp64"
+    if operation in work.obstacles:
+        return work.obstacles[operation]
     if operation == "rms_norm" and work.widths[operation] > rms_norm.WIDEST:
         return f"rows of {work.widths[operation]:,} elements, and at most {rms_norm.WIDEST:,} fit"
     return ""

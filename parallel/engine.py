@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from minka.kernels.many_tensors import Chunks
+from minka.kernels.squared_norm import squares_of_all
 from minka.model.transformer import Transformer
 from minka.parallel.apply import named_parameters, weight_pieces
 from minka.parallel.inputs import InputCutter, MicroBatch, ModelInputs
@@ -110,6 +112,10 @@ class Engine(Scorer):
         self._parameters = named_parameters(executor.parts)
         self._pieces = weight_pieces(executor.parts)
         self._norm = torch.zeros((), device=self.mesh.device)
+        if self.kernels.grad_norm == "triton":
+            self._chunks = Chunks.of([piece.local.numel() for piece in self._pieces.values()], self.mesh.device)
+            shares = [1 / piece.copies for piece in self._pieces.values()]
+            self._shares = torch.tensor(shares, dtype=torch.float64).to(self.mesh.device)
 
     def forward_backward(self, micro_batches: Sequence[ModelInputs], target_count: int) -> Sums:
         """Gradients of (sum of losses) / target_count; target_count is that of the whole global batch."""
@@ -126,9 +132,15 @@ class Engine(Scorer):
 
     def grad_norm(self) -> Tensor:
         """Global norm of the gradients, before clipping; scalar, equal on all ranks."""
-        squares = squared_norm(list(self.gradient_pieces().values())).to(self.mesh.device)
-        self._norm = self.mesh.sum_(squares).sqrt().to(self.mesh.sum_dtype)
+        self._norm = self.mesh.sum_(self._squares()).sqrt().to(self.mesh.sum_dtype)
         return self._norm
+
+    def _squares(self) -> Tensor:
+        """This rank's part of the squared norm."""
+        if self.kernels.grad_norm == "triton":
+            gradients = self.gradients()
+            return squares_of_all([gradients[name].contiguous() for name in self._pieces], self._shares, self._chunks)
+        return squared_norm(list(self.gradient_pieces().values())).to(self.mesh.device)
 
     def apply(self, learning_rate: float, max_norm: float, accept: Tensor) -> None:
         """Clip by the norm of the last grad_norm(), update, drop the gradients.

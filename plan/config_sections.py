@@ -205,6 +205,8 @@ class KernelsSection(Section):
     rope: Implementation | None = None
     swiglu: Implementation | None = None
     cross_entropy: Implementation | None = Field(None, description="softmax, loss and gradient of a chunk of logits")
+    adamw: Implementation | None = Field(None, description="all weights in one launch")
+    grad_norm: Implementation | None = Field(None, description="all gradients in one launch")
     attention: Literal["auto", "sdpa", "varlen", "triton", "flash-attn"] = Field("auto", description="whose kernels")
     compile: bool = Field(False, description="torch.compile each block")
 
@@ -215,5 +217,7 @@ class KernelsSection(Section):
             "rope": self.rope,
             "swiglu": self.swiglu,
             "cross_entropy": self.cross_entropy,
+            "adamw": self.adamw,
+            "grad_norm": self.grad_norm,
         }
         return {"attention": self.attention, **{name: one or self.implementation for name, one in own.items()}}

@@ -27,6 +27,6 @@ def engine_over(parts: Sequence[Transformer], cutter: InputCutter, config: RunCo
     """The engine and optimizer of model parts that have been built already."""
     mesh = cutter.mesh
     parameters = [(name, piece.local, len(piece.global_shape)) for name, piece in weight_pieces(parts).items()]
-    optimizer = AdamW(parameters, config.optimizer)
+    optimizer = AdamW(parameters, config.optimizer, parts[0].kernels.adamw)
     executor = PipelineExecutor(parts, mesh) if mesh.layout.pipeline > 1 else FsdpExecutor(parts, mesh)
     return Engine(executor, cutter, optimizer), optimizer

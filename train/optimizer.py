@@ -1,10 +1,16 @@
-"""AdamW on local shards (Loshchilov & Hutter 2019, algorithm 2): one fused call a group, refusal without a sync."""
+"""AdamW on local shards (Loshchilov & Hutter 2019, algorithm 2), with refusal that waits for no device.
+
+By torch's fused kernel, once for each decay, or by Triton's, once for all.
+"""
 
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from minka.kernels.adamw import Coefficients, adamw_
+from minka.kernels.choose import Own
+from minka.kernels.many_tensors import Chunks
 from minka.plan.config_sections import OptimizerSection
 
 EMBEDDINGS = ("embedding.weight", "head.weight")
@@ -23,8 +29,10 @@ class AdamW:
     biases, are never decayed; embeddings and head only with `decay_embeddings`.
     """
 
-    def __init__(self, parameters: Sequence[tuple[str, Tensor, int]], settings: OptimizerSection) -> None:
-        self.settings = settings
+    def __init__(
+        self, parameters: Sequence[tuple[str, Tensor, int]], settings: OptimizerSection, how: Own = "torch"
+    ) -> None:
+        self.settings, self.how = settings, how
         self._weights = {name: tensor for name, tensor, _ in parameters}
         self._decay = {name: decay_of(name, dims, settings) for name, _, dims in parameters}
         self._moment1 = {name: torch.zeros_like(tensor) for name, tensor in self._weights.items()}
@@ -32,12 +40,18 @@ class AdamW:
         device = next(iter(self._weights.values())).device
         self._count = torch.zeros((), dtype=torch.float32, device=device)  # the kernel reads fp32
         self._accepted = torch.zeros((), dtype=torch.bool, device=device)
+        if how == "triton":
+            self._chunks = Chunks.of([weight.numel() for weight in self._weights.values()], device)
+            self._decays = torch.tensor(list(self._decay.values()), dtype=torch.float32).to(device)
 
     def step(self, gradients: Mapping[str, Tensor], learning_rate: float, divisor: Tensor, accept: Tensor) -> None:
-        """A refused step is the kernel's `found_inf`: it returns before any write."""
+        """A refused step returns before any write: for torch's kernel it is `found_inf`."""
         device = self._count.device  # the CPU for offloaded weights: then the host waits here
         self._accepted, divisor = accept.to(device), divisor.to(device)
         self._count += self._accepted  # the bias correction counts accepted steps only
+        if self.how == "triton":
+            self._in_one_launch(gradients, learning_rate, divisor)
+            return
         refuse = (~self._accepted).float()
         for decay in sorted(set(self._decay.values())):
             names = [n for n, d in self._decay.items() if d == decay and self._weights[n].numel()]
@@ -60,6 +74,17 @@ class AdamW:
                 grad_scale=divisor.float(),
                 found_inf=refuse,
             )
+
+    def _in_one_launch(self, gradients: Mapping[str, Tensor], learning_rate: float, divisor: Tensor) -> None:
+        tensors = {
+            "weights": list(self._weights.values()),
+            "moments1": list(self._moment1.values()),
+            "moments2": list(self._moment2.values()),
+            "gradients": [gradients[name].contiguous() for name in self._weights],
+        }
+        s = self.settings
+        coefficients = Coefficients(learning_rate, s.beta1, s.beta2, s.eps)
+        adamw_(tensors, self._chunks, self._decays, self._count, divisor, self._accepted, coefficients)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         return {"moment1": self._moment1, "moment2": self._moment2}

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 import offline
-from minka.kernels import cross_entropy, norm_rope, rms_norm, rope, swiglu
+from minka.kernels import adamw, cross_entropy, many_tensors, norm_rope, rms_norm, rope, squared_norm, swiglu
 from offline import CAPABILITIES, compile_kernel
 
 FP32 = {"eps": "fp32", "sign": "fp32"} | dict.fromkeys(
@@ -68,6 +68,17 @@ def test_cross_entropy(vocab: int, dtype: str, capability: int) -> None:
         given = {n: other.get(n, "*fp32" if n.isupper() else "i32") for n in kernel.arg_names}
         whole = {**constants, "BLOCK": cross_entropy.block(vocab)}
         compile_kernel(kernel, given, whole, capability, cross_entropy.WARPS).check()
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("aligned", [False, True])
+def test_many_tensors(aligned: bool, capability: int) -> None:
+    other = {"AT": "*i64", "WHICH": "*i32", "FIRST": "*i64", "SIZES": "*i64", "ACCEPT": "*i1", "tensors": "i32"}
+    sums = {"FACTORS": "*fp64", "SUMS": "*fp64"}
+    for kernel in (adamw._kernel, squared_norm._kernel):
+        given = {n: (other | sums).get(n, "*fp32" if n.isupper() else "fp32") for n in kernel.arg_names}
+        constants = {"ALIGNED": aligned, "CHUNK": many_tensors.CHUNK}
+        compile_kernel(kernel, given, constants, capability, many_tensors.WARPS).check()
 
 
 def test_a_spill_and_a_narrow_offset_are_seen() -> None:
