@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ FIRST_LINES = """\
 # Measured times by GPU, torch, operation and width of its rows; `kernels.implementation = "auto"` reads them.
 # `make bench-kernels` writes them. No row for a GPU: torch's own operations run there.
 """
+
+PAGE = Path(__file__).resolve().parent.parent / "docs/kernels.md"
+BEGIN, END = "<!-- measured -->", "<!-- end -->"
 
 Timing = dict[str, Any]  # of one case, pass and way
 
@@ -64,6 +68,8 @@ def main() -> int:
         print_table([_row(timing) for timing in timings], HEAD, title=f"{name_of(device)}, torch {torch_version()}")
     if options.write:
         CHOICES.write_text(choices_text(merged(timings, name_of(device))), encoding="utf-8")
+        read_choices.cache_clear()
+        PAGE.write_text(page_text(PAGE.read_text(encoding="utf-8"), read_choices()), encoding="utf-8")
     return 0
 
 
@@ -213,6 +219,17 @@ def choices_text(rows: Sequence[Mapping[str, Any]]) -> str:
         lines += [f"{key} = {value!r}".replace("'", '"') for key, value in row.items()]
         lines.append("")
     return "\n".join(lines)
+
+
+def page_text(page: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The page of the kernels with the table of these rows."""
+    head, rest = page.split(BEGIN)
+    columns = ("gpu", "torch", "date", "operation", "width")
+    ways = sorted({key for row in rows for key in row if key.endswith("_ms")})
+    lines = [f"| {' | '.join((*columns, *ways))} |", f"|{'---|' * (len(columns) + len(ways))}"]
+    lines += [f"| {' | '.join(str(row.get(key, '')) for key in (*columns, *ways))} |" for row in rows]
+    table = "\n".join(lines) if rows else "Nothing yet: no GPU has run them."
+    return f"{head}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ GUIDES = (
     "data",
     "training",
     "parallelism",
+    "kernels",
     "checkpoints",
     "evaluation",
     "failures",

@@ -44,6 +44,22 @@ def test_both_passes_count_and_the_first_case_of_a_width_decides(
         read_choices.cache_clear()
 
 
+def test_the_page_has_the_table_of_what_was_measured() -> None:
+    page = kernels.PAGE.read_text()
+    assert kernels.page_text(page, read_choices()) == page
+    row = {
+        "gpu": "some H100",
+        "torch": "2.11",
+        "operation": "rope",
+        "width": 128,
+        "date": "2026-01-01",
+        "torch_ms": 2.5,
+    }
+    written = kernels.page_text(page, [row])
+    assert "| some H100 | 2.11 | 2026-01-01 | rope | 128 | 2.5 |" in written
+    assert kernels.page_text(written, read_choices()) == page
+
+
 def test_nothing_is_written_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     before = choices.CHOICES.read_text()
     monkeypatch.setattr(sys, "argv", ["kernels", "--tiny", "--write"])

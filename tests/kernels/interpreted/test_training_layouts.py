@@ -15,6 +15,7 @@ LAYOUTS: tuple[dict[str, Any], ...] = (
     {"context": 2},
     {"pipeline": 2, "schedule": "1f1b"},
     {"recompute": "block"},
+    {"recompute": "selective"},
 )
 
 
