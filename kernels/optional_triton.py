@@ -1,8 +1,11 @@
 """Triton where it is installed. Elsewhere the kernels are defined all the same, and none can be launched."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
+# Multiplications and additions are fused, as up to triton 3.9; 3.10 turns that off unless it is told.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 try:
     import triton
     import triton.language as tl

@@ -9,8 +9,9 @@ from configs import values
 from minka.kernels import choose as module
 from minka.kernels.choose import OPERATIONS, Kernels, Machine, Work, choose, nearest_row, read_choices
 from minka.kernels.rms_norm import WIDEST
-from minka.parallel.choose_kernels import kernels_of
+from minka.parallel.choose_kernels import kernels_of, obstacles
 from minka.parallel.mesh import start_mesh
+from minka.plan.layout import Layout
 from minka.plan.load_config import validate
 
 H100 = Machine("cuda", "some H100", (9, 0), triton=True)
@@ -106,6 +107,20 @@ def test_the_settings_of_a_run_name_every_operation() -> None:
         as_gpu = kernels_of(config, mesh, as_gpu=True)
     assert len(found.fallbacks) == len(OPERATIONS)
     assert as_gpu.ways() == dict.fromkeys((*OPERATIONS, "attention"), "triton") | {"swiglu": "torch"}
+
+
+@pytest.mark.parametrize(
+    ("layout", "replaced"),
+    [
+        ({"offload": "optimizer", "engine": "deepspeed"}, {"adamw": "DeepSpeed", "grad_norm": "DeepSpeed"}),
+        ({"offload": "all"}, {"adamw": "on the host", "grad_norm": "on the host"}),
+    ],
+)
+def test_what_an_engine_holds_elsewhere_is_left_to_it(layout: dict[str, Any], replaced: dict[str, str]) -> None:
+    found = choose(asked("triton"), H100, WORK._replace(obstacles=obstacles(Layout(**layout))))
+    assert {name for name, way in found.ways().items() if name in OPERATIONS and way != "triton"} == replaced.keys()
+    for operation, why in replaced.items():
+        assert why in found.reasons[operation]
 
 
 @pytest.mark.parametrize(
