@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernel_checks import assert_near, exact
-from minka.kernels.cross_entropy import ALL_ROWS, IGNORED, How, VocabShard, cross_entropy_
+from minka.kernels.cross_entropy import ALL_ROWS, BLOCK, IGNORED, How, VocabShard, cross_entropy_
 from minka.kernels.linear_cross_entropy import linear_cross_entropy, token_losses
 
 HALVES = (torch.float32, torch.float16)
@@ -51,6 +51,15 @@ def test_whole_vocabulary(shape: tuple[int, int], dtype: torch.dtype, z_weight: 
 @pytest.mark.parametrize("size", [1e-4, 1e3, 1e6])
 def test_magnitudes(size: float) -> None:
     check(*given(6, 50, torch.float32, size), 0.0)
+
+
+def test_the_first_of_equals_is_the_hit_however_far_the_other_is() -> None:
+    logits, _ = given(2, BLOCK + 9, torch.float32)
+    logits[:, 3] = logits[:, BLOCK + 5] = 50.0  # in two blocks
+    targets = torch.tensor([3, BLOCK + 5])
+    found = cross_entropy_(logits, targets, 0.0, ALL_ROWS, gradient=False, hits=True, how="triton")
+    assert found.hit is not None
+    assert found.hit.tolist() == [True, False]
 
 
 def test_all_ignored() -> None:
