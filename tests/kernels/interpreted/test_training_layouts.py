@@ -16,6 +16,7 @@ LAYOUTS: tuple[dict[str, Any], ...] = (
     {"pipeline": 2, "schedule": "1f1b"},
     {"recompute": "block"},
     {"recompute": "selective"},
+    {"shard": 2, "engine": "deepspeed", "zero_stage": 3},
 )
 
 
