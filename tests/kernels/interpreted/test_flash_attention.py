@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernel_checks import assert_near, exact
-from minka.kernels.attention_spans import Spans, causal_spans, spans
+from minka.kernels.attention_spans import Spans, causal_spans, document_spans
 from minka.kernels.flash_attention import attention_definition, flash_attention, near
 from minka.kernels.flash_attention_forward import WIDEST
 from minka.parallel.context import varlen_segments
@@ -97,7 +97,7 @@ def test_magnitudes(size: float, dtype: torch.dtype) -> None:
     ends = starts(33, 7)
     inputs = qkv(40, 40, 2, 1, 16, dtype)
     inputs[0] = (inputs[0].detach() * size).requires_grad_()
-    check(inputs, spans(ends, ends, 40, 40), slack=2.0)
+    check(inputs, document_spans(ends, ends, 40, 40), slack=2.0)
 
 
 def test_strides_and_a_scale() -> None:
