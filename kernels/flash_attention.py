@@ -18,16 +18,19 @@ from minka.kernels.flash_attention_backward import backward
 from minka.kernels.flash_attention_forward import WIDEST, forward
 from minka.kernels.launch import inner_contiguous
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FAR = 2**23  # elements from one row to the next: offsets within a block of at most 128 rows are in 32 bits
+
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """softmax(q k' * scale) v: (y [Nq, H, C], logarithms of the sums [H, Nq] in fp32); only y has a gradient.
 
     q [Nq, H, C], k and v [Nk, K, C], where K divides H; scale: 1 / sqrt(C) unless given. A query that sees no key has
-    y = 0 and -inf. Raises ValueError for heads that are too wide.
+    y = 0 and -inf. Raises ValueError for other shapes and dtypes, and for heads that are too wide.
     """
-    if q.shape[-1] > WIDEST:
-        raise ValueError(f"triton's flash attention takes heads of at most {WIDEST} channels, not {q.shape[-1]}")
-    return torch.ops.minka.flash_attention(q, k, v, *spans, q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    _check(q, k, v, spans, scale)
+    return torch.ops.minka.flash_attention(q, k, v, *spans, scale)
 
 
 def attention_definition(
@@ -45,12 +48,30 @@ def attention_definition(
     return (weights @ v_HKC).transpose(0, 1).to(q.dtype), log_sums.detach()
 
 
+def _check(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float) -> None:
+    shapes = [tuple(x.shape) for x in (q, k, v)]
+    if {len(shape) for shape in shapes} != {3} or k.shape != v.shape or q.shape[2] != k.shape[2]:
+        raise ValueError(f"flash attention takes q [Nq, H, C], k and v [Nk, K, C], not {shapes}")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key/value heads evenly")
+    if q.shape[2] > WIDEST:
+        raise ValueError(f"flash attention takes heads of at most {WIDEST} channels, not {q.shape[2]}")
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        found = ", ".join(str(x.dtype) for x in (q, k, v))
+        raise ValueError(f"flash attention takes q, k and v in one of {', '.join(map(str, DTYPES))}, not {found}")
+    if spans.first_key.shape != q.shape[:1] or spans.first_query.shape != k.shape[:1]:
+        found = f"{len(spans.first_key)} queries and {len(spans.first_query)} keys"
+        raise ValueError(f"the spans are of {found}, but q and k have {q.shape[0]} and {k.shape[0]}")
+    if scale <= 0:
+        raise ValueError(f"the scale of attention is positive, not {scale}")
+
+
 @torch.library.custom_op("minka::flash_attention", mutates_args=())
 def _flash_attention(
     q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, end_key: Tensor, first_query: Tensor, end_query: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    q, k, v = (inner_contiguous(x) for x in (q, k, v))
+    q, k, v = (near(x) for x in (q, k, v))
     return forward(q, k, v, first_key, end_key, scale)
 
 
@@ -60,8 +81,14 @@ def _flash_attention_backward(
     first_query: Tensor, end_query: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v. Keys may be some of those that y and log_sums are of: then so are the gradients."""
-    d_y, q, k, v, y = (inner_contiguous(x) for x in (d_y, q, k, v, y))
+    d_y, q, k, v, y = (near(x) for x in (d_y, q, k, v, y))
     return backward(d_y, q, k, v, y, log_sums, Spans(first_key, end_key, first_query, end_query), scale)
+
+
+def near(x: Tensor) -> Tensor:
+    """x with channels next to each other, and rows less than FAR apart; a copy only where they are not."""
+    x = inner_contiguous(x)
+    return x if x.stride(0) < FAR else x.contiguous()
 
 
 @_flash_attention.register_fake
