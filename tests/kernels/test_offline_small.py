@@ -56,7 +56,7 @@ def test_rope(width: int, capability: int) -> None:
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", ["*bf16", "*fp32"])
-@pytest.mark.parametrize("vocab", [2048, 128256])
+@pytest.mark.parametrize("vocab", [2048, 32000, 128256])
 def test_cross_entropy(vocab: int, dtype: str, capability: int) -> None:
     other = {"TARGET": "*i64", "BEST": "*i64", "HIT": "*i1", "COUNTS": "*i1", "X": dtype, "z_weight": "fp32"}
     for kernel, constants in (
@@ -66,8 +66,8 @@ def test_cross_entropy(vocab: int, dtype: str, capability: int) -> None:
         (cross_entropy._gradient_kernel, {}),
     ):
         given = {n: other.get(n, "*fp32" if n.isupper() else "i32") for n in kernel.arg_names}
-        whole = {**constants, "BLOCK": cross_entropy.block(vocab)}
-        compile_kernel(kernel, given, whole, capability, cross_entropy.WARPS).check()
+        block, warps = cross_entropy.row_block(vocab)
+        compile_kernel(kernel, given, {**constants, "BLOCK": block}, capability, warps).check()
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

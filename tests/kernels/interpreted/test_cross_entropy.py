@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernel_checks import assert_near, exact
-from minka.kernels.cross_entropy import ALL_ROWS, BLOCK, IGNORED, How, VocabShard, cross_entropy_
+from minka.kernels.cross_entropy import ALL_ROWS, IGNORED, How, VocabShard, cross_entropy_, row_block
 from minka.kernels.linear_cross_entropy import linear_cross_entropy, token_losses
 
 HALVES = (torch.float32, torch.float16)
@@ -54,9 +54,11 @@ def test_magnitudes(size: float) -> None:
 
 
 def test_the_first_of_equals_is_the_hit_however_far_the_other_is() -> None:
-    logits, _ = given(2, BLOCK + 9, torch.float32)
-    logits[:, 3] = logits[:, BLOCK + 5] = 50.0  # in two blocks
-    targets = torch.tensor([3, BLOCK + 5])
+    width = 5000
+    block, _ = row_block(width)
+    logits, _ = given(2, width, torch.float32)
+    logits[:, 3] = logits[:, block + 5] = 50.0  # in two blocks
+    targets = torch.tensor([3, block + 5])
     found = cross_entropy_(logits, targets, 0.0, ALL_ROWS, gradient=False, hits=True, how="triton")
     assert found.hit is not None
     assert found.hit.tolist() == [True, False]
