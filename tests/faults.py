@@ -52,7 +52,7 @@ def norm_reduction() -> None:
 def document_boundaries() -> None:
     """Take each row for one document."""
     right: Any = vars(inputs)["document_structure"]
-    put(inputs, "document_structure", lambda documents, varlen: right(None, varlen=varlen))
+    put(inputs, "document_structure", lambda documents, **how: right(None, **how))
 
 
 def norm_weight_reduction() -> None:
@@ -79,7 +79,7 @@ def tied_gradient() -> None:
 def document_leak() -> None:
     """Let tokens see earlier documents of their row."""
     right: Any = vars(inputs)["shard_structure"]
-    put(inputs, "shard_structure", lambda ids, group, varlen: right(torch.zeros_like(ids), group, varlen=varlen))
+    put(inputs, "shard_structure", lambda ids, group, **how: right(torch.zeros_like(ids), group, **how))
 
 
 def context_positions() -> None:
