@@ -17,6 +17,7 @@ from minka.kernels.optional_triton import jit, power_of_two, tl
 
 How = Literal["torch", "triton"]
 IGNORED = -100  # a target that counts for nothing
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LANES = 512  # columns that a warp holds at once
 
 
@@ -59,8 +60,9 @@ def cross_entropy_(
     rows.sum_(sums)
     log_total, counts = sums[0].log() + highest, targets != IGNORED
     if gradient:
-        torch.ops.minka.logit_gradient_(logits, targets - rows.first, counts, log_total, z_weight)
-    return Losses((log_total - sums[1]) * counts, z_weight * log_total.square() * counts, hit)
+        torch.ops.minka.logit_gradient_(logits, targets - rows.first, counts, highest, sums[0], z_weight)
+    loss = sums[0].log() + (highest - sums[1])  # large logits cancel first
+    return Losses(loss * counts, z_weight * log_total.square() * counts, hit)
 
 
 def _definition(
@@ -120,12 +122,12 @@ def _statistics(X, width, HITS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @jit
-def _write_gradient(X, target, log_total, factor, counts, width, BLOCK: tl.constexpr):
-    """Over a row of logits: probability * factor - 1 at the target; 0 where the row does not count."""
+def _write_gradient(X, target, peak, scale, counts, width, BLOCK: tl.constexpr):
+    """Over a row of logits: exp(x - peak) * scale, - 1 at the target; 0 where the row does not count."""
     for first in range(0, width, BLOCK):
         column = first + tl.arange(0, BLOCK)
         x = tl.load(X + column, mask=column < width, other=0.0).to(tl.float32)
-        gradient = tl.exp(x - log_total) * factor - tl.where(column == target, 1.0, 0.0)
+        gradient = tl.exp(x - peak) * scale - tl.where(column == target, 1.0, 0.0)
         gradient = tl.where(counts, gradient, 0.0)  # not a product: what does not count may be infinite
         tl.store(X + column, gradient.to(X.dtype.element_ty), mask=column < width)
 
@@ -139,16 +141,17 @@ def _cross_entropy_kernel(
     target = tl.load(TARGET + row)
     counts = target != -100
     X += row * step
-    at_target = tl.load(X + tl.where(counts, target, 0)).to(tl.float32)  # before the row is overwritten
+    here = (target >= 0) & (target < width)
+    at_target = tl.load(X + tl.where(here, target, 0)).to(tl.float32)  # before the row is overwritten
     peak, total, best = _statistics(X, width, HITS, BLOCK)
     log_total = tl.log(total) + peak
     z = tl.cast(z_weight, tl.float32)
-    tl.store(LOSS + row, tl.where(counts, log_total - at_target, 0.0))
+    tl.store(LOSS + row, tl.where(counts, tl.log(total) + (peak - at_target), 0.0))  # large logits cancel first
     tl.store(Z + row, tl.where(counts, z * log_total * log_total, 0.0))
     if HITS:
         tl.store(HIT + row, best == target)
     if GRADIENT:
-        _write_gradient(X, target, log_total, 1.0 + 2.0 * z * log_total, counts, width, BLOCK)
+        _write_gradient(X, target, peak, (1.0 + 2.0 * z * log_total) / total, counts, width, BLOCK)
 
 
 @jit
@@ -166,11 +169,11 @@ def _statistics_kernel(X, TARGET, PEAK, TOTAL, AT, BEST, width, step, HITS: tl.c
 
 
 @jit
-def _gradient_kernel(X, TARGET, COUNTS, LOG, width, step, z_weight, BLOCK: tl.constexpr):
+def _gradient_kernel(X, TARGET, COUNTS, PEAK, TOTAL, width, step, z_weight, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    log_total = tl.load(LOG + row)
-    factor = 1.0 + 2.0 * tl.cast(z_weight, tl.float32) * log_total
-    _write_gradient(X + row * step, tl.load(TARGET + row), log_total, factor, tl.load(COUNTS + row), width, BLOCK)
+    peak, total = tl.load(PEAK + row), tl.load(TOTAL + row)
+    scale = (1.0 + 2.0 * tl.cast(z_weight, tl.float32) * (tl.log(total) + peak)) / total
+    _write_gradient(X + row * step, tl.load(TARGET + row), peak, scale, tl.load(COUNTS + row), width, BLOCK)
 # fmt: on
 
 
@@ -179,7 +182,7 @@ def _cross_entropy(
     logits: Tensor, targets: Tensor, z_weight: float, gradient: bool, hits: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, z-loss in fp32, and hits (empty if not asked for), each [n]."""
-    (tokens, width), step = logits.shape, _row_step(logits)
+    (tokens, width), step, targets = logits.shape, _row_step(logits), targets.contiguous()
     loss, z_loss = (torch.empty(tokens, dtype=torch.float32, device=logits.device) for _ in range(2))
     hit = torch.empty(tokens if hits else 0, dtype=torch.bool, device=logits.device)
     if tokens:
@@ -194,7 +197,7 @@ def _cross_entropy(
 @torch.library.custom_op("minka::row_statistics", mutates_args=())
 def _row_statistics(logits: Tensor, targets: Tensor, hits: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Largest logit, sum of exponentials relative to it, the target's logit (0: elsewhere), first largest column."""
-    (tokens, width), step = logits.shape, _row_step(logits)
+    (tokens, width), step, targets = logits.shape, _row_step(logits), targets.contiguous()
     peak, total, at_target = (torch.empty(tokens, dtype=torch.float32, device=logits.device) for _ in range(3))
     best = torch.empty(tokens, dtype=torch.int64, device=logits.device)
     if tokens:
@@ -206,12 +209,16 @@ def _row_statistics(logits: Tensor, targets: Tensor, hits: bool) -> tuple[Tensor
 
 
 @torch.library.custom_op("minka::logit_gradient_", mutates_args=("logits",))
-def _logit_gradient(logits: Tensor, targets: Tensor, counts: Tensor, log_total: Tensor, z_weight: float) -> None:
+def _logit_gradient(
+    logits: Tensor, targets: Tensor, counts: Tensor, peak: Tensor, total: Tensor, z_weight: float
+) -> None:
+    """peak and total: the largest logit of all ranks, and their sum of exponentials relative to it."""
     (tokens, width), step = logits.shape, _row_step(logits)
+    targets, counts, peak, total = (x.contiguous() for x in (targets, counts, peak, total))
     if tokens:
         block, warps = row_block(width)
         _gradient_kernel[(tokens,)](
-            logits, targets, counts, log_total, width, step, z_weight, BLOCK=block, num_warps=warps
+            logits, targets, counts, peak, total, width, step, z_weight, BLOCK=block, num_warps=warps
         )
 
 
@@ -226,6 +233,8 @@ def row_block(width: int) -> tuple[int, int]:
 
 
 def _row_step(logits: Tensor) -> int:
+    if logits.dtype not in DTYPES:
+        raise ValueError(f"triton's cross-entropy takes logits in fp32, fp16 or bf16, not in {logits.dtype}")
     if logits.stride(1) != 1 and logits.shape[1] > 1:
         raise ValueError(f"the columns of logits must be next to each other, and their strides are {logits.stride()}")
     return logits.stride(0)
@@ -244,5 +253,5 @@ def _(logits: Tensor, targets: Tensor, hits: bool) -> tuple[Tensor, Tensor, Tens
 
 
 @_logit_gradient.register_fake
-def _(logits: Tensor, targets: Tensor, counts: Tensor, log_total: Tensor, z_weight: float) -> None:
+def _(logits: Tensor, targets: Tensor, counts: Tensor, peak: Tensor, total: Tensor, z_weight: float) -> None:
     return None

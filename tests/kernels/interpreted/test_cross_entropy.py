@@ -64,6 +64,26 @@ def test_the_first_of_equals_is_the_hit_however_far_the_other_is() -> None:
     assert found.hit.tolist() == [True, False]
 
 
+def test_large_logits_cancel_before_they_are_rounded() -> None:
+    logits, targets = given(6, 50, torch.float32)
+    logits += 3e3
+    (wide,) = exact(logits)
+    loss, _ = formula(wide, targets, 0.0)
+    (gradient,) = torch.autograd.grad(loss.sum(), wide)
+    found = cross_entropy_(logits, targets, 0.0, ALL_ROWS, gradient=True, hits=False, how="triton")
+    assert_near(found.loss, loss, 1e-6)
+    assert_near(logits, gradient, 1e-6)
+
+
+def test_targets_with_gaps_and_logits_in_fp64() -> None:
+    logits, targets = given(12, 30, torch.float32)
+    right = formula(logits[:6].double(), targets[::2], 0.0)[0]
+    found = cross_entropy_(logits[:6], targets[::2], 0.0, ALL_ROWS, gradient=False, hits=False, how="triton")
+    assert_near(found.loss, right)
+    with pytest.raises(ValueError, match=r"fp32, fp16 or bf16, not in torch\.float64"):
+        cross_entropy_(logits.double(), targets, 0.0, ALL_ROWS, gradient=False, hits=False, how="triton")
+
+
 def test_all_ignored() -> None:
     logits, _ = given(4, 30, torch.float32)
     logits[0] = float("inf")  # what does not count may be anything
@@ -166,5 +186,5 @@ def test_the_operators_are_torch_operators() -> None:
     statistics = torch.ops.minka.row_statistics(logits, targets, True)
     torch.library.opcheck(torch.ops.minka.cross_entropy_, (logits.clone(), targets, 0.1, True, True))
     torch.library.opcheck(torch.ops.minka.row_statistics, (logits.clone(), targets, True))
-    arguments = (logits.clone(), targets, targets >= 0, statistics[0], 0.1)
+    arguments = (logits.clone(), targets, targets >= 0, statistics[0], statistics[1], 0.1)
     torch.library.opcheck(torch.ops.minka.logit_gradient_, arguments)
