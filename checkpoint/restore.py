@@ -39,6 +39,12 @@ from minka.plan.tensor_name import tensor_name
 DAMAGE = (OSError, Damage)  # what reading a damaged checkpoint raises
 BATCH_BYTES = 2**30  # of tensors that an export holds at once
 OPTIONAL = "rng."  # tensors that older checkpoints lack, and that nothing trained depends on
+KINDS, CONVERTED = ("model", "moment1", "moment2"), {"float32", "bfloat16"}  # one is read as the other
+Say = Callable[[str], None]
+
+
+def _quiet(_: str) -> None:
+    """Say nothing."""
 
 
 def restore(
@@ -48,6 +54,7 @@ def restore(
     note: Callable[[Path, str], None],
     *,
     alive: Heartbeat = lambda: None,
+    say: Say = _quiet,
     newest: int | None = None,
     fs: FileSystem = LOCAL,
 ) -> Any:
@@ -55,7 +62,8 @@ def restore(
 
     Collective, and for the run's one writer: leftovers of a save that died are cleared first. `newest` is the step of
     the newest checkpoint where rank 0 knows it: then no other manifest is read unless that checkpoint is damaged.
-    `note(path, reason)` is called for each checkpoint passed over because it is damaged or cannot be read. Once a
+    `note(path, reason)` is called for each checkpoint passed over because it is damaged or cannot be read, `say` with a
+    line for each kind of tensor that is converted from fp32 to bf16 (to nearest) or from bf16 to fp32. Once a
     different one has been read, damaged ones are renamed. Raises UserError when there are checkpoints and none is
     whole, or when the newest whole one is of a different model or run.
     """
@@ -65,7 +73,7 @@ def restore(
     passed_over: list[tuple[Path, str, bool]] = []
     for step in _newest_first(folder, mesh, newest, fs):
         path = folder / step_name(step)
-        state, problem, passing = _try(path, tensors, mesh, alive, fs)
+        state, problem, passing = _try(path, tensors, mesh, alive, say, fs)
         if not problem:
             for bad, reason, may_pass in passed_over:
                 if mesh.is_first and not may_pass:
@@ -86,13 +94,19 @@ def restore(
 
 
 def restore_from(
-    path: Path, tensors: Pieces, mesh: Mesh, *, alive: Heartbeat = lambda: None, fs: FileSystem = LOCAL
+    path: Path,
+    tensors: Pieces,
+    mesh: Mesh,
+    *,
+    alive: Heartbeat = lambda: None,
+    say: Say = _quiet,
+    fs: FileSystem = LOCAL,
 ) -> Any:
     """Fill `tensors`, which may be some of those in it, from this checkpoint and return its state. Collective.
 
     Raises UserError when it is damaged, or of a different model or run.
     """
-    state, problem, passing = _try(path, tensors, mesh, alive, fs)
+    state, problem, passing = _try(path, tensors, mesh, alive, say, fs)
     if problem:
         kind = "cannot be read" if passing else "damaged"
         raise UserError(f"{kind}: {problem}", where=str(path), remedy="take a different checkpoint (RUN@STEP)")
@@ -131,7 +145,7 @@ def _filled(checkpoint: StoredCheckpoint, batch: dict[str, Piece], prefix: str) 
         yield name.removeprefix(prefix), batch.pop(name).local
 
 
-def _try(path: Path, tensors: Pieces, mesh: Mesh, alive: Heartbeat, fs: FileSystem) -> tuple[Any, str, bool]:
+def _try(path: Path, tensors: Pieces, mesh: Mesh, alive: Heartbeat, say: Say, fs: FileSystem) -> tuple[Any, str, bool]:
     """The state; or why this checkpoint was not read, and whether that may pass. The same on every rank."""
     state, problem, mismatch, passing, refusal = None, "", "", False, None
     held = {tensor_name(key) for key in tensors}
@@ -165,19 +179,31 @@ def _try(path: Path, tensors: Pieces, mesh: Mesh, alive: Heartbeat, fs: FileSyst
     if mismatch:
         remedy = "use the configuration it was trained with, or a different run.name"
         raise UserError(f"this checkpoint is of a different model: {mismatch}", where=str(path), remedy=remedy)
+    for kind, (there, here) in _conversions(index, tensors).items():
+        say(f"{kind} tensors are converted: {there} in {path.name}, {here} here")
     return state, "", False
+
+
+def _conversions(index: Index, tensors: Pieces) -> dict[str, tuple[str, str]]:
+    """{"moment1": (dtype there, dtype here)} for the kinds of tensors that are converted."""
+    names = ((tensor_name(key), dtype_name(piece.local)) for key, piece in tensors.items())
+    both = ((name.split(".")[0], index[name].dtype, here) for name, here in names if name in index.tensors)
+    return {kind: (there, here) for kind, there, here in both if there != here}
 
 
 def _mismatch(index: Index, tensors: Pieces) -> str:
     """The first tensor that differs from its stored one in shape or type, or is not stored; empty when none does."""
     for key, piece in tensors.items():
         name = tensor_name(key)
-        here = f"{list(piece.global_shape)} {dtype_name(piece.local)}"
+        shape, dtype = list(piece.global_shape), dtype_name(piece.local)
         if name not in index.tensors:
             if not name.startswith(OPTIONAL):
                 return f"it has no {name}"
-        elif (there := f"{index[name].shape} {index[name].dtype}") != here:
-            return f"{name} is {there} there, {here} here"
+            continue
+        stored = index[name]
+        same = stored.dtype == dtype or (name.split(".")[0] in KINDS and {stored.dtype, dtype} == CONVERTED)
+        if list(stored.shape) != shape or not same:
+            return f"{name} is {stored.shape} {stored.dtype} there, {shape} {dtype} here"
     return ""
 
 

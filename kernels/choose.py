@@ -68,13 +68,15 @@ class Machine(NamedTuple):
 class Work(NamedTuple):
     """What is computed: in which dtype, how wide each operation's rows are, and whether blocks are compiled.
 
-    obstacles: what keeps Triton's kernel from an operation in this run, by operation.
+    obstacles: what keeps Triton's kernel from an operation in this run, by operation. only_defined: why torch has no
+    kernel of its own for an operation, by operation; Triton's then runs wherever it can.
     """
 
     dtype: torch.dtype
     widths: Mapping[str, int]
     compiled: bool = False
     obstacles: Mapping[str, str] = MappingProxyType({})
+    only_defined: Mapping[str, str] = MappingProxyType({})
 
 
 def choose(asked: Mapping[str, str], machine: Machine, work: Work) -> Kernels:
@@ -165,6 +167,8 @@ def _plain(operation: str, machine: Machine, work: Work) -> Way:
 def _fastest(operation: str, plain: Way, obstacle: str, machine: Machine, work: Work) -> tuple[Way, str]:
     if obstacle:
         return plain, obstacle
+    if operation in work.only_defined:
+        return "triton", work.only_defined[operation]
     row = nearest_row(read_choices(), operation, machine.gpu, work.widths.get(operation, 1))
     if row is None:
         return plain, f"nothing measured on {machine.gpu or machine.kind} with torch {torch_version()}"

@@ -40,3 +40,10 @@ def addresses(lists: Sequence[Sequence[Tensor]], device: torch.device) -> tuple[
     on_host = torch.tensor(found, dtype=torch.int64, pin_memory=device.type == "cuda")
     aligned = all(address % 16 == 0 for row in found for address in row)
     return on_host.to(device, non_blocking=True), aligned
+
+
+def check_one_dtype(tensors: Sequence[Tensor], what: str) -> None:
+    """Raise ValueError unless all are in fp32, or all in bf16."""
+    found = {str(t.dtype).removeprefix("torch.") for t in tensors}
+    if found - {"float32"} and found - {"bfloat16"}:
+        raise ValueError(f"{what} are all in fp32 or all in bf16, not in {' and '.join(sorted(found))}")

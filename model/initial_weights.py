@@ -14,14 +14,13 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from minka.kernels.random_bits import mix, shift_right
 from minka.plan.config_sections import ModelSection
 
 SIGMAS = 3.0  # truncation
 CELLS_LOG2 = 12
 FRACTION_BITS = 40
 CHUNK = 2**18  # elements at once: a few buffers of 2 MiB
-# splitmix64 (Steele et al. 2014), as signed 64-bit numbers
-GOLDEN, MIX_1, MIX_2 = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 @torch.no_grad()
@@ -43,11 +42,11 @@ def fill_(
     rows = max(1, CHUNK // math.prod(local.shape[1:]))
     for begin in range(0, local.shape[0], rows):
         part = local[begin : begin + rows]
-        index = _global_index(part, (offset[0] + begin, *offset[1:]), global_shape)
+        index = global_index(part, (offset[0] + begin, *offset[1:]), global_shape)
         part.copy_(_normal(index, key, table) * sigma)
 
 
-def _global_index(box: Tensor, offset: Sequence[int], global_shape: Sequence[int]) -> Tensor:
+def global_index(box: Tensor, offset: Sequence[int], global_shape: Sequence[int]) -> Tensor:
     """Row-major index in the whole tensor of each element of the box."""
     index = torch.zeros((), dtype=torch.int64, device=box.device)
     stride = 1
@@ -60,25 +59,13 @@ def _global_index(box: Tensor, offset: Sequence[int], global_shape: Sequence[int
 
 def _normal(index: Tensor, key: int, table: Tensor) -> Tensor:
     """Truncated standard normal numbers in fp64 for int64 counters."""
-    bits = _hash(index, key)
-    cell = _shift(bits, 64 - CELLS_LOG2)
-    fraction = (_shift(bits, 64 - CELLS_LOG2 - FRACTION_BITS) & (2**FRACTION_BITS - 1)).double() * 2.0**-FRACTION_BITS
+    bits = mix(index, key)
+    cell = shift_right(bits, 64 - CELLS_LOG2)
+    places = shift_right(bits, 64 - CELLS_LOG2 - FRACTION_BITS) & (2**FRACTION_BITS - 1)
+    fraction = places.double() * 2.0**-FRACTION_BITS
     low = table[cell]
     # Two calls, so that no compiler contracts them into one with a single rounding.
     return (table[cell + 1] - low).mul_(fraction).add_(low)
-
-
-def _hash(index: Tensor, key: int) -> Tensor:
-    """splitmix64's output number `index` from state `key`, in int64 that wraps."""
-    z = (index + 1).mul_(GOLDEN).add_(key)
-    z = (z ^ _shift(z, 30)).mul_(MIX_1)
-    z = (z ^ _shift(z, 27)).mul_(MIX_2)
-    return z ^ _shift(z, 31)
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right: int64's own repeats the sign."""
-    return (x >> bits) & (2 ** (64 - bits) - 1)
 
 
 @functools.cache

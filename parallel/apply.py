@@ -43,6 +43,8 @@ def cut(config: RunConfig, mesh: Mesh, kernels: Kernels | None = None) -> list[T
             model = Transformer(config.model, kernels)
         if mesh.layout.precision == "fp64":
             model.double()
+        elif config.optimizer.weights == "bf16":
+            model.bfloat16()
         take_stage(model, stage, stages_of(mesh.layout, config.model))
         cut_tensor(model, mesh)
         blocks: list[Any] = list(model.blocks.values())

@@ -11,7 +11,10 @@ def kernels_of(config: RunConfig, mesh: Mesh, *, as_gpu: bool = False) -> Kernel
     """Which implementation of each operation runs; as_gpu: as if the rank had some GPU that the kernels support."""
     widths = widths_of(config.model, mesh.layout.tensor)
     machine = Machine("cuda", triton=True) if as_gpu else Machine.of(mesh.device)
-    work = Work(mesh.compute_dtype, widths, config.kernels.compile, obstacles(mesh.layout))
+    only_defined = {}
+    if "bf16" in (config.optimizer.weights, config.optimizer.moments):
+        only_defined = {"adamw": "torch's kernel has no stochastic rounding"}
+    work = Work(mesh.compute_dtype, widths, config.kernels.compile, obstacles(mesh.layout), only_defined)
     return choose(config.kernels.asked(), machine, work)
 
 

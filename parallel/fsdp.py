@@ -13,10 +13,11 @@ from minka.plan.execution_choices import frees_gathered_weights, fsdp_units, nee
 def shard_model(model: nn.Module, blocks: list[nn.Module], mesh: Mesh) -> None:
     """Cut `model` (on the meta device) for this rank. `blocks` are its layers, in the order they run.
 
-    Gradients are summed, not averaged: they are divided once, by the number of target tokens of the whole batch.
+    Gradients are summed, not averaged: they are divided once, by the number of target tokens of the whole batch. They
+    are added up in fp32 at least; those of bf16 weights are then rounded to bf16, once.
     """
     layout, dtype = mesh.layout, mesh.compute_dtype
-    casts = dtype == torch.bfloat16
+    casts = torch.bfloat16 in (dtype, next(model.parameters()).dtype)
     if mesh.axes is None or not needs_fsdp(layout, casts=casts):
         return
     axes = mesh.axes["replicate", "data"] if layout.replicate > 1 else mesh.axes["data"]

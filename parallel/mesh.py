@@ -122,22 +122,28 @@ class Mesh:
 
 @contextmanager
 def start_mesh(
-    layout: Layout, *, timeout_seconds: float = 600.0, prepare: Callable[[], None] | None = None
+    layout: Layout,
+    *,
+    casts: bool = False,
+    timeout_seconds: float = 600.0,
+    prepare: Callable[[], None] | None = None,
 ) -> Iterator[Mesh]:
     """Join the process group that the environment describes and lay the mesh over it.
 
     Reads RANK, LOCAL_RANK and WORLD_SIZE (absent: one rank), and either MINKA_STORE, a file for this run alone, or
-    MASTER_ADDR and MASTER_PORT. MINKA_HOST names this host, where its own name is not unique. Raises UserError when the
-    layout does not fit the ranks, or their places. The mesh's first rank calls `prepare` once all ranks have met; the
-    others wait as long as it works, and end with its exit status where it fails.
+    MASTER_ADDR and MASTER_PORT. MINKA_HOST names this host, where its own name is not unique. casts: weights are not in
+    the compute dtype even where that is fp32. Raises UserError when the layout does not fit the ranks, or their places.
+    The mesh's first rank calls `prepare` once all ranks have met; the others wait as long as it works, and end with its
+    exit status where it fails.
     """
     ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     layout = layout.resolve(ranks)
     device = local_device()
     if prepare and ranks == 1:
         prepare()
-    # bf16 compute is FSDP2's mixed precision, and DeepSpeed always asks for a group.
-    if ranks == 1 and device.type == "cpu" and layout.precision != "bf16" and layout.engine == "fsdp":
+    # What casts weights is FSDP2, and DeepSpeed always asks for a group.
+    casts = casts or layout.precision == "bf16"
+    if ranks == 1 and device.type == "cpu" and not casts and layout.engine == "fsdp":
         yield Mesh(layout, device, 0, None)
         return
     timeout = timedelta(seconds=timeout_seconds)

@@ -92,13 +92,17 @@ def squared_norm(pieces: list[Piece]) -> Tensor:
         elif p.local.numel():
             small.setdefault(p.copies, []).append(p.local)
     for copies, tensors in small.items():
-        squares.append(torch.stack(torch._foreach_norm(tensors)).double().square().sum() / copies)
+        # Of bf16 in fp32: its own norm would be rounded to bf16.
+        dtype = torch.float32 if tensors[0].dtype == torch.bfloat16 else None
+        squares.append(torch.stack(torch._foreach_norm(tensors, 2, dtype)).double().square().sum() / copies)
     return torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
 
 
 def _squared_in_parts(tensor: Tensor) -> Tensor:
     """Squared norm, each PART of it in the tensor's precision and their sum in fp64."""
     flat = tensor.flatten()
+    if flat.dtype == torch.bfloat16:
+        flat = flat.float()
     even = flat.numel() // PART * PART
     parts = torch.linalg.vector_norm(flat[:even].view(-1, PART), dim=1)
     return parts.double().square().sum() + torch.linalg.vector_norm(flat[even:]).double().square()

@@ -62,7 +62,7 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     def check(self, ranks: int | None = None) -> Layout:
         """The layout, on `ranks` ranks where they are known. Raises UserError where it is not legal."""
         layout = self.layout if ranks is None else self.layout.resolve(ranks)
-        check_layout(Asked(layout, self.model, self.data, self.kernels))
+        check_layout(Asked(layout, self.model, self.data, self.kernels, self.optimizer))
         return layout
 
     def batch_tokens_at(self, tokens: int) -> int:

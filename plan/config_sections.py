@@ -146,6 +146,8 @@ class OptimizerSection(Section):
     weight_decay: float = Field(0.1, ge=0, description="on matrices; never on norms and biases")
     decay_embeddings: bool = Field(False, description="decay the embedding, and the head where it is not tied, too")
     max_norm: float = Field(1.0, gt=0, description="global gradient norm is clipped to this")
+    weights: Literal["fp32", "bf16"] = Field("fp32", description="stored as; bf16 is rounded stochastically")
+    moments: Literal["fp32", "bf16"] = Field("fp32", description="stored as, and rounded, the same way")
 
 
 class ScheduleSection(Section):

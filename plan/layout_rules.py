@@ -7,7 +7,7 @@ rule computes (`{detail}`).
 from collections.abc import Callable
 from typing import NamedTuple
 
-from minka.plan.config_sections import DataSection, KernelsSection, ModelSection
+from minka.plan.config_sections import DataSection, KernelsSection, ModelSection, OptimizerSection
 from minka.plan.errors import UserError
 from minka.plan.layout import AXES, STAGES_PER_RANK, Layout, counted, divisors, micro_batches, micro_batches_fit
 
@@ -19,6 +19,7 @@ class Asked(NamedTuple):
     model: ModelSection
     data: DataSection
     kernels: KernelsSection
+    optimizer: OptimizerSection
 
 
 class LayoutRule(NamedTuple):
@@ -85,6 +86,10 @@ def _unfit_micro_batches(asked: Asked) -> int:
     if asked.layout.pipeline == 1:
         return 0
     return next((n for n in micro_batches(asked.layout, asked.data) if not micro_batches_fit(asked.layout, n)), 0)
+
+
+def _has_bf16_state(asked: Asked) -> bool:
+    return "bf16" in (asked.optimizer.weights, asked.optimizer.moments)
 
 
 def _deepspeed(key: str, broken: Callable[[Asked], bool], why: str, remedy: str) -> LayoutRule:
@@ -199,6 +204,28 @@ RULES: tuple[LayoutRule, ...] = (
         broken=lambda a: a.layout.precision == "fp64",
         why="its partitions of weights and moments are fp32",
         remedy='set layout.precision="fp32"',
+    ),
+    _deepspeed(
+        "engine",
+        broken=_has_bf16_state,
+        why="its partitions of weights and moments are fp32",
+        remedy='set optimizer.weights="fp32" and optimizer.moments="fp32"',
+    ),
+    LayoutRule(
+        "precision",
+        broken=lambda a: a.layout.precision == "fp64" and _has_bf16_state(a),
+        why="fp64 is for weights and moments too",
+        remedy='set optimizer.weights="fp32" and optimizer.moments="fp32", or a different precision',
+    ),
+    LayoutRule(
+        "reduce",
+        broken=lambda a: (
+            a.optimizer.weights == "bf16"
+            and a.layout.reduce == "micro_batch"
+            and max(micro_batches(a.layout, a.data), default=1) > 1
+        ),
+        why="gradients of bf16 weights are bf16 once they are summed over ranks, and would be rounded again each time",
+        remedy='set layout.reduce="step", raise layout.micro_batch, or set optimizer.weights="fp32"',
     ),
     _deepspeed(
         "reshard",

@@ -93,7 +93,7 @@ def rank_of(config: RunConfig, fault: Fault, steps: int) -> dict[str, Any]:
     if fault is not None:
         fault()
     losses, norms = [], []
-    with start_mesh(config.layout) as mesh:
+    with start_mesh(config.layout, casts=config.optimizer.weights == "bf16") as mesh:
         engine, _ = build_engine(config, mesh)
         pieces = _boxes("initial.", {k: p for k, p in engine.tensors().items() if k.startswith("model.")})
         for step in range(steps):

@@ -26,7 +26,6 @@ def build_engine(config: RunConfig, mesh: Mesh) -> tuple[Engine, Updates]:
 def engine_over(parts: Sequence[Transformer], cutter: InputCutter, config: RunConfig) -> tuple[Engine, AdamW]:
     """The engine and optimizer of model parts that have been built already."""
     mesh = cutter.mesh
-    parameters = [(name, piece.local, len(piece.global_shape)) for name, piece in weight_pieces(parts).items()]
-    optimizer = AdamW(parameters, config.optimizer, parts[0].kernels.adamw)
+    optimizer = AdamW(weight_pieces(parts), config.optimizer, parts[0].kernels.adamw, config.run.seed)
     executor = PipelineExecutor(parts, mesh) if mesh.layout.pipeline > 1 else FsdpExecutor(parts, mesh)
     return Engine(executor, cutter, optimizer), optimizer

@@ -41,7 +41,7 @@ OVERFIT_NATS, OVERFIT_STEPS = 0.1, 600
 RANGE_STEPS, RANGE_LOW, RANGE_HIGH = 60, 1e-5, 1.0
 # Shape whose kernels are shown without a recipe: Llama 3.1 8B's.
 TYPICAL = ModelSection(layers=32, d_model=4096, heads=32, kv_heads=8, head_dim=128, d_ff=14336, vocab=128256)
-STATE_BYTES = 16  # per parameter: fp32 weight, gradient and two moments
+STATE_BYTES = {"fp32": 8, "bf16": 4}  # per parameter: of weight and gradient, and of two moments
 MEMORY_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -97,7 +97,8 @@ def this_machine(config: RunConfig | None) -> dict[str, str]:
 
 def run_checks(config: RunConfig) -> Iterator[Check]:
     """Run the checks on one rank with one small batch, in the order in which a failure explains later ones."""
-    device, need = local_device(), parameters(config.model) * STATE_BYTES
+    device, stored = local_device(), config.optimizer
+    need = parameters(config.model) * (STATE_BYTES[stored.weights] + STATE_BYTES[stored.moments])
     have = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else MEMORY_BYTES
     if need > have:
         raise UserError(
@@ -108,7 +109,7 @@ def run_checks(config: RunConfig) -> Iterator[Check]:
     store = open_or_prepare(config, Path(), progress)
     layout = Layout(micro_batch=1, recompute=config.layout.recompute, precision=config.layout.precision)
     config = config.model_copy(update={"layout": layout})
-    with start_mesh(layout) as mesh:
+    with start_mesh(layout, casts=stored.weights == "bf16") as mesh:
         with Loader(config, store.split("train"), 0, 1) as loader:
             batch = next(loader).batch
         few = batch.micro_batches(math.gcd(len(batch.samples), SEQUENCES))[0]

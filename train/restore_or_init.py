@@ -43,6 +43,7 @@ def restore_or_init(engine: Engine, record: Recorder, mesh: Mesh, before: RunSta
         mesh,
         lambda path, reason: damaged.append({"path": str(path), "reason": reason}),
         alive=lambda: record.supervisor.heartbeat(0),
+        say=record.console.say,
         newest=before.newest,
     )
     if saved is None:
@@ -110,7 +111,8 @@ def _init(engine: Engine, record: Recorder, mesh: Mesh, before: RunState) -> Sta
         position, origin = begins_at(parent, record.config, record.store.hash)
         state = record.accepted = State(*position)
         record.last_saved = replace(state, step=-1)  # it is not saved yet, and its token milestones are its parent's
-        load_parent(parent, engine, record.config.run.start_with, mesh, lambda: record.supervisor.heartbeat(0))
+        beat, say = (lambda: record.supervisor.heartbeat(0)), record.console.say
+        load_parent(parent, engine, record.config.run.start_with, mesh, beat, say)
         record.console.say(origin)
         for line in explain_model_changes(changes_of(parent, record.config)):
             record.console.say(line)
@@ -127,7 +129,12 @@ def _init(engine: Engine, record: Recorder, mesh: Mesh, before: RunState) -> Sta
 
 
 def load_parent(
-    parent: Parent, engine: Engine, start_with: str, mesh: Mesh, alive: Callable[[], None] = lambda: None
+    parent: Parent,
+    engine: Engine,
+    start_with: str,
+    mesh: Mesh,
+    alive: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Read the parent's weights, or everything, into the engine's tensors. Collective; leased while it is read."""
     tensors = engine.tensors()
@@ -141,7 +148,7 @@ def load_parent(
             with agreed(mesh):  # the lease, before any rank reads
                 if mesh.is_first:
                     stack.enter_context(leased(parent.folder, parent.checkpoint))
-            restore_from(parent.checkpoint, tensors, mesh, alive=alive)
+            restore_from(parent.checkpoint, tensors, mesh, alive=alive, say=say)
         engine.after_restore()
         mesh.barrier()
 

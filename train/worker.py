@@ -71,6 +71,7 @@ def work(job: Job) -> int:
     with (
         start_mesh(
             config.layout,
+            casts=config.optimizer.weights == "bf16",
             timeout_seconds=config.guard.hang_seconds + beyond,
             prepare=None if known else prepare,
         ) as mesh,

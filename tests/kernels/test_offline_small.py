@@ -72,12 +72,14 @@ def test_cross_entropy(vocab: int, dtype: str, capability: int) -> None:
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("aligned", [False, True])
-def test_many_tensors(aligned: bool, capability: int) -> None:
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
+def test_many_tensors(half: bool, aligned: bool, capability: int) -> None:
     other = {"AT": "*i64", "WHICH": "*i32", "FIRST": "*i64", "SIZES": "*i64", "ACCEPT": "*i1", "tensors": "i32"}
-    sums = {"FACTORS": "*fp64", "SUMS": "*fp64"}
+    other |= {"FACTORS": "*fp64", "SUMS": "*fp64", "KEYS": "*i64", "BOXES": "*i64"}
     for kernel in (adamw._kernel, squared_norm._kernel):
-        given = {n: (other | sums).get(n, "*fp32" if n.isupper() else "fp32") for n in kernel.arg_names}
+        given = {n: other.get(n, "*fp32" if n.isupper() else "fp32") for n in kernel.arg_names}
         constants = {"ALIGNED": aligned, "CHUNK": many_tensors.CHUNK}
+        constants |= {name: half for name in kernel.arg_names if name.endswith("16")}
         compile_kernel(kernel, given, constants, capability, many_tensors.WARPS).check()
 
 

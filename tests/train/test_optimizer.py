@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from minka.parallel.pieces import piece_of
 from minka.plan.config_sections import OptimizerSection
 from minka.train.optimizer import AdamW
 
@@ -21,7 +22,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 def optimizer(tensors: dict[str, torch.Tensor], settings: OptimizerSection = SETTINGS) -> AdamW:
-    return AdamW([(name, tensor, tensor.ndim) for name, tensor in tensors.items()], settings)
+    return AdamW({name: piece_of(tensor) for name, tensor in tensors.items()}, settings)
 
 
 @pytest.mark.parametrize("decay_embeddings", [False, True])
