@@ -6,7 +6,7 @@ PYTEST := $(BIN)/python -m pytest
 FOLDERS := plan kernels model data parallel checkpoint launch eval train report slurm benchmarks
 STAMP := .venv/.minka-installed
 
-.PHONY: demo test test-all test-torch lint bench bench-kernels gpu-check clean
+.PHONY: demo test test-all test-torch lint bench bench-kernels gpu-check gpu-check-first gpu-check-training clean
 
 demo: $(STAMP) ## train the demo recipe: minutes on two cores
 	$(BIN)/minka train demo
@@ -31,12 +31,17 @@ lint: $(STAMP)
 bench: $(STAMP) ## speed compared with a peer, as ratios with their bounds
 	$(BIN)/python -m minka.benchmarks.training
 
-# For a machine that already has torch with CUDA: these two use no network and no .venv.
+# For a machine that already has torch with CUDA: these use no network and no .venv.
 bench-kernels: ## every operation by torch, torch.compile and Triton; writes kernels/choices.toml
 	PYTHONPATH=.ns:$$PYTHONPATH $(PYTHON) -m minka.benchmarks.kernels --write
 
-gpu-check:
-	PYTHONPATH=.ns:$$PYTHONPATH $(PYTHON) -m pytest -p no:cacheprovider -m gpu
+gpu-check: gpu-check-first gpu-check-training ## on a GPU, in two calls of at most nine minutes
+
+gpu-check-first: ## the demo as a command, the tests that need a GPU, bench-kernels
+	PYTHONPATH=.ns:$$PYTHONPATH $(PYTHON) -m minka.benchmarks.gpu_check first
+
+gpu-check-training: ## training steps at real sizes; adds rows to plan/measured.csv
+	PYTHONPATH=.ns:$$PYTHONPATH $(PYTHON) -m minka.benchmarks.gpu_check training
 
 clean: ## remove what can be made again; runs/ and stores/ stay
 	rm -rf .venv .venv-torch build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

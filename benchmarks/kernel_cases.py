@@ -7,18 +7,23 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from minka.benchmarks.liger import liger_ways
+from minka.kernels.adamw import Coefficients, adamw_
 from minka.kernels.attention_spans import document_spans
+from minka.kernels.choose import Own
 from minka.kernels.cross_entropy import ALL_ROWS, cross_entropy_
 from minka.kernels.flash_attention import flash_attention
 from minka.kernels.flash_attn_package import packed_attention
+from minka.kernels.flex_attention import block_mask, flex_packed
+from minka.kernels.many_tensors import Chunks
 from minka.kernels.norm_rope import norm_rope
 from minka.kernels.rms_norm import add_rms_norm
 from minka.kernels.rope import rope
+from minka.kernels.squared_norm import squares_of_all
 from minka.kernels.swiglu import swiglu
-from minka.model.attention import torch_varlen
+from minka.kernels.torch_attention import gpu_backends, torch_sdpa, torch_varlen
 
 EPS = 1e-5
 Outputs = tuple[Tensor, ...]
@@ -35,6 +40,7 @@ class KernelCase(NamedTuple):
     ways: Mapping[str, Callable[..., Outputs]]
     moved: tuple[int, int]  # bytes of forward and backward, in bf16
     flops: tuple[int, int] = (0, 0)
+    compiles: bool = True  # false: it is not part of what is compiled in training
 
 
 Size = Literal["tiny", "middle", "full"]
@@ -46,6 +52,12 @@ WIDTHS: dict[str, dict[Size, tuple[int, ...]]] = {
     "cross_entropy": {"tiny": (50,), "middle": (127, 32000), "full": (32000, 128256)},
     "attention": {"tiny": (16,), "middle": (64, 96, 128, 256), "full": (64, 128)},
 }
+TENSORS: dict[Size, tuple[int, int]] = {
+    "tiny": (3, 40),
+    "middle": (3, 5000),
+    "full": (16, 2**22),
+}  # how many, how large
+Z_WEIGHT = 1e-4
 
 
 def kernel_cases(size: Size) -> Iterator[KernelCase]:
@@ -60,6 +72,9 @@ def kernel_cases(size: Size) -> Iterator[KernelCase]:
         yield _swiglu(tokens, width)
     for vocab in WIDTHS["cross_entropy"][size]:
         yield _cross_entropy(tokens // 2, vocab)
+    for half in (False, True):
+        yield _adamw(*TENSORS[size], half=half)
+    yield _grad_norm(*TENSORS[size])
     rows, length = (1, 24) if size == "tiny" else (2, 500) if size == "middle" else (2, 8192)
     for width in WIDTHS["attention"][size]:
         for documents in (1, 3):
@@ -78,7 +93,7 @@ def _norm(tokens: int, width: int) -> KernelCase:
     ways = {
         "torch": lambda x, added, weight: add_rms_norm(x, added, weight, EPS, "aten"),
         "triton": lambda x, added, weight: add_rms_norm(x, added, weight, EPS, "triton"),
-    }
+    } | _liger("rms_norm")
     size = tokens * width
     return KernelCase("rms_norm", width, "after an addition", make, 3, ways, (8 * size, 8 * size))
 
@@ -96,7 +111,7 @@ def _rope(tokens: int, heads: int, groups: int, width: int, *, norm: bool) -> Ke
             return lambda q, k, a, b, cos, sin: norm_rope(q, k, a, b, EPS, cos, sin, how)
         return lambda q, k, cos, sin: rope(q, k, cos, sin, how)
 
-    ways = {how: way(how) for how in ("torch", "triton")}
+    ways = {how: way(how) for how in ("torch", "triton")} | ({} if norm else _liger("rope"))
     size, tables = tokens * (heads + groups) * width, 8 * tokens * width
     moved = (4 * size + tables, (6 if norm else 4) * size + tables)
     note = "with norms of heads" if norm else "alone"
@@ -107,7 +122,7 @@ def _swiglu(tokens: int, width: int) -> KernelCase:
     ways = {
         "torch": lambda gate, up: (swiglu(gate, up),),
         "triton": lambda gate, up: (swiglu(gate, up, "triton"),),
-    }
+    } | _liger("swiglu")
     size = tokens * width
     return KernelCase("swiglu", width, "", _random((tokens, width), (tokens, width)), 2, ways, (6 * size, 10 * size))
 
@@ -120,13 +135,78 @@ def _cross_entropy(tokens: int, vocab: int) -> KernelCase:
 
     def way(how: Any) -> Callable[..., Outputs]:
         def call(logits: Tensor, targets: Tensor) -> Outputs:
-            found = cross_entropy_(logits, targets, 1e-4, ALL_ROWS, gradient=True, hits=False, how=how)
+            found = cross_entropy_(logits, targets, Z_WEIGHT, ALL_ROWS, gradient=True, hits=False, how=how)
             return found.loss, found.z_loss, logits
 
         return call
 
-    ways = {how: way(how) for how in ("torch", "triton")}
+    ways = {how: way(how) for how in ("torch", "triton")} | _liger("cross_entropy")
     return KernelCase("cross_entropy", vocab, "", make, 0, ways, (4 * tokens * vocab, 0))
+
+
+def _adamw(count: int, size: int, *, half: bool) -> KernelCase:
+    """A step of AdamW on `count` matrices: weights, both moments, gradients; in bf16 stochastically rounded."""
+    rates, places = Coefficients(1e-3, 0.9, 0.95, 1e-8), [(7 * i, 64, size, 0) for i in range(count)]
+    made: dict[torch.device, Any] = {}  # of what is made once in training
+
+    def make(device: torch.device, _: torch.dtype) -> tuple[Tensor, ...]:
+        dtype = torch.bfloat16 if half else torch.float32
+        return tuple(torch.rand(size, device=device).to(dtype) for _ in range(4 * count))
+
+    def lists(tensors: tuple[Tensor, ...]) -> list[list[Tensor]]:
+        device = tensors[0].device
+        if device not in made:
+            decays, boxes = torch.full((count,), 0.1), torch.tensor(places).t().contiguous()
+            scalars = torch.tensor(3.0), torch.tensor(2.0), torch.tensor(True), torch.tensor(0.0)
+            made[device] = Chunks.of([size] * count, device), *(x.to(device) for x in (decays, boxes, *scalars))
+        return [list(tensors[first : first + count]) for first in range(0, 4 * count, count)]
+
+    def own(how: Own) -> Callable[..., Outputs]:
+        def call(*tensors: Tensor) -> Outputs:
+            by_name = dict(zip(("weights", "moments1", "moments2", "gradients"), lists(tensors), strict=True))
+            chunks, decays, boxes, number, divisor, accept, _ = made[tensors[0].device]
+            adamw_(by_name, chunks, decays, boxes, number, divisor, accept, rates, how)
+            return tensors[: 3 * count]
+
+        return call
+
+    def fused(*tensors: Tensor) -> Outputs:
+        w, m, v, g = lists(tensors)
+        *_, number, divisor, _, refuse = made[w[0].device]
+        torch._fused_adamw_(
+            w, g, m, v, [], [number] * count, lr=1e-3, beta1=0.9, beta2=0.95, weight_decay=0.1, eps=1e-8,
+            amsgrad=False, maximize=False, grad_scale=divisor, found_inf=refuse,
+        )  # fmt: skip
+        return tensors[: 3 * count]
+
+    ways = {"torch": own("torch") if half else fused, "triton": own("triton")}
+    note, moved = ("bf16", 14) if half else ("fp32", 28)
+    return KernelCase("adamw", 1, note, make, 0, ways, (moved * count * size, 0), compiles=False)
+
+
+def _grad_norm(count: int, size: int) -> KernelCase:
+    factors: dict[torch.device, Any] = {}
+
+    def own(*tensors: Tensor) -> Outputs:
+        device = tensors[0].device
+        if device not in factors:
+            ones = torch.ones(count, dtype=torch.float64, device=device)
+            factors[device] = ones, Chunks.of([size] * count, device)
+        return (squares_of_all(tensors, *factors[device]),)
+
+    def torchs(*tensors: Tensor) -> Outputs:
+        return (torch.stack(torch._foreach_norm(list(tensors))).double().square().sum(),)
+
+    def make(device: torch.device, _: torch.dtype) -> tuple[Tensor, ...]:
+        return tuple(torch.randn(size, device=device) for _ in range(count))
+
+    ways = {"torch": torchs, "triton": own}
+    return KernelCase("grad_norm", 1, "fp32", make, 0, ways, (4 * count * size, 0), compiles=False)
+
+
+def _liger(operation: str) -> dict[str, Callable[..., Outputs]]:
+    ways = liger_ways(EPS, Z_WEIGHT)
+    return {"liger": ways[operation]} if operation in ways else {}
 
 
 def _attention(rows: int, length: int, heads: int, groups: int, width: int, documents: int) -> KernelCase:
@@ -139,12 +219,19 @@ def _attention(rows: int, length: int, heads: int, groups: int, width: int, docu
 
     starts = torch.cat([cuts[:-1] + row * length for row in range(rows)] + [torch.tensor([tokens])]).int()
     places: dict[torch.device, Any] = {}  # of what is made once a micro-batch in training
+    masks: dict[torch.device, Any] = {}
 
     def own(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
         if q.device not in places:
             on_device = starts.to(q.device)
             places[q.device] = document_spans(on_device, on_device, tokens, tokens)
         return flash_attention(q, k, v, places[q.device])[:1]
+
+    def flex(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
+        if q.device not in masks:
+            on_device = starts.to(q.device)
+            masks[q.device] = block_mask(document_spans(on_device, on_device, tokens, tokens))
+        return (flex_packed(q, k, v, masks[q.device]),)
 
     def varlen(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
         on_device = starts.to(q.device)
@@ -160,15 +247,12 @@ def _attention(rows: int, length: int, heads: int, groups: int, width: int, docu
         mask = None
         if documents > 1:
             mask = (at[:, None] == at) & torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-            parts[1:] = [x.repeat_interleave(heads // groups, dim=1) for x in parts[1:]]
-        y = F.scaled_dot_product_attention(
-            parts[0], parts[1], parts[2], attn_mask=mask, is_causal=mask is None, enable_gqa=documents == 1
-        )
+        y = torch_sdpa(parts[0], parts[1], parts[2], mask, gpu_backends(q.dtype, masked=documents > 1))
         return (y.transpose(1, 2).reshape(q.shape),)
 
     pairs = rows * int((cuts.diff() * (cuts.diff() + 1)).sum()) // 2
     flops = 4 * pairs * heads * width
     size = 2 * tokens * width * (2 * heads + 2 * groups)
     note = "one document a row" if documents == 1 else f"{documents} documents a row"
-    ways = {"torch": torchs, "triton": own, "varlen": varlen, "flash-attn": package}
+    ways = {"torch": torchs, "triton": own, "varlen": varlen, "flex": flex, "flash-attn": package}
     return KernelCase("attention", width, note, make, 3, ways, (size, 2 * size), (flops, flops * 5 // 2))

@@ -5,10 +5,12 @@ buffers rotate so that none is still in the cache, and a time is the median of m
 """
 
 import argparse
+import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from itertools import cycle
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from minka.benchmarks.kernel_cases import KernelCase, kernel_cases
+from minka.benchmarks.step_rows import name_of
 from minka.kernels.choose import (
     CHOICES,
     Machine,
@@ -28,6 +31,7 @@ from minka.kernels.choose import (
     torch_version,
 )
 from minka.plan.cli import print_json, print_table
+from minka.plan.read_file import first_line
 
 CACHE_BYTES = 128 * 2**20  # more than twice the second-level cache of any GPU here
 WARM_SECONDS, REPETITIONS = 0.025, 50
@@ -47,6 +51,7 @@ def main() -> int:
     """Time the operations whose name contains --only; --write keeps what was measured for `auto` to read."""
     parser = argparse.ArgumentParser(description="Times of every operation, against the machine's own limits.")
     parser.add_argument("--only", default="", help="operations whose name contains this")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further operation after so long")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see that everything runs")
     parser.add_argument("--write", action="store_true", help=f"write the winners to {CHOICES.name}; needs a GPU")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
@@ -57,11 +62,19 @@ def main() -> int:
         return 2
     ceilings = measure_ceilings(device, tiny=options.tiny)
     timings: list[Timing] = []
-    for case in kernel_cases("tiny" if options.tiny else "full"):
-        if options.only in case.operation:
+    end, left_out = time.monotonic() + options.seconds, []
+    for case in in_turns(kernel_cases("tiny" if options.tiny else "full")):
+        if options.only not in case.operation:
+            continue
+        if time.monotonic() > end:
+            left_out.append(f"{case.operation} {case.width} {case.note}".strip())
+        else:
             print(f"{case.operation} {case.width} {case.note}", file=sys.stderr, flush=True)
             timings += time_case(case, device, ceilings, tiny=options.tiny)
+    if left_out:
+        print(f"no time was left for {'; '.join(left_out)}", file=sys.stderr)
     found = {"gpu": name_of(device), "torch": torch_version(), "ceilings": ceilings, "timings": timings}
+    found["left_out"] = left_out
     if options.json:
         print_json(found)
     else:
@@ -73,8 +86,13 @@ def main() -> int:
     return 0
 
 
-def name_of(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+def in_turns(cases: Iterable[KernelCase]) -> list[KernelCase]:
+    """The first case of every operation, then the second of each: where time is short, all have some."""
+    seen, turns = Counter[str](), list[tuple[int, KernelCase]]()
+    for case in cases:
+        turns.append((seen[case.operation], case))
+        seen[case.operation] += 1
+    return [case for _, case in sorted(turns, key=lambda turn: turn[0])]
 
 
 def measure_ceilings(device: torch.device, *, tiny: bool) -> dict[str, float]:
@@ -93,16 +111,23 @@ def time_case(case: KernelCase, device: torch.device, ceilings: Mapping[str, flo
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     work = Work(dtype, {case.operation: case.width})
     ways = {name: way for name, way in case.ways.items() if not _obstacle(case.operation, name, device, work)}
-    if not tiny:
+    if case.compiles and not tiny:
         ways["compile"] = torch.compile(case.ways["torch"], dynamic=False)
     for index, name in enumerate(("forward", "backward") if case.learned else ("forward",)):
         bound = max(case.moved[index] / ceilings["bytes_per_s"], case.flops[index] / ceilings["flop_per_s"])
         for way, function in ways.items():
             inputs = _rotating(case, device, dtype, tiny=tiny)
-            call = _forward(function, inputs) if name == "forward" else _backward(case, function, inputs)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            seconds = median_seconds(call, device, tiny=tiny)
+            try:
+                call = _forward(function, inputs) if name == "forward" else _backward(case, function, inputs)
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                seconds = median_seconds(call, device, tiny=tiny)
+            except Exception as error:
+                if way == "triton":
+                    raise
+                # A peer that this torch or this GPU does not suit says nothing of us.
+                print(f"  {way} {name} failed: {first_line(error)}", file=sys.stderr, flush=True)
+                continue
             peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
             yield {
                 "operation": case.operation,
@@ -123,6 +148,8 @@ def _obstacle(operation: str, way: str, device: torch.device, work: Work) -> str
         return ""
     if way == "triton":
         return cannot_run(operation, Machine.of(device), work)
+    if way == "liger":
+        return "" if device.type == "cuda" else "there is no GPU"
     return cannot_attend(way, Machine.of(device), work)
 
 

@@ -110,15 +110,24 @@ def our_step(engine: Engine, batch: Batch, config: RunConfig, targets: int) -> C
 
 
 def peer_step(
-    config: RunConfig, batch: Batch, *, compiled: bool, device: str = "cpu", dtype: torch.dtype = torch.float32
+    config: RunConfig,
+    batch: Batch,
+    *,
+    compiled: bool,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    recompute: bool = False,
 ) -> Callable[[], None]:
-    """Return one whole training step of a transformers model with torch's fused AdamW."""
+    """Return one whole training step of a transformers model with torch's fused AdamW. recompute: every block."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = to_config(config.model, "auto", None, str(dtype).removeprefix("torch."))
     kind = AutoConfig.for_model(values.pop("model_type"), **values)
-    model: Any = AutoModelForCausalLM.from_config(kind, attn_implementation="sdpa", dtype=dtype).to(device)
+    with torch.device(device):  # on a host, the weights of 8 billion take minutes
+        model: Any = AutoModelForCausalLM.from_config(kind, attn_implementation="sdpa", dtype=dtype)
     model.train()
+    if recompute:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     forward = torch.compile(model) if compiled else model
     tokens = batch.tokens.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)

@@ -22,7 +22,7 @@ from minka.kernels.optional_triton import interprets, triton
 
 Way = Literal["torch", "aten", "triton"]
 Own = Literal["torch", "triton"]
-Provider = Literal["sdpa", "varlen", "triton", "flash-attn"]
+Provider = Literal["sdpa", "varlen", "flex", "triton", "flash-attn"]
 CHOICES = Path(__file__).parent / "choices.toml"
 OLDEST = (8, 0)  # compute capability from which the kernels are compiled and tested
 COMPILED_MARGIN = 0.9  # an operator keeps Inductor from fusing across it: it must win clearly
@@ -97,7 +97,7 @@ def choose(asked: Mapping[str, str], machine: Machine, work: Work) -> Kernels:
         else:
             ways[operation], reasons[operation] = ("triton" if wanted == "triton" else plain), "asked for"
     provider, reasons["attention"] = _provider(asked.get("attention", "auto"), machine, work)
-    if provider == "sdpa" and asked.get("attention") in ("triton", "flash-attn"):
+    if provider == "sdpa" and asked.get("attention") in ("flex", "triton", "flash-attn"):
         fallbacks.append(f"kernels.attention: {reasons['attention']}; torch's runs")
     return Kernels(**ways, attention=provider, reasons=reasons, fallbacks=tuple(fallbacks))
 
@@ -106,7 +106,7 @@ def _provider(wanted: str, machine: Machine, work: Work) -> tuple[Provider, str]
     """Whose attention runs, and why. A plain GPU takes torch's kernels for documents of any length."""
     if wanted == "sdpa":
         return "sdpa", "asked for"
-    candidates: tuple[Provider, ...] = ("varlen", "triton", "flash-attn")
+    candidates: tuple[Provider, ...] = ("varlen", "flex", "triton", "flash-attn")
     obstacles = {name: cannot_attend(name, machine, work) for name in candidates}
     if wanted != "auto":
         (asked_for,) = (name for name in candidates if name == wanted)
@@ -136,7 +136,7 @@ def cannot_attend(provider: str, machine: Machine, work: Work) -> str:
         return "there is no GPU"
     if machine.capability is not None and machine.capability < OLDEST:
         return f"{machine.gpu} has compute capability {_dotted(machine.capability)}, and {provider} needs 8.0"
-    if work.dtype not in (torch.bfloat16, torch.float16):
+    if work.dtype not in (torch.bfloat16, torch.float16) and (provider, work.dtype) != ("flex", torch.float32):
         return f"{provider} computes in half precision, and the run in {str(work.dtype).removeprefix('torch.')}"
     return ""
 
@@ -172,9 +172,11 @@ def _fastest(operation: str, plain: Way, obstacle: str, machine: Machine, work: 
     row = nearest_row(read_choices(), operation, machine.gpu, work.widths.get(operation, 1))
     if row is None:
         return plain, f"nothing measured on {machine.gpu or machine.kind} with torch {torch_version()}"
-    rival = row["compile_ms"] * COMPILED_MARGIN if work.compiled else row["torch_ms"]
-    way: Way = "triton" if row["triton_ms"] < rival else plain
-    times = f"triton {row['triton_ms']:g} ms, torch {row['torch_ms']:g}, compiled {row['compile_ms']:g}"
+    known = [name for name in ("triton", "torch", "compile") if f"{name}_ms" in row]
+    compiled = work.compiled and "compile" in known
+    rival = row["compile_ms"] * COMPILED_MARGIN if compiled else row["torch_ms"]
+    way: Way = "triton" if row.get("triton_ms", math.inf) < rival else plain
+    times = ", ".join(f"{name} {row[f'{name}_ms']:g} ms" for name in known)
     return way, f"measured on {machine.gpu}: {times} at width {row['width']}"
 
 

@@ -3,7 +3,6 @@
 B batch · T tokens · H query heads · K key/value heads · C head width
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
@@ -12,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
+from torch.nn.attention.flex_attention import BlockMask
 
 from minka.kernels.attention_spans import Spans, document_spans
 from minka.kernels.choose import Provider
 from minka.kernels.flash_attention import flash_attention
 from minka.kernels.flash_attn_package import packed_attention
+from minka.kernels.flex_attention import block_mask, flex_packed
+from minka.kernels.torch_attention import Backends, gpu_backends, torch_sdpa, torch_varlen
 
-VARLEN: Callable[..., Any] = varlen_attn  # its signature differs between torch 2.11 and 2.13
 PROBE_BYTES = 2**24  # of logits that the probe holds at once
-VARLEN_TAKES = inspect.signature(varlen_attn).parameters
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,9 @@ class Structure:
     mask: Tensor | None = None  # [B, 1, Tq, Tk], 0 where allowed and -inf elsewhere; made by `to`
     provider: Provider = "varlen"  # of varlen: whose kernels
     spans: Spans | None = None  # of Triton's kernels: which key each query sees; made by `to`
-    repeats: bool = False  # give each query head its own keys: torch's kernels for GPUs that take a mask need that
+    blocks: BlockMask | None = None  # the same for FlexAttention; made by `to`
+    backends: Backends = ()  # of SDPA, in order; none: torch's choice. Made by `to`
+    as_gpu: bool = False  # choose the backends of a GPU on any device
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Structure":
         """The structure for activations of `dtype` on `device`; the host waits for nothing if its memory is pinned."""
@@ -64,14 +65,22 @@ class Structure:
         def move(tensor: Tensor | None) -> Any:
             return None if tensor is None else tensor.to(device, non_blocking=True)
 
+        backends: Backends = ()
+        if device.type == "cuda" or self.as_gpu:
+            backends = gpu_backends(dtype, masked=self.kind == "mask")
         if self.kind == "mask":
             at = (None, None) if self.shard is None else (self.shard.queries_at, self.shard.keys_at)
             allowed_BQK = allowed_pairs(*map(move, (self.documents, *at)))
             mask = torch.zeros(allowed_BQK.shape, dtype=dtype, device=device)
-            return replace(self, mask=mask.masked_fill_(~allowed_BQK, float("-inf"))[:, None])
+            mask = mask.masked_fill_(~allowed_BQK, float("-inf"))[:, None]
+            return replace(self, mask=mask, backends=backends)
         shard = self.shard and replace(self.shard, take=move(self.shard.take), key_starts=move(self.shard.key_starts))
-        moved = replace(self, starts=move(self.starts), shard=shard)
-        return replace(moved, spans=moved._spans()) if self.kind == "varlen" and self.provider == "triton" else moved
+        moved = replace(self, starts=move(self.starts), shard=shard, backends=backends)
+        if self.kind == "varlen" and self.provider == "triton":
+            return replace(moved, spans=moved._spans())
+        if self.kind == "varlen" and self.provider == "flex":
+            return replace(moved, blocks=block_mask(moved._spans()))
+        return moved
 
     def _spans(self) -> Spans:
         assert self.starts is not None  # it is varlen
@@ -95,7 +104,7 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def document_structure(
-    documents_BT: Tensor | None, *, varlen: bool, provider: Provider = "varlen", repeats: bool = False
+    documents_BT: Tensor | None, *, varlen: bool, provider: Provider = "varlen", as_gpu: bool = False
 ) -> Structure:
     """The structure of whole rows; provider: of variable-length kernels.
 
@@ -103,12 +112,12 @@ def document_structure(
     document a row.
     """
     if documents_BT is None:
-        return Structure("causal")
+        return Structure("causal", as_gpu=as_gpu)
     if varlen:
         return Structure("varlen", documents_BT, starts=document_starts(documents_BT), provider=provider)
     if torch.equal(documents_BT[:, 1:], documents_BT[:, :-1]):
-        return Structure("causal")  # the causal kernel skips half of the work
-    return Structure("mask", documents_BT, repeats=repeats)
+        return Structure("causal", as_gpu=as_gpu)  # the causal kernel skips half of the work
+    return Structure("mask", documents_BT, as_gpu=as_gpu)
 
 
 def document_starts(documents_BT: Tensor) -> Tensor:
@@ -130,12 +139,7 @@ def attention(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, structure: Structu
         k_BKTC, v_BKTC = structure.shard.gather(k_BKTC, v_BKTC)
     if structure.kind == "varlen":
         return _varlen(q_BHTC, k_BKTC, v_BKTC, structure)
-    mask, groups = structure.mask, q_BHTC.shape[1] // k_BKTC.shape[1]
-    if structure.repeats and groups > 1:
-        k_BKTC, v_BKTC, groups = (*(x.repeat_interleave(groups, dim=1) for x in (k_BKTC, v_BKTC)), 1)
-    return F.scaled_dot_product_attention(
-        q_BHTC, k_BKTC, v_BKTC, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1
-    )
+    return torch_sdpa(q_BHTC, k_BKTC, v_BKTC, structure.mask, structure.backends)
 
 
 def allowed_pairs(documents_BT: Tensor, queries_at: Tensor | None = None, keys_at: Tensor | None = None) -> Tensor:
@@ -188,22 +192,11 @@ def _varlen(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, structure: Structure
     if structure.provider == "triton":
         assert structure.spans is not None
         y, _ = flash_attention(q, k, v, structure.spans)
+    elif structure.provider == "flex":
+        assert structure.blocks is not None
+        y = flex_packed(q, k, v, structure.blocks)
     elif structure.provider == "flash-attn":
         y = packed_attention(q, k, v, starts, key_starts, tokens, longest)
     else:
         y = torch_varlen(q, k, v, starts, key_starts, tokens, longest)
     return rearrange(y, "(b t) h c -> b h t c", b=batch)
-
-
-def torch_varlen(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, key_starts: Tensor, longest_q: int, longest_k: int
-) -> Tensor:
-    """Causal attention of documents aligned bottom-right, [tokens, H, C], by torch's kernels."""
-    groups = q.shape[1] // k.shape[1]
-    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in VARLEN_TAKES else {"is_causal": True}
-    if groups > 1 and "enable_gqa" in VARLEN_TAKES:
-        options["enable_gqa"] = True
-    elif groups > 1:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    y: Tensor = VARLEN(q, k, v, starts, key_starts, longest_q, longest_k, **options)
-    return y

@@ -37,7 +37,7 @@ def gathered_places(length: int, ways: int) -> Tensor:
 
 
 def shard_structure(
-    documents_BT: Tensor, group: Any, *, varlen: bool, provider: Provider = "varlen", repeats: bool = False
+    documents_BT: Tensor, group: Any, *, varlen: bool, provider: Provider = "varlen", as_gpu: bool = False
 ) -> Structure:
     """The structure of this rank's queries and the whole sequence's keys. documents_BT: int64 ids of whole rows."""
     ways, rank, length = dist.get_world_size(group), dist.get_rank(group), documents_BT.shape[1]
@@ -48,7 +48,7 @@ def shard_structure(
 
     shard = ContextShard(gather, places(length, ways, rank), gathered_places(length, ways))
     if not varlen:
-        return Structure("mask", documents_BT, shard=shard, repeats=repeats)
+        return Structure("mask", documents_BT, shard=shard, as_gpu=as_gpu)
     starts, key_starts, take, longest = varlen_segments(documents_BT, ways, rank)
     shard = replace(shard, take=take, key_starts=key_starts, longest=longest)
     return Structure("varlen", documents_BT, starts=starts, shard=shard, provider=provider)

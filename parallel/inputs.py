@@ -54,21 +54,21 @@ class InputCutter:
     varlen: whether attention runs variable-length kernels, and provider: whose.
     """
 
-    def __init__(self, mesh: Mesh, *, varlen: bool, provider: Provider = "varlen", repeats: bool = False) -> None:
+    def __init__(self, mesh: Mesh, *, varlen: bool, provider: Provider = "varlen", as_gpu: bool = False) -> None:
         self.mesh, self.varlen = mesh, varlen
-        self._how: dict[str, Any] = {"varlen": varlen, "provider": provider, "repeats": repeats}
+        self._how: dict[str, Any] = {"varlen": varlen, "provider": provider, "as_gpu": as_gpu}
         self.ways, self.rank = mesh.layout.context, mesh.coordinate["context"]
 
     @classmethod
     def of(cls, config: RunConfig, mesh: Mesh) -> "InputCutter":
         """The cutter of a run. Raises UserError where varlen is asked for and cannot run."""
         attention_kind(config.kernels.attention, mesh.device.type, compute_dtype_name(mesh.layout, mesh.device.type))
-        return cls.over(mesh, kernels_of(config, mesh), repeats=mesh.device.type == "cuda")
+        return cls.over(mesh, kernels_of(config, mesh))
 
     @classmethod
-    def over(cls, mesh: Mesh, kernels: Kernels, *, repeats: bool = False) -> "InputCutter":
-        """The cutter for attention by these kernels."""
-        return cls(mesh, varlen=kernels.attention != "sdpa", provider=kernels.attention, repeats=repeats)
+    def over(cls, mesh: Mesh, kernels: Kernels, *, as_gpu: bool = False) -> "InputCutter":
+        """The cutter for attention by these kernels; as_gpu: as on a GPU, on any device."""
+        return cls(mesh, varlen=kernels.attention != "sdpa", provider=kernels.attention, as_gpu=as_gpu)
 
     def prepare(self, micro_batch: MicroBatch) -> ModelInputs:
         """The inputs on the host, page-locked where the device is a GPU. Safe to call from any thread."""

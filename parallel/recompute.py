@@ -17,6 +17,7 @@ KEPT = frozenset(
     aten::_scaled_dot_product_flash_attention_for_cpu aten::_scaled_dot_product_efficient_attention
     aten::_scaled_dot_product_cudnn_attention aten::_scaled_dot_product_fused_attention_overrideable
     aten::_flash_attention_forward torch_attn::_varlen_attn minka::flash_attention
+    flash_attn::_flash_attn_varlen_forward flash_attn_3::fwd
     """.split()
 )
 
@@ -62,5 +63,6 @@ class _Policy:
         last.forward = marked
 
     def __call__(self, _: Any, operation: Any, *args: Any, **options: Any) -> CheckpointPolicy:
-        kept = operation._schema.name in KEPT and not self._in_last
+        schema = getattr(operation, "_schema", None)  # FlexAttention has none: it is computed again
+        kept = schema is not None and schema.name in KEPT and not self._in_last
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

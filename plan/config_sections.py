@@ -209,7 +209,9 @@ class KernelsSection(Section):
     cross_entropy: Implementation | None = Field(None, description="softmax, loss and gradient of a chunk of logits")
     adamw: Implementation | None = Field(None, description="all weights in one launch")
     grad_norm: Implementation | None = Field(None, description="all gradients in one launch")
-    attention: Literal["auto", "sdpa", "varlen", "triton", "flash-attn"] = Field("auto", description="whose kernels")
+    attention: Literal["auto", "sdpa", "varlen", "flex", "triton", "flash-attn"] = Field(
+        "auto", description="whose kernels"
+    )
     compile: bool = Field(False, description="torch.compile each block")
 
     def asked(self) -> dict[str, str]:

@@ -10,6 +10,7 @@ compiled, they hold less workspace and choose what they save.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -127,6 +128,8 @@ def _traced(config: RunConfig, layout: Layout, rank: int, count: int, as_gpu: bo
     with alone(layout.world, rank), ExitStack() as stack:
         mesh = _mesh(layout, rank)
         kernels = kernels_of(config, mesh, as_gpu=as_gpu)
+        if kernels.attention == "flex":  # it holds what varlen does once it is compiled, and all logits before
+            kernels = replace(kernels, attention="varlen")
         parts = cut(config, mesh, kernels)
         for part in parts:
             part.head.device_kind = "cuda" if as_gpu else ""
@@ -134,7 +137,7 @@ def _traced(config: RunConfig, layout: Layout, rank: int, count: int, as_gpu: bo
         for part in parts:
             part.to_empty(device=mesh.device)
         stack.enter_context(without_numbers())
-        cutter = InputCutter.over(mesh, kernels, repeats=as_gpu)
+        cutter = InputCutter.over(mesh, kernels, as_gpu=as_gpu)
         engine, optimizer = engine_over(parts, cutter, config)
         inputs = AssumedInputs(config, cutter)
         shards = {name: _shard(piece) for name, piece in engine.tensors().items()}

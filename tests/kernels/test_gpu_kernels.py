@@ -71,6 +71,18 @@ def test_attention(width: int, groups: int) -> None:
         assert_near(one, other, ATTENTION_GRADIENTS)
 
 
+@pytest.mark.parametrize("documents", [1, 3])
+@pytest.mark.parametrize("way", ["torch", "varlen", "flex"])
+def test_every_provider_of_attention_agrees(way: str, documents: int) -> None:
+    """torch's kernels among themselves and with ours, of one document a row and of several, with gradients."""
+    (case,) = (c for c in kernel_cases("middle") if (c.operation, c.width) == ("attention", 128)
+               and c.note.startswith("one" if documents == 1 else str(documents)))  # fmt: skip
+    inputs = case.make(CUDA, torch.bfloat16)
+    gradients = gradients_of(case, inputs)
+    for one, other in zip(passed(case, way, inputs, gradients), passed(case, "triton", inputs, gradients), strict=True):
+        assert_near(one, other.double(), 2 * ATTENTION_GRADIENTS)
+
+
 def test_more_than_2_31_elements() -> None:
     """The last rows are right: no offset wraps around."""
     width = 8192

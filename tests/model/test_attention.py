@@ -2,17 +2,21 @@
 
 import inspect
 import sys
+import warnings
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minka.kernels import flash_attn_package
+from minka.kernels import flash_attn_package, torch_attention
+from minka.kernels.torch_attention import gpu_backends
 from minka.model import attention as attention_module
 from minka.model.attention import (
     Structure,
@@ -89,8 +93,8 @@ def by_document(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -
 
 @pytest.mark.parametrize("kernel", [of_2_13, of_2_10])
 def test_variable_length_kernels_are_called_rightly(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_module, "VARLEN", kernel)
-    monkeypatch.setattr(attention_module, "VARLEN_TAKES", inspect.signature(kernel).parameters)
+    monkeypatch.setattr(torch_attention, "VARLEN", kernel)
+    monkeypatch.setattr(torch_attention, "VARLEN_TAKES", inspect.signature(kernel).parameters)
     _, documents, _, _ = packed(rows=3, length=20, vocab=300)
     q, k, v = (torch.randn(3, 20, heads, 8).transpose(1, 2) for heads in (4, 2, 2))
     varlen = Structure("varlen", documents, starts=document_starts(documents))
@@ -134,12 +138,56 @@ def test_the_flash_attn_package_is_called_rightly(version: int, monkeypatch: pyt
             cached.cache_clear()
 
 
-def test_repeated_keys_are_grouped_keys() -> None:
+@pytest.mark.parametrize("one_document", [False, True])
+def test_a_gpu_gets_its_backends_in_order_and_keys_for_each_head_where_those_have_no_groups(
+    one_document: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, documents, _, _ = packed(rows=3, length=20, vocab=300)
+    documents = torch.zeros_like(documents) if one_document else documents
     q, k, v = (torch.randn(3, 20, heads, 8).transpose(1, 2) for heads in (4, 2, 2))
-    repeated = document_structure(documents, varlen=False, repeats=True).to(q.device, q.dtype)
-    assert repeated.repeats
-    torch.testing.assert_close(attention(q, k, v, repeated), attention(q, k, v, structure(documents)))
+    as_gpu = document_structure(documents, varlen=False, as_gpu=True).to(q.device, q.dtype)
+    assert as_gpu.backends == (SDPBackend.EFFICIENT_ATTENTION,)
+    given: list[tuple[int, bool]] = []
+
+    def seen(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        given.append((k.shape[1], options["enable_gqa"]))
+        return F.scaled_dot_product_attention(q, k, v, **options)
+
+    monkeypatch.setattr(torch_attention, "F", SimpleNamespace(scaled_dot_product_attention=seen))
+    torch.testing.assert_close(attention(q, k, v, as_gpu), attention(q, k, v, structure(documents)))
+    assert given == [(4, False), (2, True)]
+
+
+def test_backends_of_a_gpu() -> None:
+    half, cudnn, flash = torch.bfloat16, SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
+    assert gpu_backends(half, masked=False)[:2] == (cudnn, flash)
+    for dtype, masked in ((half, True), (torch.float32, True), (torch.float32, False)):
+        assert gpu_backends(dtype, masked=masked) == (SDPBackend.EFFICIENT_ATTENTION,)
+    assert gpu_backends(torch.float64, masked=True) == (SDPBackend.MATH,)
+
+
+@pytest.mark.parametrize("length", [20, 128, 300])
+def test_flex_attention_is_that_of_a_mask(length: int) -> None:
+    """Forward: on a CPU torch has no backward."""
+    _, documents, _, _ = packed(rows=3, length=length, vocab=300)
+    flex = document_structure(documents, varlen=True, provider="flex").to(torch.device("cpu"), torch.float32)
+    q, k, v = (torch.randn(3, heads, length, 8) for heads in (4, 2, 2))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        found = attention(q, k, v, flex)
+    torch.testing.assert_close(found, attention(q, k, v, structure(documents)), rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_of_flex_attention_are_those_that_torch_finds() -> None:
+    _, documents, _, _ = packed(rows=2, length=300, vocab=300)
+    flex = document_structure(documents, varlen=True, provider="flex").to(torch.device("cpu"), torch.float32)
+    assert flex.blocks is not None
+    theirs = create_block_mask(flex.blocks.mask_mod, None, None, 600, 600, device="cpu")
+    for blocks in (flex.blocks, theirs):
+        assert blocks.full_kv_num_blocks is not None
+    for name in ("kv_num_blocks", "full_kv_num_blocks"):
+        assert torch.equal(getattr(flex.blocks, name), getattr(theirs, name)), name
+    assert torch.equal(flex.blocks.to_dense(), theirs.to_dense())
 
 
 class Largest(TorchDispatchMode):

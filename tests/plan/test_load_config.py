@@ -54,7 +54,7 @@ BAD: list[tuple[dict[str, dict[str, Any]], list[str]]] = [  # what is given, wha
     ({"tracking": {"wandb": "yes"}}, ["tracking.wandb='yes'", "'off', 'offline' or 'online'"]),
     (
         {"kernels": {"attention": "flash"}},
-        ["kernels.attention='flash'", "'auto', 'sdpa', 'varlen', 'triton' or 'flash-attn'"],
+        ["kernels.attention='flash'", "'auto', 'sdpa', 'varlen', 'flex', 'triton' or 'flash-attn'"],
     ),
     ({"shedule": {"warmup": 1}}, ["shedule is not a setting", "did you mean schedule?"]),
 ]

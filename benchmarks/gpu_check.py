@@ -1,0 +1,90 @@
+"""`make gpu-check`: what there is to see on a GPU, in two calls of at most nine minutes that need no network.
+
+`first`: the demo as a command, on one rank and on two, the tests that need a GPU, the bench of the kernels.
+`training`: steps of real sizes. Every step has its own limit, and the steps after one that fails run all the same.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from minka.plan.cli import print_table
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 9 * 60
+
+
+class Step(NamedTuple):
+    """A command, the seconds it may take, and what its environment has in addition."""
+
+    name: str
+    command: tuple[str, ...]
+    seconds: float
+    environment: Mapping[str, str] = {}
+
+
+def steps(call: str, folder: Path, *, tiny: bool, write: bool) -> list[Step]:
+    """The steps of a call; `folder` takes the runs of the demo."""
+    python = (sys.executable, "-m")
+    small = ("--tiny",) if tiny else ()
+    if call == "training":
+        few = ("--tiny", "--steps", "2") if tiny else ("--seconds", "400")
+        return [Step("training", (*python, "minka.benchmarks.gpu_training", *few), SECONDS - 20)]
+    short = ("run.max_steps=4", "schedule.warmup=1", "eval.max_documents=2", "data.max_bytes=200000")
+    train = (*python, "minka", "train", "demo", f"run.folder={folder / 'runs'}", f"data.store={folder / 'store'}")
+    demo = (*train, *(short if tiny else ()))
+    two = (*train, "--ranks", "2", "run.name=two", *(short if tiny else ("run.max_steps=60",)))
+    # Two ranks need two GPUs; without them they train on the CPU.
+    hidden = {} if torch.cuda.device_count() > 1 else {"CUDA_VISIBLE_DEVICES": ""}
+    files = map(str, sorted((ROOT / "tests").rglob("test_gpu*.py")))
+    tests = (*python, "pytest", "-p", "no:cacheprovider", "-m", "gpu", *files)
+    bench = (*python, "minka.benchmarks.kernels", *(small or ("--seconds", "200", *(("--write",) if write else ()))))
+    return [
+        Step("demo", demo, 120),
+        Step("demo on two ranks", two, 120, hidden),
+        Step("tests", tests, 200),
+        Step("kernels", bench, 280),
+    ]
+
+
+def main() -> int:
+    """Run the steps of a call; return 1 where one fails or takes too long."""
+    parser = argparse.ArgumentParser(description="What there is to see on a GPU, in two calls.")
+    parser.add_argument("call", choices=["first", "training"])
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see on any machine that everything runs")
+    parser.add_argument("--keep", action="store_true", help="do not write kernels/choices.toml and docs/kernels.md")
+    options = parser.parse_args()
+    write, began, rows = torch.cuda.is_available() and not options.keep, time.monotonic(), []
+    with tempfile.TemporaryDirectory() as folder:
+        for step in steps(options.call, Path(folder), tiny=options.tiny, write=write):
+            left = SECONDS - (time.monotonic() - began)
+            rows.append((step.name, *run(step, min(step.seconds, left))))
+    print_table([(name, how, f"{seconds:.0f}") for name, how, seconds in rows], ["step", "", "seconds"])
+    return 0 if all(how == "passed" for _, how, _ in rows) else 1
+
+
+def run(step: Step, limit: float) -> tuple[str, float]:
+    """How a step ended, and its seconds. Its output goes where ours does."""
+    print(f"=== {step.name}: {' '.join(step.command)}", flush=True)
+    began = time.monotonic()
+    if limit <= 0:
+        return "no time was left", 0.0
+    source = os.pathsep.join(path for path in (str(ROOT / ".ns"), os.environ.get("PYTHONPATH", "")) if path)
+    environment = {**os.environ, "PYTHONPATH": source, "PYTHONUNBUFFERED": "1", **step.environment}
+    try:
+        done = subprocess.run(step.command, env=environment, timeout=limit, check=False)
+    except subprocess.TimeoutExpired:
+        return f"took more than {limit:.0f} s", time.monotonic() - began
+    return "passed" if done.returncode == 0 else f"exit status {done.returncode}", time.monotonic() - began
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""What a machine with a GPU is asked for runs here with tiny sizes, so that it starts when there is one."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minka.benchmarks import gpu_check, gpu_training
+from minka.benchmarks.gpu_check import Step, run, steps
+from minka.benchmarks.kernel_cases import kernel_cases
+from minka.benchmarks.kernels import in_turns
+from minka.benchmarks.step_rows import append
+
+
+@pytest.mark.parametrize("call", ["first", "training"])
+def test_each_call_runs_with_tiny_sizes(call: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "minka.benchmarks.gpu_check", call, "--tiny"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+    print(done.stdout[-3000:], done.stderr[-3000:])
+    assert done.returncode == 0
+    for step in steps(call, tmp_path, tiny=True, write=False):
+        line = next(line for line in reversed(done.stdout.splitlines()) if line.startswith(f"{step.name}  "))
+        assert "passed" in line
+    assert not any(tmp_path.iterdir())  # runs and stores were temporary
+
+
+def test_what_takes_too_long_is_ended_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    how, seconds = run(Step("sleep", (sys.executable, "-c", "import time; time.sleep(60)"), 60), 0.5)
+    assert how == "took more than 0 s"
+    assert seconds < 30
+    assert run(Step("fail", (sys.executable, "-c", "raise SystemExit(3)"), 60), 60)[0] == "exit status 3"
+    assert run(Step("late", (sys.executable, "-c", ""), 60), 0)[0] == "no time was left"
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "first", "--tiny"])
+    monkeypatch.setattr(gpu_check, "steps", lambda *_, **__: [Step("fail", (sys.executable, "-c", "exit(1)"), 60)])
+    assert gpu_check.main() == 1
+
+
+def test_both_calls_end_within_their_time(tmp_path: Path) -> None:
+    for call in ("first", "training"):
+        assert max(step.seconds for step in steps(call, tmp_path, tiny=False, write=True)) <= gpu_check.SECONDS
+
+
+def test_a_case_that_fails_is_named_and_the_others_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def refuse(case: gpu_training.Case, *_: object, **__: object) -> dict[str, object]:
+        if case.peer:
+            raise RuntimeError("out of memory\nand more")
+        return {"case": case.name}
+
+    file = tmp_path / "measured.csv"
+    monkeypatch.setattr(gpu_training, "measure", refuse)
+    monkeypatch.setattr(sys, "argv", ["gpu_training", "--tiny", "--json", "--csv", str(file)])
+    assert gpu_training.main() == 1
+    found = capsys.readouterr()
+    assert "failed: dense-1b: out of memory\n" in found.err
+    with file.open(newline="") as lines:
+        written = [row["case"] for row in csv.DictReader(lines)]
+    assert written == [case.name for case in gpu_training.cases(tiny=True) if not case.peer]
+
+
+def test_losses_that_a_restore_changes_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_training, "restore_from", lambda *_: None)
+    case, *_ = gpu_training.cases(tiny=True)
+    with pytest.raises(AssertionError, match="losses after a restore differ"):
+        gpu_training.measure(case, torch.device("cpu"), 2, float("inf"), tiny=True)
+
+
+def test_rows_are_appended_and_may_have_new_columns(tmp_path: Path) -> None:
+    file = tmp_path / "measured.csv"
+    append(file, [{"case": "a", "ms": 1.5}])
+    append(file, [{"case": "b, c", "ms": 2, "more": "x"}])
+    assert file.read_text() == 'case,ms,more\na,1.5,\n"b, c",2,x\n'
+
+
+def test_every_operation_has_its_turn() -> None:
+    turns = [case.operation for case in in_turns(kernel_cases("full"))]
+    assert sorted(turns[: len(set(turns))]) == sorted(set(turns))
