@@ -1,4 +1,4 @@
-"""Whole training steps at real sizes on one GPU, beside transformers with torch.compile in the same run.
+"""Whole training steps at real sizes on one GPU, next to transformers with torch.compile in the same run.
 
 A row says what a step takes: seconds, tokens a second, MFU by each convention, memory that is allocated, reserved, and
 predicted. Between the steps of a measurement the host never waits for the device: torch raises where it would.
@@ -73,7 +73,7 @@ def cases(*, tiny: bool) -> list[Case]:
 
 def main() -> int:
     """Measure the cases whose name contains --only; return 1 where one fails."""
-    parser = argparse.ArgumentParser(description="Training steps at real sizes on one GPU, beside transformers.")
+    parser = argparse.ArgumentParser(description="Training steps at real sizes on one GPU, next to transformers.")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--steps", type=int, default=50, help="that are timed; 50 unless given")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing further after so long")

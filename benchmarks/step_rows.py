@@ -61,11 +61,12 @@ def memory(device: torch.device) -> dict[str, int]:
 
 def append(file: Path, rows: Sequence[Row]) -> None:
     """Add rows to a CSV file; columns that it does not have yet are added at the end, and are empty in older rows."""
-    older: list[Row] = []
+    older, names = list[Row](), list[str]()
     if file.exists():
         with file.open(newline="", encoding="utf-8") as lines:
-            older = list(csv.DictReader(lines))
-    columns = list(dict.fromkeys(key for row in (*older, *rows) for key in row))
+            reader = csv.DictReader(lines)
+            older, names = list(reader), list(reader.fieldnames or ())
+    columns = list(dict.fromkeys((*names, *(key for row in rows for key in row))))
     with file.open("w", newline="", encoding="utf-8") as lines:
         writer = csv.DictWriter(lines, columns, lineterminator="\n")
         writer.writeheader()
