@@ -13,7 +13,7 @@ from torch import Tensor
 from minka.kernels.launch import inner_contiguous, processors
 from minka.kernels.optional_triton import jit, tl
 from minka.kernels.rms_norm import rms_norm
-from minka.kernels.rope import How, halves_at, head_tile, like, rope, table_steps, turned
+from minka.kernels.rope import How, alike, halves_at, head_tile, like, rope, table_steps, turned
 
 BACKWARD_TILE = 1024  # elements of heads that a program holds at once
 BACKWARD_WARPS = 8
@@ -105,7 +105,8 @@ def _norm_rope_backward(
     sin: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and the two weights."""
-    q, k, d_q, d_k, cos, sin = (inner_contiguous(x) for x in (q, k, d_q, d_k, cos, sin))
+    (q, k, d_q, d_k), (cos, sin) = (inner_contiguous(x) for x in (q, k, d_q, d_k)), alike(cos, sin)
+    q_weight, k_weight = q_weight.contiguous(), k_weight.contiguous()
     batch, tokens, q_heads, width = q.shape
     d_x, d_z = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     rows, half = head_tile(width, BACKWARD_TILE)

@@ -180,7 +180,7 @@ def _rms_norm_backward(
     turns = -(-rows // (programs * tile.rows))
     sums = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     arguments = (
-        flat, weight, inverse, d_flat, d_sum, d_x, sums, rows, width, flat.stride(0), d_flat.stride(0),
+        flat, weight.contiguous(), inverse, d_flat, d_sum, d_x, sums, rows, width, flat.stride(0), d_flat.stride(0),
         d_sum.stride(0), turns,
     )  # fmt: skip
     add, columns, warps = d_total is not None, tile.columns, tile.warps
@@ -200,7 +200,7 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
     inverse = torch.empty(rows, dtype=torch.float32, device=x.device)
     tile = forward_tile(rows, width)
     _forward_kernel[(max(1, -(-rows // tile.rows)),)](
-        flat, other, weight, total, y, inverse, rows, width, flat.stride(0), other.stride(0), eps,
+        flat, other, weight.contiguous(), total, y, inverse, rows, width, flat.stride(0), other.stride(0), eps,
         ADD=residual is not None, ROWS=tile.rows, WIDTH=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
     return y.view(x.shape), total.view(x.shape), inverse

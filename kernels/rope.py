@@ -123,12 +123,12 @@ def _rope_backward(d_q: Tensor, d_k: Tensor, cos: Tensor, sin: Tensor) -> tuple[
 def turned(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float = 1.0, norms: Any = None, eps: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    q, k, cos, sin = (inner_contiguous(x) for x in (q, k, cos, sin))
+    (q, k), (cos, sin) = (inner_contiguous(x) for x in (q, k)), alike(cos, sin)
     batch, tokens, q_heads, width = q.shape
     y, z = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     rows, half = head_tile(width, TILE)
     q_blocks, k_blocks = (-(-batch * tokens * x.shape[2] // rows) for x in (q, k))
-    q_weight, k_weight = norms or (cos, cos)  # not read without norms
+    q_weight, k_weight = (w.contiguous() for w in norms or (cos, cos))  # not read without norms
     if batch * tokens:
         _forward_kernel[(q_blocks + k_blocks,)](
             q, k, y, z, cos, sin, q_weight, k_weight, batch * tokens, tokens, q_heads, k.shape[2], width, eps, sign,
@@ -136,6 +136,13 @@ def turned(
             NORM=norms is not None, ROWS=rows, HALF=half, num_warps=4,
         )  # fmt: skip
     return y, z
+
+
+def alike(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The two tables with the same strides, 1 between channels."""
+    if cos.stride() != sin.stride() or inner_contiguous(cos) is not cos:
+        return cos.contiguous(), sin.contiguous()
+    return cos, sin
 
 
 def head_tile(width: int, tile: int) -> tuple[int, int]:
