@@ -82,6 +82,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
     device = local_device()
+    file = options.csv or (MEASURED if device.type == "cuda" and not options.tiny else None)
     end, rows, failed = time.monotonic() + options.seconds, [], []
     for case in cases(tiny=options.tiny):
         if options.only not in case.name:
@@ -92,12 +93,11 @@ def main() -> int:
         say(case.name)
         try:
             rows.append(measure(case, device, options.steps, end, tiny=options.tiny))
-        except (RuntimeError, AssertionError) as error:  # out of memory, or a wait of the host
-            failed.append(f"{case.name}: {first_line(error)}")
+            if file:  # now: what comes may be cut off
+                append(file, rows[-1:])
+        except Exception as error:  # out of memory, a wait of the host, or what nobody thought of
+            failed.append(f"{case.name}: {type(error).__name__}: {first_line(error)}")
         _free(device)
-    file = options.csv or (MEASURED if device.type == "cuda" and not options.tiny else None)
-    if file:
-        append(file, rows)
     if options.json:
         print_json({"rows": rows, "failed": failed})
     else:
@@ -210,8 +210,8 @@ def _of_peer(config: RunConfig, batch: Batch, device: torch.device, steps: int, 
     options: dict[str, Any] = {"device": device.type, "dtype": dtype, "recompute": recompute}
     try:
         seconds = _timed(peer_step(config, batch, compiled=not tiny, **options), device, steps, guarded=False)
-    except RuntimeError as error:  # out of memory
-        return {"peer": first_line(error)}
+    except Exception as error:  # out of memory, or a version of it that cannot; ours has been measured
+        return {"peer": f"{type(error).__name__}: {first_line(error)}"}
     found = {f"peer_{name}": value for name, value in memory(device).items()}
     return {"peer_step_seconds": seconds, "peer": f"{seconds / ours:.3g}x", **found}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minka.benchmarks.liger import liger_ways
 from minka.kernels.adamw import Coefficients, adamw_
-from minka.kernels.attention_spans import document_spans
+from minka.kernels.attention_spans import Spans, document_spans
 from minka.kernels.choose import Own
 from minka.kernels.cross_entropy import ALL_ROWS, cross_entropy_
 from minka.kernels.flash_attention import flash_attention
@@ -23,7 +23,7 @@ from minka.kernels.rms_norm import add_rms_norm
 from minka.kernels.rope import rope
 from minka.kernels.squared_norm import squares_of_all
 from minka.kernels.swiglu import swiglu
-from minka.kernels.torch_attention import gpu_backends, torch_sdpa, torch_varlen
+from minka.kernels.torch_attention import torch_sdpa, torch_varlen
 
 EPS = 1e-5
 Outputs = tuple[Tensor, ...]
@@ -209,50 +209,57 @@ def _liger(operation: str) -> dict[str, Callable[..., Outputs]]:
     return {"liger": ways[operation]} if operation in ways else {}
 
 
+class _Documents(NamedTuple):
+    """Where documents begin, in every form that a way of attention takes; mask: of one row, bool."""
+
+    starts: Tensor
+    spans: Spans
+    blocks: Any
+    mask: Tensor | None
+    capability: tuple[int, int] | None
+
+
 def _attention(rows: int, length: int, heads: int, groups: int, width: int, documents: int) -> KernelCase:
     """Rows of one document or several, of uneven lengths; FLOPs are those of the pairs that see each other."""
     tokens = rows * length
     cuts = torch.tensor([0, *(length * (i * i) // documents**2 for i in range(1, documents + 1))])
 
+    starts = torch.cat([cuts[:-1] + row * length for row in range(rows)] + [torch.tensor([tokens])]).int()
+    made: dict[torch.device, _Documents] = {}  # of what is made once a micro-batch in training
+
     def make(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        if device not in made:
+            at = torch.searchsorted(cuts[1:], torch.arange(length), right=True)
+            mask = (at[:, None] == at) & torch.ones(length, length, dtype=torch.bool).tril()
+            on_device = starts.to(device)
+            spans = document_spans(on_device, on_device, tokens, tokens)
+            capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+            whole = None if documents == 1 else mask.to(device)
+            made[device] = _Documents(on_device, spans, block_mask(spans), whole, capability)
         return _random((tokens, heads, width), (tokens, groups, width), (tokens, groups, width))(device, dtype)
 
-    starts = torch.cat([cuts[:-1] + row * length for row in range(rows)] + [torch.tensor([tokens])]).int()
-    places: dict[torch.device, Any] = {}  # of what is made once a micro-batch in training
-    masks: dict[torch.device, Any] = {}
-
-    def own(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
-        if q.device not in places:
-            on_device = starts.to(q.device)
-            places[q.device] = document_spans(on_device, on_device, tokens, tokens)
-        return flash_attention(q, k, v, places[q.device])[:1]
-
-    def flex(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
-        if q.device not in masks:
-            on_device = starts.to(q.device)
-            masks[q.device] = block_mask(document_spans(on_device, on_device, tokens, tokens))
-        return (flex_packed(q, k, v, masks[q.device]),)
-
     def varlen(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
-        on_device = starts.to(q.device)
-        return (torch_varlen(q, k, v, on_device, on_device, length, length),)
+        at = made[q.device].starts
+        return (torch_varlen(q, k, v, at, at, length, length),)
 
     def package(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
-        on_device = starts.to(q.device)
-        return (packed_attention(q, k, v, on_device, on_device, length, length),)
+        at = made[q.device].starts
+        return (packed_attention(q, k, v, at, at, length, length),)
 
     def torchs(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
         parts = [x.view(rows, length, -1, width).transpose(1, 2) for x in (q, k, v)]
-        at = torch.searchsorted(cuts[1:].to(q.device), torch.arange(length, device=q.device), right=True)
-        mask = None
-        if documents > 1:
-            mask = (at[:, None] == at) & torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-        y = torch_sdpa(parts[0], parts[1], parts[2], mask, gpu_backends(q.dtype, masked=documents > 1))
+        y = torch_sdpa(parts[0], parts[1], parts[2], made[q.device].mask, made[q.device].capability)
         return (y.transpose(1, 2).reshape(q.shape),)
 
     pairs = rows * int((cuts.diff() * (cuts.diff() + 1)).sum()) // 2
     flops = 4 * pairs * heads * width
     size = 2 * tokens * width * (2 * heads + 2 * groups)
     note = "one document a row" if documents == 1 else f"{documents} documents a row"
-    ways = {"torch": torchs, "triton": own, "varlen": varlen, "flex": flex, "flash-attn": package}
+    ways: dict[str, Callable[..., Outputs]] = {
+        "torch": torchs,
+        "triton": lambda q, k, v: flash_attention(q, k, v, made[q.device].spans)[:1],
+        "varlen": varlen,
+        "flex": lambda q, k, v: (flex_packed(q, k, v, made[q.device].blocks),),
+        "flash-attn": package,
+    }
     return KernelCase("attention", width, note, make, 3, ways, (size, 2 * size), (flops, flops * 5 // 2))

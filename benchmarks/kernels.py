@@ -61,8 +61,8 @@ def main() -> int:
         print("--write needs a GPU, and sizes that are not tiny", file=sys.stderr)
         return 2
     ceilings = measure_ceilings(device, tiny=options.tiny)
-    timings: list[Timing] = []
-    end, left_out = time.monotonic() + options.seconds, []
+    timings, failed, left_out = list[Timing](), list[Timing](), list[str]()
+    end = time.monotonic() + options.seconds
     for case in in_turns(kernel_cases("tiny" if options.tiny else "full")):
         if options.only not in case.operation:
             continue
@@ -70,20 +70,29 @@ def main() -> int:
             left_out.append(f"{case.operation} {case.width} {case.note}".strip())
         else:
             print(f"{case.operation} {case.width} {case.note}", file=sys.stderr, flush=True)
-            timings += time_case(case, device, ceilings, tiny=options.tiny)
+            found = list(time_case(case, device, ceilings, tiny=options.tiny))
+            failed += [one for one in found if "failed" in one]
+            timings += [one for one in found if "failed" not in one]
+            if options.write:
+                _keep(timings, device)
     if left_out:
         print(f"no time was left for {'; '.join(left_out)}", file=sys.stderr)
-    found = {"gpu": name_of(device), "torch": torch_version(), "ceilings": ceilings, "timings": timings}
-    found["left_out"] = left_out
     if options.json:
-        print_json(found)
+        about = {"gpu": name_of(device), "torch": torch_version(), "ceilings": ceilings, "left_out": left_out}
+        print_json({**about, "timings": timings, "failed": failed})
     else:
         print_table([_row(timing) for timing in timings], HEAD, title=f"{name_of(device)}, torch {torch_version()}")
-    if options.write:
-        CHOICES.write_text(choices_text(merged(timings, name_of(device))), encoding="utf-8")
-        read_choices.cache_clear()
-        PAGE.write_text(page_text(PAGE.read_text(encoding="utf-8"), read_choices()), encoding="utf-8")
-    return 0
+    for one in failed:
+        what = f"{one['way']}'s {one['operation']} {one['width']} {one['note']}, {one['pass']}"
+        print(f"failed: {what}: {one['failed']}", file=sys.stderr)
+    return 1 if any(one["way"] == "triton" for one in failed) else 0  # a peer's failure says nothing of us
+
+
+def _keep(timings: Sequence[Timing], device: torch.device) -> None:
+    """Write what was measured so far: the rest may be cut off."""
+    CHOICES.write_text(choices_text(merged(timings, name_of(device))), encoding="utf-8")
+    read_choices.cache_clear()
+    PAGE.write_text(page_text(PAGE.read_text(encoding="utf-8"), read_choices()), encoding="utf-8")
 
 
 def in_turns(cases: Iterable[KernelCase]) -> list[KernelCase]:
@@ -122,11 +131,9 @@ def time_case(case: KernelCase, device: torch.device, ceilings: Mapping[str, flo
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                 seconds = median_seconds(call, device, tiny=tiny)
-            except Exception as error:
-                if way == "triton":
-                    raise
-                # A peer that this torch or this GPU does not suit says nothing of us.
-                print(f"  {way} {name} failed: {first_line(error)}", file=sys.stderr, flush=True)
+            except Exception as error:  # what was measured of the others must not be lost
+                yield {"operation": case.operation, "width": case.width, "note": case.note, "pass": name, "way": way,
+                       "failed": f"{type(error).__name__}: {first_line(error)}"}  # fmt: skip
                 continue
             peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
             yield {
@@ -222,12 +229,18 @@ def _row(timing: Timing) -> tuple[str, ...]:
 
 
 def merged(timings: Sequence[Timing], gpu: str) -> list[dict[str, Any]]:
-    """Rows of choices.toml: both passes of each way together; the first case of an operation and width decides."""
+    """Rows of choices.toml: both passes of each way together; the first case of an operation and width decides.
+
+    A way that lacks a pass which another one has is left out: it failed there, and training needs both.
+    """
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     notes: dict[tuple[str, int], str] = {}
     for timing in timings:
         key = timing["operation"], timing["width"]
         if notes.setdefault(key, timing["note"]) != timing["note"]:
+            continue
+        mine = [t for t in timings if (t["operation"], t["width"], t["note"]) == (*key, timing["note"])]
+        if {t["pass"] for t in mine} > {t["pass"] for t in mine if t["way"] == timing["way"]}:
             continue
         first = {"gpu": gpu, "torch": torch_version(), "operation": key[0], "width": key[1], "date": str(date.today())}
         row = rows.setdefault(key, first)

@@ -14,7 +14,7 @@ from minka.kernels.many_tensors import CHUNK, WARPS, Chunks, addresses, check_on
 from minka.kernels.optional_triton import jit, tl
 from minka.kernels.random_bits import load_kernel, mix, mix_kernel, round_kernel, round_to_bf16
 
-PART = 2**20  # elements that the definition has in fp32 at once
+PART = 2**18  # elements that the definition has in fp32 at once: a few buffers of 1 MiB
 
 
 class Coefficients(NamedTuple):

@@ -14,17 +14,20 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch.nn.attention import SDPBackend
 
 from minka.kernels import rms_norm
 from minka.kernels.flash_attention_forward import WIDEST as WIDEST_HEAD
 from minka.kernels.flash_attn_package import installed_version
 from minka.kernels.optional_triton import interprets, triton
+from minka.kernels.torch_attention import gpu_backends
 
 Way = Literal["torch", "aten", "triton"]
 Own = Literal["torch", "triton"]
 Provider = Literal["sdpa", "varlen", "flex", "triton", "flash-attn"]
 CHOICES = Path(__file__).parent / "choices.toml"
 OLDEST = (8, 0)  # compute capability from which the kernels are compiled and tested
+FLEX_NARROWEST = 16  # channels of a head, for Inductor's template
 COMPILED_MARGIN = 0.9  # an operator keeps Inductor from fusing across it: it must win clearly
 
 
@@ -96,9 +99,14 @@ def choose(asked: Mapping[str, str], machine: Machine, work: Work) -> Kernels:
             fallbacks.append(f"kernels.{operation}: {obstacle}; torch's runs")
         else:
             ways[operation], reasons[operation] = ("triton" if wanted == "triton" else plain), "asked for"
+        if ways[operation] != "triton" and operation in work.only_defined:
+            fallbacks.append(f"kernels.{operation}: {work.only_defined[operation]}, and Triton's cannot run or was not "
+                             "asked for: its definition does, many times slower")  # fmt: skip
     provider, reasons["attention"] = _provider(asked.get("attention", "auto"), machine, work)
     if provider == "sdpa" and asked.get("attention") in ("flex", "triton", "flash-attn"):
         fallbacks.append(f"kernels.attention: {reasons['attention']}; torch's runs")
+    if provider == "sdpa" and _holds_all_logits(machine, work):
+        fallbacks.append("kernels.attention: of torch's kernels only the slowest runs here, which holds all logits")
     return Kernels(**ways, attention=provider, reasons=reasons, fallbacks=tuple(fallbacks))
 
 
@@ -119,8 +127,18 @@ def _provider(wanted: str, machine: Machine, work: Work) -> tuple[Provider, str]
         best = min(possible, key=times.__getitem__)
         return best, ", ".join(f"{name} {times[name]:g} ms" for name in possible) + f", measured on {machine.gpu}"
     if obstacles["varlen"]:
+        if _holds_all_logits(machine, work) and not obstacles["triton"]:
+            return "triton", f"{obstacles['varlen']}; SDPA would hold all logits"
         return "sdpa", obstacles["varlen"]
     return "varlen", f"nothing measured on {machine.gpu or machine.kind} with torch {torch_version()}"
+
+
+def _holds_all_logits(machine: Machine, work: Work) -> bool:
+    """Whether SDPA has no better backend for masked attention on this GPU."""
+    if machine.kind != "cuda" or work.dtype == torch.float64:
+        return False  # on a CPU it is as good as any; in fp64 nobody expects speed
+    backends = gpu_backends(work.dtype, work.widths["attention"], machine.capability or OLDEST, masked=True)
+    return backends == (SDPBackend.MATH,)
 
 
 def cannot_attend(provider: str, machine: Machine, work: Work) -> str:
@@ -136,6 +154,10 @@ def cannot_attend(provider: str, machine: Machine, work: Work) -> str:
         return "there is no GPU"
     if machine.capability is not None and machine.capability < OLDEST:
         return f"{machine.gpu} has compute capability {_dotted(machine.capability)}, and {provider} needs 8.0"
+    if provider == "flex" and width < FLEX_NARROWEST:
+        return f"heads of {width} channels, and flex takes at least {FLEX_NARROWEST}"
+    if provider != "flex" and width % 8:
+        return f"heads of {width} channels, and {provider} takes multiples of 8"
     if work.dtype not in (torch.bfloat16, torch.float16) and (provider, work.dtype) != ("flex", torch.float32):
         return f"{provider} computes in half precision, and the run in {str(work.dtype).removeprefix('torch.')}"
     return ""
@@ -174,7 +196,7 @@ def _fastest(operation: str, plain: Way, obstacle: str, machine: Machine, work: 
         return plain, f"nothing measured on {machine.gpu or machine.kind} with torch {torch_version()}"
     known = [name for name in ("triton", "torch", "compile") if f"{name}_ms" in row]
     compiled = work.compiled and "compile" in known
-    rival = row["compile_ms"] * COMPILED_MARGIN if compiled else row["torch_ms"]
+    rival = row["compile_ms"] * COMPILED_MARGIN if compiled else row.get("torch_ms", 0.0)
     way: Way = "triton" if row.get("triton_ms", math.inf) < rival else plain
     times = ", ".join(f"{name} {row[f'{name}_ms']:g} ms" for name in known)
     return way, f"measured on {machine.gpu}: {times} at width {row['width']}"

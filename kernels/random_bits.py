@@ -29,8 +29,9 @@ def shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def round_to_bf16(x: Tensor, bits: Tensor) -> Tensor:
-    """x (fp32) as bf16, away from zero where its last 16 bits plus the last 16 of `bits` (int64) carry."""
-    return ((x.view(torch.int32) + (bits & 0xFFFF).int()) >> 16).to(torch.int16).view(torch.bfloat16)
+    """x (fp32) as bf16, away from zero where its last 16 bits plus the last 16 of `bits` (int64) carry. NaN stays."""
+    more = torch.where(x.isnan(), 0, bits & 0xFFFF).int()  # a carry out of a NaN of all ones would make it -0
+    return ((x.view(torch.int32) + more) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 # fmt: off
@@ -46,7 +47,8 @@ def mix_kernel(index, key):
 @jit
 def round_kernel(x, bits):
     """The same in a kernel, as int16: Triton's interpreter cuts bf16 off."""
-    return ((x.to(tl.uint32, bitcast=True) + (bits & 0xFFFF).to(tl.uint32)) >> 16).to(tl.int16)
+    more = tl.where(x == x, (bits & 0xFFFF).to(tl.uint32), 0)
+    return ((x.to(tl.uint32, bitcast=True) + more) >> 16).to(tl.int16)
 
 
 @jit

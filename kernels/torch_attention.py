@@ -15,30 +15,38 @@ VARLEN: Callable[..., Any] = varlen_attn  # its signature differs between torch 
 VARLEN_TAKES = inspect.signature(varlen_attn).parameters
 CUDNN_LENGTH = 128  # cuDNN's backward was wrong at some other lengths (pytorch#196678)
 
+FLASH_WIDEST = 256
+
 Backends = tuple[SDPBackend, ...]
+Capability = tuple[int, int]  # of a GPU
 
 
-def gpu_backends(dtype: torch.dtype, *, masked: bool) -> Backends:
-    """SDPA's backends on a GPU, the fastest first. The slow one that holds all logits is there for fp64 alone.
+def gpu_backends(dtype: torch.dtype, width: int, capability: Capability, *, masked: bool) -> Backends:
+    """SDPA's backends for heads of `width` channels on a GPU, the fastest first; of any that would follow none could.
 
-    Some of torch's versions do not take cuDNN's by themselves (pytorch#142132). With a mask it can give NaN.
+    cuDNN's is not taken by some versions of torch by themselves (pytorch#142132), and can give NaN with a mask. MATH
+    holds all logits: it is there where nothing else runs.
     """
-    if dtype == torch.float64:
+    half = dtype in (torch.bfloat16, torch.float16)
+    if half and capability >= (8, 0) and not masked and width <= FLASH_WIDEST:
+        return SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
+    aligned = width % (8 if half else 4) == 0
+    if dtype == torch.float64 or not aligned or (dtype == torch.bfloat16 and capability < (8, 0)):
         return (SDPBackend.MATH,)
-    if masked or dtype == torch.float32:
-        return (SDPBackend.EFFICIENT_ATTENTION,)
-    return SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
+    return (SDPBackend.EFFICIENT_ATTENTION,)
 
 
 def torch_sdpa(
-    q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, mask: Tensor | None = None, backends: Backends = ()
+    q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, mask: Tensor | None = None, capability: Capability | None = None
 ) -> Tensor:
     """softmax(q k' / sqrt(C) + mask) v, [B, H, T, C]; causal without a mask. K divides H.
 
-    backends: in this order; none: torch's choice. The memory-efficient one has no groups: each query head gets its own
-    keys, where torch would take its slowest backend without a word.
+    capability: that of the GPU, whose backends are then named in order; None: torch's choice. The memory-efficient one
+    has no groups: each query head gets its own keys, where torch would take its slowest backend without a word.
     """
-    groups = q_BHTC.shape[1] // k_BKTC.shape[1]
+    groups, backends = q_BHTC.shape[1] // k_BKTC.shape[1], Backends()
+    if capability is not None:
+        backends = gpu_backends(q_BHTC.dtype, q_BHTC.shape[-1], capability, masked=mask is not None)
     if q_BHTC.shape[2] % CUDNN_LENGTH:
         backends = tuple(one for one in backends if one != SDPBackend.CUDNN_ATTENTION)
     if groups > 1 and backends[:1] == (SDPBackend.EFFICIENT_ATTENTION,):

@@ -18,8 +18,9 @@ from minka.kernels.choose import Provider
 from minka.kernels.flash_attention import flash_attention
 from minka.kernels.flash_attn_package import packed_attention
 from minka.kernels.flex_attention import block_mask, flex_packed
-from minka.kernels.torch_attention import Backends, gpu_backends, torch_sdpa, torch_varlen
+from minka.kernels.torch_attention import Capability, torch_sdpa, torch_varlen
 
+TYPICAL = (9, 0)  # the compute capability of a GPU that is not there
 PROBE_BYTES = 2**24  # of logits that the probe holds at once
 
 
@@ -56,8 +57,8 @@ class Structure:
     provider: Provider = "varlen"  # of varlen: whose kernels
     spans: Spans | None = None  # of Triton's kernels: which key each query sees; made by `to`
     blocks: BlockMask | None = None  # the same for FlexAttention; made by `to`
-    backends: Backends = ()  # of SDPA, in order; none: torch's choice. Made by `to`
-    as_gpu: bool = False  # choose the backends of a GPU on any device
+    capability: Capability | None = None  # the GPU's, from which SDPA's backends follow; made by `to`
+    as_gpu: bool = False  # as on a GPU, on any device
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Structure":
         """The structure for activations of `dtype` on `device`; the host waits for nothing if its memory is pinned."""
@@ -65,17 +66,17 @@ class Structure:
         def move(tensor: Tensor | None) -> Any:
             return None if tensor is None else tensor.to(device, non_blocking=True)
 
-        backends: Backends = ()
-        if device.type == "cuda" or self.as_gpu:
-            backends = gpu_backends(dtype, masked=self.kind == "mask")
+        capability: Capability | None = TYPICAL if self.as_gpu else None
+        if device.type == "cuda":
+            capability = torch.cuda.get_device_capability(device)
         if self.kind == "mask":
             at = (None, None) if self.shard is None else (self.shard.queries_at, self.shard.keys_at)
             allowed_BQK = allowed_pairs(*map(move, (self.documents, *at)))
             mask = torch.zeros(allowed_BQK.shape, dtype=dtype, device=device)
             mask = mask.masked_fill_(~allowed_BQK, float("-inf"))[:, None]
-            return replace(self, mask=mask, backends=backends)
+            return replace(self, mask=mask, capability=capability)
         shard = self.shard and replace(self.shard, take=move(self.shard.take), key_starts=move(self.shard.key_starts))
-        moved = replace(self, starts=move(self.starts), shard=shard, backends=backends)
+        moved = replace(self, starts=move(self.starts), shard=shard, capability=capability)
         if self.kind == "varlen" and self.provider == "triton":
             return replace(moved, spans=moved._spans())
         if self.kind == "varlen" and self.provider == "flex":
@@ -139,7 +140,7 @@ def attention(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, structure: Structu
         k_BKTC, v_BKTC = structure.shard.gather(k_BKTC, v_BKTC)
     if structure.kind == "varlen":
         return _varlen(q_BHTC, k_BKTC, v_BKTC, structure)
-    return torch_sdpa(q_BHTC, k_BKTC, v_BKTC, structure.mask, structure.backends)
+    return torch_sdpa(q_BHTC, k_BKTC, v_BKTC, structure.mask, structure.capability)
 
 
 def allowed_pairs(documents_BT: Tensor, queries_at: Tensor | None = None, keys_at: Tensor | None = None) -> Tensor:

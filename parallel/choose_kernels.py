@@ -1,21 +1,29 @@
 """The kernels of a run on its ranks, from `[kernels]`, the device and the sizes that tensor parallelism leaves."""
 
+import torch
+
 from minka.kernels.choose import Kernels, Machine, Work, choose
 from minka.parallel.mesh import Mesh
 from minka.plan.config import RunConfig
-from minka.plan.config_sections import ModelSection
+from minka.plan.config_sections import KernelsSection, ModelSection, OptimizerSection
 from minka.plan.layout import Layout
 
 
 def kernels_of(config: RunConfig, mesh: Mesh, *, as_gpu: bool = False) -> Kernels:
     """Which implementation of each operation runs; as_gpu: as if the rank had some GPU that the kernels support."""
-    widths = widths_of(config.model, mesh.layout.tensor)
     machine = Machine("cuda", triton=True) if as_gpu else Machine.of(mesh.device)
-    only_defined = {}
-    if "bf16" in (config.optimizer.weights, config.optimizer.moments):
-        only_defined = {"adamw": "torch's kernel has no stochastic rounding"}
-    work = Work(mesh.compute_dtype, widths, config.kernels.compile, obstacles(mesh.layout), only_defined)
+    work = work_of(config.model, config.optimizer, config.kernels, mesh.layout, mesh.compute_dtype)
     return choose(config.kernels.asked(), machine, work)
+
+
+def work_of(
+    model: ModelSection, optimizer: OptimizerSection, kernels: KernelsSection, layout: Layout, dtype: torch.dtype
+) -> Work:
+    """What a rank of a run computes."""
+    only_defined = {}
+    if "bf16" in (optimizer.weights, optimizer.moments):
+        only_defined = {"adamw": "torch's kernel has no stochastic rounding"}
+    return Work(dtype, widths_of(model, layout.tensor), kernels.compile, obstacles(layout), only_defined)
 
 
 def obstacles(layout: Layout) -> dict[str, str]:

@@ -18,7 +18,11 @@ def shard_model(model: nn.Module, blocks: list[nn.Module], mesh: Mesh) -> None:
     """
     layout, dtype = mesh.layout, mesh.compute_dtype
     casts = torch.bfloat16 in (dtype, next(model.parameters()).dtype)
-    if mesh.axes is None or not needs_fsdp(layout, casts=casts):
+    if not needs_fsdp(layout, casts=casts):
+        return
+    if mesh.axes is None:
+        if casts:
+            raise RuntimeError("weights are cast by FSDP, which needs a process group: start_mesh(casts=True)")
         return
     axes = mesh.axes["replicate", "data"] if layout.replicate > 1 else mesh.axes["data"]
     policy = MixedPrecisionPolicy(

@@ -17,7 +17,12 @@ from minka.plan.config import RunConfig
 
 
 def build_scorer(config: RunConfig, mesh: Mesh) -> Scorer:
-    """A model with its initial weights, to be scored; no pipeline."""
+    """A model with its initial weights, to be scored; no pipeline.
+
+    Its weights are fp32, whatever the run's: fp32 has those of every checkpoint exactly.
+    """
+    stored = config.optimizer.model_copy(update={"weights": "fp32"})
+    config = config.model_copy(update={"optimizer": stored})
     return Scorer(FsdpExecutor(build_parts(config, mesh), mesh), InputCutter.of(config, mesh))
 
 

@@ -58,12 +58,14 @@ class Real(NamedTuple):
 
 
 def config_of(layout: Mapping[str, Any], **model: Any) -> RunConfig:
-    """A run of ROWS packed rows a step under `layout`."""
+    """A run of ROWS packed rows a step under `layout`, which may say what the optimizer stores, too."""
+    stored = {key: layout[key] for key in ("weights", "moments") if key in layout}
+    layout = {key: value for key, value in layout.items() if key not in stored}
     values: dict[str, Any] = {
         "run": {"name": "traced", "max_steps": 4},
         "model": {**SHAPE, **model},
         "data": {"tokenizer": "bpe", "seq_len": LENGTH, "batch_tokens": ROWS * LENGTH},
-        "optimizer": {"learning_rate": 1e-3},
+        "optimizer": {"learning_rate": 1e-3, **stored},
         "layout": {"shard": 1, "micro_batch": 2, **layout},
     }
     return validate(values, "tests/traced.py")
@@ -83,7 +85,11 @@ def dry(config: RunConfig, rank: int, *, unit_bytes: int = UNIT_BYTES) -> DryRun
 
 def _rank(config: RunConfig, unit_bytes: int) -> tuple[Any, ...]:
     execution_choices.UNIT_BYTES = unit_bytes
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen, start_mesh(config.layout) as mesh:
+    casts = config.optimizer.weights == "bf16"
+    with (
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen,
+        start_mesh(config.layout, casts=casts) as mesh,
+    ):
         engine, optimizer = engine_over(build_parts(config, mesh), InputCutter(mesh, varlen=False), config)
         ways, size = config.layout.data_ways, config.layout.micro_batch
         count, memory = ROWS // ways // size, MemoryTrace()

@@ -18,14 +18,15 @@ import torch
 from minka.data.batch import Batch
 from minka.data.loader import Loader
 from minka.data.prepare import open_or_prepare
-from minka.kernels.choose import Machine, Work, choose
-from minka.parallel.choose_kernels import widths_of
+from minka.kernels.choose import Machine, choose
+from minka.parallel.choose_kernels import work_of
 from minka.parallel.local_device import local_device
-from minka.parallel.mesh import Mesh, start_mesh
+from minka.parallel.mesh import DTYPES, Mesh, start_mesh
 from minka.plan.cli import print_json, print_table, progress
 from minka.plan.config import RunConfig
-from minka.plan.config_sections import KernelsSection, ModelSection
+from minka.plan.config_sections import KernelsSection, ModelSection, OptimizerSection
 from minka.plan.errors import ExitStatus, UserError
+from minka.plan.execution_choices import compute_dtype_name
 from minka.plan.flops import parameters
 from minka.plan.hardware import find_gpu
 from minka.plan.layout import Layout
@@ -71,17 +72,21 @@ def examine(config: RunConfig | None, *, as_json: bool) -> int:
 def this_machine(config: RunConfig | None) -> dict[str, str]:
     """Describe the machine, and what minka will use on it."""
     device = local_device()
-    gpus, collectives, dtype = "none: minka trains on the CPU", "gloo", "fp32"
+    layout = config.layout if config is not None else Layout()
+    optimizer = config.optimizer if config is not None else OptimizerSection(learning_rate=1e-3)
+    dtype = compute_dtype_name(layout, device.type)
+    gpus, collectives = "none: minka trains on the CPU", "gloo"
     if device.type == "cuda":
-        name, collectives, dtype = torch.cuda.get_device_name(device), "nccl", "bf16"
+        name, collectives = torch.cuda.get_device_name(device), "nccl"
         gpu = find_gpu(name)
         peak = f"{gpu.bf16_tflops:g} TFLOP/s bf16 ({gpu.source})" if gpu else "peak unknown, so no MFU"
         gpus = f"{torch.cuda.device_count()} x {name}, {peak}"
     found = versions(*PACKAGES)
     kernels = config.kernels if config is not None else KernelsSection()
     section = config.model if config is not None else TYPICAL
-    precision = torch.bfloat16 if dtype == "bf16" else torch.float32
-    chosen = choose(kernels.asked(), Machine.of(device), Work(precision, widths_of(section, 1), kernels.compile))
+    work = work_of(section, optimizer, kernels, layout, DTYPES[dtype])
+    chosen = choose(kernels.asked(), Machine.of(device), work)
+    stored = dict.fromkeys(("weights", "moments"), dtype) if dtype == "fp64" else optimizer.model_dump()
     return {
         "processor": f"{processor()}, {os.cpu_count()} cores",
         "memory": f"{MEMORY_BYTES / 2**30:.1f} GiB",
@@ -90,7 +95,7 @@ def this_machine(config: RunConfig | None) -> dict[str, str]:
         "packages": ", ".join(f"{name} {version}" for name, version in found.items() if version),
         "not installed": ", ".join(name for name, version in found.items() if not version) or "nothing",
         "collectives": collectives,
-        "compute": f"{dtype} on fp32 weights",
+        "compute": f"{dtype} on {stored['weights']} weights, {stored['moments']} moments",
         **{name: f"{way} ({chosen.reasons[name]})" for name, way in chosen.ways().items()},
     }
 

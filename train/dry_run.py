@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from minka.kernels.choose import Kernels
 from minka.parallel.apply import cut
 from minka.parallel.choose_kernels import kernels_of
 from minka.parallel.engine import Engine
@@ -126,10 +127,8 @@ def after_warmup(config: RunConfig) -> RunConfig:
 def _traced(config: RunConfig, layout: Layout, rank: int, count: int, as_gpu: bool) -> Traced:
     """Build the rank's part and trace a step of `count` micro-batches."""
     with alone(layout.world, rank), ExitStack() as stack:
-        mesh = _mesh(layout, rank)
-        kernels = kernels_of(config, mesh, as_gpu=as_gpu)
-        if kernels.attention == "flex":  # it holds what varlen does once it is compiled, and all logits before
-            kernels = replace(kernels, attention="varlen")
+        mesh = _mesh(layout, rank, casts=config.optimizer.weights == "bf16")
+        kernels = _as_traced_kernels(kernels_of(config, mesh, as_gpu=as_gpu))
         parts = cut(config, mesh, kernels)
         for part in parts:
             part.head.device_kind = "cuda" if as_gpu else ""
@@ -177,10 +176,20 @@ def traced_step(
     return memory.peak(), traffic
 
 
-def _mesh(layout: Layout, rank: int) -> Mesh:
-    """Return what start_mesh returns on these ranks; a single rank has a process group only for bf16."""
+def _as_traced_kernels(kernels: Kernels) -> Kernels:
+    """What holds the same memory on a GPU, and can be traced: on a CPU torch takes these two operations apart.
+
+    Its fused norm would then save three tensors in fp32 in place of its input; FlexAttention would hold all logits.
+    """
+    rms_norm = "triton" if kernels.rms_norm == "aten" else kernels.rms_norm
+    attention = "varlen" if kernels.attention == "flex" else kernels.attention
+    return replace(kernels, rms_norm=rms_norm, attention=attention)
+
+
+def _mesh(layout: Layout, rank: int, *, casts: bool) -> Mesh:
+    """Return what start_mesh returns on these ranks; a single rank has a process group only where bf16 is cast."""
     device = torch.device("cpu")
-    if layout.world == 1 and layout.precision != "bf16":
+    if layout.world == 1 and layout.precision != "bf16" and not casts:
         return Mesh(layout, device, rank, None)
     return lay_mesh(layout, device, rank)
 

@@ -38,6 +38,14 @@ def test_what_takes_too_long_is_ended_and_said(monkeypatch: pytest.MonkeyPatch) 
     assert gpu_check.main() == 1
 
 
+def test_a_step_that_can_be_told_begins_nothing_that_could_not_end() -> None:
+    (training,) = steps("training", Path("x"), tiny=False, write=False)
+    assert gpu_check.told(training, 500).command[-2:] == ("--seconds", "350")
+    assert gpu_check.told(training, 10).command[-2:] == ("--seconds", "0")
+    demo, *_ = steps("first", Path("x"), tiny=False, write=False)
+    assert gpu_check.told(demo, 500) == demo
+
+
 def test_both_calls_end_within_their_time(tmp_path: Path) -> None:
     for call in ("first", "training"):
         assert max(step.seconds for step in steps(call, tmp_path, tiny=False, write=True)) <= gpu_check.SECONDS
@@ -56,7 +64,7 @@ def test_a_case_that_fails_is_named_and_the_others_run(
     monkeypatch.setattr(sys, "argv", ["gpu_training", "--tiny", "--json", "--csv", str(file)])
     assert gpu_training.main() == 1
     found = capsys.readouterr()
-    assert "failed: dense-1b: out of memory\n" in found.err
+    assert "failed: dense-1b: RuntimeError: out of memory\n" in found.err
     with file.open(newline="") as lines:
         written = [row["case"] for row in csv.DictReader(lines)]
     assert written == [case.name for case in gpu_training.cases(tiny=True) if not case.peer]

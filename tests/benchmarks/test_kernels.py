@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from minka.benchmarks import kernels
+from minka.benchmarks.kernel_cases import kernel_cases
 from minka.kernels import choose as choices
 from minka.kernels.choose import Machine, Work, choose, read_choices, torch_version
 
@@ -42,6 +43,37 @@ def test_both_passes_count_and_the_first_case_of_a_width_decides(
         assert read_choices()[0]["torch"] == torch_version()
     finally:
         read_choices.cache_clear()
+
+
+def test_a_way_that_failed_in_one_pass_is_not_chosen_by_the_other() -> None:
+    timings = [timing(way, 4.0, name) for way in ("torch", "triton") for name in ("forward", "backward")]
+    timings += [timing("flex", 1.0)]
+    (row,) = kernels.merged(timings, "some H100")
+    assert row["torch_ms"] == row["triton_ms"] == 8.0
+    assert "flex_ms" not in row
+
+
+def test_rows_that_lack_a_way_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    lone = {"gpu": "some H100", "torch": torch_version(), "operation": "rope", "width": 128, "triton_ms": 1.0}
+    monkeypatch.setattr(choices, "read_choices", lambda: (lone,))
+    work = Work(torch.bfloat16, {"rope": 128, "rms_norm": 64, "attention": 128})
+    assert choose({}, Machine("cuda", "some H100", (9, 0), triton=True), work).rope == "torch"
+
+
+def test_what_fails_is_said_and_what_was_measured_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no such kernel")
+
+    cases = [case._replace(ways={**case.ways, "torch": broken}) if case.operation == "rope" else case
+             for case in kernel_cases("tiny")]  # fmt: skip
+    monkeypatch.setattr(kernels, "kernel_cases", lambda _: cases)
+    monkeypatch.setattr(sys, "argv", ["kernels", "--tiny"])
+    assert kernels.main() == 0
+    found = capsys.readouterr()
+    assert "failed: torch's rope 16 alone, forward: RuntimeError: no such kernel" in found.err
+    assert "swiglu" in found.out
 
 
 def test_the_page_has_the_table_of_what_was_measured() -> None:

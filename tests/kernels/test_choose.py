@@ -63,7 +63,8 @@ def test_what_cannot_run_is_replaced_and_said(machine: Machine, work: Work, why:
     (said, *_) = found.fallbacks
     assert said.startswith("kernels.rms_norm: ")
     assert why in said
-    assert choose(asked("auto"), machine, work).fallbacks == ()  # nothing was asked for
+    unasked = choose(asked("auto"), machine, work).fallbacks
+    assert not any(line.startswith("kernels.rms_norm") for line in unasked)  # nothing was asked for
 
 
 def test_auto_takes_what_was_measured_fastest(measured: list[dict[str, Any]]) -> None:
@@ -133,15 +134,45 @@ def test_what_an_engine_holds_elsewhere_is_left_to_it(layout: dict[str, Any], re
         ("auto", H100, WORK._replace(widths=WIDTHS | {"attention": 320}), "sdpa", "heads of 320 channels"),
         ("sdpa", H100, WORK, "sdpa", "asked for"),
         ("triton", H100, WORK._replace(dtype=torch.float32), "triton", "asked for"),
-        ("triton", T4, WORK, "sdpa", "compute capability 7.5"),
+        ("triton", T4, WORK._replace(dtype=torch.float32), "sdpa", "compute capability 7.5"),
         ("flash-attn", H100, WORK, "sdpa", "flash-attn is not installed"),
+        ("flex", H100, WORK, "flex", "asked for"),
+        ("flex", H100, WORK._replace(dtype=torch.float32), "flex", "asked for"),
+        ("flex", CPU, WORK, "sdpa", "there is no GPU"),
+        ("flex", H100, WORK._replace(widths=WIDTHS | {"attention": 8}), "sdpa", "at least 16"),
+        ("varlen", H100, WORK._replace(widths=WIDTHS | {"attention": 64}), "varlen", "asked for"),
+        # torch's kernels take multiples of 8; ours takes any width
+        ("auto", H100, WORK._replace(widths=WIDTHS | {"attention": 100}), "triton", "100 channels, and varlen takes"),
     ],
 )
 def test_who_provides_attention(wanted: str, machine: Machine, work: Work, provider: str, why: str) -> None:
     found = choose({"attention": wanted}, machine, work)
     assert found.attention == provider
     assert why in found.reasons["attention"]
-    assert len(found.fallbacks) == (provider != wanted and wanted in ("triton", "flash-attn"))
+    assert len(found.fallbacks) == (provider != wanted and wanted in ("flex", "triton", "flash-attn"))
+
+
+def test_what_holds_all_logits_is_never_taken_silently() -> None:
+    for machine, work in (
+        (T4, WORK),  # bf16, which no other backend has there
+        (H100._replace(triton=False), WORK._replace(widths=WIDTHS | {"attention": 100})),
+    ):
+        found = choose({}, machine, work)
+        assert found.attention == "sdpa"
+        assert any("holds all logits" in line for line in found.fallbacks)
+    assert choose({}, H100, WORK).fallbacks == choose({}, CPU, WORK).fallbacks == ()
+
+
+def test_torchs_adamw_has_no_bf16_state() -> None:
+    """Then Triton's runs wherever it can, measured or not; elsewhere the slow definition, which is said."""
+    rounding = WORK._replace(only_defined={"adamw": "torch's kernel has no stochastic rounding"})
+    found = choose(asked("auto"), H100, rounding)
+    assert (found.adamw, found.fallbacks) == ("triton", ())
+    for how, machine in (("auto", CPU), ("torch", H100), ("auto", H100._replace(triton=False))):
+        found = choose(asked(how), machine, rounding)
+        (said,) = (line for line in found.fallbacks if line.startswith("kernels.adamw"))
+        assert "no stochastic rounding" in said
+        assert "many times slower" in said
 
 
 def test_attention_takes_the_fastest_that_can_run(measured: list[dict[str, Any]]) -> None:

@@ -33,3 +33,10 @@ def test_what_bf16_has_already_is_not_changed() -> None:
     assert torch.equal(found[~x.isnan()], x[~x.isnan()].bfloat16())
     assert found[x.isnan()].isnan().all()
     assert found.signbit()[x == 0].tolist() == [False, True]
+
+
+def test_no_bits_hide_a_nan() -> None:
+    """Those that a GPU makes are all ones."""
+    every = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001 | 0x400000], dtype=torch.int32).view(torch.float32)
+    for bits in (0, 1, 0xFFFF):
+        assert round_to_bf16(every, torch.full((4,), bits)).isnan().all()

@@ -146,7 +146,7 @@ def test_a_gpu_gets_its_backends_in_order_and_keys_for_each_head_where_those_hav
     documents = torch.zeros_like(documents) if one_document else documents
     q, k, v = (torch.randn(3, 20, heads, 8).transpose(1, 2) for heads in (4, 2, 2))
     as_gpu = document_structure(documents, varlen=False, as_gpu=True).to(q.device, q.dtype)
-    assert as_gpu.backends == (SDPBackend.EFFICIENT_ATTENTION,)
+    assert as_gpu.capability == (9, 0)
     given: list[tuple[int, bool]] = []
 
     def seen(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -159,11 +159,22 @@ def test_a_gpu_gets_its_backends_in_order_and_keys_for_each_head_where_those_hav
 
 
 def test_backends_of_a_gpu() -> None:
-    half, cudnn, flash = torch.bfloat16, SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
-    assert gpu_backends(half, masked=False)[:2] == (cudnn, flash)
-    for dtype, masked in ((half, True), (torch.float32, True), (torch.float32, False)):
-        assert gpu_backends(dtype, masked=masked) == (SDPBackend.EFFICIENT_ATTENTION,)
-    assert gpu_backends(torch.float64, masked=True) == (SDPBackend.MATH,)
+    half, single, hopper, turing = torch.bfloat16, torch.float32, (9, 0), (7, 5)
+    fast, efficient = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION), (SDPBackend.EFFICIENT_ATTENTION,)
+    slow = (SDPBackend.MATH,)
+    for width in (64, 100, 256):  # SDPA pads odd widths for flash
+        assert gpu_backends(half, width, hopper, masked=False) == fast
+    assert gpu_backends(half, 128, hopper, masked=True) == efficient
+    assert gpu_backends(half, 320, hopper, masked=False) == efficient
+    for masked in (True, False):
+        assert gpu_backends(single, 100, hopper, masked=masked) == efficient
+        assert gpu_backends(single, 64, turing, masked=masked) == efficient
+        assert gpu_backends(torch.float16, 64, turing, masked=masked) == efficient
+        assert gpu_backends(torch.float64, 64, hopper, masked=masked) == slow
+        assert gpu_backends(half, 64, turing, masked=masked) == slow  # what is left there in bf16
+        assert gpu_backends(single, 10, hopper, masked=masked) == slow
+    assert gpu_backends(half, 100, hopper, masked=True) == slow
+    assert gpu_backends(half, 300, hopper, masked=False) == slow
 
 
 @pytest.mark.parametrize("length", [20, 128, 300])

@@ -1,5 +1,6 @@
 """Weights and moments in bf16: every layout draws the random bits of one process, and so does a resumed run."""
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ import torch
 
 from minka.checkpoint.catalogue import checkpoints
 from minka.checkpoint.restore import whole_tensors
+from minka.eval.score_checkpoint import score_checkpoint
+from minka.parallel.apply import build_parts
+from minka.parallel.mesh import start_mesh
 from minka.plan.ledger import read_ledger
 from minka.plan.run_folder import RunFolder
 from parity import Run, config_of, run_on
@@ -84,6 +88,26 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(tmp_path: Path) -> N
     for name, tensor in final[0].items():
         assert torch.equal(tensor, final[1][name]), name
     assert {t.dtype for name, t in final[0].items() if name.startswith(("model.", "moment"))} == {torch.bfloat16}
+
+
+def test_a_checkpoint_is_scored_as_the_run_scored_it(tmp_path: Path) -> None:
+    """In fp32, and not with weights rounded to what the run stores today."""
+    for length, optimizer in ((4, {"learning_rate": 3e-3}), (8, {"learning_rate": 3e-3, **BF16})):
+        cadence = {"every_steps": 4}
+        config = tiny(tmp_path, run={"name": "scored", "max_steps": length}, optimizer=optimizer, schedule=CONSTANT,
+                      eval=cadence, checkpoint={"every_steps": 4, "keep": 9})  # fmt: skip
+        assert train_rank(config, "optimizer") == 0
+    folder = RunFolder.of(config)
+    for step in (4, 8):
+        own = json.loads((folder.evals / f"step-{step:08d}" / "heldout@1.json").read_text())
+        found = score_checkpoint(f"{folder.path}@{step}", [], lambda: None, tmp_path / f"{step}.json")
+        assert found["scores"] == own["scores"]
+
+
+def test_weights_that_nothing_would_cast_are_refused() -> None:
+    config = config_of({}, optimizer={"learning_rate": 1e-3, "weights": "bf16"})
+    with start_mesh(config.layout) as mesh, pytest.raises(RuntimeError, match="casts=True"):
+        build_parts(config, mesh)
 
 
 def test_a_run_changes_its_dtypes_both_ways_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from commands import minka, written
 from minka.plan.errors import ExitStatus
+from minka.train.doctor import this_machine
 from tiny import tiny
 
 
@@ -16,6 +17,16 @@ def test_without_a_recipe_it_describes_the_machine() -> None:
     machine = json.loads(done.stdout)["machine"]
     assert {"processor", "memory", "packages", "not installed", "collectives", "attention"} <= set(machine)
     assert "torch 2." in machine["packages"]
+
+
+def test_it_says_what_a_run_stores_and_computes_in(tmp_path: Path) -> None:
+    optimizer = {"learning_rate": 1e-3, "weights": "bf16", "moments": "bf16"}
+    machine = this_machine(tiny(tmp_path, optimizer=optimizer))
+    assert machine["compute"] == "fp32 on bf16 weights, bf16 moments"
+    assert this_machine(None)["compute"] == "fp32 on fp32 weights, fp32 moments"
+    wide = this_machine(tiny(tmp_path, layout={"precision": "fp64"}))
+    assert wide["compute"] == "fp64 on fp64 weights, fp64 moments"
+    assert wide["rms_norm"] == "torch (there is no GPU)"
 
 
 def test_a_sound_recipe_passes_every_check(tmp_path: Path) -> None:

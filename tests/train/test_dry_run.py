@@ -30,6 +30,7 @@ ROWS: dict[str, tuple[dict[str, Any], int]] = {
         {"shard": 2, "precision": "bf16", "recompute": "block", "reshard": "always"},
         UNITS,
     ),
+    "bf16 weights": ({"weights": "bf16", "moments": "bf16"}, UNIT_BYTES),
     "selective": ({"recompute": "selective"}, UNIT_BYTES),
     "shard 2 x tensor 2, selective": (
         {"shard": 2, "tensor": 2, "precision": "bf16", "recompute": "selective"},
