@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent / "interpreted"
-SLOW = ("test_training_layouts.py",)
+SLOW = ("test_training.py", "test_training_layouts.py")
 FILES = [
     pytest.param(path.name, marks=[pytest.mark.slow] if path.name in SLOW else [])
     for path in sorted(FOLDER.glob("test_*.py"))

@@ -56,7 +56,7 @@ ROWS: dict[str, tuple[dict[str, Any], int]] = {
         UNIT_BYTES,
     ),
 }
-FAST = ("one rank", "tensor 2")
+FAST = ("one rank",)
 
 
 def rows() -> list[Any]:

@@ -66,7 +66,7 @@ def run(folder: Path, name: str, asynchronous: bool = True, **schedule: object) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_stops_at_any_point_of_a_cycle_change_no_bit(ranks: int, folder: Path) -> None:
     straight, stopped = run(folder, f"straight-{ranks}"), run(folder, f"stopped-{ranks}")
     assert on_ranks(train_asked, ranks, straight) == [ExitStatus.DONE] * ranks

@@ -48,6 +48,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "one rank": {},
     "shard 2, reduced in each micro-batch": {"shard": 2, "reduce": "micro_batch"},
     "replicate 2 x shard 2, recomputed": {"replicate": 2, "shard": 2, "recompute": "block"},
+    "bf16 weights and moments": {"weights": "bf16", "moments": "bf16"},
     "tensor 2": {"tensor": 2},
     "context 2": {"context": 2},
     "pipeline 2": {"pipeline": 2},
@@ -95,9 +96,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("meta")
 
 
+OFTEN = ("one rank", "bf16 weights and moments", "pipeline 2, zbv, x shard 2 x context 2 x tensor 2")
+
+
+def rows() -> list[Any]:
+    """Layouts with each implementation; torch's own operations under three of them in every run of the tests."""
+    every = [(layout, how) for how in ("torch", "triton") for layout in LAYOUTS]
+    marks = [[] if how == "triton" or layout in OFTEN else [pytest.mark.slow] for layout, how in every]
+    return [pytest.param(*row, marks=mark) for row, mark in zip(every, marks, strict=True)]
+
+
 @pytest.mark.parametrize("rank", ["first", "last"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize(("layout", "implementation"), rows())
 def test_a_step_never_reads_the_device_from_the_host(layout: str, rank: str, implementation: str, folder: Path) -> None:
     """With Triton's kernels their operators run, whose results on meta tensors have no numbers."""
     config = config_of(folder, LAYOUTS[layout], implementation)
@@ -179,9 +189,18 @@ def config_of(folder: Path, layout: dict[str, Any], implementation: str = "torch
     """A run in bf16 with accumulation, batch warm-up and padding."""
     model = {"layers": 4, "tied": False, "qk_norm": True}
     run = {"max_steps": STEPS, "name": "meta"}
+    stored = {key: layout[key] for key in ("weights", "moments") if key in layout}
     settings = {"shard": 1, "micro_batch": 1, "precision": "bf16", **layout}
+    settings = {key: value for key, value in settings.items() if key not in stored}
     kernels = {"implementation": implementation, "attention": "auto" if implementation == "torch" else "triton"}
-    return tiny(folder, run=run, model=model, layout=settings, schedule={"warmup": 1}, kernels=kernels)
+    optimizer = {"learning_rate": 3e-3, "max_norm": 0.5, **stored}
+    sections: dict[str, Any] = {
+        "layout": settings,
+        "schedule": {"warmup": 1},
+        "kernels": kernels,
+        "optimizer": optimizer,
+    }
+    return tiny(folder, run=run, model=model, **sections)
 
 
 def run_on_meta(config: RunConfig, rank: int) -> TrainingEnd:
