@@ -190,12 +190,15 @@ def config_of(folder: Path, layout: dict[str, Any], implementation: str = "torch
     model = {"layers": 4, "tied": False, "qk_norm": True}
     run = {"max_steps": STEPS, "name": "meta"}
     stored = {key: layout[key] for key in ("weights", "moments") if key in layout}
-    settings = {"shard": 1, "micro_batch": 1, "precision": "bf16", **layout}
-    settings = {key: value for key, value in settings.items() if key not in stored}
-    kernels = {"implementation": implementation, "attention": "auto" if implementation == "torch" else "triton"}
-    optimizer = {"learning_rate": 3e-3, "max_norm": 0.5, **stored}
+    settings: dict[str, Any] = {"shard": 1, "micro_batch": 1, "precision": "bf16", **layout}
+    kept = {key: value for key, value in settings.items() if key not in stored}
+    kernels: dict[str, Any] = {
+        "implementation": implementation,
+        "attention": "auto" if implementation == "torch" else "triton",
+    }
+    optimizer: dict[str, Any] = {"learning_rate": 3e-3, "max_norm": 0.5, **stored}
     sections: dict[str, Any] = {
-        "layout": settings,
+        "layout": kept,
         "schedule": {"warmup": 1},
         "kernels": kernels,
         "optimizer": optimizer,
