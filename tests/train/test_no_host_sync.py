@@ -189,7 +189,7 @@ def config_of(folder: Path, layout: dict[str, Any], implementation: str = "torch
     """A run in bf16 with accumulation, batch warm-up and padding."""
     model = {"layers": 4, "tied": False, "qk_norm": True}
     run = {"max_steps": STEPS, "name": "meta"}
-    stored = {key: layout[key] for key in ("weights", "moments") if key in layout}
+    stored: dict[str, Any] = {key: layout[key] for key in ("weights", "moments") if key in layout}
     settings: dict[str, Any] = {"shard": 1, "micro_batch": 1, "precision": "bf16", **layout}
     kept = {key: value for key, value in settings.items() if key not in stored}
     kernels: dict[str, Any] = {
