@@ -44,7 +44,8 @@ def torch_sdpa(
     capability: that of the GPU, whose backends are then named in order; None: torch's choice. The memory-efficient one
     has no groups: each query head gets its own keys, where torch would take its slowest backend without a word.
     """
-    groups, backends = q_BHTC.shape[1] // k_BKTC.shape[1], Backends()
+    groups = q_BHTC.shape[1] // k_BKTC.shape[1]
+    backends: Backends = ()
     if capability is not None:
         backends = gpu_backends(q_BHTC.dtype, q_BHTC.shape[-1], capability, masked=mask is not None)
     if q_BHTC.shape[2] % CUDNN_LENGTH:
