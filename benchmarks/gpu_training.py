@@ -137,11 +137,13 @@ def fitted(config: RunConfig, device: torch.device) -> RunConfig:
     """The run with as many layers as a dry run says that the device's memory has room for."""
     if device.type != "cuda":
         return config
-    room = FITS * torch.cuda.get_device_properties(device).total_memory
-    layers = config.model.layers
-    while dry_run(fewer := _with_layers(config, layers), 1, 0).memory.total > room and layers > 1:
-        layers -= max(1, layers // 8)
-    return fewer
+    room, layers = FITS * torch.cuda.get_device_properties(device).total_memory, config.model.layers
+    whole = dry_run(config, 1, 0).memory.total
+    if whole <= room or layers == 1:
+        return config
+    half = dry_run(_with_layers(config, layers // 2), 1, 0).memory.total
+    each = (whole - half) / (layers - layers // 2)  # every layer holds the same
+    return _with_layers(config, max(1, layers // 2 + int((room - half) // each)))
 
 
 def _with_layers(config: RunConfig, layers: int) -> RunConfig:

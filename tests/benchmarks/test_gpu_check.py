@@ -4,6 +4,7 @@ import csv
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from minka.benchmarks.gpu_check import Step, run, steps
 from minka.benchmarks.kernel_cases import kernel_cases
 from minka.benchmarks.kernels import in_turns
 from minka.benchmarks.step_rows import append
+from minka.plan.load_config import load_run
+from minka.train.dry_run import dry_run
 
 
 @pytest.mark.parametrize("call", ["first", "training"])
@@ -68,6 +71,20 @@ def test_a_case_that_fails_is_named_and_the_others_run(
     with file.open(newline="") as lines:
         written = [row["case"] for row in csv.DictReader(lines)]
     assert written == [case.name for case in gpu_training.cases(tiny=True) if not case.peer]
+
+
+@pytest.mark.parametrize(("gib", "layers"), [(79.1, 32), pytest.param(48, None, marks=pytest.mark.slow)])
+def test_a_model_gets_the_layers_that_fit(gib: float, layers: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By dry runs of the 8B shape, without a GPU; all of it fits into an H100."""
+    large = next(case for case in gpu_training.cases(tiny=False) if case.recipe == "llama3-8b")
+    config = load_run(large.recipe, large.overrides).config
+    device = SimpleNamespace(total_memory=gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    found = gpu_training.fitted(config, torch.device("cuda"))
+    held = dry_run(found, 1, 0).memory.total
+    print(f"{gib} GiB: {found.model.layers} layers hold {held / 2**30:.1f} GiB")
+    assert found.model.layers == layers or (layers is None and 8 < found.model.layers < 32)
+    assert 0.97 * gpu_training.FITS * device.total_memory < held <= gpu_training.FITS * device.total_memory
 
 
 def test_losses_that_a_restore_changes_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:

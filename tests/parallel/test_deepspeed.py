@@ -69,7 +69,8 @@ def test_zero_gives_the_single_device_run(variant: str, alone: Run) -> None:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("stage", [few(stage, 3) for stage in STAGES])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
 def test_tied_recomputed_models_with_biases_do_too(stage: int) -> None:
     model = {"tied": True, "qk_norm": True, "qkv_bias": True}
     config = configured(model, engine="deepspeed", shard=2, zero_stage=stage, recompute="block")
@@ -88,7 +89,7 @@ def test_bf16_compute_follows_fp32(stage: int, alone: Run) -> None:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("offload", ["none", "optimizer"])
+@pytest.mark.parametrize("offload", [few(where, "none") for where in ("none", "optimizer")])
 @pytest.mark.parametrize("stage", [few(stage, 3) for stage in STAGES])
 def test_a_refused_step_changes_no_bit(stage: int, offload: str) -> None:
     config = configured(engine="deepspeed", shard=2, zero_stage=stage, offload=offload)

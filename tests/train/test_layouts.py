@@ -49,7 +49,7 @@ def test_every_layout_gives_the_single_device_run(layout: str, folder: Path, alo
     check(differences(run_of_worker(config), alone), layout)
 
 
-@pytest.mark.parametrize("case", UNITS)
+@pytest.mark.parametrize("case", [next(iter(UNITS)), *(pytest.param(c, marks=pytest.mark.slow) for c in [*UNITS][1:])])
 def test_units_of_blocks_give_the_single_device_run(case: str, folder: Path) -> None:
     model, name = UNITS[case].get("model", {}), "".join(c if c.isalnum() else "-" for c in case)
     one = run_of_worker(tiny(folder, run={"name": f"{name}-1"}, model=model, layout={"shard": 1}))
@@ -65,7 +65,7 @@ def test_compiled_blocks_in_shards_give_the_single_device_run(recompute: str, fo
     check(differences(run_of_worker(config, units_of_one_block), alone), f"compiled, {recompute}")
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_bf16_compute_follows_fp32(ranks: int, folder: Path, alone: Run) -> None:
     config = tiny(folder, run={"name": f"bf16-{ranks}"}, layout={"shard": ranks, "precision": "bf16"})
     apart = np.abs(run_of_worker(config).loss / alone.loss - 1).max()
