@@ -90,6 +90,7 @@ def srun(file: Path, *overrides: str) -> list[tuple[int, str]]:
     return [(task.returncode, said) for task, said in zip(tasks, errors, strict=True)]
 
 
+@pytest.mark.slow
 def test_joins_ranks_that_srun_started(tmp_path: Path) -> None:
     config = tiny(tmp_path)
     for status, errors in srun(written(config)):

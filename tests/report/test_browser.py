@@ -134,6 +134,7 @@ def test_gaps_events_and_axes_are_drawn_as_recorded(eventful: RunFolder, tmp_pat
         assert seen.complaints == []
 
 
+@pytest.mark.slow
 def test_a_run_can_be_hidden_and_a_zoom_holds_for_all_plots(
     trained: tuple[RunFolder, RunFolder], tmp_path: Path, chromium: Browser
 ) -> None:
@@ -151,6 +152,7 @@ def test_a_run_can_be_hidden_and_a_zoom_holds_for_all_plots(
         assert seen.complaints == []
 
 
+@pytest.mark.slow
 def test_text_of_a_run_does_nothing_even_without_the_content_policy(tmp_path: Path, chromium: Browser) -> None:
     name = EVIL.replace("/", "")
     folder = run_of(

@@ -28,17 +28,20 @@ def refused(config: RunConfig, *arguments: str) -> str:
     return paragraphs[0]
 
 
+@pytest.mark.slow
 def test_no_corpus(tmp_path: Path) -> None:
     config = tiny(tmp_path, data={"paths": [str(tmp_path / "missing")]})
     assert "missing" in refused(config)
 
 
+@pytest.mark.slow
 def test_empty_corpus(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     config = tiny(tmp_path, data={"paths": [str(tmp_path / "empty")]})
     assert str(tmp_path / "empty") in refused(config)
 
 
+@pytest.mark.slow
 def test_invalid_utf8(tmp_path: Path) -> None:
     config = tiny(tmp_path)
     (tmp_path / "corpus" / "bad.txt").write_bytes(b"fine until here \xff\xfe")
@@ -60,6 +63,7 @@ def test_ranks_that_do_not_fit_the_layout(tmp_path: Path) -> None:
     assert "the layout (shard 4) needs 4 ranks, not 3" in refused(tiny(tmp_path, layout={"shard": 4}), "--ranks", "3")
 
 
+@pytest.mark.slow
 def test_a_vocabulary_the_data_cannot_fill(tmp_path: Path) -> None:
     config = tiny(tmp_path, model={"vocab": 30_000}, data={"tokenizer": "bpe"})
     assert "30000" in refused(config).replace(",", "")

@@ -182,6 +182,7 @@ def test_a_run_that_ends_with_every_step_refused_is_not_done_and_exports_nothing
     assert "every step of the run was refused; nothing was saved" in folder.exit_file.read_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_with_ruined_weights_is_not_done(tmp_path: Path) -> None:
     """Its last step was accepted, or too few were refused for the guard to stop it."""
     config = saving(tmp_path)

@@ -129,6 +129,7 @@ def test_a_difference_within_rounding_is_not_bit_for_bit(base: RunFolder, tmp_pa
     assert again(folder, 12)["verdict"] == "equal to rounding"
 
 
+@pytest.mark.slow
 def test_each_step_is_replayed_with_the_settings_it_was_taken_with(base: RunFolder, tmp_path: Path) -> None:
     here = f"run.folder={tmp_path}"
     config = load_run(str(base.path), [here, "run.max_steps=12", "checkpoint.export=false"]).config
@@ -154,6 +155,7 @@ def test_the_first_steps_of_a_fork_are_replayed_from_its_parent(base: RunFolder)
     assert again(RunFolder.of(hub), 5)["verdict"] == "bit for bit"
 
 
+@pytest.mark.slow
 def test_steps_after_a_crash_are_replayed_from_the_checkpoint_that_was_resumed(base: RunFolder, tmp_path: Path) -> None:
     config = load_run(str(base.path), [f"run.folder={tmp_path}", "checkpoint.every_steps=6"]).config
     crash(config, 11)
