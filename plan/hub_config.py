@@ -1,94 +1,23 @@
-"""Hugging Face's config.json: as a model to train, as the shape of one that can only be counted, and back."""
+"""Hugging Face's config.json: as a model to train, and back."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 
 from minka.plan.config_sections import ModelSection, RopeScaling
 from minka.plan.errors import UserError
-from minka.plan.flops import SHARED, Shape
+from minka.plan.flops import SHARED
 from minka.plan.hub_family import TRAINED, family_of, misfit
+from minka.plan.hub_shape import SIZES, family_in, need, read_shape, unknown_family, window_in, with_defaults
 from minka.plan.load_config import describe_problems
 from minka.plan.read_file import read_json
 
-
-@dataclass(frozen=True)
-class Family:
-    """What a family's config.json leaves out: `silent` has transformers' defaults where they differ from Llama's."""
-
-    silent: Mapping[str, Any] = field(default_factory=dict)
-    biases: Literal["none", "qkv", "all"] = "none"
-    qk_norm: bool = False
-    mlp_matrices: Literal[2, 3] = 3
-    norms: int = 2
-    uncounted: tuple[str, ...] = ()  # weights that Shape does not count
-
-
-QWEN: Mapping[str, Any] = {"num_key_value_heads": 32, "sliding_window": 4096, "max_position_embeddings": 32768}
-FAMILIES: Mapping[str, Family] = {
-    "llama": Family(),
-    "mistral": Family({"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072}),
-    "qwen2": Family(QWEN, biases="qkv"),
-    "qwen3": Family({**QWEN, "head_dim": 128}, qk_norm=True),
-    "gpt2": Family({"tie_word_embeddings": True}, biases="all", mlp_matrices=2),
-    "gpt_neox": Family(biases="all", mlp_matrices=2),
-    "gemma": Family({"head_dim": 256, "tie_word_embeddings": True}),
-    "gemma2": Family({"head_dim": 256, "tie_word_embeddings": True}, norms=4),
-    "phi": Family(biases="all", mlp_matrices=2, norms=1, uncounted=("the bias of the head",)),
-    "phi3": Family(),
-    "mixtral": Family({"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2}),
-    "qwen3_moe": Family({"num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8}, qk_norm=True),
-}
-SIZES = {  # of Shape and ModelSection, with transformers' names
-    "layers": "num_hidden_layers",
-    "d_model": "hidden_size",
-    "heads": "num_attention_heads",
-    "d_ff": "intermediate_size",
-    "vocab": "vocab_size",
-}
 TRAINED_WITH = {"norm_eps": "rms_norm_eps", "max_positions": "max_position_embeddings", "init_std": "initializer_range"}
 LLAMA3_ROPE = {ours: ours.replace("_positions", "_position_embeddings") for ours in RopeScaling.model_fields}
 ROPE = ("rope_theta", "rope_type", "partial_rotary_factor", *LLAMA3_ROPE.values())
-ALIASES = {  # other names of the same settings
-    "n_layer": "num_hidden_layers",
-    "n_embd": "hidden_size",
-    "n_head": "num_attention_heads",
-    "n_inner": "intermediate_size",
-    "num_experts": "num_local_experts",
-    "moe_intermediate_size": "intermediate_size",
-}
-WINDOWED = ("mistral", "mixtral", "gemma2", "phi3")  # use sliding_window without being asked to
 UNTRAINED = {"hidden_act": "silu", "attention_dropout": 0.0, "quantization_config": None}  # and what minka has
-
-
-def read_shape(values: Mapping[str, Any], where: str) -> tuple[Shape, list[str]]:
-    """Return the shape in a config.json, and by name the settings and weights that the shape does not express.
-
-    Of models that cannot be trained here, too. Raises UserError for an unknown family and for a size that is missing.
-    """
-    name = _family(values, where)
-    family, known = FAMILIES[name], _with_defaults(name, values)
-    if name == "gpt2":
-        known.setdefault("intermediate_size", 4 * _size(known, "hidden_size", where))
-    sizes = {ours: _size(known, theirs, where) for ours, theirs in SIZES.items()}
-    experts = known.get("num_local_experts") or 1
-    shape = Shape(
-        **sizes,
-        kv_heads=known.get("num_key_value_heads") or sizes["heads"],
-        head_dim=known.get("head_dim") or sizes["d_model"] // sizes["heads"],
-        tied=known.get("tie_word_embeddings", False),
-        biases=family.biases,
-        qk_norm=family.qk_norm,
-        mlp_matrices=family.mlp_matrices,
-        learned_positions=_size(known, "n_positions", where) if name == "gpt2" else 0,
-        norms=family.norms,
-        experts=experts,
-        active_experts=_size(known, "num_experts_per_tok", where) if experts > 1 else 1,
-    )
-    return shape, [*family.uncounted, *_uncovered(known, values, name)]
 
 
 def read_config(folder: Path) -> ModelSection:
@@ -99,11 +28,15 @@ def read_config(folder: Path) -> ModelSection:
 
 def from_config(values: Mapping[str, Any], where: str) -> ModelSection:
     """Return the model that a config.json describes. Raises UserError for what ModelSection cannot represent."""
-    family = _family(values, where)
+    family = family_in(values, where)
     if family not in TRAINED:
-        raise _unknown(family, where, "train", TRAINED)
+        raise unknown_family(family, where, "train", TRAINED)
     shape, uncovered = read_shape(values, where)
-    known = _with_defaults(family, values)
+    known = with_defaults(family, values)
+    if window := window_in(known, values, family):
+        uncovered.append(f"sliding_window={window} below max_position_embeddings={known['max_position_embeddings']}")
+    if "sliding_attention" in (known.get("layer_types") or []):
+        uncovered.append("layer_types other than full_attention")
     uncovered += [f"{key}={known[key]!r}" for key, ours in UNTRAINED.items() if known.get(key, ours) != ours]
     if uncovered:
         what = f"this {family} has what minka's models do not have: {'; '.join(uncovered)}"
@@ -125,7 +58,7 @@ def to_config(cfg: ModelSection, family: str, eod_token: int | None, dtype: str)
     if family == "auto":
         family = family_of(cfg)
     if family not in TRAINED:
-        raise _unknown(family, "family", "write", TRAINED)
+        raise unknown_family(family, "family", "write", TRAINED)
     if why := misfit(cfg, family):
         raise UserError(why, where="family", remedy=f'set family="auto", which is {family_of(cfg)} here')
     return {
@@ -181,42 +114,6 @@ def _of_family(family: str, layers: int) -> dict[str, Any]:
     return {"sliding_window": None, "use_sliding_window": False, **whole, **biases}
 
 
-def _family(values: Mapping[str, Any], where: str) -> str:
-    architectures = values.get("architectures") or []
-    family = values.get("model_type") or next((f for f, name in TRAINED.items() if name in architectures), None)
-    if family not in FAMILIES:
-        raise _unknown(family or architectures, where, "count", FAMILIES)
-    return str(family)
-
-
-def _unknown(name: object, where: str, done: str, known: Mapping[str, object]) -> UserError:
-    what = f"{name!r} is not an architecture that minka can {done}"
-    return UserError(what, where=where, remedy=f"known: {', '.join(known)}")
-
-
-def _with_defaults(family: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that are not null, by their usual names, over transformers' defaults."""
-    known = {**FAMILIES[family].silent, **{key: value for key, value in values.items() if value is not None}}
-    return known | {usual: known[alias] for alias, usual in ALIASES.items() if alias in known}
-
-
-def _uncovered(known: Mapping[str, Any], values: Mapping[str, Any], family: str) -> list[str]:
-    """Return the settings that would change what is computed or counted, and that Shape does not express."""
-    found = []
-    windowed = family in WINDOWED or known.get("use_sliding_window", False)
-    window = values["sliding_window"] if "sliding_window" in values else known.get("sliding_window")
-    if windowed and window is not None and window < known.get("max_position_embeddings", 0):
-        found.append(f"sliding_window={window} below max_position_embeddings={known['max_position_embeddings']}")
-    if any(kind != "full_attention" for kind in known.get("layer_types") or []):
-        found.append("layer_types other than full_attention")
-    everywhere = FAMILIES[family].biases == "all"
-    biases = ("attention_bias", "mlp_bias")
-    found += [f"{key}={known[key]}".lower() for key in biases if known.get(key, everywhere) != everywhere]
-    without_experts = ("mlp_only_layers", "decoder_sparse_step")  # some layers
-    found += [f"{key}={known[key]}" for key in without_experts if known.get(key) not in (None, [], 1)]
-    return found
-
-
 def _rope(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return base and scaling from rope_parameters (transformers 5), or rope_theta and rope_scaling (4), or all.
 
@@ -248,7 +145,7 @@ def _rope(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     found = {"rope_theta": rope["rope_theta"]}
     if kind == "default":
         return found
-    return found | {"rope_scaling": {ours: _need(rope, theirs, where) for ours, theirs in LLAMA3_ROPE.items()}}
+    return found | {"rope_scaling": {ours: need(rope, theirs, where) for ours, theirs in LLAMA3_ROPE.items()}}
 
 
 def _rope_table(table: Any, place: str, where: str) -> dict[str, dict[str, Any]]:
@@ -258,16 +155,3 @@ def _rope_table(table: Any, place: str, where: str) -> dict[str, dict[str, Any]]
         raise UserError(what, where=where, why="minka's layers all rotate alike", remedy="use a model whose layers do")
     kind = table.get("rope_type") or table.get("type") or "default"
     return {place: {**table, "rope_type": kind}, f"{place}.type": {"rope_type": table.get("type")}}
-
-
-def _size(values: Mapping[str, Any], key: str, where: str) -> int:
-    size = _need(values, key, where)
-    if type(size) is not int or size < 1:
-        raise UserError(f"{key} is {size!r}, not an integer above 0", where=where, remedy="correct it")
-    return size
-
-
-def _need(values: Mapping[str, Any], key: str, where: str) -> Any:
-    if values.get(key) is None:
-        raise UserError(f"{key} is missing", where=where, why="the model's shape follows from it", remedy=f"add {key}")
-    return values[key]

@@ -1,0 +1,131 @@
+"""Any published decoder is counted as transformers builds it, and FLOPs as torch counts them on our model."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from minka.model.attention import document_structure
+from minka.model.transformer import Transformer
+from minka.plan.config_sections import ModelSection
+from minka.plan.flops import active_parameters, parameters, training_flops_per_token
+from minka.plan.hub_shape import read_shape
+
+SMALL = {"hidden_size": 96, "num_attention_heads": 6, "num_hidden_layers": 7, "vocab_size": 1003}
+BUILT: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama, tied, wide heads": {"tie_word_embeddings": True, "head_dim": 40, "num_key_value_heads": 2},
+    "llama, grouped": {**SMALL, "num_key_value_heads": 3, "intermediate_size": 250},
+    "mistral": {},
+    "mistral, odd heads": {**SMALL, "head_dim": 18, "num_key_value_heads": 2, "intermediate_size": 100},
+    "qwen2": {},
+    "qwen2, tied": {**SMALL, "tie_word_embeddings": True, "num_key_value_heads": 2, "intermediate_size": 64},
+    "qwen3": {},
+    "qwen3, tied": {**SMALL, "tie_word_embeddings": True, "num_key_value_heads": 1, "head_dim": 32},
+    "olmo2": {},
+    "olmo2, grouped": {"num_key_value_heads": 4},
+    "smollm3": {},
+    "gemma2": {},
+    "gemma3_text": {},
+    "gemma3_text, untied": {"tie_word_embeddings": False, "head_dim": 48},
+    "mixtral": {},
+    "mixtral, four experts": {**SMALL, "num_local_experts": 4, "num_key_value_heads": 2, "intermediate_size": 128},
+    "qwen3_moe": {},
+    "qwen3_moe, some dense": {"decoder_sparse_step": 2, "mlp_only_layers": [3], "num_experts_per_tok": 4},
+    "deepseek_v3": {},
+    "deepseek_v3, queries directly": {"q_lora_rank": None, "first_k_dense_replace": 1, "n_shared_experts": 2},
+}  # fmt: skip
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_counts_are_those_of_the_model_that_transformers_builds(name: str) -> None:
+    with quietly(), torch.device("meta"):
+        config = AutoConfig.for_model(name.partition(",")[0], **{"num_hidden_layers": 7, **BUILT[name]})
+        model: Any = AutoModelForCausalLM.from_config(config)
+    shape, uncovered = read_shape(config.to_dict(), "config.json")
+    assert uncovered == []
+    assert parameters(shape) == sum(weight.numel() for weight in model.parameters())
+
+
+PUBLISHED = {  # all weights, and those that a token passes through, in billions, as the model cards print them
+    "deepseek_v3": ({"num_hidden_layers": 61}, 671.0, 37.6),
+    "mixtral": ({}, 46.7, 12.9),
+    "qwen3_moe": ({"num_hidden_layers": 48, "num_attention_heads": 32, "head_dim": 128, "num_experts": 128}, 30.5, 3.3),
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_active_weights_are_those_that_were_published(family: str) -> None:
+    """DeepSeek's report says 37B: without the embedding, which is 0.9."""
+    settings, whole, active = PUBLISHED[family]
+    with quietly():
+        shape, _ = read_shape(AutoConfig.for_model(family, **settings).to_dict(), "config.json")
+    assert parameters(shape) / 1e9 == pytest.approx(whole, abs=0.06)
+    assert active_parameters(shape) / 1e9 == pytest.approx(active, abs=0.08)
+
+
+def test_layers_with_a_window_are_counted_as_transformers_lays_them_out() -> None:
+    for family in ("gemma2", "gemma3_text"):
+        with quietly():
+            config: Any = AutoConfig.for_model(family, num_hidden_layers=13)
+        values = config.to_dict()
+        shape, _ = read_shape(values, "config.json")
+        assert shape.windowed_layers == config.layer_types.count("sliding_attention")
+        del values["layer_types"]  # as configurations of older versions: by the pattern
+        assert read_shape(values, "config.json")[0] == shape
+
+
+def test_a_window_costs_what_its_tokens_see() -> None:
+    """By hand: tokens 0 to 3 of eight see themselves and up to two before; half of the unmasked pairs is the rest."""
+    shape, _ = read_shape(AutoConfig.for_model("gemma2", num_hidden_layers=2, sliding_window=64).to_dict(), "x")
+    assert (shape.window, shape.windowed_layers) == (64, 1)
+    s, wide = 256, 3 * 2 * shape.attention_width
+    whole, cut = s / 2, (64 * s - 64 * 64 / 2) / s
+    rest = training_flops_per_token(shape, 0)
+    assert training_flops_per_token(shape, s) - rest == pytest.approx(wide * (whole + cut))
+    assert training_flops_per_token(shape, 32) - rest == pytest.approx(wide * 2 * 16)
+
+
+def test_a_text_model_within_a_larger_one_is_counted_and_the_rest_named() -> None:
+    with quietly():
+        text = AutoConfig.for_model("gemma3_text").to_dict()
+    shape, uncovered = read_shape({"model_type": "gemma3", "text_config": text, "vision_config": {}}, "config.json")
+    assert shape == read_shape(text, "config.json")[0]
+    assert uncovered == ["all but the text model of this gemma3"]
+
+
+SHAPES = [
+    {"layers": 1, "d_model": 32, "heads": 2, "kv_heads": 1, "head_dim": 16, "d_ff": 48},
+    {"layers": 3, "d_model": 64, "heads": 4, "kv_heads": 4, "head_dim": 8, "d_ff": 100, "tied": True},
+    {"layers": 2, "d_model": 40, "heads": 6, "kv_heads": 2, "head_dim": 12, "d_ff": 64, "qk_norm": True},
+    {"layers": 2, "d_model": 48, "heads": 3, "kv_heads": 1, "head_dim": 32, "d_ff": 20, "qkv_bias": True},
+    {"layers": 5, "d_model": 16, "heads": 8, "kv_heads": 2, "head_dim": 4, "d_ff": 96, "vocab": 300},
+]
+
+
+@pytest.mark.parametrize("sizes", SHAPES, ids=lambda sizes: f"{sizes['layers']} x {sizes['d_model']}")
+def test_flops_are_those_that_torch_counts_on_the_model(sizes: dict[str, Any]) -> None:
+    """Of a step with attention written out, which computes all pairs: the causal convention counts half of them."""
+    cfg, rows, length = ModelSection.model_validate({"vocab": 256, **sizes}), 2, 24
+    model, tokens = Transformer(cfg), torch.randint(256, (rows, length))
+    structure = document_structure(None, varlen=False).to(tokens.device, torch.float32)
+    in_place: Any = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}  # torch forgets this one
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter, sdpa_kernel(SDPBackend.MATH):
+        positions = torch.arange(length).expand(rows, length)
+        model(tokens, structure, positions, tokens).objective.backward()
+    assert counter.get_total_flops() == training_flops_per_token(cfg, length, "megatron") * tokens.numel()
+    of_all_pairs = training_flops_per_token(cfg, length, "megatron") - training_flops_per_token(cfg, length)
+    assert training_flops_per_token(cfg, length) - of_all_pairs == training_flops_per_token(cfg, 0)
