@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {  # command: (module:function, which takes argv and returns the exit status; one line of help)
+    "plan": ("minka.plan.command:main", "what a model counts and costs"),
     "data": ("minka.data.command:main", "turn documents into a token store"),
     "train": ("minka.train.command:main", "train a recipe or a run.toml, or resume a run"),
     "eval": ("minka.eval.command:main", "score a checkpoint of a run"),

@@ -31,6 +31,7 @@ GUIDES = (
     "checkpoints",
     "evaluation",
     "failures",
+    "plan",
     "report",
 )
 TABLES: dict[str, Any] = {name: field.annotation for name, field in RunConfig.model_fields.items() if name != "format"}

@@ -133,4 +133,5 @@ def test_the_bytes_of_a_block_follow_from_the_shape(extra: str) -> None:
     section = section.model_copy(update={extra: True} if extra else {})
     with torch.device("meta"):
         block = Block(section)
-    assert block_bytes([block], torch.bfloat16) == [2 * Shape.of(section).layer_parameters]
+    shape = Shape.of(section)
+    assert block_bytes([block], torch.bfloat16) == [2 * (shape.matrices(1) + shape.layer_vectors)]

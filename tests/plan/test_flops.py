@@ -2,7 +2,7 @@
 
 import csv
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -19,8 +19,11 @@ BIASES: dict[str, Literal["none", "qkv", "all"]] = {"no": "none", "qkv": "qkv", 
 
 def golden_shape(row: dict[str, str]) -> Shape:
     """A row of model_shapes.csv."""
+    sizes: dict[str, Any] = {
+        key: int(row[key]) for key in ("layers", "d_model", "heads", "kv_heads", "head_dim", "d_ff", "vocab")
+    }
     return Shape(
-        **{key: int(row[key]) for key in ("layers", "d_model", "heads", "kv_heads", "head_dim", "d_ff", "vocab")},
+        **sizes,
         tied=row["tied"] == "yes",
         biases=BIASES[row["qkv_bias"]],
         qk_norm=row["qk_norm"] == "per-head",
