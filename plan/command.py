@@ -13,6 +13,7 @@ HELP = """Plan a run, on a laptop, before anything is bought.
 \b
 minka plan model --recipe llama3-8b          weights, and FLOPs a token
 minka plan model --hf FOLDER --seq 8192      of any Hugging Face decoder
+minka plan memory llama3-8b --world 64 --gpu H100-SXM   what a rank holds
 minka plan explain training_flops_per_token.palm
 """
 
@@ -20,7 +21,12 @@ minka plan explain training_flops_per_token.palm
 def main(argv: Sequence[str]) -> int:
     """Run `minka plan`."""
     app = new_app(HELP)
+    for add in (_add_model, _add_memory, _add_explain):
+        add(app)
+    return run_app(app, argv, "minka plan")
 
+
+def _add_model(app: typer.Typer) -> None:
     @app.command()
     def model(
         shape: Annotated[
@@ -58,6 +64,28 @@ def main(argv: Sequence[str]) -> int:
             print_table(model_lines(found))
         return 0
 
+
+def _add_memory(app: typer.Typer) -> None:
+    @app.command()
+    def memory(
+        run: Annotated[str, typer.Argument(help="a recipe, run.toml or run folder")],
+        overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
+        world: Annotated[int, typer.Option(min=1, help="ranks")] = 1,
+        gpu: Annotated[str, typer.Option(help="a GPU's name, such as H100-SXM: does it fit?")] = "",
+        as_json: Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")] = False,
+    ) -> int:
+        """Bytes of a rank at its peak, by kind, and whether they fit. Of a pipeline: `minka train RUN --dry-run`."""
+        from minka.plan.memory_plan import memory_lines, memory_plan
+
+        found = memory_plan(run, overrides or [], world, gpu)
+        if as_json:
+            print_json(found)
+        else:
+            print_table(memory_lines(found))
+        return 0
+
+
+def _add_explain(app: typer.Typer) -> None:
     @app.command()
     def explain(
         key: Annotated[str, typer.Argument(help="a key of a plan's JSON; a key below another with a dot")],
@@ -72,5 +100,3 @@ def main(argv: Sequence[str]) -> int:
         else:
             print_table([[key, ""], *([f"  {name}", value] for name, value in found._asdict().items())])
         return 0
-
-    return run_app(app, argv, "minka plan")

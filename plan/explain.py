@@ -22,6 +22,16 @@ SOURCES: dict[str, str] = {
     "6n": "Kaplan et al., arXiv:2001.08361, section 2.1",
     "megatron": "Narayanan et al., arXiv:2104.04473, section 3.3",
 }
+TRACED = "within 3 % of the dry run, which traces the step itself (tests/train/test_memory_plan.py)"
+KINDS = {
+    "weights": "this rank's shards, 2 or 4 bytes an element",
+    "gradients": "whole ones that are added up, buffers they are reduced in, and reduced shards",
+    "optimizer": "two moments for each element of this rank's shards",
+    "activations": "saved for backward: all of a block, its products (selective), or its input (block)",
+    "gathered": "FSDP's whole weights, and what context and tensor groups gather",
+    "logits": "a chunk, in fp32 and in the compute dtype",
+    "workspace": "between two operations",
+}
 COUNTED = "counted; equal to the model that transformers builds, for every family that is read"
 SIZES = "L layers, d model width, h query heads, k key/value heads, e head width, f feed-forward width, V vocabulary"
 EXPLAINED: dict[str, Explanation] = {
@@ -37,6 +47,20 @@ EXPLAINED: dict[str, Explanation] = {
     "parameters_active": Explanation(
         "weights", "parameters less those of experts that a token is not sent to", f"{SIZES}, experts", COUNTED
     ),
+    **{
+        f"peak_bytes_by_kind.{kind}": Explanation("bytes", formula, "docs/plan.md", TRACED)
+        for kind, formula in KINDS.items()
+    },
+    "peak_bytes": Explanation("bytes", "the sum of peak_bytes_by_kind at the largest moment", "docs/plan.md", TRACED),
+    "moment": Explanation("name", "loss, head, backward or reduction", "all of them", TRACED),
+    "gpu_bytes": Explanation("bytes", "of the GPU's data sheet", "--gpu", "plan/hardware.py"),
+    "margin_bytes": Explanation(
+        "bytes",
+        "gpu_bytes - peak_bytes",
+        "both",
+        "what the context of CUDA, NCCL and holes between allocations may take: 2 to 6 GB",
+    ),
+    "fits": Explanation("true or false", "margin_bytes is at least 8 % of gpu_bytes", "both", "the same"),
     **{
         f"training_flops_per_token.{name}": Explanation(
             "FLOPs; a multiplication and an addition are two",

@@ -90,6 +90,12 @@ def test_a_config_that_is_none_is_named(content: str, tmp_path: Path, capsys: py
 
 def test_every_number_of_a_plan_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     found = planned(capsys, "model", "--recipe", "demo")
+    memory = planned(capsys, "memory", "llama3-8b", "--world", "8", "--gpu", "H100-SXM")
+    for key in memory["ranks"][0]["peak_bytes_by_kind"]:
+        assert explain(f"peak_bytes_by_kind.{key}")
+    for key in ("peak_bytes", "moment", "margin_bytes", "gpu_bytes", "fits"):
+        assert explain(key)
+        assert key in memory["ranks"][0] or key in memory
     numbers = [key for key in found if key not in ("shape", "seq_len", "uncounted", "trainable")]
     for key in numbers:
         for name in [f"{key}.{inner}" for inner in found[key]] if isinstance(found[key], dict) else [key]:
