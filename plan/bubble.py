@@ -1,0 +1,41 @@
+"""How long a pipeline's ranks wait for each other in a step, from how long their stages take."""
+
+from typing import NamedTuple
+
+from minka.plan.layout import Layout
+
+
+class Stage(NamedTuple):
+    """Seconds of one micro-batch in a stage. Backward is split where a schedule wants that."""
+
+    forward: float
+    inputs: float  # backward up to the gradient of its input, with what is computed again for it
+    weights: float  # the gradients of its weights
+
+    @property
+    def total(self) -> float:
+        """Seconds of all three."""
+        return self.forward + self.inputs + self.weights
+
+
+def busy_seconds(layout: Layout, stages: list[Stage]) -> list[float]:
+    """Return how long each rank of a pipeline works on one micro-batch, over all its stages."""
+    return [sum(stages[stage].total for stage in layout.stages_of_rank(rank)) for rank in range(layout.pipeline)]
+
+
+def bubble_seconds(layout: Layout, stages: list[Stage]) -> float:
+    """Return how long the busiest rank waits in a step: while the pipeline fills and while it drains.
+
+    GPipe and 1F1B: one pass through the stages of all other ranks (arXiv:2104.04473, section 2.2). Interleaved: through
+    one stage of each (the same). ZBV: arXiv:2401.10241, section 6; DualPipeV: the DualPipe repository; both as torch's
+    own order of the passes comes out (tests/plan/test_bubble.py), which has no overlap of forward and backward.
+    """
+    if layout.pipeline == 1:
+        return 0.0
+    busy = busy_seconds(layout, stages)
+    if not layout.splits_backward:
+        return (sum(busy) - max(busy)) / (len(stages) // layout.pipeline)
+    count = len(stages)
+    f, i, w = (sum(stage[part] for stage in stages) / count for part in range(3))
+    each = max(f, i, f + 2 * i - 3 * w) if layout.schedule == "zbv" else f + 2 * i - w
+    return (layout.pipeline - 1) * each

@@ -1,0 +1,125 @@
+"""The machine of a plan: a GPU of the table, or one that a TOML file describes, with its links and its host."""
+
+import difflib
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from minka.plan.errors import UserError
+from minka.plan.hardware import GPUS, NVL72, Gpu, find_gpu
+from minka.plan.rates import Rates, rates_of
+
+TEXTS = ("name", "source")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates of one device, and what connects it to the others."""
+
+    name: str
+    peak_tflops: float  # of dense products in the compute dtype, 1e12 FLOP/s
+    memory_gb: float  # 1e9 bytes
+    bandwidth_tb: float  # of its memory, 1e12 bytes/s
+    link_gb: float  # to each of its domain, 1e9 bytes/s each way
+    network_gb: float = 0.0  # to other domains, 1e9 bytes/s each way; 0 = there are none, or it is not known
+    domain: int = 8  # devices that the faster link connects
+    host_gpus: int = 8  # devices of a host
+    cores: int = 0  # of a host whose ranks share them, each rank using one; 0: a rank has its own device
+    source: str = ""
+    rates: Rates = Rates()
+
+    @property
+    def peak_flops(self) -> float:
+        """FLOP/s of dense products."""
+        return self.peak_tflops * 1e12
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of a device's memory."""
+        return round(self.memory_gb * 1e9)
+
+    def crowded(self, world: int) -> float:
+        """How much slower a rank computes because others share its cores."""
+        return max(1.0, min(world, self.host_gpus) / self.cores) if self.cores else 1.0
+
+
+def find_machine(name: str, where: str = "--gpu") -> Machine:
+    """Return the machine of a GPU's name or of a TOML file. Raises UserError, with the nearest names."""
+    if name.endswith(".toml"):
+        return read_machine(Path(name))
+    gpu = find_gpu(name)
+    if gpu is None:
+        known = [one.name for one in GPUS]
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known
+        remedy = f"known: {', '.join(near)}; or describe it in a file: {where} machine.toml"
+        raise UserError(f"no GPU {name!r} is known", where=where, remedy=remedy)
+    return machine_of(gpu)
+
+
+def machine_of(gpu: Gpu) -> Machine:
+    """Return a GPU of the table in hosts as its maker builds them."""
+    # Without NVLink the GPUs of a host still reach each other over PCIe.
+    domain = gpu.nvlink_domain if gpu.nvlink_domain == NVL72 else gpu.host_gpus
+    rates = (gpu.bf16_tflops, float(gpu.memory_gb), gpu.bandwidth_tb, gpu.link_gb, gpu.network_gb)
+    return Machine(gpu.name, *rates, domain=domain, host_gpus=gpu.host_gpus, source=gpu.source)
+
+
+def read_machine(path: Path) -> Machine:
+    """Return the machine that a file describes. Raises UserError for one that cannot be read or that lacks something."""
+    remedy = f"write the keys {', '.join(_needed())}; docs/plan.md shows a file"
+    try:
+        with path.open("rb") as file:
+            values = tomllib.load(file)
+    except OSError as error:
+        raise UserError("cannot read the machine", where=str(path), why=str(error), remedy=remedy) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError("this is not TOML", where=str(path), why=str(error), remedy=remedy) from error
+    return machine_from(values, str(path))
+
+
+def machine_from(values: Mapping[str, Any], where: str) -> Machine:
+    """Return the machine of a table of values. Raises UserError."""
+    known = [field.name for field in fields(Machine)]
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise UserError(f"unknown key {key!r}", where=where, remedy=remedy)
+        if key != "rates":
+            _check(key, value, where)
+    missing = [key for key in _needed() if key not in values]
+    if missing:
+        raise UserError(f"{', '.join(missing)} missing", where=where, remedy=f"add {missing[0]} = ...")
+    plain = {key: value for key, value in values.items() if key != "rates"}
+    return Machine(**plain, rates=rates_of(values.get("rates", {}), where))
+
+
+def _needed() -> list[str]:
+    return ["name", "peak_tflops", "memory_gb", "bandwidth_tb", "link_gb"]
+
+
+def _check(key: str, value: object, where: str) -> None:
+    if key in TEXTS:
+        if not isinstance(value, str):
+            raise UserError(f"{key}={value!r} is not a text", where=where, remedy=f'write {key} = "..."')
+        return
+    whole = key in ("domain", "host_gpus", "cores")
+    least = 0 if key in ("network_gb", "cores") else 1 if whole else 0
+    kind = int if whole else int | float
+    fine = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and value >= least
+    if not fine or (value == 0 and key not in ("network_gb", "cores")):
+        what = f"{key}={value!r} is not {'an integer' if whole else 'a number'} above 0"
+        raise UserError(what, where=where, remedy=f"the unit is in the key's name; write {key} = 8, for example")
+
+
+def machine_toml(machine: Machine) -> str:
+    """Return the file that read_machine reads."""
+    lines = ["# A machine for `minka plan --gpu FILE`: rates each way, 1e9 bytes/s (gb) and 1e12 (tb)."]
+    for field in fields(Machine):
+        value = getattr(machine, field.name)
+        if field.name != "rates":
+            lines.append(f'{field.name} = "{value}"' if isinstance(value, str) else f"{field.name} = {value!r}")
+    return "\n".join(lines) + "\n"

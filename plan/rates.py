@@ -1,0 +1,78 @@
+"""What share of a machine's rates a step reaches: tabulated with sources, or fitted to measured runs (calibrate.py)."""
+
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from minka.plan.errors import UserError
+
+# Shares of the peak that attention's forward and backward reach together, by kernel.
+ATTENTION_SHARE = {
+    "fa1": 0.175,  # half of FlashAttention-2's (arXiv:2307.08691, abstract: "around 2x")
+    "fa2": 0.35,  # of an H100 (arXiv:2407.08608, abstract)
+    "fa3": 0.55,  # cuDNN's too: 740 TFLOP/s forward in fp16, less in backward (arXiv:2407.08608, figure 5)
+}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Each share is of a rate on the data sheet. `calibrated_on` is empty for tabulated ones."""
+
+    matrix: float = 0.72  # large bf16 products on an H100 (NVIDIA's cuBLAS: 680 to 750 of 989 TFLOP/s)
+    attention: float = ATTENTION_SHARE["fa2"]
+    memory: float = 0.7  # of kernels that only move bytes, those of an optimizer too
+    link: float = 0.75  # bus bandwidth of NCCL between the GPUs of a host: 330 to 360 of 450 GB/s
+    network: float = 0.8
+    exposed: float = 0.3  # of collectives that could hide behind compute: they share multiprocessors and memory
+    layer_seconds: float = 0.0005  # launching a block's kernels, forward and backward, which a queue mostly hides
+    message_seconds: float = 0.00002  # of a collective or a message, whatever its size
+    calibrated_on: str = ""
+
+    def described(self) -> str:
+        """Return "calibrated on ..." or "not calibrated"."""
+        return f"calibrated on {self.calibrated_on}" if self.calibrated_on else "not calibrated"
+
+
+FITTED = tuple(field.name for field in fields(Rates) if field.name != "calibrated_on")
+SHARES = ("matrix", "attention", "memory", "link", "network", "exposed")
+
+
+def read_rates(path: Path) -> Rates:
+    """Return what `minka plan calibrate` wrote. Raises UserError."""
+    remedy = "give a file that `minka plan calibrate` wrote"
+    try:
+        with path.open("rb") as file:
+            values = tomllib.load(file)
+    except OSError as error:
+        raise UserError("cannot read the rates", where=str(path), why=str(error), remedy=remedy) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError("this is not TOML", where=str(path), why=str(error), remedy=remedy) from error
+    return rates_of(values.get("rates", values) if isinstance(values, Mapping) else {}, str(path))
+
+
+def rates_of(values: Mapping[str, Any], where: str) -> Rates:
+    """Return the rates of a table; those it lacks are tabulated ones. Raises UserError."""
+    if not isinstance(values, Mapping):
+        raise UserError("[rates] is not a table", where=where, remedy=f"give some of {', '.join(FITTED)}")
+    for key, value in values.items():
+        if key not in (*FITTED, "calibrated_on"):
+            raise UserError(f"unknown key {key!r}", where=where, remedy=f"known: {', '.join(FITTED)}, calibrated_on")
+        if key == "calibrated_on":
+            if not isinstance(value, str):
+                raise UserError(f"calibrated_on={value!r} is not a text", where=where, remedy="name the runs")
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or value < 0 or (value == 0 and key not in ("exposed", "layer_seconds", "message_seconds")):
+            raise UserError(f"{key}={value!r} is not a number above 0", where=where, remedy="measure it again")
+    return replace(Rates(), **values)
+
+
+def rates_toml(rates: Rates) -> str:
+    """Return the file that read_rates reads."""
+    lines = ["# Shares of the data sheet's rates that measured steps reach; written by `minka plan calibrate`.", "[rates]"]
+    for key, value in asdict(rates).items():
+        lines.append(f'{key} = "{value}"' if isinstance(value, str) else f"{key} = {value:.6g}")
+    return "\n".join(lines) + "\n"
