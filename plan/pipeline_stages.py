@@ -1,6 +1,7 @@
 """Which layers a pipeline's stages hold: balanced by cost, or as `layout.stages` says."""
 
-from functools import cache
+from functools import lru_cache
+from heapq import heapify, heapreplace
 
 from minka.plan.config_sections import ModelSection
 from minka.plan.flops import Shape
@@ -26,23 +27,19 @@ def costs(model: ModelSection) -> tuple[int, int]:
     return Shape.of(model).layer_matrices(1), model.vocab * model.d_model
 
 
+@lru_cache(maxsize=4096)
 def balanced(layers: int, stages: int, layer: int, end: int) -> tuple[int, ...]:
     """Return the layers of each stage, at least one, that make the most expensive stage cheapest.
 
-    Of equally good splits, it is the one with the smallest sum of squared costs.
+    Of equally good splits, it is the one with the smallest sum of squared costs, and then with fewer in front.
     """
-    at_end = [end * ((stage == 0) + (stage == stages - 1)) for stage in range(stages)]
-
-    @cache
-    def best(stage: int, left: int) -> tuple[int, int, tuple[int, ...]]:
-        """Return (largest cost, sum of squares, counts) of the stages from `stage` on, which share `left` layers."""
-        if stage == stages:
-            return 0, 0, ()
-        found = []
-        for count in range(1, left - (stages - stage - 1) + 1) if stage < stages - 1 else [left]:
-            cost = count * layer + at_end[stage]
-            largest, squares, counts = best(stage + 1, left - count)
-            found.append((max(cost, largest), squares + cost * cost, (count, *counts)))
-        return min(found)  # there is one: stages <= layers (plan/layout_rules.py)
-
-    return best(0, layers)[2]
+    left = layers - stages  # one each: stages <= layers (plan/layout_rules.py)
+    costs = [layer + end * ((stage == 0) + (stage == stages - 1)) for stage in range(stages)]
+    heap = [(cost, -stage) for stage, cost in enumerate(costs)]
+    heapify(heap)
+    counts = [1] * stages
+    for _ in range(left):  # each to the cheapest: no other split has a smaller largest cost, or smaller squares
+        cost, stage = heap[0]
+        counts[-stage] += 1
+        heapreplace(heap, (cost + layer, stage))
+    return tuple(counts)

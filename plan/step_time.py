@@ -2,9 +2,10 @@
 
 Each part is (work) / (rate of the data sheet x share of it that is reached); the shares are Rates, tabulated or fitted
 to measured runs. Collectives of FSDP may hide behind the compute they are next to; those of tensor and context groups
-never do, because the next operation needs them.
+do not, because the next operation needs them.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from minka.plan.bubble import Stage, bubble_seconds, busy_seconds
@@ -12,6 +13,7 @@ from minka.plan.collective_time import Group, message_seconds, passes_seconds
 from minka.plan.machine import Machine
 from minka.plan.step_work import (
     Job,
+    Part,
     Work,
     block_backward,
     block_forward,
@@ -39,112 +41,112 @@ class StepTime(NamedTuple):
         return sum(self.breakdown.values())
 
 
-def compute_seconds(work: Work, machine: Machine, world: int) -> dict[str, float]:
-    """Return the seconds of a pass by COMPUTE. On a GPU launches are hidden by a queue, up to what they cost more."""
-    rates, crowd = machine.rates, machine.crowded(world)
-    found = {
-        "matrix": crowd * work.matrix_flops / (machine.peak_flops * rates.matrix),
-        "attention": crowd * work.attention_flops / (machine.peak_flops * rates.attention),
-        "memory": crowd * work.moved_bytes / (machine.bandwidth_tb * 1e12 * rates.memory),
-    }
+class Pass(NamedTuple):
+    """Seconds of one pass over a micro-batch, by kind."""
+
+    matrix: float = 0.0
+    attention: float = 0.0
+    memory: float = 0.0
+    launch: float = 0.0
+    tensor: float = 0.0
+    context: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Seconds of all kinds."""
+        return sum(self)
+
+
+class Passes(NamedTuple):
+    """The passes of a block, and forward and backward of the model's ends."""
+
+    forward: Pass
+    backward: Pass
+    embedding: Pass
+    head: Pass
+
+
+def computing(work: Work, machine: Machine, crowd: float) -> Pass:
+    """Return the seconds of a pass without its waits. On a GPU a queue hides launches behind what was launched."""
+    rates = machine.rates
+    matrix = crowd * work.matrix_flops / (machine.peak_flops * rates.matrix)
+    attention = crowd * work.attention_flops / (machine.peak_flops * rates.attention)
+    memory = crowd * work.moved_bytes / (machine.bandwidth_tb * 1e12 * rates.memory)
     launch = crowd * work.layers * rates.layer_seconds
-    return found | {"launch": launch if machine.cores else max(0.0, launch - sum(found.values()))}
+    if not machine.cores:
+        launch = max(0.0, launch - matrix - attention - memory)
+    return Pass(matrix, attention, memory, launch)
+
+
+@lru_cache(maxsize=65536)
+def passes(part: Part, machine: Machine, crowd: float) -> Passes:
+    """Return the seconds of a part's passes; a search asks for the same ones again and again."""
+    hidden = part.tokens * part.shape.d_model * part.element_bytes
+    tensor = crowd * passes_seconds(machine, Group(part.tensor, 1), 4 * hidden, 4)
+    if part.tensor_overlaps:
+        tensor *= machine.rates.exposed
+    keys = 2 * part.micro_batch * part.seq_len * part.shape.kv_width // part.tensor * part.element_bytes
+    context = crowd * passes_seconds(machine, Group(part.context, part.tensor), keys, 1)
+    forward = computing(block_forward(part), machine, crowd)._replace(tensor=tensor, context=context)
+    backward = computing(block_backward(part).plus(recomputed(part)), machine, crowd)
+    if part.recompute != "none":  # hidden states are gathered twice and scattered once more, keys gathered once more
+        tensor, context = 1.75 * tensor, 2 * context
+    ends = (computing(work(part), machine, crowd) for work in (embedding_work, head_work))
+    return Passes(forward, backward._replace(tensor=tensor, context=context), *ends)
 
 
 def step_time(job: Job, machine: Machine) -> StepTime:
     """Return the time of one step. Raises UserError where the machine's description lacks a link that it needs."""
-    layout, m = job.layout, job.micro_batches
-    passes = _Passes(job, machine)
-    stages = [passes.stage(number) for number in range(len(job.stage_layers))]
+    layout, part, crowd = job.layout, job.part, machine.crowded(job.layout.world)
+    times = passes(part, machine, crowd)
+    payload = part.tokens * part.shape.d_model // part.tensor * part.element_bytes
+    message = crowd * message_seconds(machine, Group.of(layout, "pipeline"), payload)
+    stages = _stages(job, times, message)
     busy = busy_seconds(layout, stages)
-    rank = busy.index(max(busy))
-    held = layout.stages_of_rank(rank)
+    held = layout.stages_of_rank(busy.index(max(busy)))
+    layers, last = sum(job.stage_layers[number] for number in held), len(stages) - 1
     found = dict.fromkeys(KINDS, 0.0)
-    for number in held:
-        for kind, seconds in passes.by_kind(number).items():
-            found[kind] += m * seconds
+    ends = [*([times.embedding] * (0 in held)), *([times.head] * (last in held))]
+    for kind, forward, backward, *of_ends in zip(Pass._fields, times.forward, times.backward, *ends, strict=True):
+        found[kind] = job.micro_batches * (layers * (forward + backward) + sum(of_ends))
+    found["pipeline"] = job.micro_batches * message * sum((number > 0) + (number < last) for number in held)
     found["bubble"] = bubble_seconds(layout, stages)
-    layers = sum(job.stage_layers[number] for number in held)
-    ends = (0 in held) + (len(stages) - 1 in held)
-    weights = layers * block_weights(job) + end_weights(job) * (ends / 2 if len(stages) > 1 else 1)
+    weights = layers * block_weights(part) + end_weights(part) * (len(ends) / 2 if last else 1)
     forward = sum(stages[number].forward for number in held)
     backward = sum(stages[number].inputs + stages[number].weights for number in held)
     found["shard"], found["replicate"] = _data_parallel(job, machine, weights, layers, forward, backward)
-    ways = layout.shard * layout.context
-    moved = weights / ways * (job.update_bytes + 4)  # and the norm reads fp32 gradients
-    found["optimizer"] = machine.crowded(layout.world) * moved / (machine.bandwidth_tb * 1e12 * machine.rates.memory)
+    moved = weights / (layout.shard * layout.context) * (job.update_bytes + 4)  # the norm reads fp32 gradients
+    found["optimizer"] = crowd * moved / (machine.bandwidth_tb * 1e12 * machine.rates.memory)
     return StepTime(found)
 
 
-class _Passes:
-    """The passes of one micro-batch through a stage."""
-
-    def __init__(self, job: Job, machine: Machine) -> None:
-        self.job, self.machine, world = job, machine, job.layout.world
-        self.forward = compute_seconds(block_forward(job), machine, world)
-        self.backward = compute_seconds(block_backward(job).plus(recomputed(job)), machine, world)
-        self.first = compute_seconds(embedding_work(job), machine, world)
-        self.last = compute_seconds(head_work(job), machine, world)
-        self.waits = self._waits()
-
-    def _waits(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Seconds for which a block waits for its groups, forward and backward."""
-        job, layout, machine = self.job, self.job.layout, self.machine
-        hidden = job.tokens * job.shape.d_model * job.element_bytes
-        again = 0 if layout.recompute == "none" else 1
-        tensor = passes_seconds(machine, Group.of(layout, "tensor"), 4 * hidden, 4)
-        keys = 2 * layout.micro_batch * job.seq_len * job.shape.kv_width // layout.tensor * job.element_bytes
-        context = passes_seconds(machine, Group.of(layout, "context"), keys, 1)
-        crowd = machine.crowded(layout.world)
-        tensor, context = crowd * tensor, crowd * context
-        if job.tensor_overlaps:
-            tensor *= machine.rates.exposed
-        forward = {"tensor": tensor, "context": context}
-        # Recomputation gathers twice and scatters once more in a block (docs/numbers.md); keys once more.
-        return forward, {"tensor": tensor * (1 + 0.75 * again), "context": context * (1 + again)}
-
-    def _message(self) -> float:
-        job, layout = self.job, self.job.layout
-        payload = job.tokens * job.shape.d_model // layout.tensor * job.element_bytes
-        return self.machine.crowded(layout.world) * message_seconds(self.machine, Group.of(layout, "pipeline"), payload)
-
-    def by_kind(self, number: int) -> dict[str, float]:
-        """Seconds of a micro-batch in a stage, forward and backward."""
-        layers, stages = self.job.stage_layers[number], len(self.job.stage_layers)
-        found = {kind: layers * (self.forward[kind] + self.backward[kind]) for kind in COMPUTE}
-        for kind in ("tensor", "context"):
-            found[kind] = layers * (self.waits[0][kind] + self.waits[1][kind])
-        for there, work in ((number == 0, self.first), (number == stages - 1, self.last)):
-            for kind in COMPUTE:
-                found[kind] += work[kind] * there
-        messages = (number > 0) + (number < stages - 1)
-        return found | {"pipeline": 2 * messages / 2 * self._message()}
-
-    def stage(self, number: int) -> Stage:
-        """Seconds of a micro-batch in a stage, as a schedule sees them."""
-        layers, total = self.job.stage_layers[number], sum(self.by_kind(number).values())
-        forward = layers * (sum(self.forward.values()) + sum(self.waits[0].values()))
-        forward += sum(self.first.values()) * (number == 0)
-        forward += sum(self.last.values()) / 3 * (number == len(self.job.stage_layers) - 1)
-        weights = layers * self.backward["matrix"] / 2 if self.job.layout.recompute == "none" else 0.0
-        weights = layers * self.forward["matrix"] if self.job.layout.splits_backward else weights
-        return Stage(forward, total - forward - weights, weights)
+def _stages(job: Job, times: Passes, message: float) -> list[Stage]:
+    """Seconds of a micro-batch in each stage, as a schedule sees them."""
+    forward, backward, last = times.forward.total, times.backward.total, len(job.stage_layers) - 1
+    split = times.forward.matrix if job.layout.splits_backward else 0.0  # of a block: the gradients of its weights
+    found = []
+    for number, layers in enumerate(job.stage_layers):
+        there = layers * forward + message * (number > 0)
+        back = layers * (backward - split) + message * (number < last)
+        if number == 0:
+            there += times.embedding.total
+        if number == last:
+            there, back = there + times.head.total / 3, back + times.head.total * 2 / 3
+        found.append(Stage(there, back, layers * split))
+    return found
 
 
 def _data_parallel(
     job: Job, machine: Machine, weights: float, layers: int, forward: float, backward: float
 ) -> tuple[float, float]:
     """Return the seconds that a step waits for FSDP and for replicas. forward, backward: of one micro-batch."""
-    layout, m = job.layout, job.micro_batches
+    layout, m, crowd = job.layout, job.micro_batches, machine.crowded(job.layout.world)
     group = Group.of(layout, "shard", "context")
     calls = (job.units or layers) + 1
-    gather = passes_seconds(machine, group, weights * job.element_bytes, calls)
-    reduce = passes_seconds(machine, group, weights * job.reduce_bytes, calls)
-    replicas = Group.of(layout, "replicate")
+    gather = crowd * passes_seconds(machine, group, weights * job.part.element_bytes, calls)
+    reduce = crowd * passes_seconds(machine, group, weights * job.reduce_bytes, calls)
     share = weights * job.reduce_bytes / group.ranks
-    copies = passes_seconds(machine, replicas, share, calls, passes=2)
-    if machine.cores:
-        gather, reduce, copies = (machine.crowded(layout.world) * part for part in (gather, reduce, copies))
+    copies = crowd * passes_seconds(machine, Group.of(layout, "replicate"), share, calls, passes=2)
 
     def exposed(seconds: float, behind: float) -> float:
         """What a step waits for collectives next to `behind` seconds of compute; the first unit has nothing to hide."""

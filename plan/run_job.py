@@ -1,0 +1,57 @@
+"""The step of a run that a plan times: what its configuration and its layout make of it on a machine."""
+
+from minka.plan.config import RunConfig
+from minka.plan.errors import UserError
+from minka.plan.execution_choices import compute_dtype_name, frees_gathered_weights, fsdp_units
+from minka.plan.flops import Shape
+from minka.plan.layout import Layout, micro_batches
+from minka.plan.machine import Machine
+from minka.plan.pipeline_stages import stages_of
+from minka.plan.step_work import Job, Part, block_weights
+
+BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
+
+
+def after_warmup(config: RunConfig) -> RunConfig:
+    """Return the run without its batch warm-up."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"batch_warmup": ()})})
+
+
+def job_of(config: RunConfig, layout: Layout, machine: Machine) -> Job:
+    """Return a whole batch's step under a resolved layout. Raises UserError for DeepSpeed and offload."""
+    for key, value in (("engine", "deepspeed"), ("offload", "optimizer"), ("offload", "all")):
+        if getattr(layout, key) == value:
+            what, remedy = f"time under {key}={value!r} is not predicted", "run it, or set the default"
+            raise UserError(what, where=f"layout.{key}", why="what it does when is its own", remedy=remedy)
+    kind = "cpu" if machine.cores else "cuda"
+    precision = compute_dtype_name(layout, kind)
+    stored = config.optimizer
+    state = 8 if precision == "fp64" else 4
+    weights = 2 if stored.weights == "bf16" and state == 4 else state
+    moments = 2 if stored.moments == "bf16" and state == 4 else state
+    layers = tuple(len(stage) for stage in stages_of(layout, config.model))
+    asked = config.kernels.asked()
+    part = Part(
+        shape=Shape.of(config.model),
+        seq_len=config.data.seq_len,
+        tensor=layout.tensor,
+        context=layout.context,
+        micro_batch=layout.micro_batch,
+        recompute=layout.recompute,
+        fused=config.kernels.compile or (kind == "cuda" and "torch" not in (asked["rms_norm"], asked["swiglu"])),
+        element_bytes=BYTES[precision],
+    )
+    block = round(block_weights(part)) * part.element_bytes
+    held = max(sum(layers[stage] for stage in layout.stages_of_rank(rank)) for rank in range(layout.pipeline))
+    units = len(fsdp_units([block] * held))
+    return Job(
+        part=part,
+        layout=layout,
+        micro_batches=max(micro_batches(layout, config.data)),
+        stage_layers=layers,
+        freed=bool(units) and frees_gathered_weights(layout, block * held),
+        reduce_each=layout.reduce == "micro_batch",
+        reduce_bytes=max(4, part.element_bytes),
+        update_bytes=2 * weights + 4 * moments + 4 + (part.element_bytes if part.element_bytes < weights else 0),
+        units=units or 1,
+    )

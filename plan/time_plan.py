@@ -1,0 +1,144 @@
+"""`minka plan time`: how long a step and a run take on a machine, what they cost, and what that rests on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minka.plan.config import RunConfig
+from minka.plan.errors import UserError
+from minka.plan.flops import FORMULAS, training_flops_per_token
+from minka.plan.layout import Layout, micro_batches
+from minka.plan.load_config import load_run
+from minka.plan.machine import Machine, find_machine
+from minka.plan.rates import read_rates
+from minka.plan.run_job import after_warmup, job_of
+from minka.plan.step_time import KINDS, passes, step_time
+from minka.plan.step_work import Job, block_weights, end_weights
+
+DAY = 86_400
+HOST_BYTES = 20e9  # a second, from a GPU's memory to its host's: PCIe 4 x16, as measured by most
+
+
+class RunTime(NamedTuple):
+    """Seconds of a run."""
+
+    steps: int
+    training: float
+    saves: float
+    evaluations: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of all of it."""
+        return self.training + self.saves + self.evaluations
+
+
+def machine_for(gpu: str, rates: Path | None = None) -> Machine:
+    """Return a machine by name or file, with the rates of a calibration file. Raises UserError."""
+    machine = find_machine(gpu)
+    return replace(machine, rates=read_rates(rates)) if rates else machine
+
+
+def time_plan(
+    config: RunConfig, world: int, machine: Machine, dollars_per_hour: float | None = None
+) -> dict[str, Any]:
+    """Return what the JSON has. Raises UserError for a layout that is not legal on `world` ranks."""
+    layout = after_warmup(config).check(world)
+    job = job_of(after_warmup(config), layout, machine)
+    step = step_time(job, machine)
+    run = run_time(config, layout, machine)
+    per_second = config.data.batch_tokens / step.seconds
+    peak = machine.peak_flops * world
+    flops = {name: training_flops_per_token(config.model, config.data.seq_len, name) for name in FORMULAS}
+    hours = run.total / 3600 * world
+    return {
+        "world": world,
+        "gpu": machine.name,
+        "layout": layout.model_dump(mode="json"),
+        "micro_batches": job.micro_batches,
+        "step_seconds": step.seconds,
+        "breakdown_seconds": step.breakdown,
+        "tokens_per_second_per_gpu": per_second / world,
+        "mfu": {name: per_second * count / peak for name, count in flops.items()},
+        "steps": run.steps,
+        "save_seconds": run.saves,
+        "evaluation_seconds": run.evaluations,
+        "days": run.total / DAY,
+        "gpu_hours": hours,
+        "dollars": None if dollars_per_hour is None else hours * dollars_per_hour,
+        "calibrated": machine.rates.described(),
+    }
+
+
+def run_time(config: RunConfig, layout: Layout, machine: Machine) -> RunTime:
+    """Return how long all steps of a run take, its batch warm-up, saves and evaluations included."""
+    whole = job_of(after_warmup(config), layout, machine)
+    seconds, begun, consumed = 0.0, 0, 0
+    steps, tokens = config.end()
+    ends = [(stage.until_tokens, stage.batch_tokens) for stage in config.data.batch_warmup]
+    for until, batch in (*ends, (tokens, config.data.batch_tokens)):
+        count = min(steps - begun, max(0, -(-(min(until, tokens) - consumed) // batch)))
+        one = config.data.model_copy(update={"batch_tokens": batch, "batch_warmup": ()})
+        job = replace(whole, micro_batches=max(micro_batches(layout, one)))
+        seconds += count * step_time(job, machine).seconds
+        begun, consumed = begun + count, consumed + count * batch
+    return RunTime(steps, seconds, _saves(config, whole, steps), _evaluations(config, whole, machine, steps, tokens))
+
+
+def _saves(config: RunConfig, job: Job, steps: int) -> float:
+    """Seconds for which training waits: until its state lies in the host's memory."""
+    saves = 1 + (steps // config.checkpoint.every_steps if config.checkpoint.every_steps else 0)
+    layout = job.layout
+    held = sum(job.stage_layers) / layout.pipeline * block_weights(job.part) + end_weights(job.part)
+    return saves * held / (layout.shard * layout.context) * 12 / HOST_BYTES
+
+
+def _evaluations(config: RunConfig, job: Job, machine: Machine, steps: int, tokens: int) -> float:
+    """Seconds of the evaluations, each of `eval.max_documents` documents of a sequence."""
+    counts = [1]  # at the end
+    counts += [steps // config.eval.every_steps] if config.eval.every_steps else []
+    counts += [tokens // config.eval.every_tokens] if config.eval.every_tokens else []
+    documents = config.eval.max_documents
+    ways = job.layout.data_ways * job.layout.micro_batch
+    forward = passes(job.part, machine, machine.crowded(job.layout.world)).forward.total * job.part.shape.layers
+    return sum(counts) * -(-documents // ways) * forward
+
+
+def time_of_run(
+    run: str, overrides: Sequence[str], world: int, gpu: str, rates: Path | None, price: float | None
+) -> dict[str, Any]:
+    """Return the plan of a recipe, file or run. Raises UserError."""
+    if price is not None and not price >= 0:
+        raise UserError(f"a price of {price}", where="--dollars", remedy="give dollars a GPU-hour, such as 2.5")
+    return time_plan(load_run(run, overrides).config, world, machine_for(gpu, rates), price)
+
+
+def time_lines(found: Mapping[str, Any]) -> list[list[str]]:
+    """Return rows of a table for people."""
+    step = found["step_seconds"]
+    names = {"memory": "norms, activations, logits", "launch": "launches that are not hidden"}
+    names |= {"matrix": "matrix products", "bubble": "waiting for the pipeline", "optimizer": "update"}
+    axes = ("tensor", "context", "shard", "replicate", "pipeline")
+    names |= {axis: f"waiting for {axis} collectives" for axis in axes}
+    rows = [["a step", f"{step:.3g} s", f"{found['micro_batches']:,} micro-batches; {found['calibrated']}"]]
+    for kind in KINDS:
+        seconds = found["breakdown_seconds"][kind]
+        if seconds > 0.0005 * step:
+            rows.append([f"  {names.get(kind, kind)}", f"{seconds:.3g} s", f"{seconds / step:.1%}"])
+    rows.append(["tokens a second and GPU", f"{found['tokens_per_second_per_gpu']:,.0f}", found["gpu"]])
+    rows += [[f"MFU, {name}", f"{value:.1%}", FORMULAS[name]] for name, value in found["mfu"].items()]
+    rows.append(["the run", _duration(found["days"]), f"{found['steps']:,} steps"])
+    for key, name in (("save_seconds", "saves"), ("evaluation_seconds", "evaluations")):
+        share = found[key] / (found["days"] * DAY)
+        rows.append([f"  {name}", _duration(found[key] / DAY), f"{share:.1%}"])
+    cost = "" if found["dollars"] is None else f"${found['dollars']:,.0f}"
+    rows.append(["GPU-hours", f"{found['gpu_hours']:,.0f}", cost or "--dollars PRICE: dollars a GPU-hour"])
+    return rows
+
+
+def _duration(days: float) -> str:
+    for unit, size in (("days", 1.0), ("h", 24), ("min", 1440)):
+        if days * size >= 1:
+            return f"{days * size:,.1f} {unit}"
+    return f"{days * DAY:.1f} s"
