@@ -1,0 +1,178 @@
+"""All legal layouts of a run on a number of ranks, each with bounds that no exact prediction is below.
+
+A layout is a tuple of numbers until it is worth more: a large run has hundreds of thousands.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from typing import NamedTuple
+
+from minka.plan.collective_time import Group, passes_seconds
+from minka.plan.config import RunConfig
+from minka.plan.errors import UserError
+from minka.plan.layout import Layout, divisors
+from minka.plan.layout_rules import Asked, check_layout
+from minka.plan.machine import Machine
+from minka.plan.run_job import job_of
+from minka.plan.step_time import passes
+from minka.plan.step_work import block_weights
+
+LEAST_TOKENS = 256  # of a sequence on a context rank: shorter parts are all latency
+MOST_STAGES = 8  # a rank, of an interleaved schedule
+MOST_SEQUENCES = 64  # of a micro-batch
+RECOMPUTE = ("none", "selective", "block")
+
+
+class Cut(NamedTuple):
+    """The axes of a layout."""
+
+    pipeline: int
+    replicate: int
+    shard: int
+    context: int
+    tensor: int
+
+
+class Way(NamedTuple):
+    """How a cut is run."""
+
+    schedule: str
+    stages_per_rank: int
+    micro_batch: int
+    recompute: str
+    reshard: str
+    reduce: str
+
+
+class Candidate(NamedTuple):
+    """A legal layout. `seconds` is at most what its step takes."""
+
+    seconds: float
+    cut: Cut
+    way: Way
+
+    def layout(self, base: Layout) -> Layout:
+        """Return it as a layout, with what `base` says on all else."""
+        return base.model_copy(update={**self.cut._asdict(), **self.way._asdict(), "stages": ""})
+
+
+class Candidates:
+    """Goes through all of them. `searched` counts them, `pruned` those that are not worth a prediction, by reason."""
+
+    def __init__(self, config: RunConfig, world: int, machine: Machine, room: float) -> None:
+        self.config, self.world, self.machine, self.room = config, world, machine, room
+        self.sequences = config.data.batch_tokens // config.data.seq_len
+        self.searched, self.pruned = 0, Counter[str]()
+        self._bounds = cache(self._part_bounds)
+        self._verdict = cache(self._refusal)
+        self._transfers = cache(self._group_transfers)
+
+    def __iter__(self) -> Iterator[Candidate]:
+        model, world, data = self.config.model, self.world, self.config.data
+        tensors = divisors(model.heads, model.kv_heads, model.d_ff, model.vocab, world)
+        for tensor in [t for t in tensors if t <= self.machine.domain]:
+            for context in divisors(world // tensor):
+                if context > 1 and (data.seq_len % (2 * context) or data.seq_len // context < LEAST_TOKENS):
+                    continue
+                for pipeline in divisors(world // tensor // context):
+                    ways = world // tensor // context // pipeline
+                    if pipeline <= model.layers and ways <= self.sequences:
+                        for replicate in divisors(ways):
+                            yield from self._of_cut(Cut(pipeline, replicate, ways // replicate, context, tensor))
+
+    def _of_cut(self, cut: Cut) -> Iterator[Candidate]:
+        micro_batch, layers = 1, self.config.model.layers
+        ways = cut.replicate * cut.shard
+        while micro_batch <= MOST_SEQUENCES and micro_batch * ways <= self.sequences:
+            for schedule, stages in _schedules(cut.pipeline, layers):
+                for reduce in ("step", "micro_batch"):
+                    refused = self._verdict(cut._replace(replicate=1, shard=ways), schedule, stages, micro_batch, reduce)
+                    if refused:
+                        self.pruned[refused] += len(RECOMPUTE)
+                        continue
+                    for recompute in RECOMPUTE:
+                        way = Way(schedule, stages, micro_batch, recompute, "never", reduce)
+                        yield from self._bounded(cut, way)
+            micro_batch *= 2
+
+    def _bounded(self, cut: Cut, way: Way) -> Iterator[Candidate]:
+        """The candidates that may fit, with what their step takes at least."""
+        self.searched += 1
+        ways = cut.replicate * cut.shard
+        m = -(-self.sequences // (ways * way.micro_batch))
+        block, kept, weights = self._bounds(cut.tensor, cut.context, way.micro_batch, way.recompute)
+        layers = self.config.model.layers / cut.pipeline
+        held = layers * weights
+        state = held / (cut.shard * cut.context) * 12
+        if m > 1 and way.reduce == "step" and cut.shard * cut.context > 1:  # gradients are added up whole, in fp32
+            state += held * 4
+        # A first stage keeps as many micro-batches as there are ranks after it, or all.
+        kept *= layers * (m if way.schedule == "gpipe" else min(m, cut.pipeline))
+        freed = cut.shard * cut.context > 1 and not way.schedule.startswith(("zbv", "dual"))
+        for reshard in ("never", "always") if freed else ("never",):
+            whole = held * 2 if reshard == "never" and cut.shard * cut.context > 1 else 0
+            if state + kept + whole > self.room:
+                self.pruned["memory"] += 1
+                continue
+            rounds = m
+            if cut.pipeline > 1 and way.schedule not in ("zbv", "dualpipev"):
+                rounds += (cut.pipeline - 1) / (way.stages_per_rank or 1)
+            seconds = layers * (block[0] + block[1]) * rounds
+            times = (m if reshard == "always" else 1), (m if way.reduce == "micro_batch" else 1)
+            seconds += self._waits(cut, held, times, (layers * block[0], layers * block[1]))
+            yield Candidate(seconds, cut, way._replace(reshard=reshard))
+
+    def _waits(self, cut: Cut, held: float, times: tuple[int, int], behind: tuple[float, float]) -> float:
+        """Seconds that a step waits for FSDP at least: gathered so often for forward and backward, reduced so often."""
+        if cut.shard * cut.context == 1:
+            return 0.0
+        gather, reduce = self._transfers(cut.shard * cut.context, cut.tensor, held)
+        exposed = self.machine.rates.exposed
+
+        def waited(seconds: float, hidden: float) -> float:
+            return max(0.0, seconds - hidden) + exposed * min(seconds, hidden)
+
+        found = times[0] * waited(gather, behind[0]) + times[1] * waited(reduce, behind[1])
+        return found + (times[0] * waited(gather, behind[1]) if times[0] > 1 else 0.0)
+
+    def _group_transfers(self, ranks: int, stride: int, held: float) -> tuple[float, float]:
+        """Seconds to gather a rank's weights, and to reduce their gradients."""
+        group = Group(ranks, stride)
+        crowd = self.machine.crowded(self.world)
+        gather, reduce = (crowd * passes_seconds(self.machine, group, held * size, 1) for size in (2, 4))
+        return gather, reduce
+
+    def _part_bounds(
+        self, tensor: int, context: int, micro_batch: int, recompute: str
+    ) -> tuple[tuple[float, float], float, float]:
+        """Return a block's seconds forward and backward, what it keeps for backward at least (bytes), its weights."""
+        axes = {"tensor": tensor, "context": context, "micro_batch": micro_batch, "recompute": recompute}
+        layout = self.config.layout.model_copy(update={**axes, "shard": 1, "replicate": 1, "pipeline": 1})
+        part = job_of(self.config, layout, self.machine).part
+        times = passes(part, self.machine, self.machine.crowded(self.world))
+        width = part.shape.d_model / tensor
+        if recompute != "block":
+            width += (2 * part.shape.query_width + 2 * part.shape.kv_width + 2 * part.shape.d_ff) / tensor
+        kept = part.tokens * width * part.element_bytes
+        return (times.forward.total, times.backward.total), kept, block_weights(part)
+
+    def _refusal(self, cut: Cut, schedule: str, stages: int, micro_batch: int, reduce: str) -> str:
+        """Why a layout is not legal; empty where it is. FSDP against replicas plays no part."""
+        way = Way(schedule, stages, micro_batch, "none", "never", reduce)
+        layout = Candidate(0.0, cut, way).layout(self.config.layout)
+        asked = Asked(layout, self.config.model, self.config.data, self.config.kernels, self.config.optimizer)
+        try:
+            check_layout(asked)
+        except UserError as error:
+            return f"not legal: {error.where}"
+        return ""
+
+
+@cache
+def _schedules(pipeline: int, layers: int) -> list[tuple[str, int]]:
+    if pipeline == 1:
+        return [("1f1b", 0)]
+    many = [("interleaved", v) for v in range(2, MOST_STAGES + 1) if v * pipeline <= layers]
+    both = [("zbv", 0), ("dualpipev", 0)] if 2 * pipeline <= layers else []
+    return [("1f1b", 0), ("gpipe", 0), *many, *both]

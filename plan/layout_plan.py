@@ -1,0 +1,152 @@
+"""`minka plan layout`: the fastest layouts that fit, why the first one wins, and the benchmark that would decide."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from shlex import join
+from typing import Any
+
+from minka.plan.config import RunConfig
+from minka.plan.errors import UserError
+from minka.plan.flops import training_flops_per_token
+from minka.plan.layout import AXES, Layout
+from minka.plan.layout_search import MARGIN, Found, search
+from minka.plan.load_config import load_run
+from minka.plan.machine import Machine
+from minka.plan.memory import predict_memory
+from minka.plan.run_job import after_warmup, job_of
+from minka.plan.step_time import KINDS, StepTime, step_time
+from minka.plan.time_plan import machine_for
+
+KEYS = ("micro_batch", "schedule", "stages_per_rank", "recompute", "reshard", "reduce")  # next to AXES
+CLOSE = 0.05  # of the winner's time: a short benchmark decides between these
+BENCHMARK = ["run.max_steps=20", "run.max_tokens=none", "schedule.warmup=0", "checkpoint.every_steps=0"]
+BENCHMARK += ["checkpoint.export=false", "eval.every_steps=0", "eval.max_documents=1"]
+
+
+def layout_plan(
+    run: str, overrides: Sequence[str], world: int, gpu: str, rates: Path | None = None, top: int = 5
+) -> dict[str, Any]:
+    """Return what the JSON has. Raises UserError where nothing fits."""
+    config, machine = load_run(run, overrides).config, machine_for(gpu, rates)
+    found = search(config, world, machine, top, peak_bytes)
+    best = found.found[0]
+    layouts = [_as_dict(config, one, machine) for one in found.found]
+    close = [one for one in found.found if one.time.seconds <= best.time.seconds * (1 + CLOSE)]
+    return {
+        "world": world,
+        "gpu": machine.name,
+        "layouts": layouts,
+        "searched": found.searched,
+        "pruned": found.pruned,
+        "why": _why(found.found),
+        "neighbours": neighbours(after_warmup(config), best, machine),
+        "benchmark": [_command(run, overrides, one.layout) for one in close] if len(close) > 1 else [],
+        "calibrated": machine.rates.described(),
+    }
+
+
+def peak_bytes(config: RunConfig, world: int) -> int:
+    """Return the largest peak of any rank."""
+    return max(rank.total for rank in predict_memory(config, world))
+
+
+def _as_dict(config: RunConfig, one: Found, machine: Machine) -> dict[str, Any]:
+    per_second = config.data.batch_tokens / one.time.seconds
+    flops = training_flops_per_token(config.model, config.data.seq_len)
+    return {
+        "layout": one.layout.model_dump(mode="json"),
+        "overrides": overrides_of(one.layout),
+        "step_seconds": one.time.seconds,
+        "breakdown_seconds": one.time.breakdown,
+        "peak_bytes": one.peak_bytes,
+        "mfu": per_second * flops / (machine.peak_flops * one.layout.world),
+    }
+
+
+def overrides_of(layout: Layout) -> list[str]:
+    """Return the layout as overrides of a run, without what is the default."""
+    default = Layout()
+    keys = [key for key in (*AXES, *KEYS) if getattr(layout, key) != getattr(default, key) or key == "shard"]
+    return [f"layout.{key}={getattr(layout, key)}" for key in keys]
+
+
+def _why(found: Sequence[Found]) -> str:
+    """Return what the first layout saves against the second, and what it pays for that."""
+    if len(found) < 2:
+        return "no other layout fits"
+    best, other = found[0].time, found[1].time
+    gains = {kind: other.breakdown[kind] - best.breakdown[kind] for kind in KINDS}
+    threshold = 0.001 * best.seconds
+    saves = [f"{gains[kind]:.3g} s of {kind}" for kind in sorted(KINDS, key=lambda k: -gains[k]) if gains[kind] > threshold]
+    pays = [f"{-gains[kind]:.3g} s of {kind}" for kind in sorted(KINDS, key=gains.__getitem__) if -gains[kind] > threshold]
+    return f"against the second: saves {_listed(saves)}, pays {_listed(pays)}"
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return ", ".join(parts[:3]) or "nothing"
+
+
+def neighbours(config: RunConfig, best: Found, machine: Machine) -> list[dict[str, Any]]:
+    """Return what each single change of the best layout would cost: its time and memory, or why it is not legal."""
+    world, rows = best.layout.world, []
+    for change in _changes(best.layout):
+        layout = best.layout.model_copy(update={**change, "shard": 0, "stages": ""})
+        row: dict[str, Any] = {"change": change, "step_seconds": None, "peak_bytes": None, "fits": None, "refused": None}
+        try:
+            there = config.model_copy(update={"layout": layout})
+            layout = there.check(world)
+            row["step_seconds"] = step_time(job_of(there, layout, machine), machine).seconds
+            row["peak_bytes"] = peak_bytes(there, world)
+            row["fits"] = row["peak_bytes"] <= (1 - MARGIN) * machine.memory_bytes
+        except UserError as error:
+            row["refused"] = error.what
+        rows.append(row)
+    return rows
+
+
+def _changes(layout: Layout) -> list[dict[str, Any]]:
+    """Return changes of one setting: an axis doubled or halved at the cost of shard, and each other choice."""
+    changes: list[dict[str, Any]] = []
+    for key in ("tensor", "context", "pipeline", "replicate", "micro_batch"):
+        value = getattr(layout, key)
+        changes += [{key: value * 2}, *([{key: value // 2}] if value > 1 and value % 2 == 0 else [])]
+    for key, values in (("recompute", ("none", "selective", "block")), ("reshard", ("always", "never"))):
+        changes += [{key: value} for value in values if value != getattr(layout, key)]
+    if layout.pipeline > 1:
+        schedules = ("gpipe", "1f1b", "interleaved", "zbv", "dualpipev")
+        changes += [{"schedule": name, "stages_per_rank": 0} for name in schedules if name != layout.schedule]
+    return changes
+
+
+def _command(run: str, overrides: Sequence[str], layout: Layout) -> str:
+    return join(["minka", "train", run, *overrides, *overrides_of(layout), *BENCHMARK, "run.name=benchmark"])
+
+
+def layout_lines(found: Mapping[str, Any]) -> list[list[str]]:
+    """Return rows of a table for people."""
+    rows = [["layout", "step", "memory", "MFU", "settings"]]
+    for number, one in enumerate(found["layouts"], 1):
+        words = " ".join(word.removeprefix("layout.") for word in one["overrides"])
+        size = f"{one['peak_bytes'] / 2**30:.1f} GiB"
+        rows.append([f"{number}", f"{one['step_seconds']:.3g} s", size, f"{one['mfu']:.1%}", words])
+    first = found["layouts"][0]["step_seconds"]
+    rows.append(["change of 1", "step", "memory", "", ""])
+    for row in found["neighbours"]:
+        name = ", ".join(f"{key}={value}" for key, value in row["change"].items() if value)
+        if row["refused"]:
+            rows.append([f"  {name}", "-", "-", "", f"not legal: {row['refused']}"])
+            continue
+        fits = "" if row["fits"] else "does not fit"
+        change = f"{row['step_seconds'] / first - 1:+.1%}"
+        rows.append([f"  {name}", change, f"{row['peak_bytes'] / 2**30:.1f} GiB", "", fits])
+    return rows
+
+
+def layout_notes(found: Mapping[str, Any]) -> list[str]:
+    """Return the lines below the table: why the first one wins, what was left out, and the benchmark."""
+    pruned = ", ".join(f"{count:,} {reason}" for reason, count in found["pruned"].items()) or "none"
+    lines = [f"{found['searched']:,} legal layouts on {found['world']:,} {found['gpu']}; left out: {pruned}"]
+    lines += [found["why"], f"times are {found['calibrated']}"]
+    if found["benchmark"]:
+        lines += ["these are within 5 %; twenty steps of each would decide:", *found["benchmark"]]
+    return lines

@@ -1,0 +1,98 @@
+"""The fastest layouts that fit: all legal ones, in the order of what their step takes at least, until enough are found.
+
+A candidate comes up first with a bound, then with its predicted time, then with its predicted memory; whatever comes up
+next is the fastest of those that are left. So the answer is that of predicting every layout.
+"""
+
+import heapq
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from minka.plan.config import RunConfig
+from minka.plan.errors import UserError
+from minka.plan.layout import Layout
+from minka.plan.layout_candidates import Candidate, Candidates
+from minka.plan.machine import Machine
+from minka.plan.run_job import after_warmup, job_of
+from minka.plan.step_time import StepTime, step_time
+
+MARGIN = 0.08  # of a GPU's memory: CUDA's context, NCCL's buffers, holes between allocations
+MOST_CHECKS = 4000  # predictions of memory, before a search gives up
+
+
+class Found(NamedTuple):
+    """A layout that fits."""
+
+    layout: Layout
+    time: StepTime
+    peak_bytes: int
+
+
+class Search(NamedTuple):
+    """What a search found, and what it went through."""
+
+    found: list[Found]
+    searched: int
+    pruned: dict[str, int]
+
+
+Peak = Callable[[RunConfig, int], int]
+
+
+def search(config: RunConfig, world: int, machine: Machine, top: int, peak: Peak) -> Search:
+    """Return the `top` fastest layouts that fit. `peak` predicts a run's largest peak in bytes on `world` ranks.
+
+    Raises UserError where no legal layout fits.
+    """
+    config = after_warmup(config)
+    room = (1 - MARGIN) * machine.memory_bytes
+    asked = Candidates(config, world, machine, room)
+    found: list[Found] = []
+    checks = slower = 0
+    seen: set[tuple[object, ...]] = set()
+    for candidate, time in _in_order(config, machine, asked):
+        if len(found) == top:
+            slower += 1
+            break
+        key = (candidate.cut, candidate.way._replace(reduce="step"), round(time.seconds, 9))
+        if key in seen:  # the same step: with one micro-batch, when gradients are reduced is no question
+            continue
+        layout = candidate.layout(config.layout)
+        checks += 1
+        size = peak(config.model_copy(update={"layout": layout}), world)
+        if size > room:
+            asked.pruned["memory"] += 1
+        else:
+            seen.add(key)
+            found.append(Found(layout, time, size))
+        if checks >= MOST_CHECKS:
+            break
+    if not found:
+        raise _nothing_fits(config, world, machine)
+    return Search(found, asked.searched, dict(sorted(asked.pruned.items())))
+
+
+def _in_order(config: RunConfig, machine: Machine, asked: Candidates) -> Iterator[tuple[Candidate, StepTime]]:
+    """Yield candidates by rising predicted time."""
+    heap: list[tuple[float, int, Candidate, StepTime | None]] = []
+    for number, candidate in enumerate(asked):
+        heap.append((candidate.seconds, number, candidate, None))
+    heapq.heapify(heap)
+    while heap:
+        _, number, candidate, time = heap[0]
+        if time is None:
+            exact = step_time(job_of(config, candidate.layout(config.layout), machine), machine)
+            heapq.heapreplace(heap, (exact.seconds, number, candidate, exact))
+        else:
+            heapq.heappop(heap)
+            yield candidate, time
+
+
+def _nothing_fits(config: RunConfig, world: int, machine: Machine) -> UserError:
+    return UserError(
+        f"no legal layout of {config.run.name} on {world:,} {machine.name} fits",
+        where="minka plan layout",
+        why=f"each would hold more than {1 - MARGIN:.0%} of {machine.memory_gb:,.0f} GB on some rank",
+        remedy="give more ranks (--world), a GPU with more memory, a shorter data.seq_len, or "
+        "optimizer.weights=bf16 optimizer.moments=bf16",
+    )
