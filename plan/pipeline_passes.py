@@ -1,0 +1,147 @@
+"""The order in which a pipeline coordinate runs its passes: that of torch.distributed.pipelining's schedules.
+
+tests/plan/test_pipeline_passes.py compares the two.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
+
+from minka.plan.layout import Layout
+
+Kind = Literal["forward", "backward", "backward_inputs", "backward_weights", "reduce"]
+
+
+class Pass(NamedTuple):
+    """One pass of a stage; those of a kind take its micro-batches in order. "reduce" follows the last one."""
+
+    kind: Kind
+    stage: int
+
+
+def passes(layout: Layout, coordinate: int, count: int) -> list[Pass]:
+    """Return the passes at a pipeline coordinate in a step of `count` micro-batches."""
+    order = ORDERS[layout.schedule](layout, coordinate, count)
+    ends = Counter[int]()
+    found = []
+    for one in order:
+        found.append(one)
+        if one.kind in ("backward", "backward_weights"):
+            ends[one.stage] += 1
+            if ends[one.stage] == count:
+                found.append(Pass("reduce", one.stage))
+    return found
+
+
+def _gpipe(layout: Layout, coordinate: int, count: int) -> Iterator[Pass]:
+    yield from [Pass("forward", coordinate)] * count
+    yield from [Pass("backward", coordinate)] * count
+
+
+def _one_forward_one_backward(layout: Layout, coordinate: int, count: int) -> Iterator[Pass]:
+    ahead = min(count, layout.pipeline - coordinate)
+    forward, backward = Pass("forward", coordinate), Pass("backward", coordinate)
+    yield from [forward] * ahead
+    yield from [backward, forward] * (count - ahead)
+    yield from [backward] * ahead
+
+
+def _interleaved(layout: Layout, coordinate: int, count: int) -> Iterator[Pass]:
+    """Rounds of as many micro-batches as ranks, through one stage after the other."""
+    stages = layout.stages_of_rank(coordinate)
+    at_once = count // max(1, count // layout.pipeline)
+    whole = len(stages) * count
+    ahead = min((len(stages) - 1) * at_once + 2 * (layout.pipeline - 1 - coordinate), whole)
+    forwards = [Pass("forward", stages[step // at_once % len(stages)]) for step in range(whole)]
+    backwards = [Pass("backward", stages[-1 - step // at_once % len(stages)]) for step in range(whole)]
+    yield from forwards[:ahead]
+    for forward, backward in zip(forwards[ahead:], backwards, strict=False):
+        yield from (forward, backward)
+    yield from backwards[whole - ahead :]
+
+
+def _zero_bubble(layout: Layout, coordinate: int, count: int) -> Iterator[Pass]:
+    """Of at least 2p - 1 micro-batches; those that a step does not have are left out."""
+    p, (down, up) = layout.pipeline, layout.stages_of_rank(coordinate)
+    done = Counter[Pass]()
+
+    def run(kind: Kind, stage: int) -> Iterator[Pass]:
+        one = Pass(kind, stage)
+        done[one] += 1
+        if done[one] <= count:
+            yield one
+
+    def both(stage: int) -> Iterator[Pass]:
+        yield from run("backward_inputs", stage)
+        yield from run("backward_weights", stage)
+
+    most, ahead, seen = max(2 * p - 1, count), 2 * (p - coordinate) - 1 + coordinate, coordinate + p - coordinate
+    for _ in range(2 * (p - coordinate) - 1):
+        yield from run("forward", down)
+    for _ in range(coordinate):
+        yield from run("forward", up)
+        yield from run("forward", down)
+    for _ in range(p - coordinate):
+        yield from run("forward", up)
+        yield from both(up)
+    while seen < ahead or ahead < most:
+        if ahead < most:
+            yield from run("forward", down)
+            ahead += 1
+        yield from both(down)
+        yield from run("forward", up)
+        yield from both(up)
+        seen += 1
+    for _ in range(coordinate):
+        yield from run("backward_inputs", down)
+        yield from run("backward_inputs", up)
+    for _ in range(p - coordinate):
+        yield from both(down)
+    for _ in range(coordinate):
+        yield from run("backward_weights", up)
+    for _ in range(coordinate):
+        yield from run("backward_weights", down)
+
+
+def _dual_pipe_v(layout: Layout, coordinate: int, count: int) -> Iterator[Pass]:
+    """Weights' gradients wait in a queue while the pipeline fills and drains."""
+    p, (down, up) = layout.pipeline, layout.stages_of_rank(coordinate)
+    waiting = deque[int]()
+
+    def inputs(stage: int) -> Pass:
+        waiting.append(stage)
+        return Pass("backward_inputs", stage)
+
+    def weights() -> list[Pass]:
+        return [Pass("backward_weights", waiting.popleft())] if waiting else []
+
+    yield from [Pass("forward", down)] * (2 * (p - 1 - coordinate))
+    yield from [Pass("forward", down), Pass("forward", up)] * (coordinate + 1)
+    for _ in range(p - 1 - coordinate):
+        yield inputs(up)
+        yield from weights()
+        yield Pass("forward", up)
+    steady = [Pass("forward", down), Pass("backward", up), Pass("forward", up), Pass("backward", down)]
+    yield from steady * (count - 2 * p + coordinate + 1)
+    yield from steady[1:] * (p - 1 - coordinate)
+    split = False
+    for step in range(coordinate + 1):
+        half = step == (coordinate + 1) // 2
+        split |= half and coordinate % 2 == 1
+        yield inputs(up) if split else Pass("backward", up)
+        split |= half and coordinate % 2 == 0
+        yield inputs(down) if split else Pass("backward", down)
+    for _ in range(p - 1 - coordinate):
+        yield from weights()
+        yield inputs(down) if split else Pass("backward", down)
+    for _ in range(coordinate + 1):
+        yield from weights()
+
+
+ORDERS: dict[str, Callable[[Layout, int, int], Iterator[Pass]]] = {
+    "gpipe": _gpipe,
+    "1f1b": _one_forward_one_backward,
+    "interleaved": _interleaved,
+    "zbv": _zero_bubble,
+    "dualpipev": _dual_pipe_v,
+}
