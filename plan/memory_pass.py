@@ -22,7 +22,8 @@ class State(NamedTuple):
 
     gathered: bool = False  # FSDP's whole weights of its blocks
     rooted: bool = False  # and of the rest
-    gradients: bool = False  # it has some
+    gradients: bool = False  # its blocks have some
+    ends: bool = False  # embedding and head have
     waiting: bool = False  # those of the head from a split backward, which are added up in the next pass
 
 
@@ -85,14 +86,17 @@ class StagePasses:
             found.update(workspace=b.hidden)
         return found
 
+    def _freed(self) -> Counter[str]:
+        """What backward takes away again. A schedule of several stages keeps what it sent."""
+        sent = self.block.hidden if self.several and not self.last and not self.local_out else 0
+        return _add(Counter({kind: -size for kind, size in self._saved().items()}), workspace=sent)
+
     def _forward(self, state: State) -> tuple[Change, State]:
         b, s = self.block, self.stage
         gathers, blocks = self._gathering(state), (s.size - s.root) * b.c if b.fsdp else 0
         most = _add(self._saved(), gathered=gathers)
         frees = 0 if s.kept else blocks
         after = _add(most, gathered=-frees)
-        if self.several and not self.last and not self.local_out:
-            after = _add(after)
         hidden = b.tokens * b.d * b.c
         moments = {}
         if self.last:
@@ -115,6 +119,12 @@ class StagePasses:
             )
         return Change(moments, after), state._replace(gathered=s.kept, rooted=True)
 
+    def _new_gradients(self, state: State) -> int:
+        """Bytes of whole gradients that a pass from this state makes, in the dtype in which they are added up."""
+        b, s = self.block, self.stage
+        size = (0 if state.gradients else s.size - s.ends) + (0 if state.ends else s.ends)
+        return size * (b.g if b.fsdp else b.w) - s.ends * b.c * state.waiting
+
     def _input_gradient(self, state: State) -> int:
         """Bytes of what is sent back, kept until the end of the step; by 1F1B until the next one."""
         if self.first or self.local_in or (self.layout.schedule == "1f1b" and state.gradients):
@@ -124,9 +134,9 @@ class StagePasses:
     def _backward(self, state: State) -> tuple[Change, State]:
         b, s = self.block, self.stage
         hidden, matrix = b.tokens * b.d * b.c, s.matrix
-        gathers, saved = self._gathering(state), self._saved()
-        added = 0 if state.gradients else s.size * (b.g if b.fsdp else b.w)
-        after = Counter({kind: -size for kind, size in saved.items()})
+        gathers = self._gathering(state)
+        added = self._new_gradients(state)
+        after = self._freed()
         after = _add(after, gradients=added, gathered=gathers, workspace=self._input_gradient(state))
         moments, own_head, head = {}, 0, 0
         if self.last:
@@ -134,7 +144,7 @@ class StagePasses:
             own_head = matrix * b.c if self.rounds or not state.gradients else 0
             moments["head"] = Counter(gradients=matrix * b.c * (b.c < b.g), workspace=matrix * b.g + hidden)
         moments["backward"] = Counter(
-            gradients=b.hidden + b.d * b.f * b.c + own_head - head,
+            gradients=b.hidden * self.last + b.d * b.f * b.c + own_head - head,
             activations=b.recomputed() - b.tokens * b.f * b.c,
             gathered=min(gathers, 2 * s.unit_bytes),
             workspace=4 * b.tokens * b.f * b.c + hidden,
@@ -144,7 +154,7 @@ class StagePasses:
         if self.first:
             whole = matrix * b.c if self.rounds or state.gradients else 0
             moments["embedding"] = _add(after, gradients=whole, workspace=2 * b.hidden)
-        return Change(moments, after), State(gathered=True, rooted=True, gradients=True)
+        return Change(moments, after), State(gathered=True, rooted=True, gradients=True, ends=True)
 
     def _kept_gradients(self) -> int:
         """Of a block's and the last norm's outputs, from the pass over inputs to that over weights."""
@@ -157,29 +167,26 @@ class StagePasses:
         if self.first:
             return Change({"backward": Counter()}, Counter()), state
         hidden = b.tokens * b.d * b.c
-        added = s.ends * ((b.g if not state.gradients else 0) - b.c) if state.waiting else 0
+        ended = state._replace(waiting=False, ends=state.ends or state.waiting)
+        added = self._new_gradients(state) - self._new_gradients(ended)
         after = Counter(workspace=self._kept_gradients() + self._input_gradient(state), gradients=added)
         moments = {"backward": _add(after, workspace=2 * b.tokens * b.f * b.c)}
         if self.last:
             moments["head"] = Counter(workspace=s.matrix * (b.g + b.c * (b.c < b.g)) + hidden)
-        return Change(moments, after), state._replace(waiting=False, gradients=state.gradients or state.waiting)
+        return Change(moments, after), ended
 
     def _backward_weights(self, state: State) -> tuple[Change, State]:
         b, s = self.block, self.stage
-        after = Counter({kind: -size for kind, size in self._saved().items()})
-        added = 0 if state.gradients else (s.size - s.ends) * (b.g if b.fsdp else b.w)
+        after = self._freed()
         waits = self.rounds and self.last
-        if waits:
-            added += s.ends * b.c
-        elif not state.gradients:
-            added += s.ends * (b.g if b.fsdp else b.w)
+        added = self._new_gradients(state._replace(ends=True) if waits else state) + s.ends * b.c * waits
         after = _add(after, gradients=added, workspace=-self._kept_gradients())
         moments = {"weights": Counter(gradients=max(added, 0) + b.d * b.f * b.c)}
         if self.last:
             moments["head"] = Counter(
                 gradients=s.matrix * b.c * (b.c < b.g), workspace=s.matrix * b.g + b.tokens * b.d * b.c
             )
-        return Change(moments, after), state._replace(waiting=waits, gradients=state.gradients or not waits)
+        return Change(moments, after), state._replace(waiting=waits, gradients=True, ends=state.ends or not waits)
 
     def _reduce(self, state: State) -> Change:
         """Of embedding and head first, then unit by unit."""
