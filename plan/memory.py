@@ -95,7 +95,7 @@ def _moments(s: Stage, micro_batch_count: int) -> Iterator[tuple[str, dict[str, 
     back = {
         "gradients": accumulated + b.hidden + own_head + b.d * b.f * c,
         "activations": s.layers * saved + b.recomputed() + shared - b.tokens * b.f * c,
-        "gathered": gathered + (0 if s.kept else 2 * in_flight),
+        "gathered": gathered + (0 if s.kept else 2 * in_flight) + b.gathered_rows() - b.kept_rows(),
         "workspace": 4 * b.tokens * b.f * c + hidden,
     }
     yield "backward", {**fixed, **back}

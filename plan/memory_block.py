@@ -86,8 +86,8 @@ class Block:
         return 2 * self.tokens * self.model.head_dim * 4
 
     def kept_rows(self) -> int:
-        """Hidden states that a tensor group has gathered and keys that a context group has, saved for backward."""
-        return self._gathered_rows() if self.layout.recompute == "none" else 0
+        """Of what a forward pass gathers, what it saves for backward."""
+        return self.gathered_rows() if self.layout.recompute == "none" else 0
 
     def saved(self) -> int:
         """For backward, from the block's input on."""
@@ -98,16 +98,17 @@ class Block:
         return self._saved_within()
 
     def recomputed(self) -> int:
-        """What a block has in addition while it is computed again in backward; its input is kept already."""
+        """What a block has in addition to gathered rows while it is computed again in backward, and to its input."""
         if self.layout.recompute == "none":
             return 0
-        again = self._saved_within() - self.hidden + self._gathered_rows()
+        again = self._saved_within() - self.hidden
         if self.layout.recompute == "block":
             return again
         shared = self.q + self.kv + 2 * self.f + (self.q + self.kv if self.model.qk_norm else 0)
         return again - self.tokens * (shared * self.c + self.heads * 4)
 
-    def _gathered_rows(self) -> int:
+    def gathered_rows(self) -> int:
+        """Hidden states that a tensor group has gathered and keys that a context group has."""
         found = 2 * self.tokens * self.d if self.layout.tensor > 1 else 0
         if self.layout.context > 1 and self.masked:  # whole rows, for each query head its own
             found += 2 * self.tokens * self.layout.context * self.attended

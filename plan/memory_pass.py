@@ -18,40 +18,44 @@ class Change(NamedTuple):
 
 
 class State(NamedTuple):
-    """Of a stage, between two passes."""
+    """Of a stage, between two passes. Of a split backward the gradients that come last wait for a later pass.
 
-    gathered: bool = False  # FSDP's whole weights of its blocks
-    rooted: bool = False  # and of the rest
-    gradients: bool = False  # its blocks have some
-    ends: bool = False  # embedding and head have
-    waiting: bool = False  # those of the head from a split backward, which are added up in the next pass
+    gathered, rooted: FSDP's whole weights of its blocks, and of the rest. gradients, late: there are sums of most
+    gradients, and of those that come last. waiting: some of these are still in the compute dtype, next to their sums.
+    """
+
+    gathered: bool = False
+    rooted: bool = False
+    gradients: bool = False
+    late: bool = False
+    waiting: bool = False
 
 
 class StagePasses:
     """The passes of a stage, and what it has before the first one."""
 
-    def __init__(self, layout: Layout, index: int, stage: Stage) -> None:
-        self.layout, self.index, self.stage, self.block = layout, index, stage, stage.block
+    def __init__(self, layout: Layout, index: int, stage: Stage, count: int) -> None:
+        self.layout, self.index, self.stage, self.block, self.count = layout, index, stage, stage.block, count
         self.first, self.last = index == 0, index == layout.stage_count - 1
         here = layout.rank_of_stage(index)  # hidden states go from stage to stage on one rank without a copy
         self.local_in = not self.first and layout.rank_of_stage(index - 1) == here
         self.local_out = not self.last and layout.rank_of_stage(index + 1) == here
         self.several = layout.stage_count > layout.pipeline
         self.split = layout.splits_backward and layout.recompute == "none"
+        self.late = stage.ends if self.last else 3 * stage.block.d * stage.block.f  # elements
         self.rounds = self.block.fsdp and self.block.c < self.block.g  # gradients are added up in a wider dtype
 
-    def before(self, count: int) -> Counter[str]:
-        """With `count` micro-batches in the step; schedules of several stages gather weights before the first one."""
-        b, s = self.block, self.stage
-        ids = count * b.tokens * 8
-        of_rank = 4 * ids * (self.index == self.layout.rank_of_stage(self.index))  # counted with its first stage
-        whole = s.size * b.c if self.several and b.fsdp else 0
+    def before(self) -> Counter[str]:
+        """Weights, moments, and a stage's buffers; schedules of several stages have gathered the weights."""
+        b, s, count = self.block, self.stage, self.count
+        tokens = count * b.tokens * 8
+        inputs = 4 * tokens if self.index < self.layout.pipeline else 0  # of all stages of the rank
         return Counter(
             weights=s.shards * b.w,
             optimizer=2 * s.shards * b.m,
-            activations=count * (b.mask() * bool(of_rank) + (ids and 0) + (0 if self.first else b.hidden)),
-            gathered=whole,
-            workspace=of_rank + (0 if self.last else count * b.hidden),
+            activations=count * b.mask() * bool(inputs) + (tokens if self.first else count * b.hidden),
+            gathered=s.size * b.c if self.several and b.fsdp else 0,
+            workspace=inputs + (0 if self.last else count * b.hidden),
         )
 
     def change(self, one: Pass, state: State) -> tuple[Change, State]:
@@ -93,37 +97,29 @@ class StagePasses:
 
     def _forward(self, state: State) -> tuple[Change, State]:
         b, s = self.block, self.stage
-        gathers, blocks = self._gathering(state), (s.size - s.root) * b.c if b.fsdp else 0
-        most = _add(self._saved(), gathered=gathers)
-        frees = 0 if s.kept else blocks
-        after = _add(most, gathered=-frees)
-        hidden = b.tokens * b.d * b.c
-        moments = {}
+        gathers, hidden = self._gathering(state), b.tokens * b.d * b.c
+        freed = (s.size - s.root) * b.c if b.fsdp and not s.kept else 0
+        after = _add(self._saved(), gathered=gathers - freed)
+        buffer = s.buffer if gathers else 0
+        together = hidden if self.layout.tensor > 1 else 0
         if self.last:
             rows = min(b.tokens, logit_rows(b.vocab, "cuda"))
             logits = rows * b.vocab * (4 + b.c if b.c < 4 else b.c)
-            gathered = hidden if self.layout.tensor > 1 else 0
-            moments["loss"] = _add(after, logits=logits, workspace=2 * b.hidden, gathered=gathered)
+            moment = _add(after, logits=logits, workspace=2 * b.hidden, gathered=together + buffer)
         else:
-            moments["forward"] = _add(after, workspace=b.hidden * (2 if self.local_out else 1))
-        if gathers > blocks * state.gathered:
-            fewer = s.unit * b.saved()
-            moments["forward, gathering"] = _add(after, activations=-fewer, gathered=s.unit_bytes)
-        if self.layout.recompute != "none":
-            within = b.tokens * b.f * b.c * (3 if self.layout.recompute == "block" else 1) + 2 * hidden
-            moments["forward of a block"] = _add(
-                self._saved() if self.last else after,
-                workspace=within,
-                gradients=-(s.matrix * b.g + hidden) if self.last else 0,
-                gathered=frees and s.unit * b.size * b.c,
-            )
+            sent = b.hidden if self.local_out else 0
+            moment = _add(after, workspace=b.hidden + together + sent, gathered=buffer)
+        moments = {"loss" if self.last else "forward": moment}
         return Change(moments, after), state._replace(gathered=s.kept, rooted=True)
 
-    def _new_gradients(self, state: State) -> int:
-        """Bytes of whole gradients that a pass from this state makes, in the dtype in which they are added up."""
+    def _new_gradients(self, state: State, *, waits: bool = False) -> int:
+        """Bytes of gradients that a pass from this state adds; waits: those that come last are not summed yet."""
         b, s = self.block, self.stage
-        size = (0 if state.gradients else s.size - s.ends) + (0 if state.ends else s.ends)
-        return size * (b.g if b.fsdp else b.w) - s.ends * b.c * state.waiting
+        wide = b.g if b.fsdp else b.w
+        found = 0 if state.gradients else (s.size - self.late) * wide
+        if state.waiting or not waits:
+            found += 0 if state.late else self.late * wide
+        return found + self.late * b.c * (waits - state.waiting)
 
     def _input_gradient(self, state: State) -> int:
         """Bytes of what is sent back, kept until the end of the step; by 1F1B until the next one."""
@@ -132,79 +128,134 @@ class StagePasses:
         return self.block.hidden
 
     def _backward(self, state: State) -> tuple[Change, State]:
+        """Whole: of inputs and weights."""
         b, s = self.block, self.stage
-        hidden, matrix = b.tokens * b.d * b.c, s.matrix
-        gathers = self._gathering(state)
-        added = self._new_gradients(state)
-        after = self._freed()
-        after = _add(after, gradients=added, gathered=gathers, workspace=self._input_gradient(state))
-        moments, own_head, head = {}, 0, 0
-        if self.last:
-            head = matrix * b.g + hidden
-            own_head = matrix * b.c if self.rounds or not state.gradients else 0
-            moments["head"] = Counter(gradients=matrix * b.c * (b.c < b.g), workspace=matrix * b.g + hidden)
-        moments["backward"] = Counter(
-            gradients=b.hidden * self.last + b.d * b.f * b.c + own_head - head,
-            activations=b.recomputed() - b.tokens * b.f * b.c,
-            gathered=min(gathers, 2 * s.unit_bytes),
-            workspace=4 * b.tokens * b.f * b.c + hidden,
+        gathers, matrix = self._gathering(state), s.matrix * b.c
+        after = _add(
+            self._freed(),
+            gradients=self._new_gradients(state),
+            gathered=gathers,
+            workspace=self._input_gradient(state),
         )
-        unit = (s.unit or s.layers) * b.size * b.c if self.rounds else b.d * b.f * b.c
-        moments["gradients"] = _add(after, gradients=own_head + unit, workspace=2 * b.hidden)
+        moments = {}
+        if self.last:
+            buffer = s.buffer if gathers else 0
+            moments["head"] = Counter(gradients=matrix * (b.c < b.g), workspace=self._head(), gathered=buffer)
+        unit = (s.unit or s.layers) if self.rounds else 1
+        for done in {0, unit - 1, s.layers - unit, s.layers - 1}:
+            moments[f"backward of block {s.layers - done}"] = self._backward_of_block(state, done, unit)
         if self.first:
-            whole = matrix * b.c if self.rounds or state.gradients else 0
-            moments["embedding"] = _add(after, gradients=whole, workspace=2 * b.hidden)
-        return Change(moments, after), State(gathered=True, rooted=True, gradients=True, ends=True)
+            moments["embedding"] = self._embedding(state, after)
+        return Change(moments, after), State(gathered=True, rooted=True, gradients=True, late=True)
 
-    def _kept_gradients(self) -> int:
-        """Of a block's and the last norm's outputs, from the pass over inputs to that over weights."""
-        b = self.block
+    def _head(self) -> int:
+        """Gradients of the head and of its input, multiplied by that of the objective."""
+        return self.stage.matrix * self.block.g + self.block.tokens * self.block.d * self.block.c
+
+    def _backward_of_block(self, state: State, done: int, unit: int) -> Counter[str]:
+        """After `done` blocks, the last ones. FSDP adds up gradients when those of a unit are complete."""
+        b, s = self.block, self.stage
+        whole, rest = divmod(done, unit)
+        gathers, new = self._gathering(state), not state.gradients
+        gradients = b.d * b.f * b.c
+        if self.rounds:
+            gradients += (whole * unit * b.g * new + rest * b.c) * b.size
+        elif new:
+            gradients += done * b.size * b.c
+        if self.last:
+            gradients += (s.matrix * b.c if self.rounds or new else 0) - self._head()
+        gathered = min(gathers, (2 + whole) * s.unit_bytes) + b.gathered_rows() - b.kept_rows()
+        return Counter(
+            gradients=gradients,
+            activations=b.recomputed() - b.tokens * b.f * b.c - done * b.saved(),
+            gathered=gathered - done * b.kept_rows(),
+            workspace=4 * b.tokens * b.f * b.c + (b.hidden if done or self.last else 0),
+        )
+
+    def _embedding(self, state: State, after: Counter[str]) -> Counter[str]:
+        """The last gradient of the first stage. Under FSDP the first ones are rounded sums, while it is whole."""
+        b, s = self.block, self.stage
+        hidden = b.hidden + (b.hidden if b.layout.tensor == 1 else b.tokens * b.d * b.c)
+        if self.rounds:
+            if state.gradients:
+                return _add(after, gradients=s.root * b.c, workspace=hidden)
+            return _add(after, gradients=s.root * (b.c - b.g) + s.matrix * b.g)
+        return _add(after, gradients=s.matrix * b.c if state.gradients else 0, workspace=hidden)
+
+    def _kept_gradients(self) -> Counter[str]:
+        """Those of the outputs of a block's products and norms, from the pass over inputs to that over weights."""
+        b, n = self.block, self.stage.layers
         widths = 2 * b.f + b.q + 2 * b.kv + (b.q + b.kv if b.model.qk_norm else 0)
-        return self.stage.layers * (b.tokens * widths * b.c + 4 * b.hidden) + (b.hidden if self.last else 0)
+        kept = n * (b.tokens * widths * b.c + 4 * b.hidden)
+        if self.last:
+            return Counter(workspace=kept + b.hidden)
+        if self.layout.tensor == 1:
+            return Counter(workspace=kept - b.hidden)
+        return Counter(workspace=kept - 2 * b.hidden, gathered=2 * n * b.tokens * b.d * b.c)
 
     def _backward_inputs(self, state: State) -> tuple[Change, State]:
+        """Of all stages but the first, which does all of backward in its pass over weights."""
         b, s = self.block, self.stage
         if self.first:
-            return Change({"backward": Counter()}, Counter()), state
-        hidden = b.tokens * b.d * b.c
-        ended = state._replace(waiting=False, ends=state.ends or state.waiting)
+            return Change({"backward of inputs": Counter()}, Counter()), state
+        ended = state._replace(waiting=False, late=True) if state.waiting and self.last else state
         added = self._new_gradients(state) - self._new_gradients(ended)
-        after = Counter(workspace=self._kept_gradients() + self._input_gradient(state), gradients=added)
-        moments = {"backward": _add(after, workspace=2 * b.tokens * b.f * b.c)}
+        after = _add(self._kept_gradients(), gradients=added, **{})
+        after = _add(after, workspace=self._input_gradient(state))
+        moments = {"backward of inputs": _add(after, workspace=2 * b.tokens * b.f * b.c)}
         if self.last:
-            moments["head"] = Counter(workspace=s.matrix * (b.g + b.c * (b.c < b.g)) + hidden)
+            moments["head"] = Counter(workspace=self._head() + s.matrix * b.c * (b.c < b.g))
         return Change(moments, after), ended
 
     def _backward_weights(self, state: State) -> tuple[Change, State]:
+        """Tensors are freed one by one, but for those that only the pass over inputs has used."""
         b, s = self.block, self.stage
-        after = self._freed()
-        waits = self.rounds and self.last
-        added = self._new_gradients(state._replace(ends=True) if waits else state) + s.ends * b.c * waits
-        after = _add(after, gradients=added, workspace=-self._kept_gradients())
-        moments = {"weights": Counter(gradients=max(added, 0) + b.d * b.f * b.c)}
+        added = self._new_gradients(state, waits=self.rounds)
+        kept = self._kept_gradients()
+        after = _add(self._freed(), gradients=added, **{kind: -size for kind, size in kept.items()})
+        used = b.f + b.q + (b.q + b.kv if b.model.qk_norm else 0)
+        used_bytes = s.layers * (b.tokens * used * b.c + 4 * b.hidden) - b.hidden
+        left = Counter({kind: -size for kind, size in kept.items()})
+        left = _add(left, activations=-used_bytes, gathered=-s.layers * b.kept_rows())
+        moments = {"backward of weights": _add(left, gradients=added)}
         if self.last:
-            moments["head"] = Counter(
-                gradients=s.matrix * b.c * (b.c < b.g), workspace=s.matrix * b.g + b.tokens * b.d * b.c
-            )
-        return Change(moments, after), state._replace(waiting=waits, gradients=True, ends=state.ends or not waits)
+            early = self._new_gradients(state._replace(late=True, waiting=False))
+            mlp = 3 * b.d * b.f
+            pending = mlp * b.c if state.gradients else -mlp * (b.g - b.c)
+            head = _add(left, gradients=early + pending * self.rounds + s.matrix * b.c * (b.c < b.g))
+            moments["head"] = _add(head, workspace=self._head())
+        state = state._replace(waiting=self.rounds, gradients=True, late=state.late or state.waiting or not self.rounds)
+        return Change(moments, after), state
 
     def _reduce(self, state: State) -> Change:
-        """Of embedding and head first, then unit by unit."""
+        """Of embedding and head first, then unit by unit. What was sent back has arrived."""
         b, s = self.block, self.stage
         if not b.fsdp:
             return Change({"reduction": Counter()}, Counter())
-        shards = b.g + (b.w if b.w < b.g else 0)
-        waits = s.ends * b.c if state.waiting else 0
-        after = Counter(gradients=s.shards * b.w - s.size * b.g - waits, gathered=-s.size * b.c)
-        copies = 2 if b.data == 1 else 1
-        root = Counter(gradients=s.root * b.g * copies + s.root_shards * shards - waits, gathered=-s.root * b.c)
-        unit, ends = s.unit * b.size, s.size * 0
-        unit_shards = s.unit * b.shards
-        blocks = Counter(
-            gradients=unit * b.g * copies + unit_shards * shards + s.root_shards * b.w - s.root * b.g - waits + ends,
-            gathered=-(s.root + unit) * b.c,
-        )
-        return Change({"reduction": root, "reduction of a block": blocks}, after)
+        waits = self._new_gradients(state)
+        after = Counter(gradients=s.shards * b.w - s.size * b.g + waits, gathered=-s.size * b.c)
+        if self.layout.schedule == "gpipe" and not self.first:
+            waits_sent = -(self.count - 1) * b.hidden
+            after = _add(after, workspace=waits_sent)
+        moments = {}
+        root_last = s.matrix if self.first or self.last else 0
+        done = Counter(gradients=waits + s.root_shards * b.w - s.root * b.g, gathered=-s.root * b.c)
+        if s.root:
+            moments["reduction"] = self._reduction(
+                Counter(gradients=waits), s.root, s.root_shards, root_last if s.units else b.d * b.f
+            )
+        if s.units:
+            moments["reduction of a block"] = self._reduction(
+                done, s.unit * b.size, s.unit * b.shards, b.d * b.f
+            )
+        return Change(moments, after)
+
+    def _reduction(self, before: Counter[str], size: int, shards: int, last: int) -> Counter[str]:
+        """Of `size` elements: copied together; then whole ones are freed but for the last, and shards are made."""
+        b = self.block
+        copied = size * b.g
+        reduced = shards * (b.g + b.w * (b.w < b.g)) + last * b.g + (copied if b.data == 1 else 0)
+        return _add(before, gradients=max(copied, reduced), gathered=-size * b.c)
 
 
 def _add(one: Counter[str], **more: int) -> Counter[str]:

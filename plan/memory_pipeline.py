@@ -29,12 +29,12 @@ def peak_of_coordinate(
     layout: Layout, coordinate: int, stages: Mapping[int, Stage], count: int
 ) -> tuple[str, dict[str, int]]:
     """Return the moment of the peak in a step of `count` micro-batches, and its bytes by kind."""
-    runs = {index: StagePasses(layout, index, stage) for index, stage in stages.items()}
+    runs = {index: StagePasses(layout, index, stage, count) for index, stage in stages.items()}
     several = len(stages) > 1
     states = dict.fromkeys(stages, State(gathered=several, rooted=several))
     by_kind = Counter[str](optimizer=4)
     for run in runs.values():
-        by_kind.update(run.before(count))
+        by_kind.update(run.before())
     known: dict[tuple[Pass, State], _Changed] = {}
     total = best = sum(by_kind.values())
     found, best_at, order = list[_Changed](), -1, passes(layout, coordinate, count)

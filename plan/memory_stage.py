@@ -49,3 +49,10 @@ class Stage:
     def unit_bytes(self) -> int:
         """Of the largest unit of blocks, gathered; 0 where nothing is gathered."""
         return self.unit * self.block.size * self.block.c if self.block.data > 1 else 0
+
+    @property
+    def buffer(self) -> int:
+        """Bytes that the unit that was gathered last arrived in, which stay until the pass ends."""
+        if not self.block.fsdp or self.block.data == 1:
+            return 0
+        return (self.unit * self.block.size if self.units else self.root) * self.block.c
