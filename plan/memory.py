@@ -39,6 +39,7 @@ def predict_memory(config: RunConfig, world: int) -> tuple[RankMemory, ...]:
     It is that of the coordinate's first rank, which has the most. Raises UserError for a layout that is not legal on
     `world` ranks, for DeepSpeed and for offload.
     """
+    config = config.after_warmup()
     layout = config.check(world)
     for key, value in (("engine", "deepspeed"), ("offload", "optimizer"), ("offload", "all")):
         if getattr(layout, key) == value:

@@ -1,6 +1,6 @@
 """Which layers a pipeline's stages hold: balanced by cost, or as `layout.stages` says."""
 
-from functools import cache
+from heapq import heapify, heapreplace
 
 from minka.plan.config_sections import ModelSection
 from minka.plan.flops import Shape
@@ -29,20 +29,14 @@ def costs(model: ModelSection) -> tuple[int, int]:
 def balanced(layers: int, stages: int, layer: int, end: int) -> tuple[int, ...]:
     """Return the layers of each stage, at least one, that make the most expensive stage cheapest.
 
-    Of equally good splits, it is the one with the smallest sum of squared costs.
+    Of equally good splits, it is the one with the smallest sum of squared costs; and of those, the one with fewer
+    layers in earlier stages. One layer after the other goes to the stage that is cheapest so far.
     """
-    at_end = [end * ((stage == 0) + (stage == stages - 1)) for stage in range(stages)]
-
-    @cache
-    def best(stage: int, left: int) -> tuple[int, int, tuple[int, ...]]:
-        """Return (largest cost, sum of squares, counts) of the stages from `stage` on, which share `left` layers."""
-        if stage == stages:
-            return 0, 0, ()
-        found = []
-        for count in range(1, left - (stages - stage - 1) + 1) if stage < stages - 1 else [left]:
-            cost = count * layer + at_end[stage]
-            largest, squares, counts = best(stage + 1, left - count)
-            found.append((max(cost, largest), squares + cost * cost, (count, *counts)))
-        return min(found)  # there is one: stages <= layers (plan/layout_rules.py)
-
-    return best(0, layers)[2]
+    counts = [1] * stages  # stages <= layers (plan/layout_rules.py)
+    cheapest = [(layer + end * ((stage == 0) + (stage == stages - 1)), -stage) for stage in range(stages)]
+    heapify(cheapest)
+    for _ in range(layers - stages):
+        cost, stage = cheapest[0]
+        counts[-stage] += 1
+        heapreplace(cheapest, (cost + layer, stage))
+    return tuple(counts)

@@ -14,7 +14,7 @@ from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 from minka.plan.memory_kinds import MEMORY_KINDS
 from minka.plan.topology import spans
-from minka.train.dry_run import DryRun, Shard, after_warmup, dry_run, stage_ranks
+from minka.train.dry_run import DryRun, Shard, dry_run, stage_ranks
 
 STAGES = "stages"
 WEIGHTS, MOMENTS = "model", ("moment1", "moment2")  # first words of the names of a checkpoint's tensors
@@ -109,7 +109,7 @@ def dry_run_lines(found: DryRun, seconds: float) -> list[str]:
 
 def _ranks(config: RunConfig, world: int, rank: str) -> Sequence[int]:
     if rank == STAGES:
-        return stage_ranks(after_warmup(config).check(world))
+        return stage_ranks(config.after_warmup().check(world))
     if not (rank.isascii() and rank.isdecimal()):
         raise UserError(
             f"{rank!r} is not a rank", where="--rank", remedy=f"give one of 0 to {world - 1:,}, or {STAGES}"
