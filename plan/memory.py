@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
-from minka.plan.execution_choices import logit_rows
 from minka.plan.layout import Layout, micro_batches
 from minka.plan.memory_block import Block
 from minka.plan.memory_kinds import MEMORY_KINDS
@@ -77,13 +76,12 @@ def _moments(s: Stage, micro_batch_count: int) -> Iterator[tuple[str, dict[str, 
     gathered = s.gathered + s.layers * b.kept_rows()
     in_flight = s.unit_bytes
     buffer = 0 if later and s.kept else in_flight
-    rows = min(b.tokens, logit_rows(b.vocab, "cuda"))
     hidden = b.tokens * b.d * c
     loss = {
         "gradients": accumulated + s.matrix * b.g + hidden,
         "activations": s.layers * saved + b.hidden + b.own * 4 + shared,
         "gathered": gathered + buffer + (hidden if b.layout.tensor > 1 else 0),
-        "logits": rows * b.vocab * (4 + c if c < 4 else c),
+        "logits": b.logits(),
         "workspace": 2 * b.hidden,
     }
     yield "loss", {**fixed, **loss}

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from minka.plan.config import RunConfig
-from minka.plan.execution_choices import compute_dtype_name, needs_fsdp
+from minka.plan.execution_choices import compute_dtype_name, logit_rows, needs_fsdp
 from minka.plan.layout import Layout
 
 BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
@@ -84,6 +84,11 @@ class Block:
     def angles(self) -> int:
         """Rotary angles of a micro-batch, which a part of the model makes for all of its blocks."""
         return 2 * self.tokens * self.model.head_dim * 4
+
+    def logits(self) -> int:
+        """A chunk of them: in the compute dtype, and if that is narrower in fp32."""
+        rows = min(self.tokens, logit_rows(self.vocab, "cuda"))
+        return rows * self.vocab * (4 + self.c if self.c < 4 else self.c)
 
     def kept_rows(self) -> int:
         """Of what a forward pass gathers, what it saves for backward."""

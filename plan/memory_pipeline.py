@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from minka.plan.layout import Layout, micro_batches_fit
 from minka.plan.memory_kinds import MEMORY_KINDS
-from minka.plan.memory_pass import Change, StagePasses, State
+from minka.plan.memory_pass import Change, StagePasses, State, add
 from minka.plan.memory_stage import Stage
 from minka.plan.pipeline_passes import Pass, passes
 
@@ -32,7 +32,7 @@ def peak_of_coordinate(
 
     From some number on each further micro-batch adds the same; in rounds, each further round.
     """
-    fewer = 4 * layout.stage_count
+    fewer = 2 * layout.stage_count
     more = fewer + (layout.pipeline if layout.schedule == "interleaved" else 1)
     fits = micro_batches_fit(layout, fewer) and micro_batches_fit(layout, more)
     if count > 2 * more and fits and (count - more) % (more - fewer) == 0:
@@ -48,25 +48,26 @@ def _simulated(layout: Layout, coordinate: int, stages: Mapping[int, Stage], cou
     of_stage = {index: StagePasses(layout, index, stage, count) for index, stage in stages.items()}
     several = len(stages) > 1  # their weights are gathered before the first pass
     states = dict.fromkeys(stages, State(gathered=several, rooted=several))
-    by_kind = Counter[str](optimizer=4)
-    for stage in of_stage.values():
-        by_kind.update(stage.before())
+    by_kind = add({"optimizer": 4}, *(stage.before() for stage in of_stage.values()))
     total, best, best_at = sum(by_kind.values()), 0, 0
-    known, order, runs = dict[tuple[Pass, State], _Run](), passes(layout, coordinate, count), list[_Run]()
+    order, runs, known = passes(layout, coordinate, count), list[_Run](), dict[tuple[Pass, State], int]()
+    ran: list[int] = []  # indices into runs
     for at, one in enumerate(order):
         key = one, states[one.stage]
-        run = known.get(key)
-        if run is None:
-            run = known[key] = _run(*of_stage[one.stage].change(*key))
+        index = known.setdefault(key, len(runs))
+        if index == len(runs):
+            runs.append(_run(*of_stage[one.stage].change(*key)))
+        run = runs[index]
         if total + run.top > best:
             best, best_at = total + run.top, at
         total += run.net
         states[one.stage] = run.state
-        runs.append(run)
-    for run in runs[:best_at]:
-        by_kind.update(run.change.after)
-    by_kind.update(runs[best_at].change.moments[runs[best_at].moment])
-    return f"{runs[best_at].moment} of stage {order[best_at].stage}", {kind: by_kind[kind] for kind in MEMORY_KINDS}
+        ran.append(index)
+    for index, times in Counter(ran[:best_at]).items():
+        by_kind = add(by_kind, {kind: size * times for kind, size in runs[index].change.after.items()})
+    run = runs[ran[best_at]]
+    by_kind = add(by_kind, run.change.moments[run.moment])
+    return f"{run.moment} of stage {order[best_at].stage}", {kind: by_kind.get(kind, 0) for kind in MEMORY_KINDS}
 
 
 def _run(change: Change, state: State) -> _Run:

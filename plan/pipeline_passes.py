@@ -5,11 +5,15 @@ tests/plan/test_pipeline_passes.py compares the two.
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from minka.plan.layout import Layout
 
 Kind = Literal["forward", "backward", "backward_inputs", "backward_weights", "reduce"]
+
+
+Stages = tuple[int, ...]  # of the coordinate, in the order they run
 
 
 class Pass(NamedTuple):
@@ -19,39 +23,42 @@ class Pass(NamedTuple):
     stage: int
 
 
-def passes(layout: Layout, coordinate: int, count: int) -> list[Pass]:
+def passes(layout: Layout, coordinate: int, count: int) -> tuple[Pass, ...]:
     """Return the passes at a pipeline coordinate in a step of `count` micro-batches."""
-    order = ORDERS[layout.schedule](layout, coordinate, count)
+    return _passes(layout.schedule, layout.pipeline, tuple(layout.stages_of_rank(coordinate)), coordinate, count)
+
+
+@lru_cache(maxsize=1024)  # a search asks for the same ones again and again
+def _passes(schedule: str, pipeline: int, stages: tuple[int, ...], coordinate: int, count: int) -> tuple[Pass, ...]:
     ends = Counter[int]()
     found = []
-    for one in order:
+    for one in ORDERS[schedule](pipeline, stages, coordinate, count):
         found.append(one)
         if one.kind in ("backward", "backward_weights"):
             ends[one.stage] += 1
             if ends[one.stage] == count:
                 found.append(Pass("reduce", one.stage))
-    return found
+    return tuple(found)
 
 
-def _gpipe(layout: Layout, coordinate: int, count: int) -> Iterator[Pass]:
+def _gpipe(p: int, stages: Stages, coordinate: int, count: int) -> Iterator[Pass]:
     yield from [Pass("forward", coordinate)] * count
     yield from [Pass("backward", coordinate)] * count
 
 
-def _one_forward_one_backward(layout: Layout, coordinate: int, count: int) -> Iterator[Pass]:
-    ahead = min(count, layout.pipeline - coordinate)
+def _one_forward_one_backward(p: int, stages: Stages, coordinate: int, count: int) -> Iterator[Pass]:
+    ahead = min(count, p - coordinate)
     forward, backward = Pass("forward", coordinate), Pass("backward", coordinate)
     yield from [forward] * ahead
     yield from [backward, forward] * (count - ahead)
     yield from [backward] * ahead
 
 
-def _interleaved(layout: Layout, coordinate: int, count: int) -> Iterator[Pass]:
+def _interleaved(p: int, stages: Stages, coordinate: int, count: int) -> Iterator[Pass]:
     """Rounds of as many micro-batches as ranks, through one stage after the other."""
-    stages = layout.stages_of_rank(coordinate)
-    at_once = count // max(1, count // layout.pipeline)
+    at_once = count // max(1, count // p)
     whole = len(stages) * count
-    ahead = min((len(stages) - 1) * at_once + 2 * (layout.pipeline - 1 - coordinate), whole)
+    ahead = min((len(stages) - 1) * at_once + 2 * (p - 1 - coordinate), whole)
     forwards = [Pass("forward", stages[step // at_once % len(stages)]) for step in range(whole)]
     backwards = [Pass("backward", stages[-1 - step // at_once % len(stages)]) for step in range(whole)]
     yield from forwards[:ahead]
@@ -60,9 +67,9 @@ def _interleaved(layout: Layout, coordinate: int, count: int) -> Iterator[Pass]:
     yield from backwards[whole - ahead :]
 
 
-def _zero_bubble(layout: Layout, coordinate: int, count: int) -> Iterator[Pass]:
+def _zero_bubble(p: int, stages: Stages, coordinate: int, count: int) -> Iterator[Pass]:
     """Of at least 2p - 1 micro-batches; those that a step does not have are left out."""
-    p, (down, up) = layout.pipeline, layout.stages_of_rank(coordinate)
+    down, up = stages
     done = Counter[Pass]()
 
     def run(kind: Kind, stage: int) -> Iterator[Pass]:
@@ -103,9 +110,9 @@ def _zero_bubble(layout: Layout, coordinate: int, count: int) -> Iterator[Pass]:
         yield from run("backward_weights", down)
 
 
-def _dual_pipe_v(layout: Layout, coordinate: int, count: int) -> Iterator[Pass]:
+def _dual_pipe_v(p: int, stages: Stages, coordinate: int, count: int) -> Iterator[Pass]:
     """Weights' gradients wait in a queue while the pipeline fills and drains."""
-    p, (down, up) = layout.pipeline, layout.stages_of_rank(coordinate)
+    down, up = stages
     waiting = deque[int]()
 
     def inputs(stage: int) -> Pass:
@@ -138,7 +145,7 @@ def _dual_pipe_v(layout: Layout, coordinate: int, count: int) -> Iterator[Pass]:
         yield from weights()
 
 
-ORDERS: dict[str, Callable[[Layout, int, int], Iterator[Pass]]] = {
+ORDERS: dict[str, Callable[[int, Stages, int, int], Iterator[Pass]]] = {
     "gpipe": _gpipe,
     "1f1b": _one_forward_one_backward,
     "interleaved": _interleaved,
