@@ -25,7 +25,7 @@ LAYER = re.compile(r"(?<=\bblocks\.)\d+(?=\.)")
 def dry_run_command(config: RunConfig, world: int, rank: str, *, as_json: bool) -> int:
     """Print the dry run of a rank, or those of one rank at each pipeline coordinate (`rank` = "stages")."""
     ranks = _ranks(config, world, rank)
-    warning = warmup_refused(config, world)
+    warning = config.warmup_refused(world)
     found = []
     for number, one in enumerate(ranks):
         start = time.monotonic()
@@ -50,15 +50,6 @@ def dry_run_command(config: RunConfig, world: int, rank: str, *, as_json: bool) 
     if warning:
         print(f"note: this layout is not legal during the batch warm-up: {warning}")
     return 0
-
-
-def warmup_refused(config: RunConfig, world: int) -> str:
-    """Return why a layout that is legal for the last size of batch is not legal for an earlier one; else empty."""
-    try:
-        config.check(world)
-    except UserError as refused:
-        return str(refused)
-    return ""
 
 
 def as_dict(found: DryRun) -> dict[str, Any]:
