@@ -98,6 +98,12 @@ def _moments(s: Stage, micro_batch_count: int) -> Iterator[tuple[str, dict[str, 
         "workspace": 4 * b.tokens * b.f * c + hidden,
     }
     yield "backward", {**fixed, **back}
+    after_mlp = {
+        "gradients": back["gradients"] + 2 * b.d * b.f * c,
+        "activations": back["activations"] - 2 * b.tokens * b.f * c,
+        "workspace": b.tokens * b.f * c + 2 * hidden,
+    }
+    yield "backward", {**fixed, **back, **after_mlp}
     if b.fsdp and s.layers > unit and not s.kept:  # the unit before is being reduced
         reducing = (0 if accumulated and step else unit * b.size * b.g) + unit * b.shards * b.w
         fewer = {**back, "activations": back["activations"] - unit * saved}

@@ -142,30 +142,46 @@ class StagePasses:
             moments["head"] = add(self._head(), {"gathered": s.buffer if gathers else 0})
         unit = (s.unit or s.layers) if self.rounded else 1
         for done in {0, unit - 1, s.layers - unit, s.layers - 1}:
-            moments[f"backward of block {s.layers - done}"] = self._backward_of_block(state, done, unit)
+            start, end, sums = self._backward_of_block(state, done, unit)
+            moments[f"backward of block {s.layers - done}"] = max(start, end, key=lambda one: sum(one.values()))
+            if (done + 1) % unit == 0 or done == s.layers - 1:
+                moments[f"gradients of block {s.layers - done}"] = sums
         if self.first:
             moments["embedding"] = add(after, self._embedding(state))
         return Change(moments, after), State(gathered=True, rooted=True, gradients=True, late=True)
 
-    def _backward_of_block(self, state: State, done: int, unit: int) -> Bytes:
-        """After `done` blocks, the last ones. FSDP adds up gradients when those of a unit are complete."""
+    def _backward_of_block(self, state: State, done: int, unit: int) -> tuple[Bytes, Bytes, Bytes]:
+        """After `done` blocks, the last ones: in its last product, after its feed-forward layer, and after all of it.
+
+        FSDP adds up gradients when those of a unit are complete.
+        """
         b, s = self.block, self.stage
-        units, rest = divmod(done, unit)
-        new = not state.gradients
-        gradients = b.d * b.f * b.c
-        if self.rounded:
-            gradients += (units * unit * b.g * new + rest * b.c) * b.size
-        elif new:
-            gradients += done * b.size * b.c
+        matrix, wide = b.d * b.f * b.c, b.tokens * b.f * b.c
+        new, units, rest = not state.gradients, done // unit, done % unit
+        kept = self.rounded or new
+        made = (units * unit * b.g * new + rest * b.c) * b.size if self.rounded else done * b.size * b.c * new
         if self.last:
-            gradients += (s.matrix * b.c if self.rounded or new else 0) - (s.matrix * b.g + self.rows)
+            made += (s.matrix * b.c if kept else 0) - (s.matrix * b.g + self.rows)
         gathered = min(self._gathering(state), (2 + units) * s.unit_bytes)
-        return {
-            "gradients": gradients,
-            "activations": b.recomputed() - b.tokens * b.f * b.c - done * b.saved(),
+        before = {
+            "gradients": made,
+            "activations": b.recomputed() - done * b.saved(),
             "gathered": gathered + b.gathered_rows() - (1 + done) * b.kept_rows(),
-            "workspace": 4 * b.tokens * b.f * b.c + (b.hidden if done or self.last else 0),
+            "workspace": b.hidden if done or self.last else 0,
         }
+        start = {"gradients": matrix * kept, "activations": -wide, "workspace": 4 * wide}
+        end = {
+            "gradients": 3 * matrix * kept,
+            "activations": -3 * wide,
+            "workspace": wide + 2 * self.rows + matrix * (not kept),
+        }
+        sums = {
+            "gradients": made + b.size * b.c * kept,
+            "activations": -(1 + done) * b.saved(),
+            "gathered": gathered - (1 + done) * b.kept_rows(),
+            "workspace": 2 * b.hidden,
+        }
+        return add(before, start), add(before, end), sums
 
     def _embedding(self, state: State) -> Bytes:
         """After the pass, and its last gradient. Its first sums are made from rounded gradients, that of the embedding
@@ -176,7 +192,7 @@ class StagePasses:
             return {"gradients": s.root * (b.c - b.g) + s.matrix * b.g}
         if self.rounded:
             return {"gradients": s.root * b.c, "workspace": rows}
-        return {"gradients": s.matrix * b.c if state.gradients else 0, "workspace": rows}
+        return {"workspace": rows + (s.matrix * b.c if state.gradients else 0)}
 
     def _kept(self) -> Bytes:
         """Gradients of the outputs of products and norms, from the pass over inputs to the one over weights."""
@@ -223,6 +239,7 @@ class StagePasses:
             return Change({"reduction": NOTHING}, NOTHING)
         summed = {"gradients": self._new_gradients(state)}
         sent = (self.count - 1) * b.hidden if self.layout.schedule == "gpipe" and not self.first else 0
+        summed["workspace"] = 0 if self.several or self.last else b.hidden  # a schedule's variable holds its last output
         moments = {"reduction": summed}
         if s.root:
             last = s.matrix if s.units else b.d * b.f
@@ -232,7 +249,7 @@ class StagePasses:
             of_unit = self._reduction(s.unit * b.size, s.unit * b.shards, b.d * b.f)
             moments["reduction of blocks"] = add(summed, reduced, of_unit)
         shards = {"gradients": s.shards * b.w - s.size * b.g, "gathered": -s.size * b.c, "workspace": -sent}
-        return Change(moments, add(summed, shards))
+        return Change(moments, add({"gradients": summed["gradients"]}, shards))
 
     def _reduction(self, size: int, shards: int, last: int) -> Bytes:
         """Of `size` elements: a copy of all; then shards, next to the copy and the last of its tensors."""
