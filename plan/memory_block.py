@@ -109,7 +109,7 @@ class Block:
         again = self._saved_within() - self.hidden
         if self.layout.recompute == "block":
             return again
-        shared = self.q + self.kv + 2 * self.f + (self.q + self.kv if self.model.qk_norm else 0)
+        shared = 2 * (self.q + self.kv) + 2 * self.f + self.d  # kept products are dropped as they are used
         return again - self.tokens * (shared * self.c + self.heads * 4)
 
     def gathered_rows(self) -> int:

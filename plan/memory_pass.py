@@ -165,7 +165,7 @@ class StagePasses:
         gathered = min(self._gathering(state), (2 + units) * s.unit_bytes)
         before = {
             "gradients": made,
-            "activations": b.recomputed() - done * b.saved(),
+            "activations": b.recomputed() - done * b.saved() - (b.hidden + b.own * 4) * self.last,
             "gathered": gathered + b.gathered_rows() - (1 + done) * b.kept_rows(),
             "workspace": b.hidden if done or self.last else 0,
         }
@@ -237,9 +237,9 @@ class StagePasses:
         b, s = self.block, self.stage
         if not b.fsdp:
             return Change({"reduction": NOTHING}, NOTHING)
-        summed = {"gradients": self._new_gradients(state)}
+        left = 0 if self.several or self.last else b.hidden  # the last output, in a variable of the schedule
         sent = (self.count - 1) * b.hidden if self.layout.schedule == "gpipe" and not self.first else 0
-        summed["workspace"] = 0 if self.several or self.last else b.hidden  # a schedule's variable holds its last output
+        summed = {"gradients": self._new_gradients(state), "workspace": left - sent}
         moments = {"reduction": summed}
         if s.root:
             last = s.matrix if s.units else b.d * b.f
@@ -248,8 +248,8 @@ class StagePasses:
             reduced = {"gradients": s.root_shards * b.w - s.root * b.g, "gathered": -s.root * b.c}
             of_unit = self._reduction(s.unit * b.size, s.unit * b.shards, b.d * b.f)
             moments["reduction of blocks"] = add(summed, reduced, of_unit)
-        shards = {"gradients": s.shards * b.w - s.size * b.g, "gathered": -s.size * b.c, "workspace": -sent}
-        return Change(moments, add({"gradients": summed["gradients"]}, shards))
+        shards = {"gradients": s.shards * b.w - s.size * b.g, "gathered": -s.size * b.c, "workspace": -left}
+        return Change(moments, add(summed, shards))
 
     def _reduction(self, size: int, shards: int, last: int) -> Bytes:
         """Of `size` elements: a copy of all; then shards, next to the copy and the last of its tensors."""
