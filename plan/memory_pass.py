@@ -51,7 +51,7 @@ class StagePasses:
         self.rows = b.tokens * b.d * b.c  # hidden states of all of a tensor group's tokens
 
     def before(self) -> Bytes:
-        """Weights, moments and buffers. Schedules of several stages gather weights before the first pass."""
+        """Weights, moments and buffers."""
         b, s, count = self.block, self.stage, self.count
         tokens = count * b.tokens * 8
         of_rank = self.index < self.layout.pipeline  # one of its stages has the inputs of all
@@ -59,7 +59,6 @@ class StagePasses:
             "weights": s.shards * b.w,
             "optimizer": 2 * s.shards * b.m,
             "activations": count * b.mask() * of_rank + (tokens if self.first else count * b.hidden),
-            "gathered": s.size * b.c if self.several and b.fsdp else 0,
             "workspace": 4 * tokens * of_rank + (0 if self.last else count * b.hidden),
         }
 
@@ -68,7 +67,9 @@ class StagePasses:
         if one.kind == "forward":
             return self._forward(state)
         if one.kind == "reduce":
-            return self._reduce(state), state
+            return self._reduce(state), State()
+        if one.kind in ("gather", "free"):
+            return self._gather_all(state) if one.kind == "gather" else self._free_all(state)
         over_inputs, over_weights = one.kind == "backward_inputs", one.kind == "backward_weights"
         if (over_inputs and self.split and self.first) or (over_weights and not self.split):
             return Change({"backward": NOTHING}, NOTHING), state
@@ -83,6 +84,15 @@ class StagePasses:
         s, blocks = self.stage, self.stage.size - self.stage.root
         missing = (0 if state.rooted else s.root) + (0 if state.gathered else blocks)
         return missing * self.block.c if self.block.fsdp else 0
+
+    def _gather_all(self, state: State) -> tuple[Change, State]:
+        after = {"gathered": self._gathering(state)}
+        arrives = {"gathered": self.stage.buffer if after["gathered"] else 0}
+        return Change({"gather": add(after, arrives)}, after), state._replace(gathered=True, rooted=True)
+
+    def _free_all(self, state: State) -> tuple[Change, State]:
+        freed = state._replace(gathered=False, rooted=False)
+        return Change({"free": NOTHING}, {"gathered": self._gathering(state) - self._gathering(freed)}), freed
 
     def _saved(self) -> Bytes:
         """What a forward pass leaves for backward. The first block's input is in the buffer it was received in."""

@@ -46,8 +46,7 @@ def peak_of_coordinate(
 
 def _simulated(layout: Layout, coordinate: int, stages: Mapping[int, Stage], count: int) -> tuple[str, dict[str, int]]:
     of_stage = {index: StagePasses(layout, index, stage, count) for index, stage in stages.items()}
-    several = len(stages) > 1  # their weights are gathered before the first pass
-    states = dict.fromkeys(stages, State(gathered=several, rooted=several))
+    states = dict.fromkeys(stages, State())
     by_kind = add({"optimizer": 4}, *(stage.before() for stage in of_stage.values()))
     total, best, best_at = sum(by_kind.values()), 0, 0
     order, runs, known = passes(layout, coordinate, count), list[_Run](), dict[tuple[Pass, State], int]()

@@ -10,14 +10,16 @@ from typing import Literal, NamedTuple
 
 from minka.plan.layout import Layout
 
-Kind = Literal["forward", "backward", "backward_inputs", "backward_weights", "reduce"]
-
-
+Kind = Literal["gather", "free", "forward", "backward", "backward_inputs", "backward_weights", "reduce"]
+ACTIVE_STAGES = 3  # whose weights are gathered at once, where a rank has several
 Stages = tuple[int, ...]  # of the coordinate, in the order they run
 
 
 class Pass(NamedTuple):
-    """One pass of a stage; those of a kind take its micro-batches in order. "reduce" follows the last one."""
+    """One pass of a stage; those of a kind take its micro-batches in order.
+
+    "reduce" follows the last one. A rank with several stages gathers and frees the weights of a whole stage as well.
+    """
 
     kind: Kind
     stage: int
@@ -30,15 +32,28 @@ def passes(layout: Layout, coordinate: int, count: int) -> tuple[Pass, ...]:
 
 @lru_cache(maxsize=1024)  # a search asks for the same ones again and again
 def _passes(schedule: str, pipeline: int, stages: tuple[int, ...], coordinate: int, count: int) -> tuple[Pass, ...]:
-    ends = Counter[int]()
-    found = []
-    for one in ORDERS[schedule](pipeline, stages, coordinate, count):
+    order = list(ORDERS[schedule](pipeline, stages, coordinate, count))
+    active = _active(order) if len(stages) > 1 else [()] * len(order)
+    ends, gathered, found = Counter[int](), (), list[Pass]()
+    for one, wanted in zip(order, active, strict=True):
+        found += [Pass("free", stage) for stage in gathered if stage not in wanted]
+        found += [Pass("gather", stage) for stage in wanted if stage not in gathered]
         found.append(one)
+        gathered = wanted
         if one.kind in ("backward", "backward_weights"):
             ends[one.stage] += 1
             if ends[one.stage] == count:
                 found.append(Pass("reduce", one.stage))
     return tuple(found)
+
+
+def _active(order: list[Pass]) -> list[Stages]:
+    """For each pass, the stages whose weights are gathered: those of this pass and the next ones."""
+    found, next_ones = list[Stages](), list[int]()
+    for one in reversed(order):
+        next_ones = [one.stage, *(stage for stage in next_ones if stage != one.stage)]
+        found.append(tuple(next_ones[:ACTIVE_STAGES]))
+    return found[::-1]
 
 
 def _gpipe(p: int, stages: Stages, coordinate: int, count: int) -> Iterator[Pass]:
