@@ -74,14 +74,15 @@ def _add_memory(app: typer.Typer) -> None:
         gpu: Annotated[str, typer.Option(help="a GPU's name, such as H100-SXM: does it fit?")] = "",
         as_json: Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")] = False,
     ) -> int:
-        """Bytes of a rank at its peak, by kind, and whether they fit. Of a pipeline: `minka train RUN --dry-run`."""
-        from minka.plan.memory_plan import memory_lines, memory_plan
+        """Bytes of a rank at its peak, by kind, and whether they fit; of a pipeline, at each of its coordinates."""
+        from minka.plan.memory_plan import memory_lines, memory_notes, memory_plan
 
         found = memory_plan(run, overrides or [], world, gpu)
         if as_json:
             print_json(found)
         else:
             print_table(memory_lines(found))
+            print("\n".join(memory_notes(found)))
         return 0
 
 

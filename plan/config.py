@@ -65,6 +65,18 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
         check_layout(Asked(layout, self.model, self.data, self.kernels, self.optimizer))
         return layout
 
+    def after_warmup(self) -> Self:
+        """The run without its batch warm-up."""
+        return self.model_copy(update={"data": self.data.model_copy(update={"batch_warmup": ()})})
+
+    def warmup_refused(self, ranks: int) -> str:
+        """Why a layout that is legal for the last size of batch is not legal for an earlier one; else empty."""
+        try:
+            self.check(ranks)
+        except UserError as refused:
+            return str(refused)
+        return ""
+
     def batch_tokens_at(self, tokens: int) -> int:
         """Tokens in the global batch that begins after `tokens` consumed tokens (batch warm-up included)."""
         stages = (stage.batch_tokens for stage in self.data.batch_warmup if tokens < stage.until_tokens)

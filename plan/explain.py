@@ -52,7 +52,10 @@ EXPLAINED: dict[str, Explanation] = {
         for kind, formula in KINDS.items()
     },
     "peak_bytes": Explanation("bytes", "the sum of peak_bytes_by_kind at the largest moment", "docs/plan.md", TRACED),
-    "moment": Explanation("name", "loss, head, backward or reduction", "all of them", TRACED),
+    "moment": Explanation(
+        "name", "loss, head, backward, embedding, reduction; in a pipeline, of which stage", "all of them", TRACED
+    ),
+    "stages": Explanation("numbers", "pipeline stages at this coordinate; 0 without a pipeline", "layout", "the layout"),
     "gpu_bytes": Explanation("bytes", "of the GPU's data sheet", "--gpu", "plan/hardware.py"),
     "margin_bytes": Explanation(
         "bytes",

@@ -31,15 +31,14 @@ def costs(model: ModelSection) -> tuple[int, int]:
 def balanced(layers: int, stages: int, layer: int, end: int) -> tuple[int, ...]:
     """Return the layers of each stage, at least one, that make the most expensive stage cheapest.
 
-    Of equally good splits, it is the one with the smallest sum of squared costs, and then with fewer in front.
+    Of equally good splits, it is the one with the smallest sum of squared costs; and of those, the one with fewer
+    layers in earlier stages. One layer after the other goes to the stage that is cheapest so far.
     """
-    left = layers - stages  # one each: stages <= layers (plan/layout_rules.py)
-    costs = [layer + end * ((stage == 0) + (stage == stages - 1)) for stage in range(stages)]
-    heap = [(cost, -stage) for stage, cost in enumerate(costs)]
-    heapify(heap)
-    counts = [1] * stages
-    for _ in range(left):  # each to the cheapest: no other split has a smaller largest cost, or smaller squares
-        cost, stage = heap[0]
+    counts = [1] * stages  # stages <= layers (plan/layout_rules.py)
+    cheapest = [(layer + end * ((stage == 0) + (stage == stages - 1)), -stage) for stage in range(stages)]
+    heapify(cheapest)
+    for _ in range(layers - stages):
+        cost, stage = cheapest[0]
         counts[-stage] += 1
-        heapreplace(heap, (cost + layer, stage))
+        heapreplace(cheapest, (cost + layer, stage))
     return tuple(counts)

@@ -98,7 +98,7 @@ def dry_run(config: RunConfig, world: int, rank: int, *, as_gpu: bool = True) ->
     Raises UserError for a layout that is not legal on `world` ranks, a rank that is not among them, DeepSpeed, offload,
     and where a process group exists: the fake one would replace it.
     """
-    config = _as_traced(after_warmup(config), "cuda" if as_gpu else "cpu")
+    config = _as_traced(config.after_warmup(), "cuda" if as_gpu else "cpu")
     layout = _check(config, world, rank)
     whole = max(micro_batches(layout, config.data))
     traced = _enough(config, layout, whole)
@@ -117,11 +117,6 @@ def dry_run(config: RunConfig, world: int, rank: int, *, as_gpu: bool = True) ->
 def stage_ranks(layout: Layout) -> list[int]:
     """Return the first rank of each pipeline coordinate; its other ranks differ only where other cuts are uneven."""
     return list(range(0, layout.world, layout.world // layout.pipeline))
-
-
-def after_warmup(config: RunConfig) -> RunConfig:
-    """Return the run without its batch warm-up."""
-    return config.model_copy(update={"data": config.data.model_copy(update={"batch_warmup": ()})})
 
 
 def _traced(config: RunConfig, layout: Layout, rank: int, count: int, as_gpu: bool) -> Traced:

@@ -14,7 +14,7 @@ from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 from minka.plan.memory_kinds import MEMORY_KINDS
 from minka.plan.topology import spans
-from minka.train.dry_run import DryRun, Shard, after_warmup, dry_run, stage_ranks
+from minka.train.dry_run import DryRun, Shard, dry_run, stage_ranks
 
 STAGES = "stages"
 WEIGHTS, MOMENTS = "model", ("moment1", "moment2")  # first words of the names of a checkpoint's tensors
@@ -25,7 +25,7 @@ LAYER = re.compile(r"(?<=\bblocks\.)\d+(?=\.)")
 def dry_run_command(config: RunConfig, world: int, rank: str, *, as_json: bool) -> int:
     """Print the dry run of a rank, or those of one rank at each pipeline coordinate (`rank` = "stages")."""
     ranks = _ranks(config, world, rank)
-    warning = warmup_refused(config, world)
+    warning = config.warmup_refused(world)
     found = []
     for number, one in enumerate(ranks):
         start = time.monotonic()
@@ -50,15 +50,6 @@ def dry_run_command(config: RunConfig, world: int, rank: str, *, as_json: bool) 
     if warning:
         print(f"note: this layout is not legal during the batch warm-up: {warning}")
     return 0
-
-
-def warmup_refused(config: RunConfig, world: int) -> str:
-    """Return why a layout that is legal for the last size of batch is not legal for an earlier one; else empty."""
-    try:
-        config.check(world)
-    except UserError as refused:
-        return str(refused)
-    return ""
 
 
 def as_dict(found: DryRun) -> dict[str, Any]:
@@ -109,7 +100,7 @@ def dry_run_lines(found: DryRun, seconds: float) -> list[str]:
 
 def _ranks(config: RunConfig, world: int, rank: str) -> Sequence[int]:
     if rank == STAGES:
-        return stage_ranks(after_warmup(config).check(world))
+        return stage_ranks(config.after_warmup().check(world))
     if not (rank.isascii() and rank.isdecimal()):
         raise UserError(
             f"{rank!r} is not a rank", where="--rank", remedy=f"give one of 0 to {world - 1:,}, or {STAGES}"
