@@ -15,10 +15,10 @@ from pathlib import Path
 from minka.benchmarks.published_steps import Published, h100, megatron_steps, mpt_steps, rows_of
 from minka.plan.calibrate import calibrate, errors
 from minka.plan.errors import UserError
-from minka.plan.layout_plan import peak_bytes
 from minka.plan.layout_search import search
 from minka.plan.load_config import load_run
 from minka.plan.machine import find_machine
+from minka.plan.memory import peak_or_more, predict_memory
 from minka.plan.time_plan import machine_for, time_plan
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/numbers.md"
@@ -93,7 +93,7 @@ def torchtitan_rows() -> Iterator[str]:
         overrides = [f"layout.micro_batch={row['micro_batch']}", f"layout.recompute={row['recompute']}"]
         overrides += [f"data.batch_tokens={tokens}", f"kernels.compile={row['compile']}"]
         config = load_run(row["model"], overrides).config
-        planned, size = time_plan(config, ranks, machine_for("H100-SXM")), peak_bytes(config, ranks) / GIB
+        planned, size = time_plan(config, ranks, machine_for("H100-SXM")), predict_memory(config, ranks)[0].total / GIB
         speed = planned["tokens_per_second_per_gpu"]
         there = f"{row['memory_gib']} GiB | {size:.1f} GiB | {int(row['tokens_per_second_per_gpu']):,} | {speed:,.0f}"
         yield f"| {ranks} | {'yes' if row['compile'] == 'true' else 'no'} | {there} |"
@@ -122,7 +122,7 @@ def layout_rows() -> Iterator[str]:
     """Yield what a search for the largest recipe finds, and where Llama 3's own layout is in it."""
     config, machine, world = load_run("llama3-405b").config, find_machine("H100-SXM"), 16_384
     began = time.perf_counter()
-    found = search(config, world, machine, 1, peak_bytes)
+    found = search(config, world, machine, 1, peak_or_more)
     seconds = time.perf_counter() - began
     print(f"searched in {seconds:.1f} s", file=sys.stderr)
     best = found.found[0]

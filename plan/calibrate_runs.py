@@ -14,7 +14,7 @@ from minka.plan.load_config import validate
 from minka.plan.machine import Machine, find_machine
 from minka.plan.rates import FITTED, rates_toml
 from minka.plan.run_folder import find_run
-from minka.plan.run_job import after_warmup, job_of
+from minka.plan.run_job import job_of
 
 LEAST_WINDOWS = 2  # readings of a run's speed, the first one left out: it compiles and allocates
 
@@ -45,7 +45,7 @@ def read_run(given: str) -> RunStep:
     if len(speeds) <= LEAST_WINDOWS:
         what = f"{len(speeds)} readings of its speed are too few"
         raise UserError(what, where=str(folder.path), why="the first is left out: it compiles", remedy=remedy)
-    config = after_warmup(validate(start.get("config"), f"{folder.ledger_file}, its last start"))
+    config = validate(start.get("config"), f"{folder.ledger_file}, its last start").after_warmup()
     seconds = config.data.batch_tokens / statistics.median(speeds[1:])
     return RunStep(config.run.name, str(start.get("device", "")), config, int(start.get("ranks", 1)), seconds)
 

@@ -64,7 +64,9 @@ class Layout(BaseModel, frozen=True, extra="forbid", strict=True):
 
     def stages_of_rank(self, coordinate: int) -> list[int]:
         """Return the stages held at a pipeline coordinate, in the order they run."""
-        return [stage for stage in range(self.stage_count) if self.rank_of_stage(stage) == coordinate]
+        if self.splits_backward:
+            return [coordinate, 2 * self.pipeline - 1 - coordinate]
+        return list(range(coordinate, self.stage_count, self.pipeline))
 
     def resolve(self, ranks: int) -> "Layout":
         """Return the layout on `ranks` ranks, with shard filled in. Raises UserError where the numbers do not fit."""

@@ -1,6 +1,7 @@
 """`minka plan layout`: the fastest layouts that fit, why the first one wins, and the benchmark that would decide."""
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from pathlib import Path
 from shlex import join
 from typing import Any
@@ -12,8 +13,8 @@ from minka.plan.layout import AXES, Layout
 from minka.plan.layout_search import MARGIN, Found, search
 from minka.plan.load_config import load_run
 from minka.plan.machine import Machine
-from minka.plan.memory import predict_memory
-from minka.plan.run_job import after_warmup, job_of
+from minka.plan.memory import peak_or_more
+from minka.plan.run_job import job_of
 from minka.plan.step_time import KINDS, StepTime, step_time
 from minka.plan.time_plan import machine_for
 
@@ -28,7 +29,7 @@ def layout_plan(
 ) -> dict[str, Any]:
     """Return what the JSON has. Raises UserError where nothing fits."""
     config, machine = load_run(run, overrides).config, machine_for(gpu, rates)
-    found = search(config, world, machine, top, peak_bytes)
+    found = search(config, world, machine, top, peak_or_more)
     best = found.found[0]
     layouts = [_as_dict(config, one, machine) for one in found.found]
     close = [one for one in found.found if one.time.seconds <= best.time.seconds * (1 + CLOSE)]
@@ -39,15 +40,10 @@ def layout_plan(
         "searched": found.searched,
         "pruned": found.pruned,
         "why": _why(found.found),
-        "neighbours": neighbours(after_warmup(config), best, machine),
+        "neighbours": neighbours(config.after_warmup(), best, machine),
         "benchmark": [_command(run, overrides, one.layout) for one in close] if len(close) > 1 else [],
         "calibrated": machine.rates.described(),
     }
-
-
-def peak_bytes(config: RunConfig, world: int) -> int:
-    """Return the largest peak of any rank."""
-    return max(rank.total for rank in predict_memory(config, world))
 
 
 def _as_dict(config: RunConfig, one: Found, machine: Machine) -> dict[str, Any]:
@@ -91,12 +87,14 @@ def neighbours(config: RunConfig, best: Found, machine: Machine) -> list[dict[st
     world, rows = best.layout.world, []
     for change in _changes(best.layout):
         layout = best.layout.model_copy(update={**change, "shard": 0, "stages": ""})
+        if layout.pipeline > 1 and "reduce" not in change:
+            layout = layout.model_copy(update={"reduce": "step"})
         row: dict[str, Any] = {"change": change, "step_seconds": None, "peak_bytes": None, "fits": None, "refused": None}
         try:
             there = config.model_copy(update={"layout": layout})
             layout = there.check(world)
             row["step_seconds"] = step_time(job_of(there, layout, machine), machine).seconds
-            row["peak_bytes"] = peak_bytes(there, world)
+            row["peak_bytes"] = peak_or_more(there, world, inf)
             row["fits"] = row["peak_bytes"] <= (1 - MARGIN) * machine.memory_bytes
         except UserError as error:
             row["refused"] = error.what

@@ -13,7 +13,7 @@ from minka.plan.errors import UserError
 from minka.plan.layout import Layout
 from minka.plan.layout_candidates import Candidate, Candidates
 from minka.plan.machine import Machine
-from minka.plan.run_job import after_warmup, job_of
+from minka.plan.run_job import job_of
 from minka.plan.step_time import StepTime, step_time
 
 MARGIN = 0.08  # of a GPU's memory: CUDA's context, NCCL's buffers, holes between allocations
@@ -36,30 +36,29 @@ class Search(NamedTuple):
     pruned: dict[str, int]
 
 
-Peak = Callable[[RunConfig, int], int]
+Peak = Callable[[RunConfig, int, float], int]
 
 
 def search(config: RunConfig, world: int, machine: Machine, top: int, peak: Peak) -> Search:
-    """Return the `top` fastest layouts that fit. `peak` predicts a run's largest peak in bytes on `world` ranks.
+    """Return the `top` fastest layouts that fit, each with the best of its ways to replicate, shard and reduce.
 
-    Raises UserError where no legal layout fits.
+    `peak` predicts a run's largest peak in bytes on `world` ranks, or one above the room that is given. Raises UserError where no legal layout fits.
     """
-    config = after_warmup(config)
+    config = config.after_warmup()
     room = (1 - MARGIN) * machine.memory_bytes
     asked = Candidates(config, world, machine, room)
     found: list[Found] = []
-    checks = slower = 0
-    seen: set[tuple[object, ...]] = set()
+    checks = 0
+    seen = set[object]()
     for candidate, time in _in_order(config, machine, asked):
         if len(found) == top:
-            slower += 1
             break
-        key = (candidate.cut, candidate.way._replace(reduce="step"), round(time.seconds, 9))
-        if key in seen:  # the same step: with one micro-batch, when gradients are reduced is no question
+        key = (candidate.cut[0], candidate.cut[3:], candidate.way[:4])
+        if key in seen:
             continue
         layout = candidate.layout(config.layout)
         checks += 1
-        size = peak(config.model_copy(update={"layout": layout}), world)
+        size = peak(config.model_copy(update={"layout": layout}), world, room)
         if size > room:
             asked.pruned["memory"] += 1
         else:

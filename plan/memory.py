@@ -6,7 +6,7 @@ where the largest unit's gradients are whole, in the buffers they are reduced in
 each pass can be (memory_pipeline.py).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from minka.plan.config import RunConfig
@@ -38,23 +38,45 @@ def predict_memory(config: RunConfig, world: int) -> tuple[RankMemory, ...]:
     It is that of the coordinate's first rank, which has the most. Raises UserError for a layout that is not legal on
     `world` ranks, for DeepSpeed and for offload.
     """
+    config, layout = _checked(config, world)
+    block, count = Block(config, layout), max(micro_batches(layout, config.data))
+    if layout.pipeline == 1:
+        moment, by_kind = max(_moments(Stage(block, config.model.layers), count), key=lambda one: sum(one[1].values()))
+        return (RankMemory(0, (0,), moment, by_kind),)
+    return tuple(_of_pipeline(config, layout, block, count, range(layout.pipeline)))
+
+
+def peak_or_more(config: RunConfig, world: int, room: float) -> int:
+    """Return the largest peak of any rank, or the first one found that is above `room`: a search needs no more."""
+    config, layout = _checked(config, world)
+    if layout.pipeline == 1:
+        return predict_memory(config, world)[0].total
+    block, count = Block(config, layout), max(micro_batches(layout, config.data))
+    likely = (0, layout.pipeline - 1, *range(1, layout.pipeline - 1))  # the ends also hold embedding and head
+    largest = 0
+    for one in _of_pipeline(config, layout, block, count, likely):
+        largest = max(largest, one.total)
+        if largest > room:
+            break
+    return largest
+
+
+def _checked(config: RunConfig, world: int) -> tuple[RunConfig, Layout]:
     config = config.after_warmup()
     layout = config.check(world)
     for key, value in (("engine", "deepspeed"), ("offload", "optimizer"), ("offload", "all")):
         if getattr(layout, key) == value:
             what, remedy = f"memory under {key}={value!r} is not predicted", "run it, or set the default"
             raise UserError(what, where=f"layout.{key}", why="what it holds where is its own", remedy=remedy)
-    block, count = Block(config, layout), max(micro_batches(layout, config.data))
-    if layout.pipeline == 1:
-        moment, by_kind = max(_moments(Stage(block, config.model.layers), count), key=lambda one: sum(one[1].values()))
-        return (RankMemory(0, (0,), moment, by_kind),)
-    return tuple(_of_pipeline(config, layout, block, count))
+    return config, layout
 
 
-def _of_pipeline(config: RunConfig, layout: Layout, block: Block, count: int) -> Iterator[RankMemory]:
+def _of_pipeline(
+    config: RunConfig, layout: Layout, block: Block, count: int, coordinates: Iterable[int]
+) -> Iterator[RankMemory]:
     layers = [len(stage) for stage in stages_of(layout, config.model)]
     last = layout.stage_count - 1
-    for coordinate in range(layout.pipeline):
+    for coordinate in coordinates:
         held = tuple(layout.stages_of_rank(coordinate))
         stages = {one: Stage(block, layers[one], first=one == 0, last=one == last) for one in held}
         moment, by_kind = peak_of_coordinate(layout, coordinate, stages, count)

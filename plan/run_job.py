@@ -12,11 +12,6 @@ from minka.plan.step_work import Job, Part, block_weights
 BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 
 
-def after_warmup(config: RunConfig) -> RunConfig:
-    """Return the run without its batch warm-up."""
-    return config.model_copy(update={"data": config.data.model_copy(update={"batch_warmup": ()})})
-
-
 def job_of(config: RunConfig, layout: Layout, machine: Machine) -> Job:
     """Return a whole batch's step under a resolved layout. Raises UserError for DeepSpeed and offload."""
     for key, value in (("engine", "deepspeed"), ("offload", "optimizer"), ("offload", "all")):

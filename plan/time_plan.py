@@ -12,7 +12,7 @@ from minka.plan.layout import Layout, micro_batches
 from minka.plan.load_config import load_run
 from minka.plan.machine import Machine, find_machine
 from minka.plan.rates import read_rates
-from minka.plan.run_job import after_warmup, job_of
+from minka.plan.run_job import job_of
 from minka.plan.step_time import KINDS, passes, step_time
 from minka.plan.step_work import Job, block_weights, end_weights
 
@@ -44,8 +44,8 @@ def time_plan(
     config: RunConfig, world: int, machine: Machine, dollars_per_hour: float | None = None
 ) -> dict[str, Any]:
     """Return what the JSON has. Raises UserError for a layout that is not legal on `world` ranks."""
-    layout = after_warmup(config).check(world)
-    job = job_of(after_warmup(config), layout, machine)
+    layout = config.after_warmup().check(world)
+    job = job_of(config.after_warmup(), layout, machine)
     step = step_time(job, machine)
     run = run_time(config, layout, machine)
     per_second = config.data.batch_tokens / step.seconds
@@ -73,7 +73,7 @@ def time_plan(
 
 def run_time(config: RunConfig, layout: Layout, machine: Machine) -> RunTime:
     """Return how long all steps of a run take, its batch warm-up, saves and evaluations included."""
-    whole = job_of(after_warmup(config), layout, machine)
+    whole = job_of(config.after_warmup(), layout, machine)
     seconds, begun, consumed = 0.0, 0, 0
     steps, tokens = config.end()
     ends = [(stage.until_tokens, stage.batch_tokens) for stage in config.data.batch_warmup]
