@@ -28,7 +28,8 @@ SCATTERED = "_c10d_functional::reduce_scatter_tensor"
 def recompute(block: Block, what: Literal["block", "selective"] = "block", *, scattered: bool = False) -> None:
     """Keep only the block's input for backward, and with "selective" its matrix products and attention's output.
 
-    `scattered` says that a tensor group sums its products and scatters the sums. The instance's forward is replaced; a module around it would change parameter names.
+    `scattered` says that a tensor group sums its products and scatters the sums. The instance's forward is replaced; a
+    module around it would change parameter names.
     """
     forward: Callable[..., Any] = block.forward
     # Nothing in a block draws random numbers, so there is no state to go back to.
@@ -83,7 +84,7 @@ class _Policy:
             finally:
                 self._dropped = False
 
-        product.forward = marked  # type: ignore[method-assign]
+        product.forward = marked
 
     def __call__(self, _: Any, operation: Any, *args: Any, **options: Any) -> CheckpointPolicy:
         schema = getattr(operation, "_schema", None)  # FlexAttention has none: it is computed again

@@ -15,10 +15,11 @@ from minka.plan.load_config import load_run
 from minka.plan.machine import Machine
 from minka.plan.memory import peak_or_more
 from minka.plan.run_job import job_of
-from minka.plan.step_time import KINDS, StepTime, step_time
+from minka.plan.step_time import KINDS, step_time
 from minka.plan.time_plan import machine_for
 
 KEYS = ("micro_batch", "schedule", "stages_per_rank", "recompute", "reshard", "reduce")  # next to AXES
+MOST_COMPARED = 3
 CLOSE = 0.05  # of the winner's time: a short benchmark decides between these
 BENCHMARK = ["run.max_steps=20", "run.max_tokens=none", "schedule.warmup=0", "checkpoint.every_steps=0"]
 BENCHMARK += ["checkpoint.export=false", "eval.every_steps=0", "eval.max_documents=1"]
@@ -41,7 +42,7 @@ def layout_plan(
         "pruned": found.pruned,
         "why": _why(found.found),
         "neighbours": neighbours(config.after_warmup(), best, machine),
-        "benchmark": [_command(run, overrides, one.layout) for one in close] if len(close) > 1 else [],
+        "benchmark": [_command(run, overrides, one.layout) for one in close[:MOST_COMPARED]] if len(close) > 1 else [],
         "calibrated": machine.rates.described(),
     }
 
@@ -73,8 +74,12 @@ def _why(found: Sequence[Found]) -> str:
     best, other = found[0].time, found[1].time
     gains = {kind: other.breakdown[kind] - best.breakdown[kind] for kind in KINDS}
     threshold = 0.001 * best.seconds
-    saves = [f"{gains[kind]:.3g} s of {kind}" for kind in sorted(KINDS, key=lambda k: -gains[k]) if gains[kind] > threshold]
-    pays = [f"{-gains[kind]:.3g} s of {kind}" for kind in sorted(KINDS, key=gains.__getitem__) if -gains[kind] > threshold]
+    saves = [
+        f"{gains[kind]:.3g} s of {kind}" for kind in sorted(KINDS, key=lambda k: -gains[k]) if gains[kind] > threshold
+    ]
+    pays = [
+        f"{-gains[kind]:.3g} s of {kind}" for kind in sorted(KINDS, key=gains.__getitem__) if -gains[kind] > threshold
+    ]
     return f"against the second: saves {_listed(saves)}, pays {_listed(pays)}"
 
 
@@ -89,7 +94,13 @@ def neighbours(config: RunConfig, best: Found, machine: Machine) -> list[dict[st
         layout = best.layout.model_copy(update={**change, "shard": 0, "stages": ""})
         if layout.pipeline > 1 and "reduce" not in change:
             layout = layout.model_copy(update={"reduce": "step"})
-        row: dict[str, Any] = {"change": change, "step_seconds": None, "peak_bytes": None, "fits": None, "refused": None}
+        row: dict[str, Any] = {
+            "change": change,
+            "step_seconds": None,
+            "peak_bytes": None,
+            "fits": None,
+            "refused": None,
+        }
         try:
             there = config.model_copy(update={"layout": layout})
             layout = there.check(world)

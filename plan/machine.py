@@ -10,7 +10,7 @@ from typing import Any
 
 from minka.plan.errors import UserError
 from minka.plan.hardware import GPUS, NVL72, Gpu, find_gpu
-from minka.plan.rates import Rates, rates_of
+from minka.plan.rates import TABULATED, Rates, rates_of
 
 TEXTS = ("name", "source")
 
@@ -29,7 +29,7 @@ class Machine:
     host_gpus: int = 8  # devices of a host
     cores: int = 0  # of a host whose ranks share them, each rank using one; 0: a rank has its own device
     source: str = ""
-    rates: Rates = Rates()
+    rates: Rates = TABULATED
 
     @property
     def peak_flops(self) -> float:
@@ -68,7 +68,7 @@ def machine_of(gpu: Gpu) -> Machine:
 
 
 def read_machine(path: Path) -> Machine:
-    """Return the machine that a file describes. Raises UserError for one that cannot be read or that lacks something."""
+    """Return the machine that a file describes. Raises UserError for one that is not whole."""
     remedy = f"write the keys {', '.join(_needed())}; docs/plan.md shows a file"
     try:
         with path.open("rb") as file:
