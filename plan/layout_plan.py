@@ -42,7 +42,7 @@ def layout_plan(
         "pruned": found.pruned,
         "why": _why(found.found),
         "neighbours": neighbours(config.after_warmup(), best, machine),
-        "benchmark": [_command(run, overrides, one.layout) for one in close[:MOST_COMPARED]] if len(close) > 1 else [],
+        "benchmark": [_command(run, overrides, overrides_of(one.layout, config.layout)) for one in close[:MOST_COMPARED]] if len(close) > 1 else [],
         "calibrated": machine.rates.described(),
     }
 
@@ -52,7 +52,7 @@ def _as_dict(config: RunConfig, one: Found, machine: Machine) -> dict[str, Any]:
     flops = training_flops_per_token(config.model, config.data.seq_len)
     return {
         "layout": one.layout.model_dump(mode="json"),
-        "overrides": overrides_of(one.layout),
+        "overrides": overrides_of(one.layout, config.layout),
         "step_seconds": one.time.seconds,
         "breakdown_seconds": one.time.breakdown,
         "peak_bytes": one.peak_bytes,
@@ -60,10 +60,9 @@ def _as_dict(config: RunConfig, one: Found, machine: Machine) -> dict[str, Any]:
     }
 
 
-def overrides_of(layout: Layout) -> list[str]:
-    """Return the layout as overrides of a run, without what is the default."""
-    default = Layout()
-    keys = [key for key in (*AXES, *KEYS) if getattr(layout, key) != getattr(default, key) or key == "shard"]
+def overrides_of(layout: Layout, run: Layout) -> list[str]:
+    """Return the layout as overrides of a run, without what the run has itself."""
+    keys = [key for key in (*AXES, *KEYS) if getattr(layout, key) != getattr(run, key)]
     return [f"layout.{key}={getattr(layout, key)}" for key in keys]
 
 
@@ -127,8 +126,8 @@ def _changes(layout: Layout) -> list[dict[str, Any]]:
     return changes
 
 
-def _command(run: str, overrides: Sequence[str], layout: Layout) -> str:
-    return join(["minka", "train", run, *overrides, *overrides_of(layout), *BENCHMARK, "run.name=benchmark"])
+def _command(run: str, overrides: Sequence[str], layout: Sequence[str]) -> str:
+    return join(["minka", "train", run, *overrides, *layout, *BENCHMARK, "run.name=benchmark"])
 
 
 def layout_lines(found: Mapping[str, Any]) -> list[list[str]]:

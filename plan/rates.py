@@ -72,11 +72,8 @@ def rates_of(values: Mapping[str, Any], where: str) -> Rates:
 
 
 def rates_toml(rates: Rates) -> str:
-    """Return the file that read_rates reads."""
-    lines = [
-        "# Shares of the data sheet's rates that measured steps reach; written by `minka plan calibrate`.",
-        "[rates]",
-    ]
+    """Return the file that read_rates reads, or the end of a machine's."""
+    lines = ["# Shares of the rates of a data sheet that steps reach, and seconds of what has no bytes.", "[rates]"]
     for key, value in asdict(rates).items():
         lines.append(f'{key} = "{value}"' if isinstance(value, str) else f"{key} = {value:.6g}")
     return "\n".join(lines) + "\n"
