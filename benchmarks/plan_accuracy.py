@@ -131,7 +131,7 @@ def layout_rows() -> Iterator[str]:
     yield f"{how}."
 
 
-TABLES = (mpt_rows, megatron_rows, torchtitan_rows, korthikanti_rows)
+TABLES = (mpt_rows, megatron_rows, torchtitan_rows, korthikanti_rows, layout_rows)
 
 
 def section() -> str:

@@ -9,9 +9,10 @@ from minka.plan.atomic import write_text, writing
 from minka.plan.calibrate import Measured, calibrate, errors
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
+from minka.plan.hardware import find_gpu
 from minka.plan.ledger import number, read_ledger
 from minka.plan.load_config import validate
-from minka.plan.machine import Machine, find_machine
+from minka.plan.machine import Machine, find_machine, machine_of
 from minka.plan.rates import FITTED, rates_toml
 from minka.plan.run_folder import find_run
 from minka.plan.run_job import job_of
@@ -55,6 +56,14 @@ def measured(run: RunStep, machine: Machine) -> Measured:
     return Measured(job_of(run.config, run.config.check(run.ranks), machine), run.seconds)
 
 
+def _machine_of(device: str) -> Machine:
+    gpu = find_gpu(device)
+    if gpu is None:
+        remedy = "describe it: --gpu machine.toml; for these cores, `minka doctor --machine machine.toml` writes that"
+        raise UserError(f"the rates of {device!r} are not known", where="minka plan calibrate", remedy=remedy)
+    return machine_of(gpu)
+
+
 def calibrate_plan(runs: Sequence[str], gpu: str, output: Path | None) -> dict[str, Any]:
     """Fit the rates to the runs, write them to `output`, and return what the JSON has. Raises UserError."""
     read = [read_run(run) for run in runs]
@@ -62,7 +71,7 @@ def calibrate_plan(runs: Sequence[str], gpu: str, output: Path | None) -> dict[s
     if len(devices) > 1:
         remedy = "calibrate each device on its own runs"
         raise UserError(f"these runs were on {', '.join(sorted(devices))}", where="minka plan calibrate", remedy=remedy)
-    machine = find_machine(gpu or next(iter(devices), ""))
+    machine = find_machine(gpu) if gpu else _machine_of(next(iter(devices)))
     steps = [measured(run, machine) for run in read]
     source = f"{', '.join(run.name for run in read)} ({next(iter(devices))})"
     found = calibrate(machine, steps, source)

@@ -33,7 +33,8 @@ def layout_plan(
     found = search(config, world, machine, top, peak_or_more)
     best = found.found[0]
     layouts = [_as_dict(config, one, machine) for one in found.found]
-    close = [one for one in found.found if one.time.seconds <= best.time.seconds * (1 + CLOSE)]
+    close = [one for one in found.found if one.time.seconds <= best.time.seconds * (1 + CLOSE)][:MOST_COMPARED]
+    settings = [overrides_of(one.layout, config.layout) for one in close]
     return {
         "world": world,
         "gpu": machine.name,
@@ -42,7 +43,7 @@ def layout_plan(
         "pruned": found.pruned,
         "why": _why(found.found),
         "neighbours": neighbours(config.after_warmup(), best, machine),
-        "benchmark": [_command(run, overrides, overrides_of(one.layout, config.layout)) for one in close[:MOST_COMPARED]] if len(close) > 1 else [],
+        "benchmark": [_command(run, overrides, words) for words in settings] if len(close) > 1 else [],
         "calibrated": machine.rates.described(),
     }
 

@@ -1,0 +1,119 @@
+"""Step times of several gloo ranks on this machine, predicted from runs of one rank, and measured.
+
+    python -m minka.benchmarks.cpu_twin             the machine, one rank, then 2, 4 and 8 ranks in turn
+    python -m minka.benchmarks.cpu_twin --layouts   ten small cases: is the predicted winner among the best two?
+
+Both are ratios to one rank in the same minutes: a shared machine changes its speed.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from minka.plan.calibrate import Measured, calibrate, errors
+from minka.plan.calibrate_runs import measured, read_run
+from minka.plan.cli import print_table
+from minka.plan.errors import UserError
+from minka.plan.machine import Machine
+from minka.plan.step_time import step_time
+
+SECONDS = 300.0
+STEPS = 32  # of a run: a first reading, which is left out, and seven more
+SMALL = "model.layers=4 model.d_model=256 model.heads=4 model.kv_heads=4 model.head_dim=64 model.d_ff=768".split()
+SMALL += ["model.vocab=2048", "model.tied=false", "data.seq_len=256", "data.batch_tokens=4096"]
+QUIET = f"run.max_steps={STEPS} schedule.warmup=1 eval.every_steps=0 eval.max_documents=1 eval.sample_tokens=1".split()
+QUIET += "tracking.log_every=4 tracking.detail_every=0 checkpoint.every_steps=0 checkpoint.export=false".split()
+ONE_RANK = (
+    ["layout.micro_batch=16"],
+    ["layout.micro_batch=4"],
+    ["layout.micro_batch=8", "model.d_ff=1536"],
+    ["layout.micro_batch=8", "model.layers=8"],
+    ["layout.micro_batch=8", "layout.recompute=block"],
+    ["layout.micro_batch=4", "model.d_model=128", "model.d_ff=384", "model.head_dim=32"],
+)
+LAYOUTS = (
+    (2, ["layout.shard=2", "layout.micro_batch=8"]),
+    (2, ["layout.tensor=2", "layout.micro_batch=8"]),
+    (2, ["layout.pipeline=2", "layout.micro_batch=4"]),
+    (4, ["layout.shard=2", "layout.tensor=2", "layout.micro_batch=4"]),
+    (4, ["layout.replicate=2", "layout.shard=2", "layout.micro_batch=4"]),
+    (8, ["layout.shard=8", "layout.micro_batch=2"]),
+)
+
+
+class Twin(NamedTuple):
+    """A run that was measured, and what was predicted for it."""
+
+    ranks: int
+    settings: str
+    measured: float
+    predicted: float
+
+
+def run(folder: Path, name: str, ranks: int, settings: Sequence[str]) -> str:
+    """Train, and return the run's folder. Raises UserError where it fails."""
+    words = [*SMALL, *QUIET, *settings, f"run.name={name}", f"run.folder={folder}", f"data.store={folder / 'store'}"]
+    command = [sys.executable, "-m", "minka", "train", "demo", *words, "--ranks", str(ranks)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)
+    if done.returncode:
+        why = (done.stderr or done.stdout).strip().splitlines()[-1:]
+        raise UserError(f"the run {name} ended with status {done.returncode}", where="cpu_twin", why=" ".join(why))
+    return str(folder / name)
+
+
+def twins(folder: Path, machine: Machine, layouts: Sequence[tuple[int, list[str]]]) -> list[Twin]:
+    """Calibrate on one rank, then measure each layout next to one rank and scale by that."""
+    alone = [read_run(run(folder, f"one-{number}", 1, words)) for number, words in enumerate(ONE_RANK)]
+    steps = [measured(one, machine) for one in alone]
+    fitted = calibrate(machine, steps, "one rank")
+    say(f"one rank: {', '.join(f'{error:+.1%}' for error in errors(fitted, steps))} with {fitted.rates}")
+    found = []
+    for number, (ranks, words) in enumerate(layouts):
+        there = read_run(run(folder, f"many-{number}", ranks, words))
+        again = read_run(run(folder, f"again-{number}", 1, ONE_RANK[0]))
+        drift = again.seconds / alone[0].seconds
+        step: Measured = measured(there, fitted)
+        found.append(Twin(ranks, " ".join(words), there.seconds / drift, step_time(step.job, fitted).seconds))
+        one = found[-1]
+        say(f"{ranks} ranks, {one.settings}: {one.measured:.3f} s, {one.predicted / one.measured - 1:+.1%}")
+    return found
+
+
+def main() -> int:
+    """Print the table. Return 1 where a prediction is more than 15 % off."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--machine", type=Path, help="what `minka doctor --machine` wrote; default: measured now")
+    options = parser.parse_args()
+    from minka.plan.machine import read_machine
+    from minka.train.measure_machine import measure_machine
+
+    machine = read_machine(options.machine) if options.machine else measure_machine()
+    say(f"{machine}")
+    with tempfile.TemporaryDirectory(prefix="minka-twin-") as folder:
+        found = twins(Path(folder), replace(machine), LAYOUTS)
+    rows = [
+        [f"{one.ranks}", one.settings, f"{one.measured:.3f}", f"{one.predicted:.3f}", f"{one.predicted / one.measured - 1:+.1%}"]
+        for one in found
+    ]
+    print_table(rows, ["ranks", "layout", "measured", "predicted", "error"])
+    off = [abs(one.predicted / one.measured - 1) for one in found]
+    print(f"mean error {statistics.mean(off):.1%}, largest {max(off):.1%}")
+    return int(max(off) > 0.15)
+
+
+def say(line: str) -> None:
+    """Print progress."""
+    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""What a run will need and take, in few lines: printed where it starts and by a dry run, kept as plan.json."""
+
+from typing import Any
+
+from minka.plan.config import RunConfig
+from minka.plan.errors import UserError
+from minka.plan.layout_search import MARGIN
+from minka.plan.machine import Machine, find_machine
+from minka.plan.memory import predict_memory
+from minka.plan.time_plan import time_plan
+
+KEPT = ("step_seconds", "tokens_per_second_per_gpu", "mfu", "breakdown_seconds", "days", "gpu_hours", "dollars")
+
+
+def outlook(config: RunConfig, world: int, gpu: str, dollars_per_hour: float | None = None) -> dict[str, Any]:
+    """Return memory, time and cost of a run on `world` GPUs. Raises UserError where the layout is not legal there.
+
+    `not_planned` says what is not predicted for this run; the keys of that are null then.
+    """
+    machine = find_machine(gpu)
+    config.after_warmup().check(world)
+    found: dict[str, Any] = {"gpu": machine.name, "world": world, "not_planned": []}
+    found |= dict.fromkeys(("peak_bytes", "fits", *KEPT))
+    try:
+        found["peak_bytes"] = max(rank.total for rank in predict_memory(config, world))
+        found["fits"] = found["peak_bytes"] <= (1 - MARGIN) * machine.memory_bytes
+    except UserError as error:
+        found["not_planned"].append(str(error))
+    try:
+        planned = time_plan(config, world, machine, dollars_per_hour)
+        found |= {key: planned[key] for key in KEPT}
+    except UserError as error:
+        found["not_planned"].append(str(error))
+    return found | {"assumes": _assumed(config, machine)}
+
+
+def _assumed(config: RunConfig, machine: Machine) -> str:
+    compiled = "blocks compiled, memory as if they were not" if config.kernels.compile else "blocks not compiled"
+    host = f"hosts of {machine.host_gpus}"
+    if machine.network_gb:
+        host += f" with {machine.network_gb:g} GB/s of network for each GPU"
+    return f"{compiled}; whole sequences attended; {host}; {machine.rates.described()}"
+
+
+def outlook_lines(found: dict[str, Any]) -> list[str]:
+    """Return the same for people."""
+    lines, gpus = [], f"{found['world']:,} x {found['gpu']}"
+    if found["peak_bytes"] is not None:
+        verdict = "fits" if found["fits"] else "does not fit"
+        lines.append(f"plan: {found['peak_bytes'] / 2**30:.1f} GiB at the peak of the largest rank of {gpus}: {verdict}")
+    if found["step_seconds"] is not None:
+        speed = f"{found['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU, {found['mfu']['causal']:.0%} MFU"
+        cost = "" if found["dollars"] is None else f", ${found['dollars']:,.0f}"
+        lines.append(
+            f"plan: {found['step_seconds']:.3g} s a step, {speed}; the run takes {found['days']:,.1f} days, "
+            f"{found['gpu_hours']:,.0f} GPU-hours{cost}"
+        )
+    lines += [f"plan: {problem}" for problem in found["not_planned"]]
+    return [*lines, f"plan assumes: {found['assumes']}"]

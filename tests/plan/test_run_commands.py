@@ -1,0 +1,124 @@
+"""`minka plan time`, `layout` and `calibrate` as commands: tables, JSON, pictures, and refusals as one paragraph."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minka.plan.command import main
+from minka.plan.ledger import Ledger
+from minka.plan.load_config import load_run
+from minka.plan.run_folder import RunFolder
+
+
+def asked(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> tuple[str, str]:
+    found = main(list(words))
+    out, err = capsys.readouterr()
+    assert found == status, err
+    return out, err
+
+
+def document(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(asked(capsys, *words, "--json")[0])
+    return found
+
+
+def test_time_has_the_keys_that_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    found = document(capsys, "time", "llama3-8b", "--gpu", "H100-SXM", "--world", "64", "--dollars", "2")
+    assert found["step_seconds"] == pytest.approx(sum(found["breakdown_seconds"].values()))
+    assert set(found["mfu"]) == {"causal", "palm", "6n", "megatron"}
+    assert found["tokens_per_second_per_gpu"] > 0
+    assert found["dollars"] == pytest.approx(2 * found["gpu_hours"])
+    assert found["calibrated"] == "not calibrated"
+    table, _ = asked(capsys, "time", "llama3-8b", "--gpu", "H100-SXM", "--world", "64")
+    assert "matrix products" in table
+    assert "not calibrated" in table
+
+
+@pytest.mark.parametrize("ending", ["png", "svg", "html"])
+def test_plans_are_drawn(ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    for words in (["time", "dense-125m"], ["layout", "dense-125m", "--top", "2"]):
+        path = tmp_path / f"{words[0]}.{ending}"
+        asked(capsys, *words, "--gpu", "H100-SXM", "--plot", str(path))
+        assert path.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["time", "llama3-8b"], "on what it runs is missing"),
+        (["time", "llama3-8b", "--gpu", "H10"], "no GPU 'H10' is known"),
+        (["time", "llama3-8b", "--gpu", "H100-SXM", "--world", "0"], "--world"),
+        (["time", "llama3-8b", "--gpu", "H100-SXM", "--world", "-8"], "--world"),
+        (["time", "llama3-8b", "--gpu", "H100-SXM", "--dollars", "-1"], "--dollars"),
+        (["time", "llama3-8b", "--gpu", "H100-SXM", "--dollars", "nan"], "--dollars"),
+        (["time", "llama3-8b", "--gpu", "none.toml"], "none.toml"),
+        (["time", "llama3-8b", "--gpu", "H100-SXM", "--rates", "none.toml"], "none.toml"),
+        (["time", "llama3-8b", "--gpu", "H100-SXM", "--plot", "x.pdf"], "--plot"),
+        (["time", "llama3-80b", "--gpu", "H100-SXM"], "llama3-8b"),
+        (["time", "llama3-8b", "layout.tensor=3", "--gpu", "H100-SXM", "--world", "8"], "layout"),
+        (["layout", "llama3-8b", "--gpu", "H100-SXM", "--top", "0"], "--top"),
+        (["layout", "llama3-405b", "--gpu", "H100-SXM", "--world", "8"], "no legal layout"),
+        (["calibrate", "nothing-here"], "nothing-here"),
+        (["calibrate"], "runs"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_paragraph(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out, err = asked(capsys, *words, status=2)
+    assert said in err
+    assert "Traceback" not in err
+    assert not out
+
+
+def written_run(folder: Path, name: str, seconds: float, device: str, *overrides: str, readings: int = 6) -> str:
+    """A run's folder as training leaves it, whose steps took `seconds` each."""
+    config = load_run("llama3-8b", [f"run.name={name}", f"run.folder={folder}", *overrides]).config
+    run = RunFolder.of(config)
+    run.create(config, {})
+    ledger = Ledger(run.ledger_file)
+    start = {"ranks": 8, "device": device, "config": config.model_dump(mode="json")}
+    ledger.append("start", step=0, tokens=0, **start)
+    batch = config.data.batch_tokens
+    for number in range(1, readings + 1):
+        speed = batch / (seconds * (3 if number == 1 else 1 + 0.001 * number))
+        ledger.append("step", step=number, tokens=number * batch, tokens_per_second=speed)
+    ledger.close()
+    return str(run.path)
+
+
+def test_measured_runs_calibrate_the_next_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Steps that took twice what is tabulated: the fitted rates say so, and plans that use them."""
+    runs, device = [], "NVIDIA H100 80GB HBM3"
+    for number, overrides in enumerate(([], ["layout.micro_batch=2"], ["data.seq_len=2048", "layout.micro_batch=4"])):
+        words = ["time", "llama3-8b", *overrides, "--gpu", "H100-SXM", "--world", "8"]
+        seconds = document(capsys, *words)["step_seconds"] * 1.5
+        runs.append(written_run(tmp_path, f"run-{number}", seconds, device, *overrides))
+    rates = tmp_path / "rates.toml"
+    found = document(capsys, "calibrate", *runs, "-o", str(rates))
+    assert found["gpu"] == "H100-SXM"
+    assert found["calibrated"].startswith("calibrated on run-0, run-1, run-2")
+    for run in found["runs"]:
+        assert run["error_before"] == pytest.approx(1 / 1.5 - 1, abs=0.02)
+        assert abs(run["error"]) < 0.05
+        assert abs(run["error_left_out"]) < 0.08
+    words = ["time", "llama3-8b", "--gpu", "H100-SXM", "--world", "8"]
+    before, after = document(capsys, *words), document(capsys, *words, "--rates", str(rates))
+    assert after["step_seconds"] / before["step_seconds"] == pytest.approx(1.5, rel=0.05)
+    assert after["calibrated"] == found["calibrated"]
+    table, _ = asked(capsys, "calibrate", *runs)
+    assert "written" in table
+
+
+def test_runs_that_cannot_calibrate_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = written_run(tmp_path, "short", 1.0, "NVIDIA H200", readings=2)
+    other = written_run(tmp_path, "other", 1.0, "NVIDIA B200")
+    unknown = written_run(tmp_path, "unknown", 1.0, "AMD EPYC")
+    long = written_run(tmp_path, "long", 1.0, "NVIDIA H200")
+    assert "too few" in asked(capsys, "calibrate", short, status=2)[1]
+    assert "NVIDIA B200, NVIDIA H200" in asked(capsys, "calibrate", long, other, status=2)[1]
+    assert "doctor --machine" in asked(capsys, "calibrate", unknown, status=2)[1]
+    nowhere = tmp_path / "none/rates.toml"
+    assert "rates.toml" in asked(capsys, "calibrate", long, "-o", str(nowhere), status=2)[1]
