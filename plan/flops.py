@@ -223,7 +223,8 @@ def formula_of(model: ModelSection | Shape, seq_len: float, convention: Conventi
     if convention in ("6n", "palm"):
         return "6N" if convention == "6n" else f"6N + {6 * twice}L{channels}s"
     cut = convention == "causal" and 0 < shape.window < seq_len and shape.windowed_layers > 0
-    scores = f"{twice * 2 if convention == 'megatron' else twice}s{channels}".removeprefix("1")
+    factor, scores = twice * (2 if convention == "megatron" else 1), f"s{channels}"
+    scores_of_all = f"{factor}{scores}".removeprefix("1")
     in_each, apart, matrices = [_attention(shape)], [], 2 * shape.mlp_matrices
     experts = f"2dE + {matrices}d" + ("(Ag + S)" if shape.shared_ff else "Ag")
     if shape.dense_layers:
@@ -231,9 +232,9 @@ def formula_of(model: ModelSection | Shape, seq_len: float, convention: Conventi
     else:
         in_each.append(experts if shape.expert_ff else f"{matrices}df")
     if not cut:
-        in_each.append(scores)
+        in_each.append(scores_of_all)
     elif shape.windowed_layers < shape.layers:
-        apart.append(f"(L - W){scores}")
+        apart.append(f"{factor}(L - W){scores}".removeprefix("1"))
     if cut:
         apart.append(f"{2 * twice}W{channels}(w - ww/(2s))")
     return "3(" + " + ".join([f"L({' + '.join(in_each)})", *apart, "2dV"]) + ")"
