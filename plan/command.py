@@ -32,7 +32,7 @@ def _add_model(app: typer.Typer) -> None:
         words: Annotated[
             list[str] | None,
             typer.Argument(
-                metavar="[SIZE=N]...",
+                metavar="SIZE=N",
                 help="layers=32 d_model=4096 heads=32 d_ff=14336 ...; of a recipe section.key=value",
             ),
         ] = None,

@@ -204,13 +204,13 @@ MEMORY: dict[str, Explanation] = {
         "bytes",
         "gpu_bytes - peak_bytes",
         "gpu_bytes, ranks.peak_bytes",
-        "what the context of CUDA, NCCL and holes between allocations may take: 2 to 6 GB",
+        "plan/memory_plan.py; CUDA's context, NCCL and holes between allocations take 2 to 6 GB of it",
     ),
     "ranks.fits": Explanation(
         "true or false",
         "margin_bytes is at least 8 % of gpu_bytes",
         "ranks.margin_bytes, gpu_bytes",
-        "what the context of CUDA, NCCL and holes between allocations may take: 2 to 6 GB",
+        "plan/memory_plan.py, MARGIN: room for CUDA's context, NCCL and holes between allocations, 2 to 6 GB",
     ),
 }
 EXPLAINED: dict[str, Explanation] = {**MODEL, **MEMORY}

@@ -92,26 +92,32 @@ class HubSettings:
 def text_settings(values: Mapping[str, Any], where: str) -> tuple[HubSettings, list[str]]:
     """The settings of a config.json's text model, and what else the config describes.
 
-    Raises UserError for an unknown family and for a config that states no size.
+    Raises UserError for an unknown family, and for a config that states no size and is not a part of a larger one.
     """
-    text, left_out = values.get("text_config"), []
+    text = values.get("text_config")
     if text is not None:
-        if not isinstance(text, dict):
-            what = f"text_config is {_shown(text)}, not a table of settings"
-            raise UserError(what, where=where, remedy="correct text_config")
-        whole = values.get("model_type")
-        left_out = [f"all but the text model of this {whole}"]
-        tied = {key: values[key] for key in ("tie_word_embeddings",) if key in values}
-        if tied and tied != {key: text.get(key, value) for key, value in tied.items()}:
-            what = "tie_word_embeddings has one value in text_config and a different one outside"
-            raise UserError(what, where=where, remedy="keep the one that is right")
-        values = {**tied, **text, "model_type": text.get("model_type") or f"{whole}_text"}
+        inner = _inner(values, text, where)
+        left_out = f"all but the text model of this {values.get('model_type') or 'model'}"
+        return HubSettings(family_in(inner, where), inner, where), [left_out]
     settings = HubSettings(family_in(values, where), values, where)
     if not any(key in settings.stated for key in ("hidden_size", "num_hidden_layers", "intermediate_size")):
         what = "hidden_size, num_hidden_layers and intermediate_size are missing"
         why = f"every size would be the default of transformers' {settings.family}"
         raise UserError(what, where=where, why=why, remedy="give a model's config.json")
-    return settings, left_out
+    return settings, []
+
+
+def _inner(values: Mapping[str, Any], text: Any, where: str) -> dict[str, Any]:
+    """The settings in text_config, with what is stated for the whole model."""
+    if not isinstance(text, dict):
+        raise UserError(f"text_config is {_shown(text)}, not a table of settings", where=where, remedy="correct it")
+    key, whole = "tie_word_embeddings", values.get("model_type")
+    inner = {**text, "model_type": text.get("model_type") or (f"{whole}_text" if whole else None)}
+    if key in values and inner.setdefault(key, values[key]) != values[key]:
+        what = f"{key} is {_shown(values[key])}, and {_shown(text[key])} in text_config"
+        why = "versions of transformers differ in which they take"
+        raise UserError(what, where=where, why=why, remedy="keep the one that is right")
+    return inner
 
 
 def family_in(values: Mapping[str, Any], where: str) -> str:

@@ -134,7 +134,7 @@ def evaluated(formula: str, symbols: Mapping[str, float]) -> float:
         if isinstance(node, ast.BinOp):
             left, right = value(node.left), value(node.right)
             both = {ast.Add: left + right, ast.Sub: left - right, ast.Mult: left * right}
-            return left / right if isinstance(node.op, ast.Div) else both[type(node.op)]  # type: ignore[index]
+            return left / right if isinstance(node.op, ast.Div) else both[type(node.op)]
         return symbols[node.id] if isinstance(node, ast.Name) else ast.literal_eval(node)
 
     return value(ast.parse(spelled, mode="eval").body)

@@ -161,15 +161,20 @@ def test_a_text_model_within_a_larger_one_is_counted_and_the_rest_named() -> Non
 def test_a_text_model_that_leaves_out_sizes_is_what_transformers_builds() -> None:
     """The published gemma-3-4b-it has no more than this."""
     text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
-    values = {"model_type": "gemma3", "text_config": {**text, "model_type": "gemma3_text"}}
+    values: dict[str, Any] = {"model_type": "gemma3", "text_config": {**text, "model_type": "gemma3_text"}}
     with quietly():
         whole: Any = AutoConfig.for_model(**values)
     shape, _ = read_shape(values, "config.json")
     assert shape == read_shape(whole.text_config.to_dict(), "config.json")[0]
     assert (shape.heads, shape.kv_heads, shape.head_dim, shape.vocab) == (8, 4, 256, 262208)
-    del values["text_config"]["model_type"]
+    values["text_config"] = text
     assert read_shape(values, "config.json")[0] == shape
     assert not read_shape(values | {"tie_word_embeddings": False}, "config.json")[0].tied
+    seven = {"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 32064}}
+    with quietly():
+        assert (
+            read_shape(seven, "x")[0] == read_shape(AutoConfig.for_model("llama", vocab_size=32064).to_dict(), "x")[0]
+        )
 
 
 SHAPES = [
