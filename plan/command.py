@@ -33,37 +33,38 @@ def main(argv: Sequence[str]) -> int:
 def _add_model(app: typer.Typer) -> None:
     @app.command()
     def model(
-        shape: Annotated[
-            list[str] | None, typer.Argument(help="layers=32 d_model=4096 heads=32 d_ff=14336 ...")
+        words: Annotated[
+            list[str] | None,
+            typer.Argument(
+                metavar="SIZE=N",
+                help="layers=32 d_model=4096 heads=32 d_ff=14336 ...; of a recipe section.key=value",
+            ),
         ] = None,
         hf: Annotated[
             Path | None, typer.Option(metavar="FILE", help="a Hugging Face config.json or its folder")
         ] = None,
         recipe: Annotated[str, typer.Option(help="a recipe, run.toml or run folder")] = "",
-        seq: Annotated[int | None, typer.Option(min=1, help="tokens in a sequence; default: the model's own")] = None,
+        seq: Annotated[
+            int | None,
+            typer.Option(
+                min=1, help="tokens in a sequence; default: all positions of --hf, data.seq_len of --recipe, else 2048"
+            ),
+        ] = None,
         as_json: Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")] = False,
     ) -> int:
-        """Weights and training FLOPs a token of a model: a shape, a Hugging Face config or a recipe."""
+        """Weights and training FLOPs a token of a model: sizes, a Hugging Face config or a recipe."""
         from minka.plan.errors import UserError
-        from minka.plan.model_plan import (
-            DEFAULT_SEQ_LEN,
-            model_lines,
-            model_plan,
-            of_config,
-            of_recipe,
-            of_words,
-            shape_json,
-        )
+        from minka.plan.model_plan import model_lines, of_config, of_recipe, of_words
 
-        if sum(map(bool, (shape, hf, recipe))) != 1:
+        if bool(hf) + bool(recipe) + bool(words and not recipe) != 1:
             what = "give one model: sizes, --hf or --recipe"
             raise UserError(what, where="minka plan model", remedy="`minka plan model --recipe llama3-8b`, for example")
         if hf:
             found = of_config(hf, seq)
         else:
-            found = of_recipe(recipe, seq) if recipe else model_plan(of_words(shape or []), seq or DEFAULT_SEQ_LEN)
+            found = of_recipe(recipe, words or [], seq) if recipe else of_words(words or [], seq)
         if as_json:
-            print_json(shape_json(found))
+            print_json(found)
         else:
             print_table(model_lines(found))
         return 0

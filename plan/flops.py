@@ -17,6 +17,30 @@ FORMULAS: dict[Convention, str] = {
     "megatron": "Narayanan et al. (arXiv:2104.04473, sec. 3.3): 3(L(2d(2h+2k)e + 6df + 4she) + 2dV), full attention",
 }
 
+SYMBOLS = {  # the letters of formulas
+    "L": "layers",
+    "d": "model width",
+    "h": "query heads",
+    "k": "key/value heads",
+    "e": "head width",
+    "q": "rank of queries",
+    "r": "rank of keys and values",
+    "n": "channels of a head that are not rotated",
+    "p": "channels of a head that are rotated",
+    "v": "channels of a head's values",
+    "f": "feed-forward width",
+    "E": "experts",
+    "A": "experts that a token passes through",
+    "g": "width of an expert",
+    "S": "width of the shared experts together",
+    "D": "layers without experts",
+    "V": "vocabulary",
+    "w": "tokens that a windowed layer sees",
+    "W": "layers with the window",
+    "N": "weights that a token passes through",
+    "s": "tokens in a sequence",
+}
+
 # Fields of Shape that ModelSection has, too.
 SHARED = ("layers", "d_model", "heads", "kv_heads", "head_dim", "d_ff", "vocab", "tied", "qk_norm")
 
@@ -40,19 +64,22 @@ class Shape:
     d_model: int
     heads: int
     kv_heads: int
-    head_dim: int
+    head_dim: int  # 0 with latent attention, which has widths of its own
     d_ff: int
     vocab: int
     tied: bool = False
-    biases: Literal["none", "qkv", "all"] = "none"  # "all": every matrix but the head, and the norms (GPT-2)
+    # qkvo: of all matrices of attention that have any; all: of every matrix but the head, and of the norms (GPT-2)
+    biases: Literal["none", "qkv", "qkvo", "all"] = "none"
+    mlp_biases: bool = False  # of the feed-forward's matrices; `biases` "all" has them too
+    norm_biases: bool = False  # the same
     qk_norm: bool = False
     whole_qk_norm: bool = False  # over all heads together, not over each
     mlp_matrices: Literal[2, 3] = 3  # 3: gated (SwiGLU)
     learned_positions: int = 0  # rows of a position embedding; RoPE has none
     norms: int = 2  # of width d_model, in each layer
-    experts: int = 1  # feed-forward networks in each layer; above 1 with a router
+    experts: int = 1  # feed-forward networks in each layer
     active_experts: int = 1  # that a token passes through
-    expert_ff: int = 0  # width of an expert; 0: d_ff
+    expert_ff: int = 0  # width of an expert; 0: a dense model, without a router
     shared_ff: int = 0  # width of the experts that every token passes through, together
     dense_layers: int = 0  # of a model with experts: layers that have one network of width d_ff instead
     latent: Latent | None = None
@@ -79,7 +106,7 @@ class Shape:
     @property
     def norm_parameters(self) -> int:
         """Weights of one norm of width d_model."""
-        return self.d_model * (2 if self.biases == "all" else 1)
+        return self.d_model * (2 if self.biases == "all" or self.norm_biases else 1)
 
     @property
     def attention_matrices(self) -> int:
@@ -99,7 +126,8 @@ class Shape:
             return self.latent.query_rank + self.latent.kv_rank
         if self.whole_qk_norm:
             return self.query_width + self.kv_width
-        return 2 * self.head_dim if self.qk_norm else 0
+        each = self.head_dim * self.norm_parameters // self.d_model
+        return 2 * each if self.qk_norm else 0
 
     @property
     def attention_width(self) -> int:
@@ -110,7 +138,7 @@ class Shape:
 
     def layer_matrices(self, experts: int) -> int:
         """Weights of the matrices of one layer with experts, or of a dense model's, of `experts` experts."""
-        router = self.d_model * self.experts if self.experts > 1 else 0
+        router = self.d_model * self.experts if self.expert_ff else 0
         width = experts * (self.expert_ff or self.d_ff) + self.shared_ff
         return self.attention_matrices + router + self.mlp_matrices * self.d_model * width
 
@@ -128,13 +156,20 @@ class Shape:
     @property
     def layer_vectors(self) -> int:
         """Weights of one layer's norms and biases."""
-        norms = self.norms * self.norm_parameters + self.attention_norms
-        biases = 0
-        if self.biases != "none":
-            biases += self.query_width + 2 * self.kv_width
-        if self.biases == "all":
-            biases += 2 * self.d_model + (self.mlp_matrices - 1) * self.d_ff
-        return norms + biases
+        biases = self.attention_biases
+        if self.biases == "all" or self.mlp_biases:
+            biases += self.d_model + (self.mlp_matrices - 1) * self.d_ff
+        return self.norms * self.norm_parameters + self.attention_norms + biases
+
+    @property
+    def attention_biases(self) -> int:
+        """Weights of one layer's biases within attention; of latent attention where it reads or writes d_model."""
+        if self.biases == "none":
+            return 0
+        out = 0 if self.biases == "qkv" else self.d_model
+        if self.latent is None:
+            return self.query_width + 2 * self.kv_width + out
+        return self.latent.query_rank + self.latent.kv_rank + self.latent.rope_dim + out
 
     @property
     def embedding_parameters(self) -> int:
@@ -178,3 +213,59 @@ def training_flops_per_token(model: ModelSection | Shape, seq_len: float, conven
     spans = (shape.layers - shape.windowed_layers) * seen + shape.windowed_layers * seen_in_window
     attention = 2 * shape.attention_width * spans
     return 3 * (2 * shape.matrices(shape.active_experts) + attention + 2 * shape.d_model * shape.vocab)
+
+
+def formula_of(model: ModelSection | Shape, seq_len: float, convention: Convention = "causal") -> str:
+    """Return how `training_flops_per_token` comes out for this model, in the letters of `symbols_of`."""
+    shape = Shape.of(model)
+    channels = "he" if shape.latent is None else "h(n + p + v)"  # attention_width, or half of it
+    twice = 2 if shape.latent is None else 1
+    if convention in ("6n", "palm"):
+        return "6N" if convention == "6n" else f"6N + {6 * twice}L{channels}s"
+    cut = convention == "causal" and 0 < shape.window < seq_len and shape.windowed_layers > 0
+    factor, scores = twice * (2 if convention == "megatron" else 1), f"s{channels}"
+    scores_of_all = f"{factor}{scores}".removeprefix("1")
+    in_each, apart, matrices = [_attention(shape)], [], 2 * shape.mlp_matrices
+    experts = f"2dE + {matrices}d" + ("(Ag + S)" if shape.shared_ff else "Ag")
+    if shape.dense_layers:
+        apart += [f"(L - D)({experts})", f"{matrices}Ddf"]
+    else:
+        in_each.append(experts if shape.expert_ff else f"{matrices}df")
+    if not cut:
+        in_each.append(scores_of_all)
+    elif shape.windowed_layers < shape.layers:
+        apart.append(f"{factor}(L - W){scores}".removeprefix("1"))
+    if cut:
+        apart.append(f"{2 * twice}W{channels}(w - ww/(2s))")
+    return "3(" + " + ".join([f"L({' + '.join(in_each)})", *apart, "2dV"]) + ")"
+
+
+def symbols_of(model: ModelSection | Shape, seq_len: float) -> dict[str, float]:
+    """Return the letters of `formula_of` and their values; SYMBOLS says what they are."""
+    shape = Shape.of(model)
+    a, cut = shape.latent, 0 < shape.window < seq_len and shape.windowed_layers > 0
+    widths = {"k": shape.kv_heads, "e": shape.head_dim} if a is None else {}
+    if a is not None:
+        widths = {"q": a.query_rank, "r": a.kv_rank, "n": a.nope_dim, "p": a.rope_dim, "v": a.value_dim}
+    experts = {"E": shape.experts, "A": shape.active_experts, "g": shape.expert_ff, "S": shape.shared_ff}
+    return {
+        "L": shape.layers,
+        "d": shape.d_model,
+        "h": shape.heads,
+        **{letter: size for letter, size in widths.items() if size},
+        **({"f": shape.d_ff} if not shape.expert_ff or shape.dense_layers else {}),
+        **{letter: size for letter, size in experts.items() if size and shape.expert_ff},
+        **({"D": shape.dense_layers} if shape.dense_layers else {}),
+        "V": shape.vocab,
+        **({"w": shape.window, "W": shape.windowed_layers} if cut else {}),
+        "N": active_parameters(shape),
+        "s": seq_len,
+    }
+
+
+def _attention(shape: Shape) -> str:
+    """FLOPs of the matrices of one layer's attention."""
+    if shape.latent is None:
+        return "2d(2h + 2k)e"
+    queries = "dq + qh(n + p)" if shape.latent.query_rank else "dh(n + p)"
+    return f"2({queries} + d(r + p) + rh(n + v) + hvd)"

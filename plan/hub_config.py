@@ -10,7 +10,8 @@ from minka.plan.config_sections import ModelSection, RopeScaling
 from minka.plan.errors import UserError
 from minka.plan.flops import SHARED
 from minka.plan.hub_family import TRAINED, family_of, misfit
-from minka.plan.hub_shape import SIZES, family_in, need, read_shape, unknown_family, window_in, with_defaults
+from minka.plan.hub_settings import text_settings, unknown_family
+from minka.plan.hub_shape import SIZES, asked_window, shape_of
 from minka.plan.load_config import describe_problems
 from minka.plan.read_file import read_json
 
@@ -28,22 +29,27 @@ def read_config(folder: Path) -> ModelSection:
 
 def from_config(values: Mapping[str, Any], where: str) -> ModelSection:
     """Return the model that a config.json describes. Raises UserError for what ModelSection cannot represent."""
-    family = family_in(values, where)
+    settings, uncovered = text_settings(values, where)
+    family = settings.family
     if family not in TRAINED:
         raise unknown_family(family, where, "train", TRAINED)
-    shape, uncovered = read_shape(values, where)
-    known = with_defaults(family, values)
-    if window := window_in(known, values, family):
-        uncovered.append(f"sliding_window={window} below max_position_embeddings={known['max_position_embeddings']}")
-    if "sliding_attention" in (known.get("layer_types") or []):
+    shape, uncounted = shape_of(settings)
+    longest = settings.size("max_position_embeddings")
+    uncovered += uncounted
+    if window := asked_window(settings):
+        uncovered.append(f"sliding_window={window} below max_position_embeddings={longest}")
+    if "sliding_attention" in settings.items("layer_types", str):
         uncovered.append("layer_types other than full_attention")
+    uncovered += [f"{key}=true" for key in ("attention_bias", "mlp_bias") if settings.asks(key)]
+    known = {key: value for key, value in settings.stated.items() if value is not None}
     uncovered += [f"{key}={known[key]!r}" for key, ours in UNTRAINED.items() if known.get(key, ours) != ours]
     if uncovered:
         what = f"this {family} has what minka's models do not have: {'; '.join(uncovered)}"
         raise UserError(what, where=where, remedy="use a model without it")
-    fields = {name: getattr(shape, name) for name in SHARED} | _rope({**known, **values}, where)
+    fields = {name: getattr(shape, name) for name in SHARED}
+    fields |= _rope({"max_position_embeddings": longest, **settings.stated}, where)
     fields |= {ours: known[theirs] for ours, theirs in TRAINED_WITH.items() if theirs in known}
-    fields = {"norm_eps": 1e-6, "max_positions": 2048, "qkv_bias": shape.biases == "qkv"} | fields
+    fields = {"norm_eps": 1e-6, "max_positions": longest, "qkv_bias": shape.biases == "qkv"} | fields
     try:
         return ModelSection.model_validate(fields)
     except ValidationError as error:
@@ -145,7 +151,13 @@ def _rope(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     found = {"rope_theta": rope["rope_theta"]}
     if kind == "default":
         return found
-    return found | {"rope_scaling": {ours: need(rope, theirs, where) for ours, theirs in LLAMA3_ROPE.items()}}
+    return found | {"rope_scaling": {ours: _need(rope, theirs, where) for ours, theirs in LLAMA3_ROPE.items()}}
+
+
+def _need(rope: Mapping[str, Any], key: str, where: str) -> Any:
+    if rope.get(key) is None:
+        raise UserError(f"{key} is missing", where=where, why="llama3's frequencies need it", remedy=f"add {key}")
+    return rope[key]
 
 
 def _rope_table(table: Any, place: str, where: str) -> dict[str, dict[str, Any]]:

@@ -1,14 +1,19 @@
 """Counts are exact: published parameter counts, and published MFU from published throughput."""
 
+import ast
 import csv
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
 from minka.plan.config_sections import ModelSection
-from minka.plan.flops import Shape, parameters, training_flops_per_token
+from minka.plan.flops import FORMULAS, Shape, formula_of, parameters, symbols_of, training_flops_per_token
 from minka.plan.hardware import find_gpu
+from minka.plan.hub_defaults import FAMILIES
+from minka.plan.hub_shape import read_shape
 from minka.plan.load_config import load_run
 
 GOLDENS = Path(__file__).resolve().parent.parent / "goldens"
@@ -119,3 +124,44 @@ def test_six_n_misses_the_exact_count_by_as_much_as_is_known(model: str, seq_len
     row = next(row for row in MODELS if row["model"] == model)
     exact = training_flops_per_token(golden_shape(row), seq_len)
     assert 6 * int(row["params"]) / exact == pytest.approx(ratio, abs=6e-4)
+
+
+def evaluated(formula: str, symbols: Mapping[str, float]) -> float:
+    """A formula as it is printed: letters and numbers next to each other are multiplied."""
+    spelled = re.sub(r"(?<=[\w)])\s*(?=[A-Za-z(])", "*", formula)
+
+    def value(node: ast.expr) -> float:
+        if isinstance(node, ast.BinOp):
+            left, right = value(node.left), value(node.right)
+            both = {ast.Add: left + right, ast.Sub: left - right, ast.Mult: left * right}
+            return left / right if isinstance(node.op, ast.Div) else both[type(node.op)]
+        return symbols[node.id] if isinstance(node, ast.Name) else ast.literal_eval(node)
+
+    return value(ast.parse(spelled, mode="eval").body)
+
+
+def test_a_formula_is_evaluated_as_it_is_read() -> None:
+    symbols = {"L": 2, "d": 3, "h": 4, "k": 1, "e": 5, "w": 6, "s": 9, "V": 7}
+    assert evaluated("3(L(2d(h + k)e - ww/(2s)) + 2dV)", symbols) == 3 * (2 * (2 * 3 * 5 * 5 - 2) + 42)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{family: {"model_type": family, "num_hidden_layers": 7} for family in FAMILIES},
+    "some dense": {"model_type": "qwen3_moe", "num_hidden_layers": 7, "decoder_sparse_step": 2},
+    "queries directly": {"model_type": "deepseek_v3", "num_hidden_layers": 7, "q_lora_rank": None},
+    "no shared experts": {"model_type": "deepseek_v3", "num_hidden_layers": 7, "n_shared_experts": 0},
+    "no dense layers": {"model_type": "deepseek_v3", "num_hidden_layers": 7, "first_k_dense_replace": 0},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("seq_len", [512, 8192])
+def test_the_formula_of_a_model_gives_its_number(name: str, seq_len: int) -> None:
+    """With windows and without, gated or not, with experts, with latent attention."""
+    shape, _ = read_shape(VARIANTS[name], "config.json")
+    symbols = symbols_of(shape, seq_len)
+    formulas = {convention: formula_of(shape, seq_len, convention) for convention in FORMULAS}
+    for convention, formula in formulas.items():
+        exact = training_flops_per_token(shape, seq_len, convention)
+        assert evaluated(formula, symbols) == pytest.approx(exact, rel=1e-12), formula
+    assert set(re.findall(r"[A-Za-z]", "".join(formulas.values()))) == symbols.keys()

@@ -93,15 +93,18 @@ def test_a_weight_that_is_not_counted_is_named() -> None:
 
 def test_experts_that_a_token_does_not_pass_through_cost_it_nothing() -> None:
     sparse, _ = read_shape(MIXTRAL, "config.json")
-    dense, _ = read_shape(MIXTRAL | {"num_local_experts": 1}, "config.json")
+    dense, _ = read_shape(MIXTRAL | {"model_type": "mistral", "sliding_window": None}, "config.json")
     router, expert = 4096 * 8, 3 * 4096 * 14336
     more = training_flops_per_token(sparse, 4096) - training_flops_per_token(dense, 4096)
     assert more == 6 * 32 * (router + expert)
 
 
 def test_settings_that_a_shape_does_not_express_are_named() -> None:
-    values = usual("gemma2", 26, 2304, 8, 4, 9216, 256000, attention_bias=True)
+    values = usual("mistral", 26, 2304, 8, 4, 9216, 256000, attention_bias=True)
     assert read_shape(values, "config.json")[1] == ["attention_bias=true"]
+    values = usual("qwen2", 2, 64, 4, 2, 128, 500, layer_types=["full_attention", "chunked_attention"])
+    assert "layer_types" in read_shape(values, "config.json")[1][0]
+    assert "add_cross_attention" in read_shape(GPT2 | {"add_cross_attention": True}, "config.json")[1][0]
 
 
 @pytest.mark.parametrize("key", ["n_layer", "n_embd", "n_head", "n_positions", "vocab_size"])
@@ -191,7 +194,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "other frequencies, old form": ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
     "half-rotated heads": ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     "no width": ("llama", {"hidden_size": None}, "hidden_size"),
-    "heads that do not divide": ("llama", {"num_key_value_heads": 4}, "kv_heads"),
+    "heads that do not divide": ("llama", {"num_key_value_heads": 4}, "num_key_value_heads"),
+    "biases in a family that transformers gives none": ("mistral", {"attention_bias": True}, "attention_bias"),
+    "a part of a larger model": ("llama", {"text_config": config("llama")}, "all but the text model"),
+    "layer kinds that are not a list": ("llama", {"layer_types": 5}, "layer_types"),
+    "an epsilon in quotes": ("llama", {"rms_norm_eps": "1e-5"}, "norm_eps"),
     "quantized weights": ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
 }
 

@@ -40,7 +40,26 @@ BUILT: dict[str, dict[str, Any]] = {
     "qwen3_moe, some dense": {"decoder_sparse_step": 2, "mlp_only_layers": [3], "num_experts_per_tok": 4},
     "deepseek_v3": {},
     "deepseek_v3, queries directly": {"q_lora_rank": None, "first_k_dense_replace": 1, "n_shared_experts": 2},
+    "llama, all biases": {**SMALL, "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2},
+    "llama, biases of the feed-forward": {**SMALL, "mlp_bias": True},
+    "smollm3, all biases": {"attention_bias": True, "mlp_bias": True},
+    "qwen3, biases": {"attention_bias": True},
+    "olmo2, biases": {"attention_bias": True},
+    "gemma, biases": {"attention_bias": True},
+    "gemma2, biases": {"attention_bias": True},
+    "gemma3_text, biases": {"attention_bias": True},
+    "qwen3_moe, biases": {"attention_bias": True},
+    "gpt_neox, no biases in attention": {"attention_bias": False},
+    "gpt2": {},
+    "gpt2, wide": {"n_inner": 100, "n_positions": 77},
+    "gpt_neox": {},
+    "phi3": {},
+    "mixtral, one expert": {**SMALL, "num_local_experts": 1, "num_experts_per_tok": 1, "num_key_value_heads": 2},
+    "deepseek_v3, biases": {"attention_bias": True},
+    "deepseek_v3, biases, queries directly": {"attention_bias": True, "q_lora_rank": None},
 }  # fmt: skip
+
+MTP = ["the multi-token prediction module (num_nextn_predict_layers=1)"]
 
 
 @contextmanager
@@ -55,8 +74,8 @@ def test_counts_are_those_of_the_model_that_transformers_builds(name: str) -> No
     with quietly(), torch.device("meta"):
         config = AutoConfig.for_model(name.partition(",")[0], **{"num_hidden_layers": 7, **BUILT[name]})
         model: Any = AutoModelForCausalLM.from_config(config)
-    shape, uncovered = read_shape(config.to_dict(), "config.json")
-    assert uncovered == []
+    shape, uncounted = read_shape(config.to_dict(), "config.json")
+    assert uncounted == (MTP if "deepseek" in name else [])
     assert parameters(shape) == sum(weight.numel() for weight in model.parameters())
 
 
@@ -75,6 +94,38 @@ def test_active_weights_are_those_that_were_published(family: str) -> None:
         shape, _ = read_shape(AutoConfig.for_model(family, **settings).to_dict(), "config.json")
     assert parameters(shape) / 1e9 == pytest.approx(whole, abs=0.06)
     assert active_parameters(shape) / 1e9 == pytest.approx(active, abs=0.08)
+
+
+def test_norms_of_phi_are_counted_and_its_head_bias_is_named() -> None:
+    with quietly(), torch.device("meta"):
+        config = AutoConfig.for_model("phi", **SMALL, qk_layernorm=True)
+        model: Any = AutoModelForCausalLM.from_config(config)
+    shape, uncounted = read_shape(config.to_dict(), "config.json")
+    assert parameters(shape) == sum(weight.numel() for weight in model.parameters()) - SMALL["vocab_size"]
+    assert uncounted == ["the bias of the head"]
+
+
+def test_modules_that_transformers_does_not_build_are_named_where_the_file_has_them() -> None:
+    values = {"model_type": "deepseek_v3", "num_hidden_layers": 7}
+    assert read_shape(values, "x")[1] == []
+    for absent in (0, None):
+        assert read_shape(values | {"num_nextn_predict_layers": absent}, "x")[1] == []
+    assert read_shape(values | {"num_nextn_predict_layers": 1}, "x")[1] == MTP
+    assert read_shape(values | {"moe_layer_freq": 2}, "x")[1] == ["moe_layer_freq=2"]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "smollm3"])
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_window_that_is_asked_for_is_in_transformers_layers(family: str, listed: bool) -> None:
+    settings = {"use_sliding_window": True, "sliding_window": 64, "num_hidden_layers": 13, "max_window_layers": 5}
+    with quietly():
+        config: Any = AutoConfig.for_model(family, **settings)
+    values = config.to_dict()
+    if not listed:
+        del values["layer_types"]
+    shape, _ = read_shape(values, "config.json")
+    assert (shape.window, shape.windowed_layers) == (64, config.layer_types.count("sliding_attention"))
+    assert shape.windowed_layers
 
 
 def test_layers_with_a_window_are_counted_as_transformers_lays_them_out() -> None:
@@ -105,6 +156,25 @@ def test_a_text_model_within_a_larger_one_is_counted_and_the_rest_named() -> Non
     shape, uncovered = read_shape({"model_type": "gemma3", "text_config": text, "vision_config": {}}, "config.json")
     assert shape == read_shape(text, "config.json")[0]
     assert uncovered == ["all but the text model of this gemma3"]
+
+
+def test_a_text_model_that_leaves_out_sizes_is_what_transformers_builds() -> None:
+    """The published gemma-3-4b-it has no more than this."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
+    values: dict[str, Any] = {"model_type": "gemma3", "text_config": {**text, "model_type": "gemma3_text"}}
+    with quietly():
+        whole: Any = AutoConfig.for_model(**values)
+    shape, _ = read_shape(values, "config.json")
+    assert shape == read_shape(whole.text_config.to_dict(), "config.json")[0]
+    assert (shape.heads, shape.kv_heads, shape.head_dim, shape.vocab) == (8, 4, 256, 262208)
+    values["text_config"] = text
+    assert read_shape(values, "config.json")[0] == shape
+    assert not read_shape(values | {"tie_word_embeddings": False}, "config.json")[0].tied
+    seven = {"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 32064}}
+    with quietly():
+        assert (
+            read_shape(seven, "x")[0] == read_shape(AutoConfig.for_model("llama", vocab_size=32064).to_dict(), "x")[0]
+        )
 
 
 SHAPES = [
