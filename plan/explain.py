@@ -30,7 +30,7 @@ KINDS = {
     "activations": "saved for backward: all of a block, its products (selective), or its input (block)",
     "gathered": "FSDP's whole weights, and what context and tensor groups gather",
     "logits": "a chunk, in fp32 and in the compute dtype",
-    "workspace": "between two operations",
+    "workspace": "between two operations, and what a pipeline receives and sends",
 }
 COUNTED = "counted; equal to the model that transformers builds, for every family that is read"
 SIZES = "L layers, d model width, h query heads, k key/value heads, e head width, f feed-forward width, V vocabulary"
@@ -55,7 +55,7 @@ EXPLAINED: dict[str, Explanation] = {
     "moment": Explanation(
         "name", "loss, head, backward, embedding, reduction; in a pipeline, of which stage", "all of them", TRACED
     ),
-    "stages": Explanation("numbers", "pipeline stages at this coordinate; 0 without a pipeline", "layout", "the layout"),
+    "stages": Explanation("numbers", "pipeline stages at this coordinate", "schedule, pipeline", "plan/layout.py"),
     "gpu_bytes": Explanation("bytes", "of the GPU's data sheet", "--gpu", "plan/hardware.py"),
     "margin_bytes": Explanation(
         "bytes",

@@ -222,8 +222,8 @@ class StagePasses:
         added = self._new_gradients(state) - self._new_gradients(summed)
         after = add(self._kept(), {"gradients": added, "workspace": self._input_gradient(state)})
         moments = {"backward of inputs": add(after, {"workspace": 2 * b.tokens * b.f * b.c})}
-        if self.last:
-            moments["head"] = self._head()
+        if self.last:  # both are dropped: the pass over weights makes them again
+            moments["head"] = {"workspace": sum(self._head().values())}
         return Change(moments, after), summed
 
     def _backward_weights(self, state: State) -> tuple[Change, State]:
