@@ -199,7 +199,7 @@ class StagePasses:
         b, s = self.block, self.stage
         rows = b.hidden + (self.rows if self.layout.tensor > 1 else b.hidden)
         if self.rounded and not state.gradients:
-            return {"gradients": s.root * (b.c - b.g) + s.matrix * b.g}
+            return {"gradients": s.root * (b.c - b.g) + s.matrix * b.g, "workspace": 0 if self.several else b.hidden}
         if self.rounded:
             return {"gradients": s.root * b.c, "workspace": rows}
         return {"workspace": rows + (s.matrix * b.c if state.gradients else 0)}
@@ -209,19 +209,20 @@ class StagePasses:
         b, layers = self.block, self.stage.layers
         widths = 2 * b.f + b.q + 2 * b.kv + (b.q + b.kv if b.model.qk_norm else 0)
         kept = layers * (b.tokens * widths * b.c + 4 * b.hidden)
-        if self.last:
-            return {"workspace": kept + b.hidden}
-        if self.layout.tensor == 1:
-            return {"workspace": kept - b.hidden}
-        return {"workspace": kept - 2 * b.hidden, "gathered": 2 * layers * self.rows}
+        gathered = 2 * layers * self.rows if self.layout.tensor > 1 else 0
+        ends = b.hidden if self.last else -b.hidden if self.layout.tensor == 1 else -2 * b.hidden
+        return {"workspace": kept + ends, "gathered": gathered}
 
     def _backward_inputs(self, state: State) -> tuple[Change, State]:
-        """Frees nothing but a head's gradients that were waiting, which are summed here."""
-        b = self.block
-        summed = state._replace(waiting=False, late=True) if state.waiting and self.last else state
-        added = self._new_gradients(state) - self._new_gradients(summed)
-        after = add(self._kept(), {"gradients": added, "workspace": self._input_gradient(state)})
-        moments = {"backward of inputs": add(after, {"workspace": 2 * b.tokens * b.f * b.c})}
+        """Frees nothing but gradients that were waiting, which are summed here."""
+        b, qk_norm = self.block, self.block.model.qk_norm
+        summed = state._replace(waiting=False, late=True) if state.waiting else state
+        kept = add(self._kept(), {"gradients": self._new_gradients(state) - self._new_gradients(summed)})
+        after = add(kept, {"workspace": self._input_gradient(state)})
+        # In the first block: of the inputs of three products, or of the queries' rotation, in fp32.
+        rotation = b.tokens * b.q * (12 if b.c < 4 else 2 * b.c)
+        rotation -= b.hidden + b.tokens * (b.q + b.kv) * b.c * qk_norm
+        moments = {"backward of inputs": add(kept, {"workspace": max(3 * self.rows, rotation)})}
         if self.last:  # both are dropped: the pass over weights makes them again
             moments["head"] = {"workspace": sum(self._head().values())}
         return Change(moments, after), summed
@@ -249,7 +250,8 @@ class StagePasses:
             return Change({"reduction": NOTHING}, NOTHING)
         left = 0 if self.several or self.last else b.hidden  # the last output, in a variable of the schedule
         sent = (self.count - 1) * b.hidden if self.layout.schedule == "gpipe" and not self.first else 0
-        summed = {"gradients": self._new_gradients(state), "workspace": left - sent}
+        added = self._new_gradients(state)
+        summed = {"gradients": added if self.last else max(added, 0), "workspace": left - sent}
         moments = {"reduction": summed}
         if s.root:
             last = s.matrix if s.units else b.d * b.f
@@ -258,14 +260,14 @@ class StagePasses:
             reduced = {"gradients": s.root_shards * b.w - s.root * b.g, "gathered": -s.root * b.c}
             of_unit = self._reduction(s.unit * b.size, s.unit * b.shards, b.d * b.f)
             moments["reduction of blocks"] = add(summed, reduced, of_unit)
-        shards = {"gradients": s.shards * b.w - s.size * b.g, "gathered": -s.size * b.c, "workspace": -left}
-        return Change(moments, add(summed, shards))
+        shards = {"gradients": added + s.shards * b.w - s.size * b.g, "gathered": -s.size * b.c, "workspace": -sent}
+        return Change(moments, shards)
 
     def _reduction(self, size: int, shards: int, last: int) -> Bytes:
         """Of `size` elements: a copy of all; then shards, next to the copy and the last of its tensors."""
         b = self.block
         copy, again = size * b.g, size * b.g if b.data == 1 else 0
-        made = shards * (b.g + b.w * (b.w < b.g)) + last * b.g + again
+        made = (shards + last) * b.g + max(again, shards * b.w * (b.w < b.g))
         return {"gradients": max(copy, made), "gathered": -size * b.c}
 
 
