@@ -12,7 +12,7 @@ from typing import NamedTuple
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 from minka.plan.layout import Layout, micro_batches
-from minka.plan.memory_block import Block
+from minka.plan.memory_block import BlockMemory
 from minka.plan.memory_kinds import MEMORY_KINDS
 from minka.plan.memory_pipeline import peak_of_coordinate
 from minka.plan.memory_stage import Stage
@@ -44,14 +44,14 @@ def predict_memory(config: RunConfig, world: int) -> tuple[RankMemory, ...]:
         if getattr(layout, key) == value:
             what, remedy = f"memory under {key}={value!r} is not predicted", "run it, or set the default"
             raise UserError(what, where=f"layout.{key}", why="what it holds where is its own", remedy=remedy)
-    block, count = Block(config, layout), max(micro_batches(layout, config.data))
+    block, count = BlockMemory(config, layout), max(micro_batches(layout, config.data))
     if layout.pipeline == 1:
         moment, by_kind = max(_moments(Stage(block, config.model.layers), count), key=lambda one: sum(one[1].values()))
         return (RankMemory(0, (0,), moment, by_kind),)
     return tuple(_of_pipeline(config, layout, block, count))
 
 
-def _of_pipeline(config: RunConfig, layout: Layout, block: Block, count: int) -> Iterator[RankMemory]:
+def _of_pipeline(config: RunConfig, layout: Layout, block: BlockMemory, count: int) -> Iterator[RankMemory]:
     layers = [len(stage) for stage in stages_of(layout, config.model)]
     last = layout.stage_count - 1
     for coordinate in range(layout.pipeline):
