@@ -157,7 +157,7 @@ KINDS = {
     "activations": "saved for backward: all of a block, its products (selective), or its input (block)",
     "gathered": "FSDP's whole weights, and what context and tensor groups gather",
     "logits": "a chunk, in fp32 and in the compute dtype",
-    "workspace": "between two operations",
+    "workspace": "between two operations, and what a pipeline receives and sends",
 }
 MEMORY: dict[str, Explanation] = {
     "world": Explanation("ranks", "--world", "the command line", "the command line"),
@@ -184,7 +184,7 @@ MEMORY: dict[str, Explanation] = {
     "ranks": Explanation("list", "the rank at each pipeline coordinate", "layout", "docs/plan.md"),
     "ranks.rank": Explanation("number", "the rank that is predicted", "layout", "docs/parallelism.md"),
     "ranks.stages": Explanation(
-        "numbers", "pipeline stages at this coordinate; 0 without a pipeline", "layout", "docs/parallelism.md"
+        "numbers", "pipeline stages at this coordinate; 0 without a pipeline", "layout.pipeline, layout.schedule", "docs/parallelism.md"
     ),
     "ranks.moment": Explanation(
         "name",

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 from minka.plan.layout import Layout, micro_batches
-from minka.plan.memory_block import Block
+from minka.plan.memory_block import BlockMemory
 from minka.plan.memory_kinds import MEMORY_KINDS
 from minka.plan.memory_pipeline import peak_of_coordinate
 from minka.plan.memory_stage import Stage
@@ -39,7 +39,7 @@ def predict_memory(config: RunConfig, world: int) -> tuple[RankMemory, ...]:
     `world` ranks, for DeepSpeed and for offload.
     """
     config, layout = _checked(config, world)
-    block, count = Block(config, layout), max(micro_batches(layout, config.data))
+    block, count = BlockMemory(config, layout), max(micro_batches(layout, config.data))
     if layout.pipeline == 1:
         moment, by_kind = max(_moments(Stage(block, config.model.layers), count), key=lambda one: sum(one[1].values()))
         return (RankMemory(0, (0,), moment, by_kind),)
@@ -51,7 +51,7 @@ def peak_or_more(config: RunConfig, world: int, room: float) -> int:
     config, layout = _checked(config, world)
     if layout.pipeline == 1:
         return predict_memory(config, world)[0].total
-    block, count = Block(config, layout), max(micro_batches(layout, config.data))
+    block, count = BlockMemory(config, layout), max(micro_batches(layout, config.data))
     likely = (0, layout.pipeline - 1, *range(1, layout.pipeline - 1))  # the ends also hold embedding and head
     largest = 0
     for one in _of_pipeline(config, layout, block, count, likely):
@@ -72,7 +72,7 @@ def _checked(config: RunConfig, world: int) -> tuple[RunConfig, Layout]:
 
 
 def _of_pipeline(
-    config: RunConfig, layout: Layout, block: Block, count: int, coordinates: Iterable[int]
+    config: RunConfig, layout: Layout, block: BlockMemory, count: int, coordinates: Iterable[int]
 ) -> Iterator[RankMemory]:
     layers = [len(stage) for stage in stages_of(layout, config.model)]
     last = layout.stage_count - 1

@@ -24,7 +24,7 @@ class Matrix(NamedTuple):
         return -(-self.rows // ways) * self.columns
 
 
-class Block:
+class BlockMemory:
     """Sizes that every block of a run has, and the run's widths, dtypes and tokens. Methods return bytes.
 
     c, w, m, g: bytes of an element of activations and gathered weights, of stored weights, of moments, and of gradients

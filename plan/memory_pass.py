@@ -18,7 +18,7 @@ class Change(NamedTuple):
     after: Bytes
 
 
-class State(NamedTuple):
+class StageState(NamedTuple):
     """Of a stage, between two passes.
 
     gathered, rooted: FSDP's whole weights of its blocks are there, and those of the rest. gradients, late: there are
@@ -62,12 +62,12 @@ class StagePasses:
             "workspace": 4 * tokens * of_rank + (0 if self.last else count * b.hidden),
         }
 
-    def change(self, one: Pass, state: State) -> tuple[Change, State]:
+    def change(self, one: Pass, state: StageState) -> tuple[Change, StageState]:
         """What a pass from this state changes, and the stage's next state."""
         if one.kind == "forward":
             return self._forward(state)
         if one.kind == "reduce":
-            return self._reduce(state), State()
+            return self._reduce(state), StageState()
         if one.kind in ("gather", "free"):
             return self._gather_all(state) if one.kind == "gather" else self._free_all(state)
         over_inputs, over_weights = one.kind == "backward_inputs", one.kind == "backward_weights"
@@ -79,18 +79,18 @@ class StagePasses:
             return self._backward_weights(state)
         return self._backward(state)
 
-    def _gathering(self, state: State) -> int:
+    def _gathering(self, state: StageState) -> int:
         """Bytes of whole weights that a pass from this state gathers."""
         s, blocks = self.stage, self.stage.size - self.stage.root
         missing = (0 if state.rooted else s.root) + (0 if state.gathered else blocks)
         return missing * self.block.c if self.block.fsdp else 0
 
-    def _gather_all(self, state: State) -> tuple[Change, State]:
+    def _gather_all(self, state: StageState) -> tuple[Change, StageState]:
         after = {"gathered": self._gathering(state)}
         arrives = {"gathered": self.stage.buffer if after["gathered"] else 0}
         return Change({"gather": add(after, arrives)}, after), state._replace(gathered=True, rooted=True)
 
-    def _free_all(self, state: State) -> tuple[Change, State]:
+    def _free_all(self, state: StageState) -> tuple[Change, StageState]:
         freed = state._replace(gathered=False, rooted=False)
         return Change({"free": NOTHING}, {"gathered": self._gathering(state) - self._gathering(freed)}), freed
 
@@ -110,7 +110,7 @@ class StagePasses:
         sent = self.block.hidden if self.several and not self.last and not self.local_out else 0
         return add(negative(self._saved()), {"workspace": sent})
 
-    def _forward(self, state: State) -> tuple[Change, State]:
+    def _forward(self, state: StageState) -> tuple[Change, StageState]:
         b, s = self.block, self.stage
         gathers, freed = self._gathering(state), (s.size - s.root) * b.c if b.fsdp and not s.kept else 0
         after = add(self._saved(), {"gathered": gathers - freed})
@@ -123,7 +123,7 @@ class StagePasses:
             moments = {"forward": add(after, sum_)}
         return Change(moments, after), state._replace(gathered=s.kept, rooted=True)
 
-    def _new_gradients(self, state: State, *, waits: bool = False) -> int:
+    def _new_gradients(self, state: StageState, *, waits: bool = False) -> int:
         """Bytes of gradients that a pass from this state adds; waits: the last ones are not summed yet."""
         b, s = self.block, self.stage
         found = 0 if state.gradients else (s.size - self.late) * self.sums
@@ -131,7 +131,7 @@ class StagePasses:
             found += 0 if state.late else self.late * self.sums
         return found + self.late * b.c * (waits - state.waiting)
 
-    def _input_gradient(self, state: State) -> int:
+    def _input_gradient(self, state: StageState) -> int:
         """Bytes of what is sent back, kept until the end of the step; by 1F1B until the next one."""
         if self.first or self.local_in or (self.layout.schedule == "1f1b" and state.gradients):
             return 0
@@ -142,7 +142,7 @@ class StagePasses:
         b, matrix = self.block, self.stage.matrix
         return {"workspace": matrix * b.g + self.rows, "gradients": matrix * b.c * (b.c < b.g)}
 
-    def _backward(self, state: State) -> tuple[Change, State]:
+    def _backward(self, state: StageState) -> tuple[Change, StageState]:
         """Of inputs and weights in one pass."""
         s, gathers = self.stage, self._gathering(state)
         made = {"gradients": self._new_gradients(state), "workspace": self._input_gradient(state), "gathered": gathers}
@@ -158,9 +158,9 @@ class StagePasses:
                 moments[f"gradients of block {s.layers - done}"] = sums
         if self.first:
             moments["embedding"] = add(after, self._embedding(state))
-        return Change(moments, after), State(gathered=True, rooted=True, gradients=True, late=True)
+        return Change(moments, after), StageState(gathered=True, rooted=True, gradients=True, late=True)
 
-    def _backward_of_block(self, state: State, done: int, unit: int) -> tuple[Bytes, Bytes, Bytes]:
+    def _backward_of_block(self, state: StageState, done: int, unit: int) -> tuple[Bytes, Bytes, Bytes]:
         """After `done` blocks, the last ones: in its last product, after its feed-forward layer, and after all of it.
 
         FSDP adds up gradients when those of a unit are complete.
@@ -193,13 +193,13 @@ class StagePasses:
         }
         return add(before, start), add(before, end), sums
 
-    def _embedding(self, state: State) -> Bytes:
+    def _embedding(self, state: StageState) -> Bytes:
         """After the pass, and its last gradient. Its first sums are made from rounded gradients, that of the embedding
         before the rest of its unit."""
         b, s = self.block, self.stage
         rows = b.hidden + (self.rows if self.layout.tensor > 1 else b.hidden)
         if self.rounded and not state.gradients:
-            return {"gradients": s.root * (b.c - b.g) + s.matrix * b.g}
+            return {"gradients": s.root * (b.c - b.g) + s.matrix * b.g, "workspace": 0 if self.several else b.hidden}
         if self.rounded:
             return {"gradients": s.root * b.c, "workspace": rows}
         return {"workspace": rows + (s.matrix * b.c if state.gradients else 0)}
@@ -209,24 +209,25 @@ class StagePasses:
         b, layers = self.block, self.stage.layers
         widths = 2 * b.f + b.q + 2 * b.kv + (b.q + b.kv if b.model.qk_norm else 0)
         kept = layers * (b.tokens * widths * b.c + 4 * b.hidden)
-        if self.last:
-            return {"workspace": kept + b.hidden}
-        if self.layout.tensor == 1:
-            return {"workspace": kept - b.hidden}
-        return {"workspace": kept - 2 * b.hidden, "gathered": 2 * layers * self.rows}
+        gathered = 2 * layers * self.rows if self.layout.tensor > 1 else 0
+        ends = b.hidden if self.last else -b.hidden if self.layout.tensor == 1 else -2 * b.hidden
+        return {"workspace": kept + ends, "gathered": gathered}
 
-    def _backward_inputs(self, state: State) -> tuple[Change, State]:
-        """Frees nothing but a head's gradients that were waiting, which are summed here."""
-        b = self.block
-        summed = state._replace(waiting=False, late=True) if state.waiting and self.last else state
-        added = self._new_gradients(state) - self._new_gradients(summed)
-        after = add(self._kept(), {"gradients": added, "workspace": self._input_gradient(state)})
-        moments = {"backward of inputs": add(after, {"workspace": 2 * b.tokens * b.f * b.c})}
-        if self.last:
-            moments["head"] = self._head()
+    def _backward_inputs(self, state: StageState) -> tuple[Change, StageState]:
+        """Frees nothing but gradients that were waiting, which are summed here."""
+        b, qk_norm = self.block, self.block.model.qk_norm
+        summed = state._replace(waiting=False, late=True) if state.waiting else state
+        kept = add(self._kept(), {"gradients": self._new_gradients(state) - self._new_gradients(summed)})
+        after = add(kept, {"workspace": self._input_gradient(state)})
+        # In the first block: of the inputs of three products, or of the queries' rotation, in fp32.
+        rotation = b.tokens * b.q * (12 if b.c < 4 else 2 * b.c)
+        rotation -= b.hidden + b.tokens * (b.q + b.kv) * b.c * qk_norm
+        moments = {"backward of inputs": add(kept, {"workspace": max(3 * self.rows, rotation)})}
+        if self.last:  # both are dropped: the pass over weights makes them again
+            moments["head"] = {"workspace": sum(self._head().values())}
         return Change(moments, after), summed
 
-    def _backward_weights(self, state: State) -> tuple[Change, State]:
+    def _backward_weights(self, state: StageState) -> tuple[Change, StageState]:
         """Frees inputs of products one by one, and at the end what only the pass over inputs has used."""
         b, s = self.block, self.stage
         kept = negative(self._kept())
@@ -242,14 +243,15 @@ class StagePasses:
         late = state.late or state.waiting or not self.rounded
         return Change(moments, after), state._replace(waiting=self.rounded, gradients=True, late=late)
 
-    def _reduce(self, state: State) -> Change:
+    def _reduce(self, state: StageState) -> Change:
         """Of embedding and head first, then unit by unit. What GPipe sent back has arrived."""
         b, s = self.block, self.stage
         if not b.fsdp:
             return Change({"reduction": NOTHING}, NOTHING)
         left = 0 if self.several or self.last else b.hidden  # the last output, in a variable of the schedule
         sent = (self.count - 1) * b.hidden if self.layout.schedule == "gpipe" and not self.first else 0
-        summed = {"gradients": self._new_gradients(state), "workspace": left - sent}
+        added = self._new_gradients(state)
+        summed = {"gradients": added if self.last else max(added, 0), "workspace": left - sent}
         moments = {"reduction": summed}
         if s.root:
             last = s.matrix if s.units else b.d * b.f
@@ -258,14 +260,14 @@ class StagePasses:
             reduced = {"gradients": s.root_shards * b.w - s.root * b.g, "gathered": -s.root * b.c}
             of_unit = self._reduction(s.unit * b.size, s.unit * b.shards, b.d * b.f)
             moments["reduction of blocks"] = add(summed, reduced, of_unit)
-        shards = {"gradients": s.shards * b.w - s.size * b.g, "gathered": -s.size * b.c, "workspace": -left}
-        return Change(moments, add(summed, shards))
+        shards = {"gradients": added + s.shards * b.w - s.size * b.g, "gathered": -s.size * b.c, "workspace": -sent}
+        return Change(moments, shards)
 
     def _reduction(self, size: int, shards: int, last: int) -> Bytes:
         """Of `size` elements: a copy of all; then shards, next to the copy and the last of its tensors."""
         b = self.block
         copy, again = size * b.g, size * b.g if b.data == 1 else 0
-        made = shards * (b.g + b.w * (b.w < b.g)) + last * b.g + again
+        made = (shards + last) * b.g + max(again, shards * b.w * (b.w < b.g))
         return {"gradients": max(copy, made), "gathered": -size * b.c}
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from minka.plan.layout import Layout, micro_batches_fit
 from minka.plan.memory_kinds import MEMORY_KINDS
-from minka.plan.memory_pass import Change, StagePasses, State, add
+from minka.plan.memory_pass import Change, StagePasses, StageState, add
 from minka.plan.memory_stage import Stage
 from minka.plan.pipeline_passes import Pass, passes
 
@@ -22,7 +22,7 @@ class _Run(NamedTuple):
     moment: str
     top: int
     net: int
-    state: State
+    state: StageState
 
 
 def peak_of_coordinate(
@@ -46,10 +46,10 @@ def peak_of_coordinate(
 
 def _simulated(layout: Layout, coordinate: int, stages: Mapping[int, Stage], count: int) -> tuple[str, dict[str, int]]:
     of_stage = {index: StagePasses(layout, index, stage, count) for index, stage in stages.items()}
-    states = dict.fromkeys(stages, State())
+    states = dict.fromkeys(stages, StageState())
     by_kind = add({"optimizer": 4}, *(stage.before() for stage in of_stage.values()))
     total, best, best_at = sum(by_kind.values()), 0, 0
-    order, runs, known = passes(layout, coordinate, count), list[_Run](), dict[tuple[Pass, State], int]()
+    order, runs, known = passes(layout, coordinate, count), list[_Run](), dict[tuple[Pass, StageState], int]()
     ran: list[int] = []  # indices into runs
     for at, one in enumerate(order):
         key = one, states[one.stage]
@@ -69,7 +69,7 @@ def _simulated(layout: Layout, coordinate: int, stages: Mapping[int, Stage], cou
     return f"{run.moment} of stage {order[best_at].stage}", {kind: by_kind.get(kind, 0) for kind in MEMORY_KINDS}
 
 
-def _run(change: Change, state: State) -> _Run:
+def _run(change: Change, state: StageState) -> _Run:
     tops = {moment: sum(by_kind.values()) for moment, by_kind in change.moments.items()}
     moment = max(tops, key=lambda moment: tops[moment])
     return _Run(change, moment, tops[moment], sum(change.after.values()), state)

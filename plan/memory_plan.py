@@ -1,4 +1,4 @@
-"""`minka plan memory`: what a rank holds at its peak, and whether that fits into a GPU."""
+"""`minka plan memory`: what ranks hold at their peak, and whether that fits into a GPU."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -68,9 +68,8 @@ def memory_lines(found: Mapping[str, Any]) -> list[list[str]]:
     rows += [[f"  {kind}", *(_gib(rank["peak_bytes_by_kind"][kind]) for rank in shown)] for kind in MEMORY_KINDS]
     rows.append(["peak", *(_gib(rank["peak_bytes"]) for rank in shown)])
     if found["gpu"]:
-        rows.append(
-            [f"left of {found['gpu']}", *(f"{rank['margin_bytes'] / found['gpu_bytes']:.0%}" for rank in shown)]
-        )
+        size = found["gpu_bytes"]
+        rows.append([f"left of {found['gpu']}", *(f"{rank['margin_bytes'] / size:.0%}" for rank in shown)])
     return rows
 
 

@@ -1,7 +1,7 @@
 """A part of the model on a rank: all of it, or the layers of one pipeline stage. What it holds whatever runs."""
 
 from minka.plan.execution_choices import frees_gathered_weights, fsdp_units
-from minka.plan.memory_block import Block, Matrix, sizes
+from minka.plan.memory_block import BlockMemory, Matrix, sizes
 
 
 class Stage:
@@ -10,7 +10,7 @@ class Stage:
     FSDP gathers them in units of `unit` blocks at most; what is in none, `root`, is a unit of its own.
     """
 
-    def __init__(self, block: Block, layers: int, *, first: bool = True, last: bool = True) -> None:
+    def __init__(self, block: BlockMemory, layers: int, *, first: bool = True, last: bool = True) -> None:
         m = block.model
         self.block, self.layers, self.first, self.last = block, layers, first, last
         matrix = Matrix(block.vocab, block.d)

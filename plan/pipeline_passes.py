@@ -33,8 +33,9 @@ def passes(layout: Layout, coordinate: int, count: int) -> tuple[Pass, ...]:
 @lru_cache(maxsize=1024)  # a search asks for the same ones again and again
 def _passes(schedule: str, pipeline: int, stages: tuple[int, ...], coordinate: int, count: int) -> tuple[Pass, ...]:
     order = list(ORDERS[schedule](pipeline, stages, coordinate, count))
-    active = _active(order) if len(stages) > 1 else [()] * len(order)
-    ends, gathered, found = Counter[int](), (), list[Pass]()
+    active: list[Stages] = _active(order) if len(stages) > 1 else [()] * len(order)
+    ends, found = Counter[int](), list[Pass]()
+    gathered: Stages = ()
     for one, wanted in zip(order, active, strict=True):
         found += [Pass("free", stage) for stage in gathered if stage not in wanted]
         found += [Pass("gather", stage) for stage in wanted if stage not in gathered]

@@ -28,7 +28,8 @@ SCHEDULES: dict[str, Any] = {
 
 def torch_passes(layout: Layout, coordinate: int, count: int) -> list[tuple[str, int]]:
     """What torch's schedule runs; made without its constructor, which wants stages and a process group."""
-    schedule = object.__new__(SCHEDULES[layout.schedule])
+    schedule: Any = object.__new__(SCHEDULES[layout.schedule])
+    actions: Any
     schedule._n_microbatches, schedule.pp_group_size = count, layout.pipeline
     schedule._num_stages = schedule.num_stages = layout.stage_count
     schedule.n_local_stages = layout.stage_count // layout.pipeline
@@ -53,7 +54,7 @@ def test_the_order_is_that_of_torch(schedule: str, pipeline: int) -> None:
         layout = Layout.model_validate(given)
         for count in filter(lambda n: micro_batches_fit(layout, n), range(1, 4 * pipeline + 3)):
             for coordinate in range(pipeline):
-                found = [(one.kind, one.stage) for one in passes(layout, coordinate, count)]
+                found: list[tuple[str, int]] = [(one.kind, one.stage) for one in passes(layout, coordinate, count)]
                 assert _sorted(found) == _sorted(torch_passes(layout, coordinate, count)), (layout, count, coordinate)
                 compared += 1
     assert compared >= pipeline
