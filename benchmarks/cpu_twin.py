@@ -1,9 +1,9 @@
 """Step times of several gloo ranks on this machine, predicted from runs of one rank, and measured.
 
-    python -m minka.benchmarks.cpu_twin             the machine, one rank, then 2, 4 and 8 ranks in turn
+    python -m minka.benchmarks.cpu_twin             the cluster, one rank, then 2, 4 and 8 ranks in turn
     python -m minka.benchmarks.cpu_twin --layouts   ten small cases: is the predicted winner among the best two?
 
-Both are ratios to one rank in the same minutes: a shared machine changes its speed.
+Both are ratios to one rank in the same minutes: a shared cluster changes its speed.
 """
 
 import argparse
@@ -14,16 +14,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from minka.plan.calibrate import Measured, calibrate, errors
 from minka.plan.calibrate_runs import measured, read_run
 from minka.plan.cli import print_table
+from minka.plan.cluster import Cluster, read_cluster
 from minka.plan.errors import UserError
-from minka.plan.machine import Machine
 from minka.plan.step_time import step_time
+from minka.train.measure_machine import measure_machine
 
 SECONDS = 300.0
 STEPS = 32  # of a run: a first reading, which is left out, and seven more
@@ -57,6 +57,11 @@ class Twin(NamedTuple):
     measured: float
     predicted: float
 
+    @property
+    def error(self) -> float:
+        """How much longer than measured it was predicted, as a share."""
+        return self.predicted / self.measured - 1
+
 
 def run(folder: Path, name: str, ranks: int, settings: Sequence[str]) -> str:
     """Train, and return the run's folder. Raises UserError where it fails."""
@@ -70,11 +75,11 @@ def run(folder: Path, name: str, ranks: int, settings: Sequence[str]) -> str:
     return str(folder / name)
 
 
-def twins(folder: Path, machine: Machine, layouts: Sequence[tuple[int, list[str]]]) -> list[Twin]:
+def twins(folder: Path, cluster: Cluster, layouts: Sequence[tuple[int, list[str]]]) -> list[Twin]:
     """Calibrate on one rank, then measure each layout next to one rank and scale by that."""
     alone = [read_run(run(folder, f"one-{number}", 1, words)) for number, words in enumerate(ONE_RANK)]
-    steps = [measured(one, machine) for one in alone]
-    fitted = calibrate(machine, steps, "one rank")
+    steps = [measured(one, cluster) for one in alone]
+    fitted = calibrate(cluster, steps, "one rank")
     say(f"one rank: {', '.join(f'{error:+.1%}' for error in errors(fitted, steps))} with {fitted.rates}")
     found = []
     for number, (ranks, words) in enumerate(layouts):
@@ -84,7 +89,7 @@ def twins(folder: Path, machine: Machine, layouts: Sequence[tuple[int, list[str]
         step: Measured = measured(there, fitted)
         found.append(Twin(ranks, " ".join(words), there.seconds / drift, step_time(step.job, fitted).seconds))
         one = found[-1]
-        say(f"{ranks} ranks, {one.settings}: {one.measured:.3f} s, {one.predicted / one.measured - 1:+.1%}")
+        say(f"{ranks} ranks, {one.settings}: {one.measured:.3f} s, {one.error:+.1%}")
     return found
 
 
@@ -93,19 +98,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--machine", type=Path, help="what `minka doctor --machine` wrote; default: measured now")
     options = parser.parse_args()
-    from minka.plan.machine import read_machine
-    from minka.train.measure_machine import measure_machine
-
-    machine = read_machine(options.machine) if options.machine else measure_machine()
-    say(f"{machine}")
+    cluster = read_cluster(options.machine) if options.machine else measure_machine()
+    say(f"{cluster}")
     with tempfile.TemporaryDirectory(prefix="minka-twin-") as folder:
-        found = twins(Path(folder), replace(machine), LAYOUTS)
+        found = twins(Path(folder), cluster, LAYOUTS)
     rows = [
-        [f"{one.ranks}", one.settings, f"{one.measured:.3f}", f"{one.predicted:.3f}", f"{one.predicted / one.measured - 1:+.1%}"]
+        [
+            f"{one.ranks}",
+            one.settings,
+            f"{one.measured:.3f}",
+            f"{one.predicted:.3f}",
+            f"{one.error:+.1%}",
+        ]
         for one in found
     ]
     print_table(rows, ["ranks", "layout", "measured", "predicted", "error"])
-    off = [abs(one.predicted / one.measured - 1) for one in found]
+    off = [abs(one.error) for one in found]
     print(f"mean error {statistics.mean(off):.1%}, largest {max(off):.1%}")
     return int(max(off) > 0.15)
 

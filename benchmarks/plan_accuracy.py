@@ -14,12 +14,12 @@ from pathlib import Path
 
 from minka.benchmarks.published_steps import Published, h100, megatron_steps, mpt_steps, rows_of
 from minka.plan.calibrate import calibrate, errors
+from minka.plan.cluster import find_cluster
 from minka.plan.errors import UserError
 from minka.plan.layout_search import search
 from minka.plan.load_config import load_run
-from minka.plan.machine import find_machine
 from minka.plan.memory import peak_or_more, predict_memory
-from minka.plan.time_plan import machine_for, time_plan
+from minka.plan.time_plan import cluster_for, time_plan
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/numbers.md"
 BEGIN, END = "<!-- plan accuracy: made by benchmarks/plan_accuracy.py -->", "<!-- end of plan accuracy -->"
@@ -37,8 +37,8 @@ def left_out(steps: Sequence[Published], group: Callable[[Published], object]) -
     for value in sorted({group(one) for one in steps}, key=str):
         train = [one for one in steps if group(one) != value]
         test = [one for one in steps if group(one) == value]
-        machine = calibrate(h100("fa1"), [one.step for one in train], "the others")
-        ours += errors(machine, [one.step for one in test])
+        cluster = calibrate(h100("fa1"), [one.step for one in train], "the others")
+        ours += errors(cluster, [one.step for one in test])
         middle = statistics.median(one.mfu for one in train)
         constant += [one.mfu / middle - 1 for one in test]
     return mean(ours), mean(constant)
@@ -67,8 +67,8 @@ def megatron_rows() -> Iterator[str]:
     steps = list(megatron_steps())
     off = {}
     for chosen in combinations(range(len(steps)), 3):
-        machine = calibrate(h100("fa2"), [steps[at].step for at in chosen], "three")
-        off[chosen] = mean(errors(machine, [one.step for at, one in enumerate(steps) if at not in chosen]))
+        cluster = calibrate(h100("fa2"), [steps[at].step for at in chosen], "three")
+        off[chosen] = mean(errors(cluster, [one.step for at, one in enumerate(steps) if at not in chosen]))
     ends = (0, len(steps) // 2, len(steps) - 1)
     tabulated = mean(errors(h100("fa2"), [one.step for one in steps]))
     yield f"Megatron-LM, {len(steps)} models of 1.7B to 462B on 48 to 6,144 H100, mean error of the other six:"
@@ -93,7 +93,7 @@ def torchtitan_rows() -> Iterator[str]:
         overrides = [f"layout.micro_batch={row['micro_batch']}", f"layout.recompute={row['recompute']}"]
         overrides += [f"data.batch_tokens={tokens}", f"kernels.compile={row['compile']}"]
         config = load_run(row["model"], overrides).config
-        planned, size = time_plan(config, ranks, machine_for("H100-SXM")), predict_memory(config, ranks)[0].total / GIB
+        planned, size = time_plan(config, ranks, cluster_for("H100-SXM")), predict_memory(config, ranks)[0].total / GIB
         speed = planned["tokens_per_second_per_gpu"]
         there = f"{row['memory_gib']} GiB | {size:.1f} GiB | {int(row['tokens_per_second_per_gpu']):,} | {speed:,.0f}"
         yield f"| {ranks} | {'yes' if row['compile'] == 'true' else 'no'} | {there} |"
@@ -120,15 +120,15 @@ def korthikanti_rows() -> Iterator[str]:
 
 def layout_rows() -> Iterator[str]:
     """Yield what a search for the largest recipe finds, and where Llama 3's own layout is in it."""
-    config, machine, world = load_run("llama3-405b").config, find_machine("H100-SXM"), 16_384
+    config, cluster, world = load_run("llama3-405b").config, find_cluster("H100-SXM"), 16_384
     began = time.perf_counter()
-    found = search(config, world, machine, 1, peak_or_more)
+    found = search(config, world, cluster, 1, peak_or_more)
     seconds = time.perf_counter() - began
     print(f"searched in {seconds:.1f} s", file=sys.stderr)
     best = found.found[0]
     how = f"{best.layout.schedule}, {best.layout.stages_per_rank or 1} stages a rank, {best.time.seconds:.2f} s a step"
-    yield f"llama3-405b on {world:,} H100, {found.searched:,} layouts; the fastest that fits: {best.layout.describe()},"
-    yield f"{how}."
+    yield f"llama3-405b on {world:,} H100, {found.searched:,} layouts; the fastest that fits:"
+    yield f"{best.layout.describe()}, {how}."
 
 
 TABLES = (mpt_rows, megatron_rows, torchtitan_rows, korthikanti_rows, layout_rows)

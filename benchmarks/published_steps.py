@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minka.plan.calibrate import Measured
+from minka.plan.cluster import Cluster, find_cluster
 from minka.plan.errors import UserError
 from minka.plan.flops import Shape, training_flops_per_token
 from minka.plan.layout import Layout
-from minka.plan.machine import Machine, find_machine
 from minka.plan.rates import ATTENTION_SHARE
-from minka.plan.step_work import Job, Part
+from minka.plan.step_work import Part, StepJob
 
 GOLDENS = Path(__file__).resolve().parent.parent / "tests/goldens"
 MPT_VOCAB, MEGATRON_VOCAB, MEGATRON_SEQ_LEN = 50_368, 131_072, 4096
@@ -38,10 +38,10 @@ def rows_of(name: str) -> list[dict[str, str]]:
         raise UserError("cannot be read", where=str(file), why=str(error), remedy=remedy) from error
 
 
-def h100(attention: str) -> Machine:
+def h100(attention: str) -> Cluster:
     """Return an H100 whose attention is that of a kernel of ATTENTION_SHARE."""
-    machine = find_machine("H100-SXM")
-    return replace(machine, rates=replace(machine.rates, attention=ATTENTION_SHARE[attention]))
+    cluster = find_cluster("H100-SXM")
+    return replace(cluster, rates=replace(cluster.rates, attention=ATTENTION_SHARE[attention]))
 
 
 def mpt_steps() -> Iterator[Published]:
@@ -60,7 +60,7 @@ def mpt_steps() -> Iterator[Published]:
         recompute = "block" if row["activation_checkpointing"] == "True" else "none"
         part = Part(shape, length, micro_batch=rows, recompute=recompute, fused=False)
         layout = Layout(shard=gpus, micro_batch=rows, recompute="block" if recompute == "block" else "none")
-        job = Job(part, layout, count, (layers,), freed=True, reduce_each=True, reduce_bytes=2)
+        job = StepJob(part, layout, count, (layers,), freed=True, reduce_each=True, reduce_bytes=2)
         seconds = rows * length * count / float(row["tokens_per_second_per_gpu"])
         mfu = float(row["mfu_percent_6N_plus_12Lds"]) / 100
         yield Published(row["model"], gpus, mfu, Measured(job, seconds))
@@ -84,7 +84,7 @@ def megatron_steps() -> Iterator[Published]:
         ways = {"tensor": tensor, "pipeline": pipeline, "shard": data, "micro_batch": rows}
         layout = Layout(schedule="interleaved" if pipeline > 1 else "1f1b", stages_per_rank=stages // pipeline, **ways)  # type: ignore[arg-type]
         part = Part(shape, MEGATRON_SEQ_LEN, tensor=tensor, micro_batch=rows, tensor_overlaps=True)
-        job = Job(part, layout, batch // data // rows, (layers // stages,) * stages)
+        job = StepJob(part, layout, batch // data // rows, (layers // stages,) * stages)
         gpus, rate = tensor * pipeline * data, float(row["tflops_per_gpu"]) * 1e12
         flops = batch * MEGATRON_SEQ_LEN * training_flops_per_token(shape, MEGATRON_SEQ_LEN, "megatron")
         yield Published(row["model"], gpus, rate / 989e12, Measured(job, flops / (rate * gpus)))

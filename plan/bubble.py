@@ -5,7 +5,7 @@ from typing import NamedTuple
 from minka.plan.layout import Layout
 
 
-class Stage(NamedTuple):
+class StageSeconds(NamedTuple):
     """Seconds of one micro-batch in a stage. Backward is split where a schedule wants that."""
 
     forward: float
@@ -18,12 +18,12 @@ class Stage(NamedTuple):
         return self.forward + self.inputs + self.weights
 
 
-def busy_seconds(layout: Layout, stages: list[Stage]) -> list[float]:
+def busy_seconds(layout: Layout, stages: list[StageSeconds]) -> list[float]:
     """Return how long each rank of a pipeline works on one micro-batch, over all its stages."""
     return [sum(stages[stage].total for stage in layout.stages_of_rank(rank)) for rank in range(layout.pipeline)]
 
 
-def bubble_seconds(layout: Layout, stages: list[Stage]) -> float:
+def bubble_seconds(layout: Layout, stages: list[StageSeconds]) -> float:
     """Return how long the busiest rank waits in a step: while the pipeline fills and while it drains.
 
     GPipe and 1F1B: one pass through the stages of all other ranks (arXiv:2104.04473, section 2.2). Interleaved: through

@@ -1,4 +1,4 @@
-"""Fits a machine's rates to measured steps: few numbers, each held near its tabulated value by what it may be off.
+"""Fits a cluster's rates to measured steps: few numbers, each held near its tabulated value by what it may be off.
 
 The fit is the most probable one: relative errors of the steps and logarithms of the rates are taken as normal, so a
 rate that no measured step depends on keeps its tabulated value. Ten steps are enough (docs/numbers.md has the errors).
@@ -9,11 +9,11 @@ from dataclasses import replace
 from math import exp, log
 from typing import Any, NamedTuple
 
+from minka.plan.cluster import Cluster
 from minka.plan.errors import UserError
-from minka.plan.machine import Machine
 from minka.plan.rates import FITTED
 from minka.plan.step_time import step_time
-from minka.plan.step_work import Job
+from minka.plan.step_work import StepJob
 
 STEP_ERROR = 0.03  # of a measured step against the model: what published tables leave
 # Standard deviation of a rate's logarithm around its tabulated value. Launches and latencies vary more than shares.
@@ -25,21 +25,21 @@ ROUNDS = 30
 class Measured(NamedTuple):
     """A step that was timed."""
 
-    job: Job
+    job: StepJob
     seconds: float
 
 
-def calibrate(machine: Machine, steps: Sequence[Measured], source: str) -> Machine:
-    """Return the machine with the rates that explain the steps best. Raises UserError without any."""
+def calibrate(cluster: Cluster, steps: Sequence[Measured], source: str) -> Cluster:
+    """Return the cluster with the rates that explain the steps best. Raises UserError without any."""
     import numpy as np
 
     if not steps:
         raise UserError("no measured step", where="minka plan calibrate", remedy="give folders of runs that trained")
-    start = [max(getattr(machine.rates, key), 1e-9) for key in FITTED]
+    start = [max(getattr(cluster.rates, key), 1e-9) for key in FITTED]
     spreads = np.array([SPREAD[key] for key in FITTED])
 
     def residuals(moves: "np.ndarray") -> "np.ndarray":
-        there = _moved(machine, start, moves)
+        there = _moved(cluster, start, moves)
         steps_off = [(step_time(one.job, there).seconds / one.seconds - 1) / STEP_ERROR for one in steps]
         return np.array([*steps_off, *(moves / spreads)])
 
@@ -60,18 +60,18 @@ def calibrate(machine: Machine, steps: Sequence[Measured], source: str) -> Machi
             damping *= 5
             if damping > 1e6:
                 break
-    found = _moved(machine, start, moves)
+    found = _moved(cluster, start, moves)
     return replace(found, rates=replace(found.rates, calibrated_on=source))
 
 
-def _moved(machine: Machine, start: Sequence[float], moves: Iterable[float]) -> Machine:
-    """Return the machine whose rates are `moves` away, as logarithms, within their limits."""
+def _moved(cluster: Cluster, start: Sequence[float], moves: Iterable[float]) -> Cluster:
+    """Return the cluster whose rates are `moves` away, as logarithms, within their limits."""
     values: dict[str, Any] = {}
     for key, value, move in zip(FITTED, start, moves, strict=True):
         values[key] = min(exp(log(value) + float(move)), SHARE_LIMIT.get(key, float("inf")))
-    return replace(machine, rates=replace(machine.rates, **values))
+    return replace(cluster, rates=replace(cluster.rates, **values))
 
 
-def errors(machine: Machine, steps: Sequence[Measured]) -> list[float]:
+def errors(cluster: Cluster, steps: Sequence[Measured]) -> list[float]:
     """Return how much longer than measured each step is predicted, as a share."""
-    return [step_time(one.job, machine).seconds / one.seconds - 1 for one in steps]
+    return [step_time(one.job, cluster).seconds / one.seconds - 1 for one in steps]

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 from minka.plan.atomic import write_text, writing
 from minka.plan.calibrate import Measured, calibrate, errors
+from minka.plan.cluster import Cluster, cluster_of, find_cluster
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 from minka.plan.hardware import find_gpu
 from minka.plan.ledger import number, read_ledger
 from minka.plan.load_config import validate
-from minka.plan.machine import Machine, find_machine, machine_of
 from minka.plan.rates import FITTED, rates_toml
 from minka.plan.run_folder import find_run
 from minka.plan.run_job import job_of
@@ -51,17 +51,17 @@ def read_run(given: str) -> RunStep:
     return RunStep(config.run.name, str(start.get("device", "")), config, int(start.get("ranks", 1)), seconds)
 
 
-def measured(run: RunStep, machine: Machine) -> Measured:
+def measured(run: RunStep, cluster: Cluster) -> Measured:
     """Return the run's step as the planner sees it."""
-    return Measured(job_of(run.config, run.config.check(run.ranks), machine), run.seconds)
+    return Measured(job_of(run.config, run.config.check(run.ranks), cluster), run.seconds)
 
 
-def _machine_of(device: str) -> Machine:
+def _cluster_of(device: str) -> Cluster:
     gpu = find_gpu(device)
     if gpu is None:
         remedy = "describe it: --gpu machine.toml; for these cores, `minka doctor --machine machine.toml` writes that"
         raise UserError(f"the rates of {device!r} are not known", where="minka plan calibrate", remedy=remedy)
-    return machine_of(gpu)
+    return cluster_of(gpu)
 
 
 def calibrate_plan(runs: Sequence[str], gpu: str, output: Path | None) -> dict[str, Any]:
@@ -71,24 +71,24 @@ def calibrate_plan(runs: Sequence[str], gpu: str, output: Path | None) -> dict[s
     if len(devices) > 1:
         remedy = "calibrate each device on its own runs"
         raise UserError(f"these runs were on {', '.join(sorted(devices))}", where="minka plan calibrate", remedy=remedy)
-    machine = find_machine(gpu) if gpu else _machine_of(next(iter(devices)))
-    steps = [measured(run, machine) for run in read]
+    cluster = find_cluster(gpu) if gpu else _cluster_of(next(iter(devices)))
+    steps = [measured(run, cluster) for run in read]
     source = f"{', '.join(run.name for run in read)} ({next(iter(devices))})"
-    found = calibrate(machine, steps, source)
+    found = calibrate(cluster, steps, source)
     left_out: list[float | None] = [
-        errors(calibrate(machine, [*steps[:at], *steps[at + 1 :]], source), [steps[at]])[0]
+        errors(calibrate(cluster, [*steps[:at], *steps[at + 1 :]], source), [steps[at]])[0]
         for at in range(len(steps))
         if len(steps) > 1
     ]
     if output:
         with writing(output, "choose a different file (-o)"):
             write_text(output, rates_toml(found.rates))
-    rows = zip(read, steps, errors(machine, steps), errors(found, steps), left_out or [None], strict=False)
+    rows = zip(read, steps, errors(cluster, steps), errors(found, steps), left_out or [None], strict=False)
     return {
-        "gpu": machine.name,
+        "gpu": cluster.name,
         "calibrated": found.rates.described(),
         "rates": {key: getattr(found.rates, key) for key in FITTED},
-        "tabulated": {key: getattr(machine.rates, key) for key in FITTED},
+        "tabulated": {key: getattr(cluster.rates, key) for key in FITTED},
         "runs": [
             {
                 "run": run.name,

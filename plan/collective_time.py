@@ -1,11 +1,11 @@
-"""Seconds of a collective or a message on a machine: its place among the links, its bytes, its latency."""
+"""Seconds of a collective or a message on a cluster: its place among the links, its bytes, its latency."""
 
 from math import log2
 from typing import NamedTuple
 
+from minka.plan.cluster import Cluster
 from minka.plan.errors import UserError
 from minka.plan.layout import AXES, Layout
-from minka.plan.machine import Machine
 
 
 class Group(NamedTuple):
@@ -26,7 +26,7 @@ class Group(NamedTuple):
         return cls(ranks, stride)
 
 
-def passes_seconds(machine: Machine, group: Group, payload: float, calls: float, *, passes: float = 1.0) -> float:
+def passes_seconds(cluster: Cluster, group: Group, payload: float, calls: float, *, passes: float = 1.0) -> float:
     """Return the seconds of `calls` collectives that move `payload` bytes together.
 
     A ring moves (n-1)/n of the payload past every rank in one pass, as an all-gather or a reduce-scatter does; an
@@ -34,37 +34,37 @@ def passes_seconds(machine: Machine, group: Group, payload: float, calls: float,
     """
     if group.ranks == 1 or not calls:
         return 0.0
-    inside = max(1, min(group.ranks, machine.domain // group.stride))
+    inside = max(1, min(group.ranks, cluster.domain // group.stride))
     domains = -(-group.ranks // inside)
     seconds = 0.0
     if inside > 1:
-        seconds = payload * (group.ranks - 1) / group.ranks / _link(machine)
+        seconds = payload * (group.ranks - 1) / group.ranks / _link(cluster)
     if domains > 1:
-        seconds = max(seconds, payload * (1 - 1 / domains) / (inside * _network(machine)))
+        seconds = max(seconds, payload * (1 - 1 / domains) / (inside * _network(cluster)))
     hops = log2(inside) + 2 * log2(domains)  # between hosts they take longer
-    return passes * (seconds + calls * machine.rates.message_seconds * max(1.0, hops))
+    return passes * (seconds + calls * cluster.rates.message_seconds * max(1.0, hops))
 
 
-def message_seconds(machine: Machine, group: Group, payload: float) -> float:
+def message_seconds(cluster: Cluster, group: Group, payload: float) -> float:
     """Return the seconds of a message to the next rank of a group."""
     if group.ranks == 1:
         return 0.0
-    bandwidth = _link(machine) if group.ranks * group.stride <= machine.domain else _network(machine)
-    return payload / bandwidth + machine.rates.message_seconds
+    bandwidth = _link(cluster) if group.ranks * group.stride <= cluster.domain else _network(cluster)
+    return payload / bandwidth + cluster.rates.message_seconds
 
 
-def _link(machine: Machine) -> float:
-    if not machine.link_gb:
-        raise _unknown(machine, "link_gb", "how fast its devices reach each other")
-    return machine.link_gb * 1e9 * machine.rates.link
+def _link(cluster: Cluster) -> float:
+    if not cluster.link_gb:
+        raise _unknown(cluster, "link_gb", "how fast its devices reach each other")
+    return cluster.link_gb * 1e9 * cluster.rates.link
 
 
-def _network(machine: Machine) -> float:
-    if not machine.network_gb:
-        raise _unknown(machine, "network_gb", f"how fast more than {machine.domain} devices reach each other")
-    return machine.network_gb * 1e9 * machine.rates.network
+def _network(cluster: Cluster) -> float:
+    if not cluster.network_gb:
+        raise _unknown(cluster, "network_gb", f"how fast more than {cluster.domain} devices reach each other")
+    return cluster.network_gb * 1e9 * cluster.rates.network
 
 
-def _unknown(machine: Machine, key: str, what: str) -> UserError:
-    remedy = f"describe the machine in a file with {key}, and give that: --gpu machine.toml (docs/plan.md)"
-    return UserError(f"{what} is not known", where=f"--gpu {machine.name}", remedy=remedy)
+def _unknown(cluster: Cluster, key: str, what: str) -> UserError:
+    remedy = f"describe the cluster in a file with {key}, and give that: --gpu machine.toml (docs/plan.md)"
+    return UserError(f"{what} is not known", where=f"--gpu {cluster.name}", remedy=remedy)

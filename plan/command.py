@@ -1,4 +1,4 @@
-"""`minka plan`: what a model counts, and where each number comes from."""
+"""`minka plan`: what a model counts, what a run needs and takes, and which layout is fastest."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,8 +7,14 @@ from typing import Annotated
 import typer
 
 from minka.plan.cli import new_app, print_json, print_table, run_app
-from minka.plan.run_commands import add_calibrate, add_layout, add_time
 
+RUN = typer.Argument(help="a recipe, run.toml or run folder")
+OVERRIDES = typer.Argument(help="section.key=value")
+WORLD = typer.Option(min=1, help="ranks")
+GPU = typer.Option(help="a GPU's name, such as H100-SXM, or a file that describes a cluster (docs/plan.md)")
+RATES = typer.Option(metavar="FILE", help="what `minka plan calibrate` wrote; default: tabulated rates")
+PLOT = typer.Option(metavar="FILE", help="draw it: .png, .svg or .html")
+JSON = typer.Option("--json", help="print one JSON document on stdout")
 HELP = """Plan a run, on a laptop, before anything is bought.
 
 \b
@@ -25,7 +31,7 @@ minka plan explain training_flops_per_token.palm
 def main(argv: Sequence[str]) -> int:
     """Run `minka plan`."""
     app = new_app(HELP)
-    for add in (_add_model, _add_memory, add_time, add_layout, add_calibrate, _add_explain):
+    for add in (_add_model, _add_memory, _add_time, _add_layout, _add_calibrate, _add_explain):
         add(app)
     return run_app(app, argv, "minka plan")
 
@@ -50,7 +56,7 @@ def _add_model(app: typer.Typer) -> None:
                 min=1, help="tokens in a sequence; default: all positions of --hf, data.seq_len of --recipe, else 2048"
             ),
         ] = None,
-        as_json: Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")] = False,
+        as_json: Annotated[bool, JSON] = False,
     ) -> int:
         """Weights and training FLOPs a token of a model: sizes, a Hugging Face config or a recipe."""
         from minka.plan.errors import UserError
@@ -73,16 +79,22 @@ def _add_model(app: typer.Typer) -> None:
 def _add_memory(app: typer.Typer) -> None:
     @app.command()
     def memory(
-        run: Annotated[str, typer.Argument(help="a recipe, run.toml or run folder")],
-        overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
-        world: Annotated[int, typer.Option(min=1, help="ranks")] = 1,
-        gpu: Annotated[str, typer.Option(help="a GPU's name, such as H100-SXM: does it fit?")] = "",
-        as_json: Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")] = False,
+        run: Annotated[str, RUN],
+        overrides: Annotated[list[str] | None, OVERRIDES] = None,
+        world: Annotated[int, WORLD] = 1,
+        gpu: Annotated[str, typer.Option(help="a GPU's name, such as H100-SXM, or a file: does it fit?")] = "",
+        plot: Annotated[Path | None, PLOT] = None,
+        as_json: Annotated[bool, JSON] = False,
     ) -> int:
         """Bytes of a rank at its peak, by kind, and whether they fit; of a pipeline, at each of its coordinates."""
         from minka.plan.memory_plan import memory_lines, memory_notes, memory_plan
+        from minka.plan.plot import check_plot, plot_memory
 
+        if plot:
+            check_plot(plot)
         found = memory_plan(run, overrides or [], world, gpu)
+        if plot:
+            plot_memory(found, plot)
         if as_json:
             print_json(found)
         else:
@@ -91,11 +103,87 @@ def _add_memory(app: typer.Typer) -> None:
         return 0
 
 
+def _add_time(app: typer.Typer) -> None:
+    @app.command()
+    def time(
+        run: Annotated[str, RUN],
+        overrides: Annotated[list[str] | None, OVERRIDES] = None,
+        gpu: Annotated[str, GPU] = "",
+        world: Annotated[int, WORLD] = 1,
+        rates: Annotated[Path | None, RATES] = None,
+        dollars: Annotated[float | None, typer.Option(metavar="PRICE", help="dollars a GPU-hour")] = None,
+        plot: Annotated[Path | None, PLOT] = None,
+        as_json: Annotated[bool, JSON] = False,
+    ) -> int:
+        """Seconds of a step by what they are spent on, tokens a second, MFU, and the run's days and dollars."""
+        from minka.plan.plot import check_plot, plot_time
+        from minka.plan.time_plan import time_lines, time_of_run
+
+        if plot:
+            check_plot(plot)
+        found = time_of_run(run, overrides or [], world, _needed(gpu), rates, dollars)
+        if plot:
+            plot_time(found, plot)
+        if as_json:
+            print_json(found)
+        else:
+            print_table(time_lines(found))
+        return 0
+
+
+def _add_layout(app: typer.Typer) -> None:
+    @app.command()
+    def layout(
+        run: Annotated[str, RUN],
+        overrides: Annotated[list[str] | None, OVERRIDES] = None,
+        gpu: Annotated[str, GPU] = "",
+        world: Annotated[int, WORLD] = 1,
+        top: Annotated[int, typer.Option(min=1, max=100, help="layouts to show")] = 5,
+        rates: Annotated[Path | None, RATES] = None,
+        plot: Annotated[Path | None, PLOT] = None,
+        as_json: Annotated[bool, JSON] = False,
+    ) -> int:
+        """The fastest layouts that fit, why the first wins, what its neighbours cost, and what to measure."""
+        from minka.plan.layout_plan import layout_lines, layout_notes, layout_plan
+        from minka.plan.plot import check_plot, plot_layouts
+
+        if plot:
+            check_plot(plot)
+        found = layout_plan(run, overrides or [], world, _needed(gpu), rates, top)
+        if plot:
+            plot_layouts(found, plot)
+        if as_json:
+            print_json(found)
+        else:
+            print_table(layout_lines(found))
+            print("\n".join(["", *layout_notes(found)]))
+        return 0
+
+
+def _add_calibrate(app: typer.Typer) -> None:
+    @app.command()
+    def calibrate(
+        runs: Annotated[list[str], typer.Argument(help="folders or names of runs that trained")],
+        gpu: Annotated[str, typer.Option(help="what they ran on; default: what their ledgers say")] = "",
+        output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="a TOML file")] = None,
+        as_json: Annotated[bool, JSON] = False,
+    ) -> int:
+        """Fit the cluster's rates to measured runs; `--rates FILE` takes them from there."""
+        from minka.plan.calibrate_runs import calibrate_lines, calibrate_plan
+
+        found = calibrate_plan(runs, gpu, output)
+        if as_json:
+            print_json(found)
+        else:
+            print_table(calibrate_lines(found))
+        return 0
+
+
 def _add_explain(app: typer.Typer) -> None:
     @app.command()
     def explain(
         key: Annotated[str, typer.Argument(help="a key of a plan's JSON; a key below another with a dot")],
-        as_json: Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")] = False,
+        as_json: Annotated[bool, JSON] = False,
     ) -> int:
         """Formula, inputs and source of a number in a plan."""
         from minka.plan.explain import explain as explained
@@ -106,3 +194,12 @@ def _add_explain(app: typer.Typer) -> None:
         else:
             print_table([[key, ""], *([f"  {name}", value] for name, value in found._asdict().items())])
         return 0
+
+
+def _needed(gpu: str) -> str:
+    if gpu:
+        return gpu
+    from minka.plan.errors import UserError
+
+    remedy = "add --gpu H100-SXM, or --gpu machine.toml (`minka doctor --machine machine.toml` writes this machine's)"
+    raise UserError("on what it runs is missing", where="--gpu", remedy=remedy)

@@ -184,7 +184,10 @@ MEMORY: dict[str, Explanation] = {
     "ranks": Explanation("list", "the rank at each pipeline coordinate", "layout", "docs/plan.md"),
     "ranks.rank": Explanation("number", "the rank that is predicted", "layout", "docs/parallelism.md"),
     "ranks.stages": Explanation(
-        "numbers", "pipeline stages at this coordinate; 0 without a pipeline", "layout.pipeline, layout.schedule", "docs/parallelism.md"
+        "numbers",
+        "pipeline stages at this coordinate; 0 without a pipeline",
+        "layout.pipeline, layout.schedule",
+        "docs/parallelism.md",
     ),
     "ranks.moment": Explanation(
         "name",

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
+from minka.plan.cluster import Cluster
 from minka.plan.collective_time import Group, passes_seconds
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 from minka.plan.layout import Layout, divisors
 from minka.plan.layout_rules import Asked, check_layout
-from minka.plan.machine import Machine
 from minka.plan.run_job import job_of
-from minka.plan.step_time import passes
+from minka.plan.step_time import part_seconds
 from minka.plan.step_work import block_weights
 
 LEAST_TOKENS = 256  # of a sequence on a context rank: shorter parts are all latency
@@ -60,8 +60,8 @@ class Candidate(NamedTuple):
 class Candidates:
     """Goes through all of them. `searched` counts them, `pruned` those that are not worth a prediction, by reason."""
 
-    def __init__(self, config: RunConfig, world: int, machine: Machine, room: float) -> None:
-        self.config, self.world, self.machine, self.room = config, world, machine, room
+    def __init__(self, config: RunConfig, world: int, cluster: Cluster, room: float) -> None:
+        self.config, self.world, self.cluster, self.room = config, world, cluster, room
         self.sequences = config.data.batch_tokens // config.data.seq_len
         self.searched, self.pruned = 0, Counter[str]()
         self._bounds = cache(self._part_bounds)
@@ -71,7 +71,7 @@ class Candidates:
     def __iter__(self) -> Iterator[Candidate]:
         model, world, data = self.config.model, self.world, self.config.data
         tensors = divisors(model.heads, model.kv_heads, model.d_ff, model.vocab, world)
-        for tensor in [t for t in tensors if t <= self.machine.domain]:
+        for tensor in [t for t in tensors if t <= self.cluster.domain]:
             for context in divisors(world // tensor):
                 if context > 1 and (data.seq_len % (2 * context) or data.seq_len // context < LEAST_TOKENS):
                     continue
@@ -130,7 +130,7 @@ class Candidates:
         if cut.shard * cut.context == 1:
             return 0.0
         gather, reduce = self._transfers(cut.shard * cut.context, cut.tensor, held)
-        exposed = self.machine.rates.exposed
+        exposed = self.cluster.rates.exposed
 
         def waited(seconds: float, hidden: float) -> float:
             return max(0.0, seconds - hidden) + exposed * min(seconds, hidden)
@@ -141,8 +141,8 @@ class Candidates:
     def _group_transfers(self, ranks: int, stride: int, held: float) -> tuple[float, float]:
         """Seconds to gather a rank's weights, and to reduce their gradients."""
         group = Group(ranks, stride)
-        crowd = self.machine.crowded(self.world)
-        gather, reduce = (crowd * passes_seconds(self.machine, group, held * size, 1) for size in (2, 4))
+        crowd = self.cluster.crowded(self.world)
+        gather, reduce = (crowd * passes_seconds(self.cluster, group, held * size, 1) for size in (2, 4))
         return gather, reduce
 
     def _part_bounds(
@@ -151,8 +151,8 @@ class Candidates:
         """Return a block's seconds forward and backward, what it keeps for backward at least (bytes), its weights."""
         axes = {"tensor": tensor, "context": context, "micro_batch": micro_batch, "recompute": recompute}
         layout = self.config.layout.model_copy(update={**axes, "shard": 1, "replicate": 1, "pipeline": 1})
-        part = job_of(self.config, layout, self.machine).part
-        times = passes(part, self.machine, self.machine.crowded(self.world))
+        part = job_of(self.config, layout, self.cluster).part
+        times = part_seconds(part, self.cluster, self.cluster.crowded(self.world))
         width = part.shape.d_model / tensor
         if recompute != "block":
             width += (2 * part.shape.query_width + 2 * part.shape.kv_width + 2 * part.shape.d_ff) / tensor

@@ -6,17 +6,17 @@ from pathlib import Path
 from shlex import join
 from typing import Any
 
+from minka.plan.cluster import Cluster
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 from minka.plan.flops import training_flops_per_token
 from minka.plan.layout import AXES, Layout
 from minka.plan.layout_search import MARGIN, Found, search
 from minka.plan.load_config import load_run
-from minka.plan.machine import Machine
 from minka.plan.memory import peak_or_more
 from minka.plan.run_job import job_of
 from minka.plan.step_time import KINDS, step_time
-from minka.plan.time_plan import machine_for
+from minka.plan.time_plan import cluster_for
 
 KEYS = ("micro_batch", "schedule", "stages_per_rank", "recompute", "reshard", "reduce")  # next to AXES
 MOST_COMPARED = 3
@@ -29,26 +29,26 @@ def layout_plan(
     run: str, overrides: Sequence[str], world: int, gpu: str, rates: Path | None = None, top: int = 5
 ) -> dict[str, Any]:
     """Return what the JSON has. Raises UserError where nothing fits."""
-    config, machine = load_run(run, overrides).config, machine_for(gpu, rates)
-    found = search(config, world, machine, top, peak_or_more)
+    config, cluster = load_run(run, overrides).config, cluster_for(gpu, rates)
+    found = search(config, world, cluster, top, peak_or_more)
     best = found.found[0]
-    layouts = [_as_dict(config, one, machine) for one in found.found]
+    layouts = [_as_dict(config, one, cluster) for one in found.found]
     close = [one for one in found.found if one.time.seconds <= best.time.seconds * (1 + CLOSE)][:MOST_COMPARED]
     settings = [overrides_of(one.layout, config.layout) for one in close]
     return {
         "world": world,
-        "gpu": machine.name,
+        "gpu": cluster.name,
         "layouts": layouts,
         "searched": found.searched,
         "pruned": found.pruned,
         "why": _why(found.found),
-        "neighbours": neighbours(config.after_warmup(), best, machine),
+        "neighbours": neighbours(config.after_warmup(), best, cluster),
         "benchmark": [_command(run, overrides, words) for words in settings] if len(close) > 1 else [],
-        "calibrated": machine.rates.described(),
+        "calibrated": cluster.rates.described(),
     }
 
 
-def _as_dict(config: RunConfig, one: Found, machine: Machine) -> dict[str, Any]:
+def _as_dict(config: RunConfig, one: Found, cluster: Cluster) -> dict[str, Any]:
     per_second = config.data.batch_tokens / one.time.seconds
     flops = training_flops_per_token(config.model, config.data.seq_len)
     return {
@@ -57,7 +57,7 @@ def _as_dict(config: RunConfig, one: Found, machine: Machine) -> dict[str, Any]:
         "step_seconds": one.time.seconds,
         "breakdown_seconds": one.time.breakdown,
         "peak_bytes": one.peak_bytes,
-        "mfu": per_second * flops / (machine.peak_flops * one.layout.world),
+        "mfu": per_second * flops / (cluster.peak_flops * one.layout.world),
     }
 
 
@@ -87,7 +87,7 @@ def _listed(parts: Sequence[str]) -> str:
     return ", ".join(parts[:3]) or "nothing"
 
 
-def neighbours(config: RunConfig, best: Found, machine: Machine) -> list[dict[str, Any]]:
+def neighbours(config: RunConfig, best: Found, cluster: Cluster) -> list[dict[str, Any]]:
     """Return what each single change of the best layout would cost: its time and memory, or why it is not legal."""
     world, rows = best.layout.world, []
     for change in _changes(best.layout):
@@ -104,9 +104,9 @@ def neighbours(config: RunConfig, best: Found, machine: Machine) -> list[dict[st
         try:
             there = config.model_copy(update={"layout": layout})
             layout = there.check(world)
-            row["step_seconds"] = step_time(job_of(there, layout, machine), machine).seconds
+            row["step_seconds"] = step_time(job_of(there, layout, cluster), cluster).seconds
             row["peak_bytes"] = peak_or_more(there, world, inf)
-            row["fits"] = row["peak_bytes"] <= (1 - MARGIN) * machine.memory_bytes
+            row["fits"] = row["peak_bytes"] <= (1 - MARGIN) * cluster.memory_bytes
         except UserError as error:
             row["refused"] = error.what
         rows.append(row)

@@ -8,11 +8,11 @@ import heapq
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from minka.plan.cluster import Cluster
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 from minka.plan.layout import Layout
 from minka.plan.layout_candidates import Candidate, Candidates
-from minka.plan.machine import Machine
 from minka.plan.run_job import job_of
 from minka.plan.step_time import StepTime, step_time
 
@@ -39,19 +39,19 @@ class Search(NamedTuple):
 Peak = Callable[[RunConfig, int, float], int]
 
 
-def search(config: RunConfig, world: int, machine: Machine, top: int, peak: Peak) -> Search:
+def search(config: RunConfig, world: int, cluster: Cluster, top: int, peak: Peak) -> Search:
     """Return the `top` fastest layouts that fit, each with the best of its ways to replicate, shard and reduce.
 
     `peak` predicts a run's largest peak in bytes on `world` ranks, or one above the room that is given. Raises
     UserError where no legal layout fits.
     """
     config = config.after_warmup()
-    room = (1 - MARGIN) * machine.memory_bytes
-    asked = Candidates(config, world, machine, room)
+    room = (1 - MARGIN) * cluster.memory_bytes
+    asked = Candidates(config, world, cluster, room)
     found: list[Found] = []
     checks = 0
     seen = set[object]()
-    for candidate, time in _in_order(config, machine, asked):
+    for candidate, time in _in_order(config, cluster, asked):
         if len(found) == top:
             break
         key = (candidate.cut[0], candidate.cut[3:], candidate.way[:4])
@@ -68,11 +68,11 @@ def search(config: RunConfig, world: int, machine: Machine, top: int, peak: Peak
         if checks >= MOST_CHECKS:
             break
     if not found:
-        raise _nothing_fits(config, world, machine)
+        raise _nothing_fits(config, world, cluster)
     return Search(found, asked.searched, dict(sorted(asked.pruned.items())))
 
 
-def _in_order(config: RunConfig, machine: Machine, asked: Candidates) -> Iterator[tuple[Candidate, StepTime]]:
+def _in_order(config: RunConfig, cluster: Cluster, asked: Candidates) -> Iterator[tuple[Candidate, StepTime]]:
     """Yield candidates by rising predicted time."""
     heap: list[tuple[float, int, Candidate, StepTime | None]] = []
     for number, candidate in enumerate(asked):
@@ -81,18 +81,18 @@ def _in_order(config: RunConfig, machine: Machine, asked: Candidates) -> Iterato
     while heap:
         _, number, candidate, time = heap[0]
         if time is None:
-            exact = step_time(job_of(config, candidate.layout(config.layout), machine), machine)
+            exact = step_time(job_of(config, candidate.layout(config.layout), cluster), cluster)
             heapq.heapreplace(heap, (exact.seconds, number, candidate, exact))
         else:
             heapq.heappop(heap)
             yield candidate, time
 
 
-def _nothing_fits(config: RunConfig, world: int, machine: Machine) -> UserError:
+def _nothing_fits(config: RunConfig, world: int, cluster: Cluster) -> UserError:
     return UserError(
-        f"no legal layout of {config.run.name} on {world:,} {machine.name} fits",
+        f"no legal layout of {config.run.name} on {world:,} {cluster.name} fits",
         where="minka plan layout",
-        why=f"each would hold more than {1 - MARGIN:.0%} of {machine.memory_gb:,.0f} GB on some rank",
+        why=f"each would hold more than {1 - MARGIN:.0%} of {cluster.memory_gb:,.0f} GB on some rank",
         remedy="give more ranks (--world), a GPU with more memory, a shorter data.seq_len, or "
         "optimizer.weights=bf16 optimizer.moments=bf16",
     )

@@ -1,17 +1,15 @@
 """`minka plan memory`: what ranks hold at their peak, and whether that fits into a GPU."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minka.plan.errors import UserError
+from minka.plan.cluster import Cluster, find_cluster
 from minka.plan.flops import parameters
-from minka.plan.hardware import GPUS, Gpu, find_gpu
+from minka.plan.layout_search import MARGIN
 from minka.plan.load_config import load_run
 from minka.plan.memory import RankMemory, predict_memory
 from minka.plan.memory_kinds import MEMORY_KINDS
 
-MARGIN = 0.08  # of the GPU: CUDA's context, NCCL's buffers, holes between allocations
 COLUMNS = 8  # coordinates in a table
 
 
@@ -20,22 +18,22 @@ def memory_plan(run: str, overrides: Sequence[str], world: int, gpu_name: str = 
 
     The step is one after the batch warm-up.
     """
-    gpu = _gpu(gpu_name) if gpu_name else None
+    cluster = find_cluster(gpu_name) if gpu_name else None
     config = load_run(run, overrides).config
-    ranks = [_as_dict(one, gpu) for one in predict_memory(config, world)]
+    ranks = [_as_dict(one, cluster) for one in predict_memory(config, world)]
     layout = config.after_warmup().check(world)
     return {
         "world": world,
         "parameters": parameters(config.model),
         "layout": layout.model_dump(mode="json"),
         "warmup_refused": config.warmup_refused(world),
-        "gpu": gpu.name if gpu else None,
-        "gpu_bytes": gpu.memory_gb * 10**9 if gpu else None,
+        "gpu": cluster.name if cluster else None,
+        "gpu_bytes": cluster.memory_bytes if cluster else None,
         "ranks": ranks,
     }
 
 
-def _as_dict(found: RankMemory, gpu: Gpu | None) -> dict[str, Any]:
+def _as_dict(found: RankMemory, cluster: Cluster | None) -> dict[str, Any]:
     rank: dict[str, Any] = {
         "rank": found.rank,
         "stages": list(found.stages),
@@ -43,19 +41,10 @@ def _as_dict(found: RankMemory, gpu: Gpu | None) -> dict[str, Any]:
         "peak_bytes": found.total,
         "peak_bytes_by_kind": found.by_kind,
     }
-    if gpu:
-        size = gpu.memory_gb * 10**9
+    if cluster:
+        size = cluster.memory_bytes
         rank |= {"margin_bytes": size - found.total, "fits": size - found.total >= MARGIN * size}
     return rank
-
-
-def _gpu(name: str) -> Gpu:
-    gpu = find_gpu(name)
-    if gpu is None:
-        known = [one.name for one in GPUS]
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known
-        raise UserError(f"no GPU {name!r} is known", where="--gpu", remedy=f"known: {', '.join(near)}")
-    return gpu
 
 
 def memory_lines(found: Mapping[str, Any]) -> list[list[str]]:

@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from minka.plan.cluster import Cluster, find_cluster
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 from minka.plan.layout_search import MARGIN
-from minka.plan.machine import Machine, find_machine
 from minka.plan.memory import predict_memory
 from minka.plan.time_plan import time_plan
 
@@ -17,29 +17,29 @@ def outlook(config: RunConfig, world: int, gpu: str, dollars_per_hour: float | N
 
     `not_planned` says what is not predicted for this run; the keys of that are null then.
     """
-    machine = find_machine(gpu)
+    cluster = find_cluster(gpu)
     config.after_warmup().check(world)
-    found: dict[str, Any] = {"gpu": machine.name, "world": world, "not_planned": []}
+    found: dict[str, Any] = {"gpu": cluster.name, "world": world, "not_planned": []}
     found |= dict.fromkeys(("peak_bytes", "fits", *KEPT))
     try:
         found["peak_bytes"] = max(rank.total for rank in predict_memory(config, world))
-        found["fits"] = found["peak_bytes"] <= (1 - MARGIN) * machine.memory_bytes
+        found["fits"] = found["peak_bytes"] <= (1 - MARGIN) * cluster.memory_bytes
     except UserError as error:
         found["not_planned"].append(str(error))
     try:
-        planned = time_plan(config, world, machine, dollars_per_hour)
+        planned = time_plan(config, world, cluster, dollars_per_hour)
         found |= {key: planned[key] for key in KEPT}
     except UserError as error:
         found["not_planned"].append(str(error))
-    return found | {"assumes": _assumed(config, machine)}
+    return found | {"assumes": _assumed(config, cluster)}
 
 
-def _assumed(config: RunConfig, machine: Machine) -> str:
+def _assumed(config: RunConfig, cluster: Cluster) -> str:
     compiled = "blocks compiled, memory as if they were not" if config.kernels.compile else "blocks not compiled"
-    host = f"hosts of {machine.host_gpus}"
-    if machine.network_gb:
-        host += f" with {machine.network_gb:g} GB/s of network for each GPU"
-    return f"{compiled}; whole sequences attended; {host}; {machine.rates.described()}"
+    host = f"hosts of {cluster.host_gpus}"
+    if cluster.network_gb:
+        host += f" with {cluster.network_gb:g} GB/s of network for each GPU"
+    return f"{compiled}; whole sequences attended; {host}; {cluster.rates.described()}"
 
 
 def outlook_lines(found: dict[str, Any]) -> list[str]:
@@ -47,7 +47,9 @@ def outlook_lines(found: dict[str, Any]) -> list[str]:
     lines, gpus = [], f"{found['world']:,} x {found['gpu']}"
     if found["peak_bytes"] is not None:
         verdict = "fits" if found["fits"] else "does not fit"
-        lines.append(f"plan: {found['peak_bytes'] / 2**30:.1f} GiB at the peak of the largest rank of {gpus}: {verdict}")
+        lines.append(
+            f"plan: {found['peak_bytes'] / 2**30:.1f} GiB at the peak of the largest rank of {gpus}: {verdict}"
+        )
     if found["step_seconds"] is not None:
         speed = f"{found['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU, {found['mfu']['causal']:.0%} MFU"
         cost = "" if found["dollars"] is None else f", ${found['dollars']:,.0f}"

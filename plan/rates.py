@@ -1,4 +1,4 @@
-"""What share of a machine's rates a step reaches: tabulated with sources, or fitted to measured runs (calibrate.py)."""
+"""What share of a cluster's rates a step reaches: tabulated with sources, or fitted to measured runs (calibrate.py)."""
 
 import math
 import tomllib
@@ -72,7 +72,7 @@ def rates_of(values: Mapping[str, Any], where: str) -> Rates:
 
 
 def rates_toml(rates: Rates) -> str:
-    """Return the file that read_rates reads, or the end of a machine's."""
+    """Return the file that read_rates reads, or the end of a cluster's."""
     lines = ["# Shares of the rates of a data sheet that steps reach, and seconds of what has no bytes.", "[rates]"]
     for key, value in asdict(rates).items():
         lines.append(f'{key} = "{value}"' if isinstance(value, str) else f"{key} = {value:.6g}")

@@ -1,24 +1,24 @@
-"""The step of a run that a plan times: what its configuration and its layout make of it on a machine."""
+"""The step of a run that a plan times: what its configuration and its layout make of it on a cluster."""
 
+from minka.plan.cluster import Cluster
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 from minka.plan.execution_choices import compute_dtype_name, frees_gathered_weights, fsdp_units
 from minka.plan.flops import Shape
 from minka.plan.layout import Layout, micro_batches
-from minka.plan.machine import Machine
 from minka.plan.pipeline_stages import stages_of
-from minka.plan.step_work import Job, Part, block_weights
+from minka.plan.step_work import Part, StepJob, block_weights
 
 BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 
 
-def job_of(config: RunConfig, layout: Layout, machine: Machine) -> Job:
+def job_of(config: RunConfig, layout: Layout, cluster: Cluster) -> StepJob:
     """Return a whole batch's step under a resolved layout. Raises UserError for DeepSpeed and offload."""
     for key, value in (("engine", "deepspeed"), ("offload", "optimizer"), ("offload", "all")):
         if getattr(layout, key) == value:
             what, remedy = f"time under {key}={value!r} is not predicted", "run it, or set the default"
             raise UserError(what, where=f"layout.{key}", why="what it does when is its own", remedy=remedy)
-    kind = "cpu" if machine.cores else "cuda"
+    kind = "cpu" if cluster.cores else "cuda"
     precision = compute_dtype_name(layout, kind)
     stored = config.optimizer
     state = 8 if precision == "fp64" else 4
@@ -39,7 +39,7 @@ def job_of(config: RunConfig, layout: Layout, machine: Machine) -> Job:
     block = round(block_weights(part)) * part.element_bytes
     held = max(sum(layers[stage] for stage in layout.stages_of_rank(rank)) for rank in range(layout.pipeline))
     units = len(fsdp_units([block] * held))
-    return Job(
+    return StepJob(
         part=part,
         layout=layout,
         micro_batches=max(micro_batches(layout, config.data)),

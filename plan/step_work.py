@@ -32,7 +32,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Job:
+class StepJob:
     """A step to be timed: a part of a model, a resolved layout, and how they are run."""
 
     part: Part
@@ -46,7 +46,7 @@ class Job:
     units: int = 0  # collectives that gather all blocks of a rank; 0: one a block
 
 
-class Work(NamedTuple):
+class PassWork(NamedTuple):
     """Of one pass."""
 
     matrix_flops: float = 0.0
@@ -54,9 +54,9 @@ class Work(NamedTuple):
     moved_bytes: float = 0.0
     layers: float = 0.0  # passes through a block that are launched
 
-    def plus(self, other: "Work", times: float = 1.0) -> "Work":
+    def plus(self, other: "PassWork", times: float = 1.0) -> "PassWork":
         """Return this work and `times` the other."""
-        return Work(*(mine + times * added for mine, added in zip(self, other, strict=True)))
+        return PassWork(*(mine + times * added for mine, added in zip(self, other, strict=True)))
 
 
 class Widths(NamedTuple):
@@ -84,7 +84,7 @@ def products(shape: Shape, tensor: int) -> list[tuple[float, float]]:
     return [(d, q), (d, kv), (d, kv), (q, d)] + [(d, f)] * (shape.mlp_matrices - 1) + [(f, d)]
 
 
-def block_forward(part: Part) -> Work:
+def block_forward(part: Part) -> PassWork:
     """A block's forward pass over one micro-batch."""
     cut, tokens = products(part.shape, part.tensor), part.tokens
     flops = 2 * tokens * sum(inputs * outputs for inputs, outputs in cut)
@@ -96,10 +96,10 @@ def block_forward(part: Part) -> Work:
     else:  # twice: a norm, then a sum
         within = 10 * d + 6 * rotated + (5 if gated else 2) * f + attention
     # Scores and values, of the half that a causal mask leaves.
-    return Work(flops, 2 * tokens * part.seq_len * q, part.element_bytes * (elements + tokens * within), 1.0)
+    return PassWork(flops, 2 * tokens * part.seq_len * q, part.element_bytes * (elements + tokens * within), 1.0)
 
 
-def block_backward(part: Part) -> Work:
+def block_backward(part: Part) -> PassWork:
     """A block's backward pass, without what it computes again."""
     forward, tokens = block_forward(part), part.tokens
     elements = 2 * sum(tokens * (i + o) + i * o for i, o in products(part.shape, part.tensor))
@@ -112,30 +112,32 @@ def block_backward(part: Part) -> Work:
         within = 12 * d + 8 * rotated + (8 if gated else 3) * f + attention + biases
     moved = part.element_bytes * (elements + tokens * within)
     # Attention has five products backward and two forward (arXiv:2307.08691, section 3.1).
-    return Work(2 * forward.matrix_flops, 2.5 * forward.attention_flops, moved, 1.5)
+    return PassWork(2 * forward.matrix_flops, 2.5 * forward.attention_flops, moved, 1.5)
 
 
-def recomputed(part: Part) -> Work:
+def recomputed(part: Part) -> PassWork:
     """What a block's backward pass computes again."""
     if part.recompute == "none":
-        return Work()
+        return PassWork()
     if part.recompute == "block":
         return block_forward(part)
     d, q, _, f, rotated, _ = Widths.of(part)
     again = 2 * part.tokens * q * part.shape.d_model if part.tensor > 1 else 0  # attention's last product
-    return Work(again, 0.0, part.element_bytes * part.tokens * (8 * d + 2 * rotated + 3 * f), 0.5)
+    return PassWork(again, 0.0, part.element_bytes * part.tokens * (8 * d + 2 * rotated + 3 * f), 0.5)
 
 
-def head_work(part: Part) -> Work:
+def head_work(part: Part) -> PassWork:
     """Head and loss of one micro-batch, forward and backward: logits are made once, in chunks."""
     rows, d, tokens = part.shape.vocab / part.tensor, part.shape.d_model, part.tokens
     elements = 3 * (tokens * (d + rows) + d * rows)
-    return Work(6 * tokens * d * rows, 0.0, part.element_bytes * elements + tokens * rows * (8 if part.fused else 24))
+    return PassWork(
+        6 * tokens * d * rows, 0.0, part.element_bytes * elements + tokens * rows * (8 if part.fused else 24)
+    )
 
 
-def embedding_work(part: Part) -> Work:
+def embedding_work(part: Part) -> PassWork:
     """The look-up and its gradient."""
-    return Work(0.0, 0.0, 8 * part.tokens * part.shape.d_model / part.tensor, 0.0)
+    return PassWork(0.0, 0.0, 8 * part.tokens * part.shape.d_model / part.tensor, 0.0)
 
 
 def block_weights(part: Part) -> float:

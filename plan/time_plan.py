@@ -1,20 +1,20 @@
-"""`minka plan time`: how long a step and a run take on a machine, what they cost, and what that rests on."""
+"""`minka plan time`: how long a step and a run take on a cluster, what they cost, and what that rests on."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minka.plan.cluster import Cluster, find_cluster
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 from minka.plan.flops import FORMULAS, training_flops_per_token
 from minka.plan.layout import Layout, micro_batches
 from minka.plan.load_config import load_run
-from minka.plan.machine import Machine, find_machine
 from minka.plan.rates import read_rates
 from minka.plan.run_job import job_of
-from minka.plan.step_time import KINDS, passes, step_time
-from minka.plan.step_work import Job, block_weights, end_weights
+from minka.plan.step_time import KINDS, part_seconds, step_time
+from minka.plan.step_work import StepJob, block_weights, end_weights
 
 DAY = 86_400
 HOST_BYTES = 20e9  # a second, from a GPU's memory to its host's: PCIe 4 x16, as measured by most
@@ -34,25 +34,25 @@ class RunTime(NamedTuple):
         return self.training + self.saves + self.evaluations
 
 
-def machine_for(gpu: str, rates: Path | None = None) -> Machine:
-    """Return a machine by name or file, with the rates of a calibration file. Raises UserError."""
-    machine = find_machine(gpu)
-    return replace(machine, rates=read_rates(rates)) if rates else machine
+def cluster_for(gpu: str, rates: Path | None = None) -> Cluster:
+    """Return a cluster by name or file, with the rates of a calibration file. Raises UserError."""
+    cluster = find_cluster(gpu)
+    return replace(cluster, rates=read_rates(rates)) if rates else cluster
 
 
-def time_plan(config: RunConfig, world: int, machine: Machine, dollars_per_hour: float | None = None) -> dict[str, Any]:
+def time_plan(config: RunConfig, world: int, cluster: Cluster, dollars_per_hour: float | None = None) -> dict[str, Any]:
     """Return what the JSON has. Raises UserError for a layout that is not legal on `world` ranks."""
     layout = config.after_warmup().check(world)
-    job = job_of(config.after_warmup(), layout, machine)
-    step = step_time(job, machine)
-    run = run_time(config, layout, machine)
+    job = job_of(config.after_warmup(), layout, cluster)
+    step = step_time(job, cluster)
+    run = run_time(config, layout, cluster)
     per_second = config.data.batch_tokens / step.seconds
-    peak = machine.peak_flops * world
+    peak = cluster.peak_flops * world
     flops = {name: training_flops_per_token(config.model, config.data.seq_len, name) for name in FORMULAS}
     hours = run.total / 3600 * world
     return {
         "world": world,
-        "gpu": machine.name,
+        "gpu": cluster.name,
         "layout": layout.model_dump(mode="json"),
         "micro_batches": job.micro_batches,
         "step_seconds": step.seconds,
@@ -65,13 +65,13 @@ def time_plan(config: RunConfig, world: int, machine: Machine, dollars_per_hour:
         "days": run.total / DAY,
         "gpu_hours": hours,
         "dollars": None if dollars_per_hour is None else hours * dollars_per_hour,
-        "calibrated": machine.rates.described(),
+        "calibrated": cluster.rates.described(),
     }
 
 
-def run_time(config: RunConfig, layout: Layout, machine: Machine) -> RunTime:
+def run_time(config: RunConfig, layout: Layout, cluster: Cluster) -> RunTime:
     """Return how long all steps of a run take, its batch warm-up, saves and evaluations included."""
-    whole = job_of(config.after_warmup(), layout, machine)
+    whole = job_of(config.after_warmup(), layout, cluster)
     seconds, begun, consumed = 0.0, 0, 0
     steps, tokens = config.end()
     ends = [(stage.until_tokens, stage.batch_tokens) for stage in config.data.batch_warmup]
@@ -79,27 +79,27 @@ def run_time(config: RunConfig, layout: Layout, machine: Machine) -> RunTime:
         count = min(steps - begun, max(0, -(-(min(until, tokens) - consumed) // batch)))
         one = config.data.model_copy(update={"batch_tokens": batch, "batch_warmup": ()})
         job = replace(whole, micro_batches=max(micro_batches(layout, one)))
-        seconds += count * step_time(job, machine).seconds
+        seconds += count * step_time(job, cluster).seconds
         begun, consumed = begun + count, consumed + count * batch
-    return RunTime(steps, seconds, _saves(config, whole, steps), _evaluations(config, whole, machine, steps, tokens))
+    return RunTime(steps, seconds, _saves(config, whole, steps), _evaluations(config, whole, cluster, steps, tokens))
 
 
-def _saves(config: RunConfig, job: Job, steps: int) -> float:
-    """Seconds for which training waits: until its state lies in the host's memory."""
+def _saves(config: RunConfig, job: StepJob, steps: int) -> float:
+    """Seconds for which training waits: until its state is in the host's memory."""
     saves = 1 + (steps // config.checkpoint.every_steps if config.checkpoint.every_steps else 0)
     layout = job.layout
     held = sum(job.stage_layers) / layout.pipeline * block_weights(job.part) + end_weights(job.part)
     return saves * held / (layout.shard * layout.context) * 12 / HOST_BYTES
 
 
-def _evaluations(config: RunConfig, job: Job, machine: Machine, steps: int, tokens: int) -> float:
+def _evaluations(config: RunConfig, job: StepJob, cluster: Cluster, steps: int, tokens: int) -> float:
     """Seconds of the evaluations, each of `eval.max_documents` documents of a sequence."""
     counts = [1]  # at the end
     counts += [steps // config.eval.every_steps] if config.eval.every_steps else []
     counts += [tokens // config.eval.every_tokens] if config.eval.every_tokens else []
     documents = config.eval.max_documents
     ways = job.layout.data_ways * job.layout.micro_batch
-    forward = passes(job.part, machine, machine.crowded(job.layout.world)).forward.total * job.part.shape.layers
+    forward = part_seconds(job.part, cluster, cluster.crowded(job.layout.world)).forward.total * job.part.shape.layers
     return sum(counts) * -(-documents // ways) * forward
 
 
@@ -109,7 +109,7 @@ def time_of_run(
     """Return the plan of a recipe, file or run. Raises UserError."""
     if price is not None and not price >= 0:
         raise UserError(f"a price of {price}", where="--dollars", remedy="give dollars a GPU-hour, such as 2.5")
-    return time_plan(load_run(run, overrides).config, world, machine_for(gpu, rates), price)
+    return time_plan(load_run(run, overrides).config, world, cluster_for(gpu, rates), price)
 
 
 def time_lines(found: Mapping[str, Any]) -> list[list[str]]:

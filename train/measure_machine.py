@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 
 from minka.launch.environment import usable_cpus
+from minka.plan.cluster import Cluster
 from minka.plan.errors import UserError
-from minka.plan.machine import Machine
 from minka.plan.rates import Rates
 from minka.train.provenance import processor
 
@@ -26,7 +27,7 @@ REPEATS = 7
 SECONDS = 120.0  # until a worker is given up
 
 
-def measure_machine() -> Machine:
+def measure_machine() -> Cluster:
     """Return this machine's cores as a device that a plan can use. Raises UserError where that fails.
 
     A rank uses one core. Products and copies are measured on one core alone, and on all at once: cores that share a
@@ -34,7 +35,7 @@ def measure_machine() -> Machine:
     """
     cores = usable_cpus()
     ranks = max(2, cores)
-    with tempfile.TemporaryDirectory(prefix="minka-machine-") as folder:
+    with tempfile.TemporaryDirectory(prefix="minka-cluster-") as folder:
         context = multiprocessing.get_context("fork")
         answers = context.SimpleQueue()
         workers = [context.Process(target=_work, args=(rank, ranks, folder, answers)) for rank in range(ranks)]
@@ -48,7 +49,7 @@ def measure_machine() -> Machine:
             what = "the measurement failed: a process ended early"
             raise UserError(what, where="--machine", remedy="run it again on a quiet machine")
         found = answers.get()
-    return Machine(
+    return Cluster(
         name=processor(),
         peak_tflops=found["flops"] / 1e12,
         memory_gb=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks / 1e9, 2),
@@ -65,7 +66,7 @@ def measure_machine() -> Machine:
 
 def _work(rank: int, ranks: int, folder: str, answers: Any) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(str(Path(folder) / "store"), ranks)
+    store = FileStore(str(Path(folder) / "store"), ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=SECONDS))
     try:
         left, right = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE)

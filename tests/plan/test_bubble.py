@@ -4,14 +4,14 @@ from collections import Counter
 
 import pytest
 
-from minka.plan.bubble import Stage, bubble_seconds, busy_seconds
+from minka.plan.bubble import StageSeconds, bubble_seconds, busy_seconds
 from minka.plan.layout import Layout
 from minka.plan.pipeline_passes import passes
 
 Done = dict[tuple[str, int, int], float]  # (kind, stage, micro-batch) -> when
 
 
-def played(layout: Layout, stages: list[Stage], count: int) -> float:
+def played(layout: Layout, stages: list[StageSeconds], count: int) -> float:
     """Seconds until the last pass of any rank, each pass waiting for what it needs."""
     orders = [
         [one for one in passes(layout, rank, count) if one.kind.startswith(("forward", "backward"))]
@@ -51,7 +51,7 @@ def needs(done: Done, kind: str, stage: int, number: int, count: int) -> float |
     return done.get(("backward", stage + 1, number))
 
 
-def seconds_of(stage: Stage, kind: str) -> float:
+def seconds_of(stage: StageSeconds, kind: str) -> float:
     return {
         "forward": stage.forward,
         "backward": stage.inputs + stage.weights,
@@ -60,10 +60,12 @@ def seconds_of(stage: Stage, kind: str) -> float:
     }[kind]
 
 
-@pytest.mark.parametrize("stage", [Stage(1, 1, 1), Stage(1, 1.3, 1), Stage(1, 1, 0.7), Stage(1, 2.2, 1)], ids=str)
+@pytest.mark.parametrize(
+    "stage", [StageSeconds(1, 1, 1), StageSeconds(1, 1.3, 1), StageSeconds(1, 1, 0.7), StageSeconds(1, 2.2, 1)], ids=str
+)
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zbv", "dualpipev"])
-def test_equal_stages_wait_as_long_as_their_passes_played(schedule: str, ranks: int, stage: Stage) -> None:
+def test_equal_stages_wait_as_long_as_their_passes_played(schedule: str, ranks: int, stage: StageSeconds) -> None:
     """To the last bit but for DualPipeV, whose order has gaps that depend on the ratios: within 4 % of the step."""
     layout = Layout(pipeline=ranks, shard=1, schedule=schedule)  # type: ignore[arg-type]
     stages, count = [stage] * layout.stage_count, 4 * ranks
@@ -75,10 +77,10 @@ def test_equal_stages_wait_as_long_as_their_passes_played(schedule: str, ranks: 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved"])
 def test_a_heavier_last_stage_is_waited_for(schedule: str) -> None:
     layout = Layout(pipeline=4, shard=1, schedule=schedule)  # type: ignore[arg-type]
-    stages = [Stage(1, 1, 1)] * (layout.stage_count - 1) + [Stage(1.2, 1.2, 1.2)]
+    stages = [StageSeconds(1, 1, 1)] * (layout.stage_count - 1) + [StageSeconds(1.2, 1.2, 1.2)]
     predicted = 16 * max(busy_seconds(layout, stages)) + bubble_seconds(layout, stages)
     assert predicted == pytest.approx(played(layout, stages, 16), rel=0.03)
 
 
 def test_no_pipeline_waits_for_nobody() -> None:
-    assert bubble_seconds(Layout(shard=1), [Stage(1, 1, 1)]) == 0
+    assert bubble_seconds(Layout(shard=1), [StageSeconds(1, 1, 1)]) == 0

@@ -7,40 +7,40 @@ import pytest
 from minka.benchmarks.plan_accuracy import left_out, mean
 from minka.benchmarks.published_steps import h100, megatron_steps, mpt_steps
 from minka.plan.calibrate import Measured, calibrate, errors
+from minka.plan.cluster import Cluster, find_cluster
 from minka.plan.errors import UserError
 from minka.plan.flops import training_flops_per_token
-from minka.plan.machine import Machine, find_machine
 from minka.plan.step_time import step_time
-from minka.plan.step_work import Job
+from minka.plan.step_work import StepJob
 
 MPT = list(mpt_steps())
 
 
-def timed(machine: Machine, jobs: list[Job]) -> list[Measured]:
-    return [Measured(job, step_time(job, machine).seconds) for job in jobs]
+def timed(cluster: Cluster, jobs: list[StepJob]) -> list[Measured]:
+    return [Measured(job, step_time(job, cluster).seconds) for job in jobs]
 
 
 def test_planted_rates_are_found_again() -> None:
-    machine = find_machine("H100-SXM")
-    planted = replace(machine.rates, matrix=0.6, attention=0.28, memory=0.55, link=0.6)
-    steps = timed(replace(machine, rates=planted), [one.step.job for one in MPT])
-    found = calibrate(machine, steps, "planted")
+    cluster = find_cluster("H100-SXM")
+    planted = replace(cluster.rates, matrix=0.6, attention=0.28, memory=0.55, link=0.6)
+    steps = timed(replace(cluster, rates=planted), [one.step.job for one in MPT])
+    found = calibrate(cluster, steps, "planted")
     assert mean(errors(found, steps)) < 0.01
     for key in ("matrix", "attention", "memory"):
         assert getattr(found.rates, key) == pytest.approx(getattr(planted, key), rel=0.1)
     assert found.rates.described() == "calibrated on planted"
-    assert machine.rates.described() == "not calibrated"
+    assert cluster.rates.described() == "not calibrated"
 
 
 def test_a_rate_that_no_step_depends_on_stays() -> None:
-    machine = find_machine("H100-SXM")
-    found = calibrate(machine, [one.step for one in MPT if one.gpus == 8], "one host")
-    assert found.rates.network == pytest.approx(machine.rates.network)
+    cluster = find_cluster("H100-SXM")
+    found = calibrate(cluster, [one.step for one in MPT if one.gpus == 8], "one host")
+    assert found.rates.network == pytest.approx(cluster.rates.network)
 
 
 def test_nothing_measured_is_refused() -> None:
     with pytest.raises(UserError, match="no measured step"):
-        calibrate(find_machine("H100-SXM"), [], "nothing")
+        calibrate(find_cluster("H100-SXM"), [], "nothing")
 
 
 def test_mpts_mfu_is_reproduced() -> None:
@@ -67,7 +67,7 @@ def test_megatrons_steps_are_predicted_from_three() -> None:
     """The smallest, the middle and the largest model: 3.5 % on the other six."""
     steps = [one.step for one in megatron_steps()]
     ends = (0, len(steps) // 2, len(steps) - 1)
-    machine = calibrate(h100("fa2"), [steps[at] for at in ends], "three")
-    off = mean(errors(machine, [step for at, step in enumerate(steps) if at not in ends]))
+    cluster = calibrate(h100("fa2"), [steps[at] for at in ends], "three")
+    off = mean(errors(cluster, [step for at, step in enumerate(steps) if at not in ends]))
     print(f"the other six: {off:.2%}")
     assert off <= 0.035

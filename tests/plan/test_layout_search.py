@@ -6,6 +6,7 @@ from math import inf
 
 import pytest
 
+from minka.plan.cluster import Cluster, find_cluster
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 from minka.plan.layout import Layout
@@ -13,19 +14,18 @@ from minka.plan.layout_candidates import Candidate, Candidates, Cut
 from minka.plan.layout_plan import layout_plan
 from minka.plan.layout_search import MARGIN, search
 from minka.plan.load_config import load_run
-from minka.plan.machine import Machine, find_machine
 from minka.plan.memory import peak_or_more
 from minka.plan.run_job import job_of
 from minka.plan.step_time import step_time
 
-H100 = find_machine("H100-SXM")
+H100 = find_cluster("H100-SXM")
 
 
-def every(config: RunConfig, world: int, machine: Machine) -> Iterator[tuple[float, int, Candidate]]:
+def every(config: RunConfig, world: int, cluster: Cluster) -> Iterator[tuple[float, int, Candidate]]:
     """(seconds, peak, candidate) of every legal layout, predicted one by one."""
-    for candidate in Candidates(config, world, machine, inf):
+    for candidate in Candidates(config, world, cluster, inf):
         layout = candidate.layout(config.layout)
-        seconds = step_time(job_of(config, layout, machine), machine).seconds
+        seconds = step_time(job_of(config, layout, cluster), cluster).seconds
         yield seconds, peak_or_more(config.model_copy(update={"layout": layout}), world, inf), candidate
 
 
@@ -77,13 +77,13 @@ def test_the_largest_recipe_is_searched_in_ten_seconds_and_llama_3s_own_layout_i
             seconds = step_time(job_of(config, layout, H100), H100).seconds
             if seconds <= 1.1 * found.found[0].time.seconds:
                 theirs.append((seconds, layout))
-    seconds, layout = min(theirs, key=lambda one: one[0])
+    sizes = []
     for seconds, layout in sorted(theirs, key=lambda one: one[0]):
-        size = peak_or_more(config.model_copy(update={"layout": layout}), 16_384, room)
-        if size <= room:
+        sizes.append(peak_or_more(config.model_copy(update={"layout": layout}), 16_384, room))
+        if sizes[-1] <= room:
+            print(f"theirs: {seconds / found.found[0].time.seconds - 1:+.1%}, {sizes[-1] / 1e9:.1f} GB")
             break
-    print(f"theirs: {seconds / found.found[0].time.seconds - 1:+.1%}, {size / 1e9:.1f} GB")
-    assert size <= room
+    assert min(sizes) <= room
 
 
 def test_the_answer_says_why_and_what_to_measure() -> None:

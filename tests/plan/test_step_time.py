@@ -4,25 +4,25 @@ from dataclasses import replace
 
 import pytest
 
+from minka.plan.cluster import Cluster, find_cluster
 from minka.plan.collective_time import Group, passes_seconds
 from minka.plan.errors import UserError
 from minka.plan.flops import Shape, training_flops_per_token
 from minka.plan.layout import Layout
 from minka.plan.load_config import load_run
-from minka.plan.machine import Machine, find_machine
 from minka.plan.rates import Rates
 from minka.plan.run_job import job_of
 from minka.plan.step_time import KINDS, StepTime, step_time
 from minka.plan.step_work import Part, block_backward, block_forward, head_work
 from minka.plan.time_plan import time_plan
 
-H100 = find_machine("H100-SXM")
+H100 = find_cluster("H100-SXM")
 IDEAL = Rates(matrix=1, attention=1, memory=1e9, link=1e9, network=1e9, exposed=0, layer_seconds=0, message_seconds=0)
 
 
-def step(run: str = "llama3-8b", world: int = 8, machine: Machine = H100, *overrides: str) -> StepTime:
+def step(run: str = "llama3-8b", world: int = 8, cluster: Cluster = H100, *overrides: str) -> StepTime:
     config = load_run(run, ["data.batch_warmup=[]", *overrides]).config
-    return step_time(job_of(config, config.check(world), machine), machine)
+    return step_time(job_of(config, config.check(world), cluster), cluster)
 
 
 def test_an_ideal_machine_takes_the_flops_and_nothing_else() -> None:
@@ -97,7 +97,7 @@ def test_groups_are_those_of_the_mesh() -> None:
 
 
 def test_a_machine_without_a_network_is_refused_where_one_is_needed() -> None:
-    lonely = find_machine("L4")
+    lonely = find_cluster("L4")
     assert step("dense-125m", 8, lonely).seconds > 0
     with pytest.raises(UserError, match="network_gb"):
         step("dense-125m", 16, lonely)

@@ -1,4 +1,4 @@
-"""The machine of a plan: a GPU of the table, or one that a TOML file describes, with its links and its host."""
+"""The cluster of a plan: a GPU of the table, or one that a TOML file describes, with its links and its host."""
 
 import difflib
 import math
@@ -16,7 +16,7 @@ TEXTS = ("name", "source")
 
 
 @dataclass(frozen=True)
-class Machine:
+class Cluster:
     """Rates of one device, and what connects it to the others."""
 
     name: str
@@ -51,43 +51,43 @@ class Machine:
         return max(1.0, ranks / self.cores) * (1 + (self.together - 1) * busy)
 
 
-def find_machine(name: str, where: str = "--gpu") -> Machine:
-    """Return the machine of a GPU's name or of a TOML file. Raises UserError, with the nearest names."""
+def find_cluster(name: str, where: str = "--gpu") -> Cluster:
+    """Return the cluster of a GPU's name or of a TOML file. Raises UserError, with the nearest names."""
     if name.endswith(".toml"):
-        return read_machine(Path(name))
+        return read_cluster(Path(name))
     gpu = find_gpu(name)
     if gpu is None:
         known = [one.name for one in GPUS]
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known
         remedy = f"known: {', '.join(near)}; or describe it in a file: {where} machine.toml"
         raise UserError(f"no GPU {name!r} is known", where=where, remedy=remedy)
-    return machine_of(gpu)
+    return cluster_of(gpu)
 
 
-def machine_of(gpu: Gpu) -> Machine:
+def cluster_of(gpu: Gpu) -> Cluster:
     """Return a GPU of the table in hosts as its maker builds them."""
     # Without NVLink the GPUs of a host still reach each other over PCIe.
     domain = gpu.nvlink_domain if gpu.nvlink_domain == NVL72 else gpu.host_gpus
     rates = (gpu.bf16_tflops, float(gpu.memory_gb), gpu.bandwidth_tb, gpu.link_gb, gpu.network_gb)
-    return Machine(gpu.name, *rates, domain=domain, host_gpus=gpu.host_gpus, source=gpu.source)
+    return Cluster(gpu.name, *rates, domain=domain, host_gpus=gpu.host_gpus, source=gpu.source)
 
 
-def read_machine(path: Path) -> Machine:
-    """Return the machine that a file describes. Raises UserError for one that is not whole."""
+def read_cluster(path: Path) -> Cluster:
+    """Return the cluster that a file describes. Raises UserError for one that is not whole."""
     remedy = f"write the keys {', '.join(_needed())}; docs/plan.md shows a file"
     try:
         with path.open("rb") as file:
             values = tomllib.load(file)
     except OSError as error:
-        raise UserError("cannot read the machine", where=str(path), why=str(error), remedy=remedy) from error
+        raise UserError("cannot read the cluster", where=str(path), why=str(error), remedy=remedy) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError("this is not TOML", where=str(path), why=str(error), remedy=remedy) from error
-    return machine_from(values, str(path))
+    return cluster_from(values, str(path))
 
 
-def machine_from(values: Mapping[str, Any], where: str) -> Machine:
-    """Return the machine of a table of values. Raises UserError."""
-    known = [field.name for field in fields(Machine)]
+def cluster_from(values: Mapping[str, Any], where: str) -> Cluster:
+    """Return the cluster of a table of values. Raises UserError."""
+    known = [field.name for field in fields(Cluster)]
     for key, value in values.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -99,7 +99,7 @@ def machine_from(values: Mapping[str, Any], where: str) -> Machine:
     if missing:
         raise UserError(f"{', '.join(missing)} missing", where=where, remedy=f"add {missing[0]} = ...")
     plain = {key: value for key, value in values.items() if key != "rates"}
-    return Machine(**plain, rates=rates_of(values.get("rates", {}), where))
+    return Cluster(**plain, rates=rates_of(values.get("rates", {}), where))
 
 
 def _needed() -> list[str]:
@@ -124,11 +124,11 @@ def _check(key: str, value: object, where: str) -> None:
         raise UserError(what, where=where, remedy=f"the unit is in the key's name; write {key} = 8, for example")
 
 
-def machine_toml(machine: Machine) -> str:
-    """Return the file that read_machine reads."""
-    lines = ["# A machine for `minka plan --gpu FILE`: rates each way, 1e9 bytes/s (gb) and 1e12 (tb)."]
-    for field in fields(Machine):
-        value = getattr(machine, field.name)
+def cluster_toml(cluster: Cluster) -> str:
+    """Return the file that read_cluster reads."""
+    lines = ["# A cluster for `minka plan --gpu FILE`: rates each way, 1e9 bytes/s (gb) and 1e12 (tb)."]
+    for field in fields(Cluster):
+        value = getattr(cluster, field.name)
         if field.name != "rates":
             lines.append(f'{field.name} = "{value}"' if isinstance(value, str) else f"{field.name} = {_number(value)}")
-    return "\n".join(lines) + "\n" + rates_toml(machine.rates)
+    return "\n".join(lines) + "\n" + rates_toml(cluster.rates)

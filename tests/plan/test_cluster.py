@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from minka.plan.cluster import cluster_of, cluster_toml, find_cluster, read_cluster
 from minka.plan.errors import UserError
 from minka.plan.hardware import GPUS, Gpu
-from minka.plan.machine import find_machine, machine_of, machine_toml, read_machine
 from minka.plan.rates import TABULATED, rates_toml, read_rates
 
 WHOLE = {"name": '"mine"', "peak_tflops": "100", "memory_gb": "24.0", "bandwidth_tb": "1", "link_gb": "32"}
@@ -20,18 +20,18 @@ def written(folder: Path, **changes: str | None) -> Path:
 
 
 def test_a_described_machine_is_read(tmp_path: Path) -> None:
-    machine = find_machine(str(written(tmp_path, network_gb="12.5", host_gpus="4", domain="4")))
-    assert (machine.name, machine.peak_flops, machine.memory_bytes) == ("mine", 1e14, 24 * 10**9)
-    assert (machine.network_gb, machine.domain, machine.rates) == (12.5, 4, TABULATED)
+    cluster = find_cluster(str(written(tmp_path, network_gb="12.5", host_gpus="4", domain="4")))
+    assert (cluster.name, cluster.peak_flops, cluster.memory_bytes) == ("mine", 1e14, 24 * 10**9)
+    assert (cluster.network_gb, cluster.domain, cluster.rates) == (12.5, 4, TABULATED)
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
 def test_a_machine_survives_its_file(gpu: Gpu, tmp_path: Path) -> None:
     """Units too: they are in the keys."""
     path = tmp_path / "gpu.toml"
-    path.write_text(machine_toml(machine_of(gpu)))
+    path.write_text(cluster_toml(cluster_of(gpu)))
     if gpu.link_gb:
-        assert read_machine(path) == machine_of(gpu)
+        assert read_cluster(path) == cluster_of(gpu)
 
 
 @pytest.mark.parametrize(
@@ -53,10 +53,12 @@ def test_a_machine_survives_its_file(gpu: Gpu, tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_a_wrong_file_is_refused_with_what_would_work(tmp_path: Path, changes: dict[str, str | None], said: str) -> None:
+def test_a_wrong_file_is_refused_with_what_would_work(
+    tmp_path: Path, changes: dict[str, str | None], said: str
+) -> None:
     path = written(tmp_path, **changes)
     with pytest.raises(UserError) as refusal:
-        read_machine(path)
+        read_cluster(path)
     assert said in str(refusal.value)
     assert str(path) in str(refusal.value)
     assert refusal.value.remedy
@@ -65,13 +67,13 @@ def test_a_wrong_file_is_refused_with_what_would_work(tmp_path: Path, changes: d
 @pytest.mark.parametrize(("name", "near"), [("H100", "H100-SXM"), ("B2000", "B200"), ("v100", "A10"), ("", "H100-SXM")])
 def test_an_unknown_gpu_is_refused_with_the_nearest_names(name: str, near: str) -> None:
     with pytest.raises(UserError) as refusal:
-        find_machine(name)
+        find_cluster(name)
     assert near in refusal.value.remedy
     assert "machine.toml" in refusal.value.remedy
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    for read in (read_machine, read_rates):
+    for read in (read_cluster, read_rates):
         with pytest.raises(UserError) as refusal:
             read(tmp_path / "none.toml")
         assert "none.toml" in str(refusal.value)
