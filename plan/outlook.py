@@ -7,7 +7,7 @@ from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 from minka.plan.layout_search import MARGIN
 from minka.plan.memory import predict_memory
-from minka.plan.time_plan import time_plan
+from minka.plan.time_plan import duration, time_plan
 
 KEPT = ("step_seconds", "tokens_per_second_per_gpu", "mfu", "breakdown_seconds", "days", "gpu_hours", "dollars")
 
@@ -54,7 +54,7 @@ def outlook_lines(found: dict[str, Any]) -> list[str]:
         speed = f"{found['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU, {found['mfu']['causal']:.0%} MFU"
         cost = "" if found["dollars"] is None else f", ${found['dollars']:,.0f}"
         lines.append(
-            f"plan: {found['step_seconds']:.3g} s a step, {speed}; the run takes {found['days']:,.1f} days, "
+            f"plan: {found['step_seconds']:.3g} s a step, {speed}; the run takes {duration(found['days'])}, "
             f"{found['gpu_hours']:,.0f} GPU-hours{cost}"
         )
     lines += [f"plan: {problem}" for problem in found["not_planned"]]

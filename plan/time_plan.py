@@ -126,16 +126,17 @@ def time_lines(found: Mapping[str, Any]) -> list[list[str]]:
             rows.append([f"  {names.get(kind, kind)}", f"{seconds:.3g} s", f"{seconds / step:.1%}"])
     rows.append(["tokens a second and GPU", f"{found['tokens_per_second_per_gpu']:,.0f}", found["gpu"]])
     rows += [[f"MFU, {name}", f"{value:.1%}", FORMULAS[name]] for name, value in found["mfu"].items()]
-    rows.append(["the run", _duration(found["days"]), f"{found['steps']:,} steps"])
+    rows.append(["the run", duration(found["days"]), f"{found['steps']:,} steps"])
     for key, name in (("save_seconds", "saves"), ("evaluation_seconds", "evaluations")):
         share = found[key] / (found["days"] * DAY)
-        rows.append([f"  {name}", _duration(found[key] / DAY), f"{share:.1%}"])
+        rows.append([f"  {name}", duration(found[key] / DAY), f"{share:.1%}"])
     cost = "" if found["dollars"] is None else f"${found['dollars']:,.0f}"
     rows.append(["GPU-hours", f"{found['gpu_hours']:,.0f}", cost or "--dollars PRICE: dollars a GPU-hour"])
     return rows
 
 
-def _duration(days: float) -> str:
+def duration(days: float) -> str:
+    """Return days, or a unit that makes it 1 or more."""
     for unit, size in (("days", 1.0), ("h", 24), ("min", 1440)):
         if days * size >= 1:
             return f"{days * size:,.1f} {unit}"

@@ -31,6 +31,7 @@ RANKS = typer.Option(min=1, help="processes to start here; default: one for each
 DRY_RUN = typer.Option("--dry-run", help="check the run, print all its values, and exit")
 WORLD = typer.Option(min=1, help="with --dry-run: show what a rank of this many would hold and send")
 RANK = typer.Option(help='with --world: the rank, or "stages" for one of each stage (the default)')
+GPU = typer.Option(help="with --dry-run: print the plan for this GPU (docs/plan.md), on --world or --ranks of them")
 PROFILE = typer.Option(help="FIRST:LAST steps to trace, for example 10:13")
 FROM_SCRATCH = typer.Option("--from-scratch", help="restart at step 0; checkpoints are moved aside")
 REPLAY = typer.Option(help="run this step again, on one process, and compare")
@@ -71,6 +72,7 @@ def main(argv: Sequence[str]) -> int:
         dry_run: Annotated[bool, DRY_RUN] = False,
         world: Annotated[int | None, WORLD] = None,
         rank: Annotated[str, RANK] = "",
+        gpu: Annotated[str, GPU] = "",
         profile: Annotated[str, PROFILE] = "",
         from_scratch: Annotated[bool, FROM_SCRATCH] = False,
         replay: Annotated[int | None, REPLAY] = None,
@@ -90,6 +92,8 @@ def main(argv: Sequence[str]) -> int:
         loaded = load_run(source, overrides or [])
         if step is not None:
             _check_absent({"--from-scratch": from_scratch}, "RUN@STEP", "a run either goes back to a step or restarts")
+        if gpu and not dry_run:
+            raise UserError("--gpu is for --dry-run", where="--gpu", remedy="add --dry-run, or leave it out")
         if world is not None or rank:
             _check_absent(given, "--world", "the dry run is of as many ranks as it says")
             if not dry_run:
@@ -98,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
                 raise UserError("--rank needs the number of ranks", where="--rank", remedy="add --world N")
             from minka.train.dry_run_report import dry_run_command
 
-            return dry_run_command(loaded.config, world, rank or "stages", as_json=as_json)
+            return dry_run_command(loaded.config, world, rank or "stages", gpu, as_json=as_json)
         window = parse_window(profile, loaded.config.total_steps)
         # A scheduler repeats the command as it was typed, and only its first start may discard anything.
         back = {"from_scratch": from_scratch, "return_to": step}
@@ -106,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
             back = {}
         values = {"config": loaded.config, "profile": window, "as_json": as_json, "command": tuple(sys.argv), **back}
         job = Job(**values, given=tuple(sorted(loaded.given)))
-        return _print_run(loaded, job, ranks) if dry_run else _start(loaded, job, ranks)
+        return _print_run(loaded, job, ranks, gpu) if dry_run else _start(loaded, job, ranks)
 
     return run_app(app, argv, "minka train")
 
@@ -220,20 +224,22 @@ def _start(loaded: "LoadedRun", job: "Job", ranks: int | None) -> int:
     return ending.status
 
 
-def _print_run(loaded: "LoadedRun", job: "Job", ranks: int | None) -> int:
+def _print_run(loaded: "LoadedRun", job: "Job", ranks: int | None, gpu: str) -> int:
     """Print the run and what starting it would do. Nothing is asked of this machine: a different one may train it."""
     from minka.data.prepare import missing_corpus, stored_tokens
     from minka.plan.epochs import describe_epochs
     from minka.plan.flops import parameters, training_flops_per_token
     from minka.plan.hub_family import reader_limits
     from minka.plan.load_config import dump_toml
+    from minka.plan.outlook import outlook, outlook_lines
     from minka.plan.resume_rules import explain_model_changes
     from minka.plan.run_folder import RunFolder
     from minka.train.parent_run import changes_of
     from minka.train.start_or_resume import newest_whole, read_and_check
 
     config = loaded.config
-    outlook = newest_whole(read_and_check(job), RunFolder.of(config))
+    planned = outlook(config, ranks or 1, gpu) if gpu else None
+    found = newest_whole(read_and_check(job), RunFolder.of(config))
     if ranks:
         config.check(ranks)
     stored, tokens = stored_tokens(config), config.total_tokens
@@ -245,19 +251,29 @@ def _print_run(loaded: "LoadedRun", job: "Job", ranks: int | None) -> int:
         "training_flops": training_flops_per_token(config.model, config.data.seq_len) * tokens,
     }
     missing = missing_corpus(config, Path())
-    begun, over, said = outlook.state.begun, outlook.decision.over, outlook.describe()
-    unlike = explain_model_changes(changes_of(outlook.parent, config)) if outlook.parent else []
+    begun, over, said = found.state.begun, found.decision.over, found.describe()
+    unlike = explain_model_changes(changes_of(found.parent, config)) if found.parent else []
     if job.as_json:
         changed = {key: {"was": old, "is": new} for key, (old, new) in loaded.changed.items()}
-        start = {"begun": begun, "finished": over, "step": outlook.step, "said": said, "missing_corpus": missing}
+        start = {"begun": begun, "finished": over, "step": found.step, "said": said, "missing_corpus": missing}
         derived["epochs"] = tokens / stored if stored else None
-        print_json({"run": config.model_dump(mode="json"), "changed": changed, "derived": derived, "start": start})
+        print_json(
+            {
+                "run": config.model_dump(mode="json"),
+                "changed": changed,
+                "derived": derived,
+                "start": start,
+                "plan": planned,
+            }
+        )
         return 0
     print(f"# {loaded.source}\n# {RunFolder.of(config).path} {said}")
+    for line in outlook_lines(planned) if planned else []:
+        print(f"# {line}")
     if missing:
         print(f"# warning: on this machine there is no token store, and none can be made: {missing}")
     for line in unlike:
-        print(f"# unlike {outlook.parent.name if outlook.parent else ''}: {line}")
+        print(f"# unlike {found.parent.name if found.parent else ''}: {line}")
     for key, (old, new) in loaded.changed.items():
         print(f"# changed: {key} = {new!r} (was {old!r})")
     for name, value in derived.items():

@@ -13,6 +13,7 @@ from minka.plan.cli import print_json, table_lines
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 from minka.plan.memory_kinds import MEMORY_KINDS
+from minka.plan.outlook import outlook, outlook_lines
 from minka.plan.topology import spans
 from minka.train.dry_run import DryRun, Shard, dry_run, stage_ranks
 
@@ -22,8 +23,12 @@ AXIS_ORDER = (*MESH_AXES, "context", "all")
 LAYER = re.compile(r"(?<=\bblocks\.)\d+(?=\.)")
 
 
-def dry_run_command(config: RunConfig, world: int, rank: str, *, as_json: bool) -> int:
-    """Print the dry run of a rank, or those of one rank at each pipeline coordinate (`rank` = "stages")."""
+def dry_run_command(config: RunConfig, world: int, rank: str, gpu: str, *, as_json: bool) -> int:
+    """Print the dry run of a rank, or those of one rank at each pipeline coordinate (`rank` = "stages").
+
+    With `gpu`, also the run's plan on that GPU.
+    """
+    planned = outlook(config, world, gpu) if gpu else None
     ranks = _ranks(config, world, rank)
     warning = config.warmup_refused(world)
     found = []
@@ -39,7 +44,7 @@ def dry_run_command(config: RunConfig, world: int, rank: str, *, as_json: bool) 
     if as_json:
         share = padding_share(config, found[0].layout)
         whole = {"world": world, "warmup_refused": warning, "padding_share": share}
-        print_json({**whole, "ranks": [as_dict(dry) for dry in found]})
+        print_json({**whole, "plan": planned, "ranks": [as_dict(dry) for dry in found]})
         return 0
     if len(found) > 1:
         largest = max(found, key=lambda dry: dry.memory.total)
@@ -47,6 +52,8 @@ def dry_run_command(config: RunConfig, world: int, rank: str, *, as_json: bool) 
     padding = describe_padding(config, found[0].layout)
     if padding:
         print(padding)
+    for line in outlook_lines(planned) if planned else []:
+        print(line)
     if warning:
         print(f"note: this layout is not legal during the batch warm-up: {warning}")
     return 0

@@ -25,6 +25,8 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tensor 2": ({"tensor": 2}, {}),
     "tensor 4, QK-norm": ({"tensor": 4, "micro_batch": 1}, {"qk_norm": True}),
     "tensor 2, recompute": ({"tensor": 2, "recompute": "block"}, {}),
+    "tensor 2, selective": ({"tensor": 2, "recompute": "selective"}, {}),
+    "context 4, selective": ({"context": 4, "recompute": "selective", "reshard": "never"}, {}),
     "context 2": ({"context": 2}, {}),
     "context 4, recompute": ({"context": 4, "recompute": "block", "reshard": "never"}, {}),
     "pipeline 2": ({"pipeline": 2}, {}),
@@ -36,7 +38,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-FAST = ("shard 2, freed", "tensor 2")
+FAST = ("shard 2, freed", "tensor 2", "tensor 2, selective")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in LAYOUTS])
@@ -58,7 +60,7 @@ def derived(config: RunConfig, predicted: DryRun) -> Counter[tuple[str, str, str
     m, layout, tokens = config.model, config.layout, config.data.seq_len
     n, c, a = layout.tensor, layout.context, max(micro_batches(layout, config.data))
     w, compute = (2, "bfloat16") if layout.precision == "bf16" else (4, "float32")
-    again, freed = layout.recompute == "block", layout.reshard == "always"
+    again, freed = layout.recompute != "none", layout.reshard == "always"
     layers, place = len(predicted.layers), predicted.coordinate["pipeline"]
     stages = layout.stages_of_rank(place)
     first, last = 0 in stages, layout.stage_count - 1 in stages
@@ -79,7 +81,7 @@ def derived(config: RunConfig, predicted: DryRun) -> Counter[tuple[str, str, str
         sent["replicate", "all_reduce", "float32"] = 4 * whole // ways
     if n > 1:
         sent["tensor", "all_gather", compute] = a * w * hidden * (layers * (6 if again else 4) + first + last)
-        sent["tensor", "reduce_scatter", compute] = a * w * hidden * (layers * (5 if again else 4) + first + last)
+        sent["tensor", "reduce_scatter", compute] = a * w * hidden * (layers * (5 if layout.recompute == "block" else 4) + first + last)
         loss = 3 * 4 * layout.micro_batch * tokens // c if last else 0
         sent["tensor", "all_reduce", "float32"] = sums * 4 * norms + a * loss
     if c > 1:
