@@ -26,15 +26,15 @@ from minka.plan.step_time import step_time
 from minka.train.measure_machine import measure_machine
 
 SECONDS = 300.0
-STEPS = 32  # of a run: a first reading, which is left out, and seven more
-SMALL = "model.layers=4 model.d_model=256 model.heads=4 model.kv_heads=4 model.head_dim=64 model.d_ff=768".split()
-SMALL += ["model.vocab=2048", "model.tied=false", "data.seq_len=256", "data.batch_tokens=4096"]
+STEPS = 18  # of a run: a first reading, which is left out, and five more
+SMALL = "model.layers=4 model.d_model=192 model.heads=4 model.kv_heads=4 model.head_dim=48 model.d_ff=576".split()
+SMALL += ["model.vocab=2048", "model.tied=false", "data.seq_len=128", "data.batch_tokens=2048", "data.max_bytes=2000000"]
 QUIET = f"run.max_steps={STEPS} schedule.warmup=1 eval.every_steps=0 eval.max_documents=1 eval.sample_tokens=1".split()
-QUIET += "tracking.log_every=4 tracking.detail_every=0 checkpoint.every_steps=0 checkpoint.export=false".split()
+QUIET += "tracking.log_every=3 tracking.detail_every=0 checkpoint.every_steps=0 checkpoint.export=false".split()
 ONE_RANK = (
     ["layout.micro_batch=16"],
     ["layout.micro_batch=4"],
-    ["layout.micro_batch=8", "model.d_ff=1536"],
+    ["layout.micro_batch=8", "model.d_ff=1152"],
     ["layout.micro_batch=8", "model.layers=8"],
     ["layout.micro_batch=8", "layout.recompute=block"],
     ["layout.micro_batch=4", "model.d_model=128", "model.d_ff=384", "model.head_dim=32"],
