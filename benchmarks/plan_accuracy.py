@@ -1,7 +1,7 @@
 """How near the planner comes to published figures: the tables of docs/numbers.md, made again.
 
-    python -m minka.benchmarks.plan_accuracy            print them
-    python -m minka.benchmarks.plan_accuracy --write    and put them into docs/numbers.md
+python -m minka.benchmarks.plan_accuracy            print them
+python -m minka.benchmarks.plan_accuracy --write    and put them into docs/numbers.md
 """
 
 import argparse
@@ -47,7 +47,7 @@ def left_out(steps: Sequence[Published], group: Callable[[Published], object]) -
 def mpt_rows() -> Iterator[str]:
     """Yield the table of llm-foundry's steps."""
     steps = list(mpt_steps())
-    yield f"llm-foundry, {len(steps)} steps of MPT 760M to 70B on 8 to 64 H100 (`tests/goldens/`), mean error of the time:"
+    yield f"llm-foundry, {len(steps)} steps of MPT 760M to 70B on 8 to 64 H100, mean error of the time:"
     yield ""
     yield "| rates | planner | a constant MFU |"
     yield "|---|---|---|"
@@ -71,7 +71,7 @@ def megatron_rows() -> Iterator[str]:
         off[chosen] = mean(errors(machine, [one.step for at, one in enumerate(steps) if at not in chosen]))
     ends = (0, len(steps) // 2, len(steps) - 1)
     tabulated = mean(errors(h100("fa2"), [one.step for one in steps]))
-    yield f"Megatron-LM, {len(steps)} models of 1.7B to 462B on 48 to 6,144 H100, mean error of the time of the other six:"
+    yield f"Megatron-LM, {len(steps)} models of 1.7B to 462B on 48 to 6,144 H100, mean error of the other six:"
     yield ""
     yield "| rates | planner |"
     yield "|---|---|"
@@ -83,7 +83,7 @@ def megatron_rows() -> Iterator[str]:
 
 def torchtitan_rows() -> Iterator[str]:
     """Yield torchtitan's runs next to what minka's would need; nothing is fitted to them."""
-    yield "torchtitan, Llama 3 8B, 8,192 tokens, next to minka's run of the same layout (not fitted, not the same code):"
+    yield "torchtitan, Llama 3 8B, 8,192 tokens, next to a run of minka with the same layout (not fitted, other code):"
     yield ""
     yield "| ranks | compiled | reserved there | planned here | tokens/s/GPU there | planned here |"
     yield "|---|---|---|---|---|---|"
@@ -101,7 +101,7 @@ def torchtitan_rows() -> Iterator[str]:
 
 def korthikanti_rows() -> Iterator[str]:
     """Yield the published activations next to the paper's terms times the layers that a first stage keeps."""
-    yield "Activations of arXiv:2205.05198 (table 5's models), by its terms and the layers that a first stage keeps at once:"
+    yield "Activations of the models of arXiv:2205.05198, by its terms and the layers that a first stage keeps at once:"
     yield ""
     yield "| model | without | error | sequence parallel, selective | error |"
     yield "|---|---|---|---|---|"
@@ -126,8 +126,9 @@ def layout_rows() -> Iterator[str]:
     seconds = time.perf_counter() - began
     print(f"searched in {seconds:.1f} s", file=sys.stderr)
     best = found.found[0]
-    yield f"llama3-405b on {world:,} H100: {found.searched:,} layouts; the fastest that fits is {best.layout.describe()}, "
-    yield f"{best.layout.schedule} of {best.layout.stages_per_rank or 1} stages a rank, {best.time.seconds:.2f} s a step."
+    how = f"{best.layout.schedule}, {best.layout.stages_per_rank or 1} stages a rank, {best.time.seconds:.2f} s a step"
+    yield f"llama3-405b on {world:,} H100, {found.searched:,} layouts; the fastest that fits: {best.layout.describe()},"
+    yield f"{how}."
 
 
 TABLES = (mpt_rows, megatron_rows, torchtitan_rows, korthikanti_rows)

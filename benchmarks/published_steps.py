@@ -1,4 +1,4 @@
-"""Published measurements as the planner sees them: steps of llm-foundry and Megatron-LM on H100s, runs of torchtitan."""
+"""Published measurements as the planner sees them: steps of llm-foundry and Megatron-LM on H100s."""
 
 import csv
 from collections.abc import Iterator
@@ -50,7 +50,9 @@ def mpt_steps() -> Iterator[Published]:
     Their attention is FlashAttention's first algorithm, in Triton (`attn_impl: triton`, for ALiBi).
     """
     for row in rows_of("mpt_h100_bf16_throughput.csv"):
-        layers, d_model, heads, length, gpus = (int(row[key]) for key in ("layers", "d_model", "heads", "seq_len", "gpus"))
+        layers, d_model, heads, length, gpus = (
+            int(row[key]) for key in ("layers", "d_model", "heads", "seq_len", "gpus")
+        )
         width = {"kv_heads": heads, "head_dim": d_model // heads, "d_ff": 4 * d_model, "vocab": MPT_VOCAB}
         kind = {"tied": True, "biases": "all", "mlp_matrices": 2, "learned_positions": length}
         shape = Shape(layers=layers, d_model=d_model, heads=heads, **width, **kind)  # type: ignore[arg-type]
@@ -76,7 +78,7 @@ def megatron_steps() -> Iterator[Published]:
         )
         heads = d_model // 128
         width = {"heads": heads, "kv_heads": heads, "head_dim": 128, "d_ff": 4 * d_model, "vocab": MEGATRON_VOCAB}
-        shape = Shape(layers=layers, d_model=d_model, mlp_matrices=2, **width)
+        shape = Shape(layers=layers, d_model=d_model, mlp_matrices=2, **width)  # type: ignore[arg-type]
         rows = batch // data if pipeline == 1 else 1
         stages = layers if pipeline > 1 else 1
         ways = {"tensor": tensor, "pipeline": pipeline, "shard": data, "micro_batch": rows}

@@ -50,7 +50,7 @@ def cut(config: RunConfig, mesh: Mesh, kernels: Kernels | None = None) -> list[T
         blocks: list[Any] = list(model.blocks.values())
         for block in blocks:
             if config.layout.recompute != "none":
-                recompute(block, config.layout.recompute)
+                recompute(block, config.layout.recompute, scattered=config.layout.tensor > 1)
             if config.kernels.compile:
                 block.compile(fullgraph=compiles_full_graph(mesh.layout))
         shard_model(model, blocks, mesh)

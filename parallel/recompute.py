@@ -22,16 +22,21 @@ KEPT = frozenset(
 )
 
 
-def recompute(block: Block, what: Literal["block", "selective"] = "block") -> None:
+SCATTERED = "_c10d_functional::reduce_scatter_tensor"
+
+
+def recompute(block: Block, what: Literal["block", "selective"] = "block", *, scattered: bool = False) -> None:
     """Keep only the block's input for backward, and with "selective" its matrix products and attention's output.
 
-    The instance's forward is replaced; a module around it would change parameter names.
+    `scattered` says that a tensor group sums its products and scatters the sums. The instance's forward is replaced; a
+    module around it would change parameter names.
     """
     forward: Callable[..., Any] = block.forward
     # Nothing in a block draws random numbers, so there is no state to go back to.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if what == "selective":
-        policy = _Policy(block.mlp.down)
+        policy = _Policy(block, scattered)
+        forward = policy.beginning(forward)
         options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
 
     @wraps(forward)
@@ -46,23 +51,43 @@ def recompute(block: Block, what: Literal["block", "selective"] = "block") -> No
 
 
 class _Policy:
-    """Keeps what KEPT names, but for the last product: backward needs its inputs, and not its output."""
+    """Keeps what KEPT names, but for the last product: backward needs its inputs, and not its output.
 
-    def __init__(self, last: nn.Module) -> None:
-        self._in_last = False
-        forward: Callable[..., Any] = last.forward
+    In a tensor group attention's last product has all tokens of a sequence, as a part of their sums: it is computed
+    again, and its sum is kept, which is scattered and has this rank's tokens. Nothing is scattered again then.
+    """
+
+    def __init__(self, block: Block, scattered: bool) -> None:
+        self._dropped = self._in_last = False
+        self._mark(block.mlp.down, last=True)
+        if scattered:
+            self._mark(block.attention.wo, last=False)
+
+    def beginning(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The block's forward pass, whose last product has not begun yet."""
+
+        @wraps(forward)
+        def begun(*args: Any) -> Any:
+            self._in_last = False
+            return forward(*args)
+
+        return begun
+
+    def _mark(self, product: nn.Module, *, last: bool) -> None:
+        forward: Callable[..., Any] = product.forward
 
         @wraps(forward)
         def marked(*args: Any) -> Any:
-            self._in_last = True
+            self._dropped, self._in_last = True, last
             try:
                 return forward(*args)
             finally:
-                self._in_last = False
+                self._dropped = False
 
-        last.forward = marked
+        product.forward = marked
 
     def __call__(self, _: Any, operation: Any, *args: Any, **options: Any) -> CheckpointPolicy:
         schema = getattr(operation, "_schema", None)  # FlexAttention has none: it is computed again
-        kept = schema is not None and schema.name in KEPT and not self._in_last
+        name = "" if schema is None else schema.name
+        kept = (name in KEPT and not self._dropped) or (name == SCATTERED and not self._in_last)
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

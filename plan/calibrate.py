@@ -1,17 +1,17 @@
 """Fits a machine's rates to measured steps: few numbers, each held near its tabulated value by what it may be off.
 
-The fit is the most probable one: relative errors of the steps and logarithms of the rates are taken as normal, so a rate
-that no measured step depends on keeps its tabulated value. Ten steps are enough (docs/numbers.md has the errors).
+The fit is the most probable one: relative errors of the steps and logarithms of the rates are taken as normal, so a
+rate that no measured step depends on keeps its tabulated value. Ten steps are enough (docs/numbers.md has the errors).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import exp, log
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from minka.plan.errors import UserError
 from minka.plan.machine import Machine
-from minka.plan.rates import FITTED, Rates
+from minka.plan.rates import FITTED
 from minka.plan.step_time import step_time
 from minka.plan.step_work import Job
 
@@ -64,9 +64,9 @@ def calibrate(machine: Machine, steps: Sequence[Measured], source: str) -> Machi
     return replace(found, rates=replace(found.rates, calibrated_on=source))
 
 
-def _moved(machine: Machine, start: Sequence[float], moves: Sequence[float]) -> Machine:
+def _moved(machine: Machine, start: Sequence[float], moves: Iterable[float]) -> Machine:
     """Return the machine whose rates are `moves` away, as logarithms, within their limits."""
-    values: dict[str, float] = {}
+    values: dict[str, Any] = {}
     for key, value, move in zip(FITTED, start, moves, strict=True):
         values[key] = min(exp(log(value) + float(move)), SHARE_LIMIT.get(key, float("inf")))
     return replace(machine, rates=replace(machine.rates, **values))
@@ -75,6 +75,3 @@ def _moved(machine: Machine, start: Sequence[float], moves: Sequence[float]) -> 
 def errors(machine: Machine, steps: Sequence[Measured]) -> list[float]:
     """Return how much longer than measured each step is predicted, as a share."""
     return [step_time(one.job, machine).seconds / one.seconds - 1 for one in steps]
-
-
-__all__ = ["Measured", "Rates", "calibrate", "errors"]

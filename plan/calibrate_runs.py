@@ -45,7 +45,7 @@ def read_run(given: str) -> RunStep:
     if len(speeds) <= LEAST_WINDOWS:
         what = f"{len(speeds)} readings of its speed are too few"
         raise UserError(what, where=str(folder.path), why="the first is left out: it compiles", remedy=remedy)
-    config = validate(start.get("config"), f"{folder.ledger_file}, its last start").after_warmup()
+    config = validate(dict(start.get("config", {})), f"{folder.ledger_file}, its last start").after_warmup()
     seconds = config.data.batch_tokens / statistics.median(speeds[1:])
     return RunStep(config.run.name, str(start.get("device", "")), config, int(start.get("ranks", 1)), seconds)
 
@@ -66,7 +66,7 @@ def calibrate_plan(runs: Sequence[str], gpu: str, output: Path | None) -> dict[s
     steps = [measured(run, machine) for run in read]
     source = f"{', '.join(run.name for run in read)} ({next(iter(devices))})"
     found = calibrate(machine, steps, source)
-    left_out = [
+    left_out: list[float | None] = [
         errors(calibrate(machine, [*steps[:at], *steps[at + 1 :]], source), [steps[at]])[0]
         for at in range(len(steps))
         if len(steps) > 1

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from minka.plan.cli import new_app, print_json, print_table, run_app
+from minka.plan.run_commands import add_calibrate, add_layout, add_time
 
 HELP = """Plan a run, on a laptop, before anything is bought.
 
@@ -14,6 +15,9 @@ HELP = """Plan a run, on a laptop, before anything is bought.
 minka plan model --recipe llama3-8b          weights, and FLOPs a token
 minka plan model --hf FOLDER --seq 8192      of any Hugging Face decoder
 minka plan memory llama3-8b --world 64 --gpu H100-SXM   what a rank holds
+minka plan time llama3-8b --world 64 --gpu H100-SXM     a step, days, dollars
+minka plan layout llama3-70b --world 256 --gpu H100-SXM the fastest that fits
+minka plan calibrate runs/one runs/two -o rates.toml    rates from measured runs
 minka plan explain training_flops_per_token.palm
 """
 
@@ -21,7 +25,7 @@ minka plan explain training_flops_per_token.palm
 def main(argv: Sequence[str]) -> int:
     """Run `minka plan`."""
     app = new_app(HELP)
-    for add in (_add_model, _add_memory, _add_explain):
+    for add in (_add_model, _add_memory, add_time, add_layout, add_calibrate, _add_explain):
         add(app)
     return run_app(app, argv, "minka plan")
 

@@ -55,7 +55,9 @@ EXPLAINED: dict[str, Explanation] = {
     "moment": Explanation(
         "name", "loss, head, backward, embedding, reduction; in a pipeline, of which stage", "all of them", TRACED
     ),
-    "stages": Explanation("numbers", "pipeline stages at this coordinate; 0 without a pipeline", "layout", "the layout"),
+    "stages": Explanation(
+        "numbers", "pipeline stages at this coordinate; 0 without a pipeline", "layout", "the layout"
+    ),
     "gpu_bytes": Explanation("bytes", "of the GPU's data sheet", "--gpu", "plan/hardware.py"),
     "margin_bytes": Explanation(
         "bytes",

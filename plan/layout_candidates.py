@@ -87,7 +87,9 @@ class Candidates:
         while micro_batch <= MOST_SEQUENCES and micro_batch * ways <= self.sequences:
             for schedule, stages in _schedules(cut.pipeline, layers):
                 for reduce in ("step", "micro_batch"):
-                    refused = self._verdict(cut._replace(replicate=1, shard=ways), schedule, stages, micro_batch, reduce)
+                    refused = self._verdict(
+                        cut._replace(replicate=1, shard=ways), schedule, stages, micro_batch, reduce
+                    )
                     if refused:
                         self.pruned[refused] += len(RECOMPUTE)
                         continue
@@ -115,7 +117,7 @@ class Candidates:
             if state + kept + whole > self.room:
                 self.pruned["memory"] += 1
                 continue
-            rounds = m
+            rounds = float(m)
             if cut.pipeline > 1 and way.schedule not in ("zbv", "dualpipev"):
                 rounds += (cut.pipeline - 1) / (way.stages_per_rank or 1)
             seconds = layers * (block[0] + block[1]) * rounds

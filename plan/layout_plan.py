@@ -15,10 +15,11 @@ from minka.plan.load_config import load_run
 from minka.plan.machine import Machine
 from minka.plan.memory import peak_or_more
 from minka.plan.run_job import job_of
-from minka.plan.step_time import KINDS, StepTime, step_time
+from minka.plan.step_time import KINDS, step_time
 from minka.plan.time_plan import machine_for
 
 KEYS = ("micro_batch", "schedule", "stages_per_rank", "recompute", "reshard", "reduce")  # next to AXES
+MOST_COMPARED = 3
 CLOSE = 0.05  # of the winner's time: a short benchmark decides between these
 BENCHMARK = ["run.max_steps=20", "run.max_tokens=none", "schedule.warmup=0", "checkpoint.every_steps=0"]
 BENCHMARK += ["checkpoint.export=false", "eval.every_steps=0", "eval.max_documents=1"]
@@ -41,7 +42,7 @@ def layout_plan(
         "pruned": found.pruned,
         "why": _why(found.found),
         "neighbours": neighbours(config.after_warmup(), best, machine),
-        "benchmark": [_command(run, overrides, one.layout) for one in close] if len(close) > 1 else [],
+        "benchmark": [_command(run, overrides, overrides_of(one.layout, config.layout)) for one in close[:MOST_COMPARED]] if len(close) > 1 else [],
         "calibrated": machine.rates.described(),
     }
 
@@ -51,7 +52,7 @@ def _as_dict(config: RunConfig, one: Found, machine: Machine) -> dict[str, Any]:
     flops = training_flops_per_token(config.model, config.data.seq_len)
     return {
         "layout": one.layout.model_dump(mode="json"),
-        "overrides": overrides_of(one.layout),
+        "overrides": overrides_of(one.layout, config.layout),
         "step_seconds": one.time.seconds,
         "breakdown_seconds": one.time.breakdown,
         "peak_bytes": one.peak_bytes,
@@ -59,10 +60,9 @@ def _as_dict(config: RunConfig, one: Found, machine: Machine) -> dict[str, Any]:
     }
 
 
-def overrides_of(layout: Layout) -> list[str]:
-    """Return the layout as overrides of a run, without what is the default."""
-    default = Layout()
-    keys = [key for key in (*AXES, *KEYS) if getattr(layout, key) != getattr(default, key) or key == "shard"]
+def overrides_of(layout: Layout, run: Layout) -> list[str]:
+    """Return the layout as overrides of a run, without what the run has itself."""
+    keys = [key for key in (*AXES, *KEYS) if getattr(layout, key) != getattr(run, key)]
     return [f"layout.{key}={getattr(layout, key)}" for key in keys]
 
 
@@ -73,8 +73,12 @@ def _why(found: Sequence[Found]) -> str:
     best, other = found[0].time, found[1].time
     gains = {kind: other.breakdown[kind] - best.breakdown[kind] for kind in KINDS}
     threshold = 0.001 * best.seconds
-    saves = [f"{gains[kind]:.3g} s of {kind}" for kind in sorted(KINDS, key=lambda k: -gains[k]) if gains[kind] > threshold]
-    pays = [f"{-gains[kind]:.3g} s of {kind}" for kind in sorted(KINDS, key=gains.__getitem__) if -gains[kind] > threshold]
+    saves = [
+        f"{gains[kind]:.3g} s of {kind}" for kind in sorted(KINDS, key=lambda k: -gains[k]) if gains[kind] > threshold
+    ]
+    pays = [
+        f"{-gains[kind]:.3g} s of {kind}" for kind in sorted(KINDS, key=gains.__getitem__) if -gains[kind] > threshold
+    ]
     return f"against the second: saves {_listed(saves)}, pays {_listed(pays)}"
 
 
@@ -89,7 +93,13 @@ def neighbours(config: RunConfig, best: Found, machine: Machine) -> list[dict[st
         layout = best.layout.model_copy(update={**change, "shard": 0, "stages": ""})
         if layout.pipeline > 1 and "reduce" not in change:
             layout = layout.model_copy(update={"reduce": "step"})
-        row: dict[str, Any] = {"change": change, "step_seconds": None, "peak_bytes": None, "fits": None, "refused": None}
+        row: dict[str, Any] = {
+            "change": change,
+            "step_seconds": None,
+            "peak_bytes": None,
+            "fits": None,
+            "refused": None,
+        }
         try:
             there = config.model_copy(update={"layout": layout})
             layout = there.check(world)
@@ -116,8 +126,8 @@ def _changes(layout: Layout) -> list[dict[str, Any]]:
     return changes
 
 
-def _command(run: str, overrides: Sequence[str], layout: Layout) -> str:
-    return join(["minka", "train", run, *overrides, *overrides_of(layout), *BENCHMARK, "run.name=benchmark"])
+def _command(run: str, overrides: Sequence[str], layout: Sequence[str]) -> str:
+    return join(["minka", "train", run, *overrides, *layout, *BENCHMARK, "run.name=benchmark"])
 
 
 def layout_lines(found: Mapping[str, Any]) -> list[list[str]]:

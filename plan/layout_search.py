@@ -42,7 +42,8 @@ Peak = Callable[[RunConfig, int, float], int]
 def search(config: RunConfig, world: int, machine: Machine, top: int, peak: Peak) -> Search:
     """Return the `top` fastest layouts that fit, each with the best of its ways to replicate, shard and reduce.
 
-    `peak` predicts a run's largest peak in bytes on `world` ranks, or one above the room that is given. Raises UserError where no legal layout fits.
+    `peak` predicts a run's largest peak in bytes on `world` ranks, or one above the room that is given. Raises
+    UserError where no legal layout fits.
     """
     config = config.after_warmup()
     room = (1 - MARGIN) * machine.memory_bytes

@@ -10,7 +10,7 @@ from typing import Any
 
 from minka.plan.errors import UserError
 from minka.plan.hardware import GPUS, NVL72, Gpu, find_gpu
-from minka.plan.rates import Rates, rates_of
+from minka.plan.rates import TABULATED, Rates, rates_of, rates_toml
 
 TEXTS = ("name", "source")
 
@@ -28,8 +28,9 @@ class Machine:
     domain: int = 8  # devices that the faster link connects
     host_gpus: int = 8  # devices of a host
     cores: int = 0  # of a host whose ranks share them, each rank using one; 0: a rank has its own device
+    together: float = 1.0  # how much slower a rank computes when all cores do
     source: str = ""
-    rates: Rates = Rates()
+    rates: Rates = TABULATED
 
     @property
     def peak_flops(self) -> float:
@@ -42,8 +43,12 @@ class Machine:
         return round(self.memory_gb * 1e9)
 
     def crowded(self, world: int) -> float:
-        """How much slower a rank computes because others share its cores."""
-        return max(1.0, min(world, self.host_gpus) / self.cores) if self.cores else 1.0
+        """How much slower a rank computes because others share its cores, or what the cores share."""
+        if not self.cores:
+            return 1.0
+        ranks = min(world, self.host_gpus)
+        busy = min(1.0, (ranks - 1) / max(1, self.cores - 1))
+        return max(1.0, ranks / self.cores) * (1 + (self.together - 1) * busy)
 
 
 def find_machine(name: str, where: str = "--gpu") -> Machine:
@@ -68,7 +73,7 @@ def machine_of(gpu: Gpu) -> Machine:
 
 
 def read_machine(path: Path) -> Machine:
-    """Return the machine that a file describes. Raises UserError for one that cannot be read or that lacks something."""
+    """Return the machine that a file describes. Raises UserError for one that is not whole."""
     remedy = f"write the keys {', '.join(_needed())}; docs/plan.md shows a file"
     try:
         with path.open("rb") as file:
@@ -101,6 +106,10 @@ def _needed() -> list[str]:
     return ["name", "peak_tflops", "memory_gb", "bandwidth_tb", "link_gb"]
 
 
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.6g}"
+
+
 def _check(key: str, value: object, where: str) -> None:
     if key in TEXTS:
         if not isinstance(value, str):
@@ -121,5 +130,5 @@ def machine_toml(machine: Machine) -> str:
     for field in fields(Machine):
         value = getattr(machine, field.name)
         if field.name != "rates":
-            lines.append(f'{field.name} = "{value}"' if isinstance(value, str) else f"{field.name} = {value!r}")
-    return "\n".join(lines) + "\n"
+            lines.append(f'{field.name} = "{value}"' if isinstance(value, str) else f"{field.name} = {_number(value)}")
+    return "\n".join(lines) + "\n" + rates_toml(machine.rates)

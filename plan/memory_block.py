@@ -99,7 +99,7 @@ class Block:
         if self.layout.recompute == "block":
             return self.hidden
         if self.layout.recompute == "selective":
-            return self._products() + (self.tokens + self.own) * self.d * self.c
+            return self._products() + self._attended() + self.hidden
         return self._saved_within()
 
     def recomputed(self) -> int:
@@ -109,8 +109,8 @@ class Block:
         again = self._saved_within() - self.hidden
         if self.layout.recompute == "block":
             return again
-        shared = 2 * (self.q + self.kv) + 2 * self.f + self.d  # kept products are dropped as they are used
-        return again - self.tokens * (shared * self.c + self.heads * 4)
+        shared = 2 * (self.q + self.kv) + 2 * self.f  # kept products are dropped as they are used
+        return again - self.tokens * (shared * self.c + self.heads * 4) - self._attended()
 
     def gathered_rows(self) -> int:
         """Hidden states that a tensor group has gathered and keys that a context group has."""
@@ -120,6 +120,10 @@ class Block:
         elif self.layout.context > 1:
             found += 2 * self.keys * self.kv
         return found * self.c
+
+    def _attended(self) -> int:
+        """What selective recomputation keeps of attention's last product: it, or the sum over a tensor group."""
+        return self.hidden if self.layout.tensor > 1 else self.tokens * self.d * self.c
 
     def _products(self) -> int:
         """What selective recomputation keeps of a block within it: products, but for attention's last and the block's,

@@ -68,7 +68,9 @@ def memory_lines(found: Mapping[str, Any]) -> list[list[str]]:
     rows += [[f"  {kind}", *(_gib(rank["peak_bytes_by_kind"][kind]) for rank in shown)] for kind in MEMORY_KINDS]
     rows.append(["peak", *(_gib(rank["peak_bytes"]) for rank in shown)])
     if found["gpu"]:
-        rows.append([f"left of {found['gpu']}", *(f"{rank['margin_bytes'] / found['gpu_bytes']:.0%}" for rank in shown)])
+        rows.append(
+            [f"left of {found['gpu']}", *(f"{rank['margin_bytes'] / found['gpu_bytes']:.0%}" for rank in shown)]
+        )
     return rows
 
 

@@ -15,7 +15,9 @@ PAGE = '<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</tit
 def check_plot(path: Path) -> None:
     """Raise UserError, before anything is computed, for a file that cannot be drawn."""
     if path.suffix not in KINDS:
-        raise UserError(f"{path.suffix or path.name!r} cannot be drawn", where="--plot", remedy=f"name it {', '.join(KINDS)}")
+        raise UserError(
+            f"{path.suffix or path.name!r} cannot be drawn", where="--plot", remedy=f"name it {', '.join(KINDS)}"
+        )
     try:
         import matplotlib  # noqa: F401
     except ImportError:

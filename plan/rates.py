@@ -36,6 +36,7 @@ class Rates:
         return f"calibrated on {self.calibrated_on}" if self.calibrated_on else "not calibrated"
 
 
+TABULATED = Rates()
 FITTED = tuple(field.name for field in fields(Rates) if field.name != "calibrated_on")
 SHARES = ("matrix", "attention", "memory", "link", "network", "exposed")
 
@@ -67,12 +68,12 @@ def rates_of(values: Mapping[str, Any], where: str) -> Rates:
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not number or value < 0 or (value == 0 and key not in ("exposed", "layer_seconds", "message_seconds")):
             raise UserError(f"{key}={value!r} is not a number above 0", where=where, remedy="measure it again")
-    return replace(Rates(), **values)
+    return replace(TABULATED, **values)
 
 
 def rates_toml(rates: Rates) -> str:
-    """Return the file that read_rates reads."""
-    lines = ["# Shares of the data sheet's rates that measured steps reach; written by `minka plan calibrate`.", "[rates]"]
+    """Return the file that read_rates reads, or the end of a machine's."""
+    lines = ["# Shares of the rates of a data sheet that steps reach, and seconds of what has no bytes.", "[rates]"]
     for key, value in asdict(rates).items():
         lines.append(f'{key} = "{value}"' if isinstance(value, str) else f"{key} = {value:.6g}")
     return "\n".join(lines) + "\n"

@@ -26,16 +26,17 @@ def add_time(app: typer.Typer) -> None:
         world: Annotated[int, WORLD] = 1,
         rates: Annotated[Path | None, RATES] = None,
         dollars: Annotated[float | None, typer.Option(metavar="PRICE", help="dollars a GPU-hour")] = None,
-        plot: Annotated[Path | None, typer.Option(metavar="FILE", help="draw where a step's time goes: .html")] = None,
+        plot: Annotated[Path | None, typer.Option(metavar="FILE", help="draw it: .png, .svg or .html")] = None,
         as_json: Annotated[bool, JSON] = False,
     ) -> int:
         """Seconds of a step by what they are spent on, tokens a second, MFU, and the run's days and dollars."""
+        from minka.plan.plot import check_plot, plot_time
         from minka.plan.time_plan import time_lines, time_of_run
 
+        if plot:
+            check_plot(plot)
         found = time_of_run(run, overrides or [], world, _needed(gpu), rates, dollars)
         if plot:
-            from minka.plan.plot import plot_time
-
             plot_time(found, plot)
         if as_json:
             print_json(found)
@@ -55,16 +56,17 @@ def add_layout(app: typer.Typer) -> None:
         world: Annotated[int, WORLD] = 1,
         top: Annotated[int, typer.Option(min=1, max=100, help="layouts to show")] = 5,
         rates: Annotated[Path | None, RATES] = None,
-        plot: Annotated[Path | None, typer.Option(metavar="FILE", help="draw the layouts' times: .html")] = None,
+        plot: Annotated[Path | None, typer.Option(metavar="FILE", help="draw it: .png, .svg or .html")] = None,
         as_json: Annotated[bool, JSON] = False,
     ) -> int:
         """The fastest layouts that fit, why the first wins, what its neighbours cost, and what to measure."""
         from minka.plan.layout_plan import layout_lines, layout_notes, layout_plan
+        from minka.plan.plot import check_plot, plot_layouts
 
+        if plot:
+            check_plot(plot)
         found = layout_plan(run, overrides or [], world, _needed(gpu), rates, top)
         if plot:
-            from minka.plan.plot import plot_layouts
-
             plot_layouts(found, plot)
         if as_json:
             print_json(found)

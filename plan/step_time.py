@@ -89,8 +89,8 @@ def passes(part: Part, machine: Machine, crowd: float) -> Passes:
     context = crowd * passes_seconds(machine, Group(part.context, part.tensor), keys, 1)
     forward = computing(block_forward(part), machine, crowd)._replace(tensor=tensor, context=context)
     backward = computing(block_backward(part).plus(recomputed(part)), machine, crowd)
-    if part.recompute != "none":  # hidden states are gathered twice and scattered once more, keys gathered once more
-        tensor, context = 1.75 * tensor, 2 * context
+    if part.recompute != "none":  # hidden states are gathered twice more and scattered once, keys gathered once more
+        tensor, context = (1.5 if part.recompute == "selective" else 1.75) * tensor, 2 * context
     ends = (computing(work(part), machine, crowd) for work in (embedding_work, head_work))
     return Passes(forward, backward._replace(tensor=tensor, context=context), *ends)
 

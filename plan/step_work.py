@@ -121,8 +121,9 @@ def recomputed(part: Part) -> Work:
         return Work()
     if part.recompute == "block":
         return block_forward(part)
-    d, _, _, f, rotated, _ = Widths.of(part)
-    return Work(0.0, 0.0, part.element_bytes * part.tokens * (8 * d + 2 * rotated + 3 * f), 0.5)
+    d, q, _, f, rotated, _ = Widths.of(part)
+    again = 2 * part.tokens * q * part.shape.d_model if part.tensor > 1 else 0  # attention's last product
+    return Work(again, 0.0, part.element_bytes * part.tokens * (8 * d + 2 * rotated + 3 * f), 0.5)
 
 
 def head_work(part: Part) -> Work:

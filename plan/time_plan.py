@@ -40,9 +40,7 @@ def machine_for(gpu: str, rates: Path | None = None) -> Machine:
     return replace(machine, rates=read_rates(rates)) if rates else machine
 
 
-def time_plan(
-    config: RunConfig, world: int, machine: Machine, dollars_per_hour: float | None = None
-) -> dict[str, Any]:
+def time_plan(config: RunConfig, world: int, machine: Machine, dollars_per_hour: float | None = None) -> dict[str, Any]:
     """Return what the JSON has. Raises UserError for a layout that is not legal on `world` ranks."""
     layout = config.after_warmup().check(world)
     job = job_of(config.after_warmup(), layout, machine)

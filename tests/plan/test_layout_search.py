@@ -1,0 +1,120 @@
+"""The search for a layout: as good as trying all, fast, and with reasons."""
+
+import time
+from collections.abc import Iterator
+from math import inf
+
+import pytest
+
+from minka.plan.config import RunConfig
+from minka.plan.errors import UserError
+from minka.plan.layout import Layout
+from minka.plan.layout_candidates import Candidate, Candidates, Cut
+from minka.plan.layout_plan import layout_plan
+from minka.plan.layout_search import MARGIN, search
+from minka.plan.load_config import load_run
+from minka.plan.machine import Machine, find_machine
+from minka.plan.memory import peak_or_more
+from minka.plan.run_job import job_of
+from minka.plan.step_time import step_time
+
+H100 = find_machine("H100-SXM")
+
+
+def every(config: RunConfig, world: int, machine: Machine) -> Iterator[tuple[float, int, Candidate]]:
+    """(seconds, peak, candidate) of every legal layout, predicted one by one."""
+    for candidate in Candidates(config, world, machine, inf):
+        layout = candidate.layout(config.layout)
+        seconds = step_time(job_of(config, layout, machine), machine).seconds
+        yield seconds, peak_or_more(config.model_copy(update={"layout": layout}), world, inf), candidate
+
+
+@pytest.mark.parametrize(
+    ("run", "world", "overrides"),
+    [
+        ("dense-1b", 4, ["data.batch_tokens=131072"]),
+        ("llama3-8b", 8, ["data.batch_tokens=131072", "model.layers=8", "kernels.compile=false"]),
+        ("llama3-8b", 16, ["data.batch_tokens=262144"]),
+    ],
+)
+def test_nothing_that_fits_is_faster(run: str, world: int, overrides: list[str]) -> None:
+    """And no bound is above what it bounds."""
+    config = load_run(run, ["data.batch_warmup=[]", "schedule.warmup=0", *overrides]).config
+    room = (1 - MARGIN) * H100.memory_bytes
+    tried = list(every(config, world, H100))
+    for seconds, _, candidate in tried:
+        assert candidate.seconds <= seconds * (1 + 1e-9), candidate
+    best = min(seconds for seconds, size, _ in tried if size <= room)
+    found = search(config, world, H100, 1, peak_or_more)
+    assert found.found[0].time.seconds == pytest.approx(best)
+    assert found.searched > 0
+
+
+def test_a_layout_that_memory_prunes_does_not_fit() -> None:
+    """The bound on memory is one: what it leaves out is above the room."""
+    config = load_run("llama3-8b", ["data.batch_tokens=262144", "data.batch_warmup=[]", "schedule.warmup=0"]).config
+    room = 30e9
+    kept = {(one.cut, one.way) for one in Candidates(config, 8, H100, room)}
+    for _, size, candidate in every(config, 8, H100):
+        if (candidate.cut, candidate.way) not in kept:
+            assert size > room, candidate
+
+
+def test_the_largest_recipe_is_searched_in_ten_seconds_and_llama_3s_own_layout_is_near() -> None:
+    """Tensor 8, pipeline 16, data 128 (arXiv:2407.21783, table 4) fits 80 GB and is within 10 % of the fastest."""
+    config = load_run("llama3-405b").config
+    began = time.process_time()
+    found = search(config, 16_384, H100, 1, peak_or_more)
+    took = time.process_time() - began
+    print(f"{found.searched:,} layouts in {took:.1f} s: {found.found[0].layout.describe()}")
+    assert took < 10
+    room, config = (1 - MARGIN) * H100.memory_bytes, config.after_warmup()
+    theirs = []
+    for candidate in Candidates(config, 16_384, H100, room):
+        cut = candidate.cut
+        if (cut.tensor, cut.pipeline, cut.context, cut.replicate * cut.shard) == (8, 16, 1, 128):
+            layout = candidate.layout(config.layout)
+            seconds = step_time(job_of(config, layout, H100), H100).seconds
+            if seconds <= 1.1 * found.found[0].time.seconds:
+                theirs.append((seconds, layout))
+    seconds, layout = min(theirs, key=lambda one: one[0])
+    for seconds, layout in sorted(theirs, key=lambda one: one[0]):
+        size = peak_or_more(config.model_copy(update={"layout": layout}), 16_384, room)
+        if size <= room:
+            break
+    print(f"theirs: {seconds / found.found[0].time.seconds - 1:+.1%}, {size / 1e9:.1f} GB")
+    assert size <= room
+
+
+def test_the_answer_says_why_and_what_to_measure() -> None:
+    found = layout_plan("llama3-8b", [], 64, "H100-SXM")
+    times = [one["step_seconds"] for one in found["layouts"]]
+    assert times == sorted(times)
+    assert len(times) == 5
+    assert found["searched"] > 1000
+    assert found["pruned"]["memory"] > 0
+    assert "saves" in found["why"]
+    assert all(command.startswith("minka train llama3-8b layout.") for command in found["benchmark"])
+    changed = {key for row in found["neighbours"] for key in row["change"]}
+    assert {"tensor", "context", "pipeline", "replicate", "micro_batch", "recompute", "reshard"} <= changed
+    best = found["layouts"][0]
+    for row in found["neighbours"]:
+        if row["fits"]:
+            assert row["step_seconds"] >= best["step_seconds"] * (1 - 1e-9), row
+
+
+def test_the_overrides_of_an_answer_are_a_run() -> None:
+    found = layout_plan("llama3-70b", [], 256, "H100-SXM", top=2)
+    for one in found["layouts"]:
+        layout = load_run("llama3-70b", [*one["overrides"], "data.batch_warmup=[]"]).config.check(256)
+        assert layout == Layout.model_validate(one["layout"])
+
+
+def test_what_fits_nowhere_is_refused_with_what_would_work() -> None:
+    with pytest.raises(UserError) as refusal:
+        layout_plan("llama3-405b", [], 8, "H100-SXM")
+    assert "--world" in refusal.value.remedy
+
+
+def test_a_cut_is_in_the_order_of_the_mesh() -> None:
+    assert Cut._fields == ("pipeline", "replicate", "shard", "context", "tensor")

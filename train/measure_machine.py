@@ -1,0 +1,106 @@
+"""`minka doctor --machine FILE`: this machine's rates, for `minka plan --gpu FILE`. Seconds, on its own cores."""
+
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from minka.launch.environment import usable_cpus
+from minka.plan.errors import UserError
+from minka.plan.machine import Machine
+from minka.plan.rates import Rates
+from minka.train.provenance import processor
+
+SIDE = 1024  # of the matrices: their product is large enough for the full rate of a core
+COPIED = 2**26  # bytes: more than the caches hold
+GATHERED, SMALL = 2**24, 64  # bytes of a collective
+REPEATS = 7
+SECONDS = 120.0  # until a worker is given up
+
+
+def measure_machine() -> Machine:
+    """Return this machine's cores as a device that a plan can use. Raises UserError where that fails.
+
+    A rank uses one core. Products and copies are measured on one core alone, and on all at once: cores that share a
+    unit or their memory are slower then. Collectives are measured between as many processes.
+    """
+    cores = usable_cpus()
+    ranks = max(2, cores)
+    with tempfile.TemporaryDirectory(prefix="minka-machine-") as folder:
+        context = multiprocessing.get_context("fork")
+        answers = context.SimpleQueue()
+        workers = [context.Process(target=_work, args=(rank, ranks, folder, answers)) for rank in range(ranks)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(SECONDS)
+            if worker.exitcode is None:
+                worker.terminate()
+        if any(worker.exitcode for worker in workers) or answers.empty():
+            what = "the measurement failed: a process ended early"
+            raise UserError(what, where="--machine", remedy="run it again on a quiet machine")
+        found = answers.get()
+    return Machine(
+        name=processor(),
+        peak_tflops=found["flops"] / 1e12,
+        memory_gb=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks / 1e9, 2),
+        bandwidth_tb=found["bytes"] / 1e12,
+        link_gb=found["gathered"] / 1e9,
+        domain=2**20,
+        host_gpus=2**20,
+        cores=cores,
+        together=found["together"],
+        source="measured on this machine by `minka doctor --machine`",
+        rates=Rates(link=1.0, message_seconds=found["message"], exposed=1.0, layer_seconds=0.002),
+    )
+
+
+def _work(rank: int, ranks: int, folder: str, answers: Any) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(folder) / "store"), ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=SECONDS))
+    try:
+        left, right = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE)
+        here, there = torch.zeros(COPIED // 4), torch.zeros(COPIED // 4)
+        alone: dict[str, float] = {}
+        if rank == 0:
+            alone = {"product": _seconds(lambda: left @ right), "copy": _seconds(lambda: there.copy_(here))}
+        dist.barrier()
+        together = _seconds(lambda: left @ right)
+        dist.barrier()
+        part = torch.zeros(GATHERED // ranks // 4)
+        whole = [torch.zeros_like(part) for _ in range(ranks)]
+        gather = _seconds(lambda: dist.all_gather(whole, part))
+        small = torch.zeros(SMALL // 4)
+        message = _seconds(lambda: dist.all_reduce(small))
+        if rank == 0:
+            answers.put(
+                {
+                    "flops": 2 * SIDE**3 / alone["product"],
+                    "bytes": 2 * COPIED / alone["copy"],
+                    "together": max(1.0, together / alone["product"]),
+                    "gathered": GATHERED * (ranks - 1) / ranks / gather,
+                    "message": message,
+                }
+            )
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def _seconds(once: Callable[[], object]) -> float:
+    once()
+    taken = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        once()
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
