@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from minka.launch.supervisor import Job
     from minka.plan.load_config import LoadedRun
 
-SOURCE = typer.Argument(help="recipe, run.toml, run folder, or name under runs/; RUN@STEP goes back to that step")
+RUN_HELP = "recipe, run.toml, run folder, or name under runs/"
+SOURCE = typer.Argument(help=f"{RUN_HELP}; RUN@STEP goes back to that step")
 OVERRIDES = typer.Argument(help="section.key=value, any number of them; docs/configuration.md lists the settings")
 RANKS = typer.Option(min=1, help="processes to start here; default: one for each GPU, else two")
 DRY_RUN = typer.Option("--dry-run", help="check the run, print all its values, and exit")
@@ -129,7 +130,7 @@ def doctor(argv: Sequence[str]) -> int:
 
     @app.command()
     def check(
-        source: Annotated[str, SOURCE] = "",
+        source: Annotated[str, typer.Argument(help=RUN_HELP)] = "",
         overrides: Annotated[list[str] | None, OVERRIDES] = None,
         as_json: Annotated[bool, JSON] = False,
     ) -> int:
