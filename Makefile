@@ -6,7 +6,12 @@ PYTEST := $(BIN)/python -m pytest
 FOLDERS := plan kernels model data parallel checkpoint launch eval train report slurm benchmarks
 STAMP := .venv/.minka-installed
 
-.PHONY: demo test test-all test-torch lint bench bench-kernels gpu-check gpu-check-first gpu-check-training clean
+.DEFAULT_GOAL := demo
+.PHONY: help demo test test-all test-torch lint bench bench-kernels gpu-check gpu-check-first gpu-check-training clean
+
+help: ## print the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1@\2/p' $(MAKEFILE_LIST) | while IFS=@ read -r target text; do \
+		printf '%-20s %s\n' "$$target" "$$text"; done
 
 demo: $(STAMP) ## train the demo recipe: minutes on two cores
 	$(BIN)/minka train demo
@@ -23,7 +28,7 @@ test-torch: ## the fast tests on a different torch, in an environment of its own
 	.venv-torch/bin/python -m pip install --quiet 'torch==$(TORCH)' --editable '.[dev]'
 	.venv-torch/bin/python -m pytest -m "not slow and not long"
 
-lint: $(STAMP)
+lint: $(STAMP) ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -6,6 +6,7 @@ The peer is torch's distributed checkpoint (DCP), which saves the same tensors i
 import hashlib
 import multiprocessing
 import shutil
+import sys
 import tempfile
 import time
 import warnings
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from minka.benchmarks.claims import Claim, median_ratio
+from minka.benchmarks.claims import Claim, check_claims, median_ratio
 from minka.checkpoint.async_saver import AsyncSaver
 from minka.checkpoint.write import SaveRequest
 from minka.parallel.mesh import Mesh, start_mesh
@@ -158,6 +159,11 @@ def _status(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def main() -> int:
+    """Check the claims whose name contains --only (default: all). Return 1 when a bound is broken."""
+    return check_claims("What a save costs the training, as ratios.", CLAIMS)
+
+
 CLAIMS = (
     Claim("save during a step, stall of a synchronous one", lambda: stall(FORWARD_BACKWARD_SECONDS), 0.10, "x"),
     Claim("save with nothing to compute, stall of a synchronous one", lambda: stall(0.0), 0.25, "x"),
@@ -166,3 +172,6 @@ CLAIMS = (
     Claim("save, what hashing adds", hashing, 0.15, "x"),
     Claim("save, memory in addition to the state", memory, 1.05 + 96 / 256, "x"),
 )
+
+if __name__ == "__main__":
+    sys.exit(main())

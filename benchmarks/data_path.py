@@ -1,5 +1,7 @@
 """Speed of the data path on one core: `python -m minka.benchmarks.data_path` prints a table and writes no file."""
 
+import argparse
+import sys
 import time
 from collections.abc import Callable
 
@@ -58,8 +60,9 @@ def _rate(work: Callable[[int], int], seconds: float) -> float:
     return done / (time.perf_counter() - began)
 
 
-def main() -> None:
+def main() -> int:
     """Print the table."""
+    argparse.ArgumentParser(description="Speed of the data path on one core, as a table.").parse_args()
     torch.set_num_threads(1)
     print(f"permuted indices: {indices_per_second() / 1e6:.1f} M/s")
     print(f"samples of {SEQ_LEN} tokens on one thread:")
@@ -70,7 +73,8 @@ def main() -> None:
             rate = samples_per_second(stream, batch)
             rows.append((mean_length, batch, f"{rate:,.0f}", f"{rate * SEQ_LEN / 1e6:.1f}"))
     print_table(rows, ["tokens per document", "sequences per batch", "samples/s", "Mtok/s"])
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

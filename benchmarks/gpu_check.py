@@ -2,6 +2,7 @@
 
 `first`: the demo as a command, on one rank and on two, the tests that need a GPU, the bench of the kernels.
 `training`: steps of real sizes. Every step has its own limit, and the steps after one that fails run all the same.
+Without a GPU only --tiny runs, which shows that everything starts; the tests are then skipped, and the table says so.
 """
 
 import argparse
@@ -13,9 +14,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 import torch
 
+from minka.benchmarks.options import require_gpu
 from minka.plan.cli import print_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,12 +27,21 @@ LAST = {"training": 150, "kernels": 60}  # steps that take --seconds, and what t
 
 
 class Step(NamedTuple):
-    """A command, the seconds it may take, and what its environment has in addition."""
+    """A command, the seconds it may take, and what its environment has in addition. tests: where pytest counts them."""
 
     name: str
     command: tuple[str, ...]
     seconds: float
     environment: Mapping[str, str] = {}
+    tests: Path | None = None  # a JUnit file
+
+
+class Ending(NamedTuple):
+    """How a step ended, in words, and after how many seconds."""
+
+    passed: bool
+    how: str
+    seconds: float
 
 
 def steps(call: str, folder: Path, *, tiny: bool, write: bool) -> list[Step]:
@@ -46,12 +58,13 @@ def steps(call: str, folder: Path, *, tiny: bool, write: bool) -> list[Step]:
     # Two ranks need two GPUs; without them they train on the CPU.
     hidden = {} if torch.cuda.device_count() > 1 else {"CUDA_VISIBLE_DEVICES": ""}
     files = map(str, sorted((ROOT / "tests").rglob("test_gpu*.py")))
-    tests = (*python, "pytest", "-p", "no:cacheprovider", "-m", "gpu", *files)
+    counts = folder / "tests.xml"
+    tests = (*python, "pytest", "-p", "no:cacheprovider", "-m", "gpu", f"--junitxml={counts}", *files)
     bench = (*python, "minka.benchmarks.kernels", *(small or (("--write",) if write else ())))
     return [
         Step("demo", demo, 120),
         Step("demo on two ranks", two, 120, hidden),
-        Step("tests", tests, 200),
+        Step("tests", tests, 200, tests=counts),
         Step("kernels", bench, 280),
     ]
 
@@ -63,13 +76,15 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see on any machine that everything runs")
     parser.add_argument("--keep", action="store_true", help="do not write kernels/choices.toml and docs/kernels.md")
     options = parser.parse_args()
-    write, began, rows = torch.cuda.is_available() and not options.keep, time.monotonic(), []
+    require_gpu(parser, tiny=options.tiny)
+    write, began, rows = torch.cuda.is_available() and not options.keep, time.monotonic(), list[tuple[str, Ending]]()
     with tempfile.TemporaryDirectory() as folder:
         for step in steps(options.call, Path(folder), tiny=options.tiny, write=write):
             limit = min(step.seconds, SECONDS - (time.monotonic() - began))
-            rows.append((step.name, *run(told(step, limit) if not options.tiny else step, limit)))
-    print_table([(name, how, f"{seconds:.0f}") for name, how, seconds in rows], ["step", "", "seconds"])
-    return 0 if all(how == "passed" for _, how, _ in rows) else 1
+            asked = step if options.tiny else told(step, limit)
+            rows.append((step.name, run(asked, limit, skips=options.tiny)))
+    print_table([(name, end.how, f"{end.seconds:.0f}") for name, end in rows], ["step", "", "seconds"])
+    return 0 if all(end.passed for _, end in rows) else 1
 
 
 def told(step: Step, limit: float) -> Step:
@@ -79,19 +94,33 @@ def told(step: Step, limit: float) -> Step:
     return step._replace(command=(*step.command, "--seconds", str(max(0, int(limit - LAST[step.name])))))
 
 
-def run(step: Step, limit: float) -> tuple[str, float]:
-    """How a step ended, and its seconds. Its output goes where ours does."""
+def run(step: Step, limit: float, *, skips: bool) -> Ending:
+    """How a step ended. Its output goes where ours does. skips: whether a step passes whose tests were all skipped."""
     print(f"=== {step.name}: {' '.join(step.command)}", flush=True)
     began = time.monotonic()
     if limit <= 0:
-        return "no time was left", 0.0
+        return Ending(False, "no time was left", 0.0)
     source = os.pathsep.join(path for path in (str(ROOT / ".ns"), os.environ.get("PYTHONPATH", "")) if path)
     environment = {**os.environ, "PYTHONPATH": source, "PYTHONUNBUFFERED": "1", **step.environment}
     try:
         done = subprocess.run(step.command, env=environment, timeout=limit, check=False)
     except subprocess.TimeoutExpired:
-        return f"took more than {limit:.0f} s", time.monotonic() - began
-    return "passed" if done.returncode == 0 else f"exit status {done.returncode}", time.monotonic() - began
+        return Ending(False, f"took more than {limit:.0f} s", time.monotonic() - began)
+    seconds = time.monotonic() - began
+    if done.returncode != 0:
+        return Ending(False, f"exit status {done.returncode}", seconds)
+    if step.tests is None:
+        return Ending(True, "passed", seconds)
+    ran, skipped = counted_tests(step.tests)
+    how = ", ".join(f"{count} {word}" for count, word in ((ran, "passed"), (skipped, "skipped")) if count)
+    return Ending(ran > 0 or skips, how if ran or skips else f"failed: {how}", seconds)
+
+
+def counted_tests(file: Path) -> tuple[int, int]:
+    """How many tests of a JUnit file ran, and how many were skipped."""
+    suites = list(ElementTree.parse(file).getroot().iter("testsuite"))
+    every, skipped = (sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "skipped"))
+    return every - skipped, skipped
 
 
 if __name__ == "__main__":

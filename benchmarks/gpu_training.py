@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from minka.benchmarks.options import require_gpu, require_one
 from minka.benchmarks.step_rows import HEAD, Row, append, described, memory, name_of, rates, shown
 from minka.benchmarks.training import peer_step, synthetic_batch
 from minka.checkpoint.async_saver import AsyncSaver
@@ -81,6 +82,8 @@ def main() -> int:
     parser.add_argument("--csv", type=Path, help=f"append the rows to this file; on a GPU {MEASURED.name} unless given")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
+    require_gpu(parser, tiny=options.tiny)
+    require_one(parser, options.only, (case.name for case in cases(tiny=options.tiny)))
     device = local_device()
     file = options.csv or (MEASURED if device.type == "cuda" and not options.tiny else None)
     end, rows, failed = time.monotonic() + options.seconds, [], []

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from minka.benchmarks.kernel_cases import KernelCase, kernel_cases
+from minka.benchmarks.options import require_gpu, require_one
 from minka.benchmarks.step_rows import name_of
 from minka.kernels.choose import (
     CHOICES,
@@ -56,14 +57,16 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help=f"write the winners to {CHOICES.name}; needs a GPU")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
+    require_gpu(parser, tiny=options.tiny)
+    if options.write and options.tiny:
+        parser.error("--write needs a GPU, and sizes that are not tiny")
+    cases = in_turns(kernel_cases("tiny" if options.tiny else "full"))
+    require_one(parser, options.only, (case.operation for case in cases))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if options.write and (device.type != "cuda" or options.tiny):
-        print("--write needs a GPU, and sizes that are not tiny", file=sys.stderr)
-        return 2
     ceilings = measure_ceilings(device, tiny=options.tiny)
     timings, failed, left_out = list[Timing](), list[Timing](), list[str]()
     end = time.monotonic() + options.seconds
-    for case in in_turns(kernel_cases("tiny" if options.tiny else "full")):
+    for case in cases:
         if options.only not in case.operation:
             continue
         if time.monotonic() > end:

@@ -3,7 +3,6 @@
 Each pair runs our step and the peer's, and each goes first in turn. A figure is the median of the pairs' ratios.
 """
 
-import argparse
 import multiprocessing
 import os
 import resource
@@ -20,12 +19,11 @@ from typing import Any
 import torch
 
 from minka.benchmarks import checkpoints
-from minka.benchmarks.claims import Claim, median_ratio
+from minka.benchmarks.claims import Claim, check_claims, median_ratio
 from minka.benchmarks.data_path import samples_per_second, synthetic_stream
 from minka.data.batch import Batch
 from minka.parallel.engine import Engine
 from minka.parallel.mesh import start_mesh
-from minka.plan.cli import print_json, print_table
 from minka.plan.config import RunConfig
 from minka.plan.hub_config import to_config
 from minka.plan.ledger import read_ledger
@@ -43,33 +41,7 @@ SECONDS_A_SIDE = 3.0
 
 def main() -> int:
     """Check the claims whose name contains --only (default: all). Return 1 when a bound is broken."""
-    parser = argparse.ArgumentParser(description="Speed against a peer, as ratios.")
-    parser.add_argument("--only", default="", help="check the claims whose name contains this")
-    parser.add_argument("--slack", type=float, default=1.0, help="share of each bound that must be kept")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    options = parser.parse_args()
-    found = []
-    for claim in CLAIMS:
-        if options.only in claim.name:
-            value = claim.measure()
-            found.append((claim, value))
-            print(f"{claim.name}: {value:.4g}", file=sys.stderr, flush=True)
-    if options.json:
-        print_json([_as_dict(claim, value) for claim, value in found])
-    else:
-        print_table([_row(claim, value) for claim, value in found], ["claim", "measured", "bound", ""])
-    return 0 if all(claim.holds(value, options.slack) for claim, value in found) else 1
-
-
-def _as_dict(claim: Claim, value: float) -> dict[str, object]:
-    fields = {name: field for name, field in claim._asdict().items() if name != "measure"}
-    return fields | {"value": value, "kept": claim.holds(value)}
-
-
-def _row(claim: Claim, value: float) -> tuple[str, ...]:
-    sign = ">=" if claim.larger_is_better else "<="
-    kept = "" if claim.holds(value) else "BROKEN"
-    return claim.name, f"{value:.4g} {claim.unit}", f"{sign} {claim.bound:g} {claim.unit}", kept
+    return check_claims("Speed against a peer, as ratios.", CLAIMS)
 
 
 def config_of(shape: str, compiled: bool, folder: str = "bench") -> RunConfig:

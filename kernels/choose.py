@@ -83,11 +83,12 @@ class Work(NamedTuple):
 
 
 def choose(asked: Mapping[str, str], machine: Machine, work: Work) -> Kernels:
-    """The kernels for `work` on `machine`; asked: "auto", "triton" or "torch" by operation.
+    """The kernels for `work` on `machine`; asked: "auto", "triton" or "torch" by operation, and whose attention.
 
-    Triton that cannot run is replaced by the definition, and `fallbacks` says so.
+    What cannot run is replaced: by the definition or torch's own kernel, in attention by SDPA. `fallbacks` says so.
     """
-    ways, reasons, fallbacks = dict[str, Any](), dict[str, str](), list[str]()
+    ways, reasons, slow = dict[str, Any](), dict[str, str](), list[str]()
+    replaced: dict[str, list[tuple[str, str, str]]] = {}  # by reason: operation, what was asked for, what runs
     for operation in OPERATIONS:
         wanted = asked.get(operation, "auto")
         obstacle = cannot_run(operation, machine, work)
@@ -96,18 +97,29 @@ def choose(asked: Mapping[str, str], machine: Machine, work: Work) -> Kernels:
             ways[operation], reasons[operation] = _fastest(operation, plain, obstacle, machine, work)
         elif wanted == "triton" and obstacle:
             ways[operation], reasons[operation] = plain, f"triton cannot run: {obstacle}"
-            fallbacks.append(f"kernels.{operation}: {obstacle}; torch's runs")
+            replaced.setdefault(obstacle, []).append((operation, "triton", plain))
         else:
             ways[operation], reasons[operation] = ("triton" if wanted == "triton" else plain), "asked for"
         if ways[operation] != "triton" and operation in work.only_defined:
-            fallbacks.append(f"kernels.{operation}: {work.only_defined[operation]}, and Triton's cannot run or was not "
-                             "asked for: its definition does, many times slower")  # fmt: skip
-    provider, reasons["attention"] = _provider(asked.get("attention", "auto"), machine, work)
-    if provider == "sdpa" and asked.get("attention") in ("flex", "triton", "flash-attn"):
-        fallbacks.append(f"kernels.attention: {reasons['attention']}; torch's runs")
+            slow.append(f"kernels.{operation}: {work.only_defined[operation]}, and Triton's cannot run or was not "
+                        "asked for: its definition does, many times slower")  # fmt: skip
+    wanted = asked.get("attention", "auto")
+    provider, reasons["attention"] = _provider(wanted, machine, work)
+    if provider != wanted != "auto":
+        replaced.setdefault(reasons["attention"], []).append(("attention", wanted, provider))
     if provider == "sdpa" and _holds_all_logits(machine, work):
-        fallbacks.append("kernels.attention: of torch's kernels only the slowest runs here, which holds all logits")
-    return Kernels(**ways, attention=provider, reasons=reasons, fallbacks=tuple(fallbacks))
+        slow.append("kernels.attention: of torch's kernels only the slowest runs here, which holds all logits")
+    fallbacks = [_describe_replaced(reason, rows) for reason, rows in replaced.items()]
+    return Kernels(**ways, attention=provider, reasons=reasons, fallbacks=(*fallbacks, *slow))
+
+
+def _describe_replaced(reason: str, rows: Sequence[tuple[str, str, str]]) -> str:
+    """One line for all operations that `reason` keeps from running as asked: of each, what runs in place of what."""
+    pairs: dict[tuple[str, str], list[str]] = {}
+    for operation, wanted, way in rows:
+        pairs.setdefault((way, wanted), []).append(operation)
+    parts = [f"{way} runs instead of {wanted} for {', '.join(names)}" for (way, wanted), names in pairs.items()]
+    return f"kernels: {reason}; {'; '.join(parts)}"
 
 
 def _provider(wanted: str, machine: Machine, work: Work) -> tuple[Provider, str]:

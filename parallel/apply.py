@@ -10,10 +10,11 @@ from minka.kernels.choose import Kernels
 from minka.model.initial_weights import fill_
 from minka.model.transformer import Transformer
 from minka.parallel.choose_kernels import kernels_of
+from minka.parallel.compile_block import compile_block
 from minka.parallel.fsdp import shard_model
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece, parameter_piece
-from minka.parallel.recompute import recompute
+from minka.parallel.recompute import SelectivePolicy, recompute
 from minka.parallel.tensor import cut_tensor
 from minka.plan.config import RunConfig
 from minka.plan.execution_choices import compiles_full_graph
@@ -37,7 +38,7 @@ def cut(config: RunConfig, mesh: Mesh, kernels: Kernels | None = None) -> list[T
     Take the stage, cut tensors, recompute, compile, shard: each of these sees what the ones before left.
     """
     kernels = kernels or kernels_of(config, mesh)
-    parts = []
+    parts, policy = [], SelectivePolicy(scattered=config.layout.tensor > 1)
     for stage in mesh.layout.stages_of_rank(mesh.coordinate["pipeline"]):
         with torch.device("meta"):
             model = Transformer(config.model, kernels)
@@ -50,9 +51,9 @@ def cut(config: RunConfig, mesh: Mesh, kernels: Kernels | None = None) -> list[T
         blocks: list[Any] = list(model.blocks.values())
         for block in blocks:
             if config.layout.recompute != "none":
-                recompute(block, config.layout.recompute, scattered=config.layout.tensor > 1)
+                recompute(block, config.layout.recompute, policy)
             if config.kernels.compile:
-                block.compile(fullgraph=compiles_full_graph(mesh.layout))
+                compile_block(block, full_graph=compiles_full_graph(mesh.layout))
         shard_model(model, blocks, mesh)
         parts.append(model)
     return parts

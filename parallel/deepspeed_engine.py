@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from minka.model.transformer import Transformer
 from minka.parallel.apply import initialise
 from minka.parallel.choose_kernels import kernels_of
+from minka.parallel.compile_block import compile_block
 from minka.parallel.deepspeed_slices import gradient_of, slices
 from minka.parallel.engine import Engine
 from minka.parallel.fsdp_engine import FsdpExecutor
 from minka.parallel.inputs import InputCutter
 from minka.parallel.mesh import Mesh
 from minka.parallel.pieces import Piece, piece_of
-from minka.parallel.recompute import recompute
+from minka.parallel.recompute import SelectivePolicy, recompute
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 from minka.plan.tensor_name import tensor_name
@@ -51,11 +52,12 @@ def build_deepspeed_engine(config: RunConfig, mesh: Mesh, decay: Decay) -> "Deep
     with deepspeed.zero.Init(config_dict_or_path=settings) if cuts else mesh.device:
         model = Transformer(config.model, kernels_of(config, mesh))
     blocks: list[Any] = list(model.blocks.values())
+    policy = SelectivePolicy()
     for block in blocks:
         if config.layout.recompute != "none":
-            recompute(block, config.layout.recompute)
+            recompute(block, config.layout.recompute, policy)
         if config.kernels.compile:
-            block.compile(fullgraph=config.layout.recompute == "none")
+            compile_block(block, full_graph=config.layout.recompute == "none")
     if cuts:
         _gather_outside(deepspeed, model)
     optimizer = _adamw(model, config, decay)

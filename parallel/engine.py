@@ -87,8 +87,7 @@ class Scorer:
     def attention_logits(self, inputs: ModelInputs) -> dict[int, Tensor]:
         """The largest attention logit of each of this rank's layers, over its rows and heads; scalars in fp32."""
         probe: deque[Tensor] = deque()  # a list would be copied by DeepSpeed's hooks on its way down
-        with torch.compiler.set_stance("force_eager"):
-            self._forward(inputs, reduce=False, probe=probe)
+        self._forward(inputs, reduce=False, probe=probe)
         layers = [int(layer) for part in self.executor.parts for layer in part.blocks]
         return dict(zip(layers, probe, strict=True))
 

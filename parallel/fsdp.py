@@ -1,5 +1,6 @@
 """FSDP2 and HSDP: parameters, gradients and optimizer state cut over the ranks of the shard and context axes."""
 
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -30,6 +31,11 @@ def shard_model(model: nn.Module, blocks: list[nn.Module], mesh: Mesh) -> None:
         reduce_dtype=torch.float32 if casts else dtype,
         cast_forward_inputs=False,  # the rotary angles come in as fp32 and must stay so
     )
+    if layout.tensor > 1:
+        # What a tensor group scatters comes back from DTensor as a view, and is a block's output. FSDP warns that
+        # operations in place on it would lose a hook of backward. What takes a block's output, a norm that adds or the
+        # sum for a next stage, makes a new tensor: gradients are those of one process (tests/parallel/test_parity.py).
+        warnings.filterwarnings("ignore", r"FSDP2-wrapped module \((FSDPBlock(, )?)+\) returned a view", UserWarning)
     offload = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if layout.offload == "all" else OffloadPolicy()
     frees = frees_blocks(mesh, blocks)
     for unit in fsdp_units(block_bytes(blocks, dtype)):

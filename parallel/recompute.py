@@ -25,18 +25,20 @@ KEPT = frozenset(
 SCATTERED = "_c10d_functional::reduce_scatter_tensor"
 
 
-def recompute(block: Block, what: Literal["block", "selective"] = "block", *, scattered: bool = False) -> None:
+def recompute(
+    block: Block, what: Literal["block", "selective"] = "block", policy: "SelectivePolicy | None" = None
+) -> None:
     """Keep only the block's input for backward, and with "selective" its matrix products and attention's output.
 
-    `scattered` says that a tensor group sums its products and scatters the sums. The instance's forward is replaced; a
-    module around it would change parameter names.
+    The instance's forward is replaced; a module around it would change parameter names. `policy` is one for all blocks
+    of a rank: torch.compile makes a graph for each that it meets.
     """
     forward: Callable[..., Any] = block.forward
     # Nothing in a block draws random numbers, so there is no state to go back to.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if what == "selective":
-        policy = _Policy(block, scattered)
-        forward = policy.beginning(forward)
+        policy = policy or SelectivePolicy()
+        forward = policy.mark(block)
         options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
 
     @wraps(forward)
@@ -50,26 +52,36 @@ def recompute(block: Block, what: Literal["block", "selective"] = "block", *, sc
     block.forward = recomputed  # type: ignore[method-assign,assignment]
 
 
-class _Policy:
+class SelectivePolicy:
     """Keeps what KEPT names, but for the last product: backward needs its inputs, and not its output.
 
-    In a tensor group attention's last product has all tokens of a sequence, as a part of their sums: it is computed
-    again, and its sum is kept, which is scattered and has this rank's tokens. Nothing is scattered again then.
+    In a tensor group (`scattered`: it sums its products and scatters the sums) attention's last product has all tokens
+    of a sequence, as a part of their sums: it is computed again, and its sum is kept, which is scattered and has this
+    rank's tokens. Nothing is scattered again then.
+
+    torch.compile asks for each operation after it has traced all of them, when no mark says where an operation is: it
+    keeps every product that backward needs, and leaves out the others by itself.
     """
 
-    def __init__(self, block: Block, scattered: bool) -> None:
-        self._dropped = self._in_last = False
-        self._mark(block.mlp.down, last=True)
-        if scattered:
-            self._mark(block.attention.wo, last=False)
+    def __init__(self, *, scattered: bool = False) -> None:
+        self._scattered, self._dropped, self._in_last = scattered, False, False
 
-    def beginning(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """The block's forward pass, whose last product has not begun yet."""
+    def mark(self, block: Block) -> Callable[..., Any]:
+        """Follow the block's products, and return its forward pass."""
+        self._mark(block.mlp.down, last=True)
+        if self._scattered:
+            self._mark(block.attention.wo, last=False)
+        forward: Callable[..., Any] = block.forward
 
         @wraps(forward)
         def begun(*args: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return forward(*args)
             self._in_last = False
-            return forward(*args)
+            try:
+                return forward(*args)
+            finally:
+                self._in_last = False
 
         return begun
 
@@ -78,6 +90,8 @@ class _Policy:
 
         @wraps(forward)
         def marked(*args: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return forward(*args)
             self._dropped, self._in_last = True, last
             try:
                 return forward(*args)

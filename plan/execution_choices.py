@@ -3,10 +3,9 @@
 A kind of device is torch's word for it: "cuda" or "cpu".
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from minka.plan.errors import UserError
 from minka.plan.layout import Layout
 
 ComputeDtype = Literal["fp32", "bf16", "fp64"]
@@ -74,18 +73,31 @@ def attention_kind(setting: str, device_kind: str, dtype: str, *, packed: bool =
     """Return how attention keeps documents apart under `kernels.attention`: by variable-length kernels or by a mask.
 
     `packed` says whether rows may hold several documents; otherwise plain causal attention will do. `dtype` is a
-    compute dtype; fp16 is as good as bf16. Raises UserError where "varlen" is required and its kernels cannot run.
+    compute dtype; fp16 is as good as bf16. Where variable-length kernels cannot run, a mask replaces them.
     """
     possible = device_kind == "cuda" and dtype in ("bf16", "fp16")
     if not packed:
         return "causal"
-    if setting == "varlen" and not possible:
-        what = f"variable-length attention runs on CUDA devices in half precision, not on {device_kind} in {dtype}"
-        remedy = 'set kernels.attention="auto", or layout.precision="bf16" on a GPU'
-        raise UserError(what, where="kernels.attention", remedy=remedy)
     return "varlen" if possible and setting != "sdpa" else "mask"
 
 
 def compiles_full_graph(layout: Layout) -> bool:
     """Return whether a compiled block is one graph: recomputation and the gather of keys and values break it."""
     return layout.recompute == "none" and layout.context == 1
+
+
+def replaceable_kernels(asked: Mapping[str, str], *, bf16_state: bool) -> str:
+    """Return what a different machine may replace in a run, in one line; empty where every machine runs the same.
+
+    `asked` is KernelsSection.asked(). `bf16_state` says that weights or moments are bf16.
+    """
+    own = {name: way for name, way in asked.items() if way not in ("auto", "torch", "sdpa")}
+    lines = []
+    if own:
+        names = ", ".join(f"{name} ({way})" for name, way in own.items())
+        lines.append(f"kernels: {names} run where the machine can run them; elsewhere torch's definition, and sdpa for "
+                     "attention, run instead, and the run says so when it starts")  # fmt: skip
+    if bf16_state:
+        where = "where Triton cannot run" if asked["adamw"] != "torch" else "as asked for"
+        lines.append(f"kernels.adamw: the definition updates bf16 weights or moments {where}, many times slower")
+    return "; ".join(lines)

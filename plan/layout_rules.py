@@ -23,13 +23,17 @@ class Asked(NamedTuple):
 
 
 class LayoutRule(NamedTuple):
-    """A combination that cannot be run: the setting in [layout] to blame, and the error's parts as templates."""
+    """A combination that cannot be run: the setting in [layout] that it is about, and the error's parts as templates.
+
+    `where` names the setting to blame.
+    """
 
     key: str
     broken: Callable[[Asked], object]  # false, or what the templates call {detail}
     why: str
     remedy: str
     what: str = "{key}={value!r} cannot be run with these settings"
+    where: str = "layout.{key}"
 
 
 def check_layout(asked: Asked) -> None:
@@ -38,8 +42,9 @@ def check_layout(asked: Asked) -> None:
         detail = rule.broken(asked)
         if detail:
             named = {"key": rule.key, "value": getattr(asked.layout, rule.key), "detail": detail, **asked._asdict()}
-            what, why, remedy = (part.format(**named) for part in (rule.what, rule.why, rule.remedy))
-            raise UserError(what, where=f"layout.{rule.key}", why=why, remedy=remedy)
+            parts = (rule.what, rule.where, rule.why, rule.remedy)
+            what, where, why, remedy = (part.format(**named) for part in parts)
+            raise UserError(what, where=where, why=why, remedy=remedy)
 
 
 def _tensor_divides(size: str, why: str) -> LayoutRule:
@@ -88,17 +93,28 @@ def _unfit_micro_batches(asked: Asked) -> int:
     return next((n for n in micro_batches(asked.layout, asked.data) if not micro_batches_fit(asked.layout, n)), 0)
 
 
-def _has_bf16_state(asked: Asked) -> bool:
-    return "bf16" in (asked.optimizer.weights, asked.optimizer.moments)
+def _bf16_state(asked: Asked) -> str:
+    """The setting that makes weights or moments bf16; empty where both are fp32."""
+    return next(
+        (f"optimizer.{name}" for name in ("weights", "moments") if getattr(asked.optimizer, name) == "bf16"), ""
+    )
 
 
-def _deepspeed(key: str, broken: Callable[[Asked], bool], why: str, remedy: str) -> LayoutRule:
+def _deepspeed(
+    key: str,
+    broken: Callable[[Asked], object],
+    why: str,
+    remedy: str,
+    setting: str = "{key}={value!r}",
+    where: str = "layout.{key}",
+) -> LayoutRule:
     return LayoutRule(
         key,
         broken=lambda a: a.layout.engine == "deepspeed" and broken(a),
         why=why,
         remedy=f'{remedy}, or layout.engine="fsdp"',
-        what="{key}={value!r} cannot be run by DeepSpeed with these settings",
+        what=f"{setting} cannot be run by DeepSpeed",
+        where=where,
     )
 
 
@@ -207,15 +223,19 @@ RULES: tuple[LayoutRule, ...] = (
     ),
     _deepspeed(
         "engine",
-        broken=_has_bf16_state,
+        broken=_bf16_state,
         why="its partitions of weights and moments are fp32",
         remedy='set optimizer.weights="fp32" and optimizer.moments="fp32"',
+        setting="bf16",
+        where="{detail}",
     ),
     LayoutRule(
         "precision",
-        broken=lambda a: a.layout.precision == "fp64" and _has_bf16_state(a),
+        broken=lambda a: a.layout.precision == "fp64" and _bf16_state(a),
         why="fp64 is for weights and moments too",
-        remedy='set optimizer.weights="fp32" and optimizer.moments="fp32", or a different precision',
+        remedy='set optimizer.weights="fp32" and optimizer.moments="fp32", or a different layout.precision',
+        what="bf16 cannot be combined with layout.precision={value!r}",
+        where="{detail}",
     ),
     LayoutRule(
         "reduce",

@@ -71,8 +71,7 @@ def load_run(source: str, overrides: Sequence[str] = (), runs: str = "runs") -> 
         old = before.get(key, None if known[key].is_required() else known[key].get_default(call_default_factory=True))
         if old != value:
             changed[key] = (old, value)
-    where = f"{path} with {' '.join(overrides)}" if overrides else str(path)
-    config = validate(values, where)
+    config = validate(values, str(path), given)
     own = path.absolute() == (Path(config.run.folder) / config.run.name / "run.toml").absolute()
     return LoadedRun(config, changed, str(path), frozenset(given | before.keys() if own else given))
 
@@ -87,6 +86,7 @@ def find_source(source: str, runs: str = "runs") -> Path:
     for candidate in (given, *places) if given.suffix == ".toml" else places:
         if candidate.is_file():
             return candidate
+    check_means_run(source)
     recipes, here = recipe_names(), run_names(runs)
     near = difflib.get_close_matches(given.name, [*here, *recipes], n=1)
     if given.is_dir():
@@ -94,6 +94,17 @@ def find_source(source: str, runs: str = "runs") -> Path:
     what, why = f"there is no run, TOML file or recipe called {source!r}", f"did you mean {near[0]!r}?" if near else ""
     listed = [f"{kind}: {', '.join(names)}" for kind, names in (("runs here", here), ("recipes", recipes)) if names]
     raise UserError(what, why=why, remedy=f"{'; '.join(listed)}; or give a path to a .toml file or a run folder")
+
+
+def check_means_run(source: str) -> None:
+    """Raise UserError where `source`, which no run is called, is an override, or RUN@STEP where a run is wanted."""
+    name, _, step = source.rpartition("@")
+    if name and step.isdecimal():
+        raise UserError(f"{source!r} names a step, and a run is wanted here", remedy=f"leave out @{step}: {name}")
+    key, equals, _ = source.partition("=")
+    if equals and key and "/" not in key:
+        what = f"{source!r} is an override, and a run must come first"
+        raise UserError(what, remedy=f"for example: demo {source}")
 
 
 def dump_toml(config: RunConfig) -> str:
@@ -109,15 +120,27 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def validate(values: dict[str, Any], where: str) -> RunConfig:
-    """A RunConfig, or a UserError with a line for each field that is wrong."""
+def validate(values: dict[str, Any], where: str, overridden: Collection[str] = ()) -> RunConfig:
+    """A RunConfig, or a UserError with a line for each field that is wrong, those in `overridden` first."""
     try:
         config = RunConfig.model_validate_json(json.dumps(values, default=str))  # strict, but takes lists
     except ValidationError as error:
+        problems = [(_keys_of(problem, overridden), problem) for problem in error.errors()]
+        problems.sort(key=lambda one: not one[0])
+        what = "; ".join(_explain(problem) for _, problem in problems)
+        if all(keys for keys, _ in problems):
+            wider = sorted({key for keys, problem in problems for key in keys if _place(problem) != key})
+            where = ", ".join(["command line", *wider])
         remedy = "docs/configuration.md lists every setting and its values"
-        raise UserError(describe_problems(error), where=where, remedy=remedy) from None
+        raise UserError(what, where=where, remedy=remedy) from None
     config.check()
     return config
+
+
+def _keys_of(problem: Any, overridden: Collection[str]) -> list[str]:
+    """The overrides that have set the wrong field, a part of it, or something in the table that is wrong."""
+    place = _place(problem)
+    return [key for key in overridden if f"{key}.".startswith(f"{place}.") or f"{place}.".startswith(f"{key}.")]
 
 
 def describe_problems(error: ValidationError) -> str:
@@ -178,8 +201,12 @@ def _unknown(key: str, known: Collection[str]) -> str:
     return f"{key} is not a setting" + (f"; did you mean {near[0]}?" if near else "")
 
 
+def _place(problem: Any) -> str:
+    return ".".join(str(part) for part in problem["loc"])
+
+
 def _explain(problem: Any) -> str:
-    place = ".".join(str(part) for part in problem["loc"])
+    place = _place(problem)
     if problem["type"] == "extra_forbidden":
         return _unknown(place, [*dict(_settings(RunConfig)), *RunConfig.model_fields])
     if problem["type"] == "missing":

@@ -13,7 +13,7 @@ from minka.plan.atomic import delete_leftovers, write_json, write_text, writing
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.ledger import parse_json
-from minka.plan.load_config import dump_toml, load_run, run_names
+from minka.plan.load_config import check_means_run, dump_toml, load_run, run_names
 from minka.plan.read_file import MALFORMED, reading
 from minka.plan.store_files import MANIFEST, sha256_of
 
@@ -264,6 +264,7 @@ def find_run(name: str, runs: str = "runs") -> RunFolder:
     for path in (Path(name), Path(runs) / name):
         if RunFolder(path).exists():
             return RunFolder(path)
+    check_means_run(name)
     names = run_names(runs)
     why = f"looked for {Path(name) / 'run.toml'} and {Path(runs) / name / 'run.toml'}"
     remedy = f"runs here: {', '.join(names)}" if names else "train one first: minka train demo"

@@ -4,7 +4,10 @@ from typing import Any, NamedTuple
 
 
 class Refused(NamedTuple):
-    """A combination that cannot be run: the setting to blame, words of the reason, and overrides that mend it."""
+    """A combination that cannot be run: the setting to blame, words of the reason, and overrides that mend it.
+
+    The setting is one of [layout] unless it names its table.
+    """
 
     sections: dict[str, dict[str, Any]]
     key: str
@@ -162,13 +165,13 @@ REFUSED = {
     ),
     "deepspeed with bf16 weights or moments": Refused(
         {"layout": {"engine": "deepspeed"}, "optimizer": {"moments": "bf16"}},
-        "engine",
+        "optimizer.moments",
         "partitions of weights and moments are fp32",
         {"layout": {"engine": "fsdp"}},
     ),
     "bf16 weights or moments in fp64": Refused(
         {"layout": {"precision": "fp64"}, "optimizer": {"weights": "bf16"}},
-        "precision",
+        "optimizer.weights",
         "weights and moments too",
         {"layout": {"precision": "fp32"}},
     ),

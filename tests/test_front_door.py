@@ -1,6 +1,7 @@
 """The front door: instant help, nothing heavy imported, a wrong word gets the nearest right one."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,3 +103,10 @@ def test_version_is_the_projects(root: Path, source_environment: dict[str, str])
         check=True,
     )
     assert f'version = "{done.stdout.split()[1]}"' in (root / "pyproject.toml").read_text()
+
+
+def test_make_help_prints_every_target_with_what_it_does(root: Path) -> None:
+    done = subprocess.run(["make", "help"], cwd=root, capture_output=True, text=True, check=True)
+    shown = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    targets = re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(), re.MULTILINE)
+    assert shown.keys() == set(targets)

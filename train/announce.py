@@ -74,3 +74,5 @@ def announce(record: Recorder, state: State, engine: Engine, changed: Changes) -
     )
     for note in filter(None, [*record.store.manifest.notes, describe_epochs(tokens, training.n_tokens)]):
         record.console.say(note)
+    if config.kernels.compile:
+        record.console.say("compiling the blocks: before the first step, and before each step with a new shape")

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from minka.launch.supervisor import Job
     from minka.plan.load_config import LoadedRun
 
-SOURCE = typer.Argument(help="recipe, run.toml, run folder, or name under runs/; RUN@STEP goes back to that step")
+RUN_HELP = "recipe, run.toml, run folder, or name under runs/"
+SOURCE = typer.Argument(help=f"{RUN_HELP}; RUN@STEP goes back to that step")
 OVERRIDES = typer.Argument(help="section.key=value, any number of them; docs/configuration.md lists the settings")
 RANKS = typer.Option(min=1, help="processes to start here; default: one for each GPU, else two")
 DRY_RUN = typer.Option("--dry-run", help="check the run, print all its values, and exit")
@@ -133,7 +134,7 @@ def doctor(argv: Sequence[str]) -> int:
 
     @app.command()
     def check(
-        source: Annotated[str, SOURCE] = "",
+        source: Annotated[str, typer.Argument(help=RUN_HELP)] = "",
         overrides: Annotated[list[str] | None, OVERRIDES] = None,
         as_json: Annotated[bool, JSON] = False,
     ) -> int:
@@ -185,9 +186,6 @@ def _start(loaded: "LoadedRun", job: "Job", ranks: int | None) -> int:
     only_reports()
     config, joins, gpus = loaded.config, launcher(os.environ), visible_gpus(os.environ)
     check_trackers(config)
-    if config.kernels.attention == "varlen" and not gpus:
-        what = "varlen attention needs a GPU, and this machine has none"
-        raise UserError(what, where="kernels.attention", remedy='set it to "auto"')
     if ranks and joins:
         raise UserError(f"--ranks cannot be given: {joins} has started the ranks", remedy="leave it out")
     if joins == "slurm":
@@ -228,6 +226,7 @@ def _print_run(loaded: "LoadedRun", job: "Job", ranks: int | None, gpu: str) -> 
     """Print the run and what starting it would do. Nothing is asked of this machine: a different one may train it."""
     from minka.data.prepare import missing_corpus, stored_tokens
     from minka.plan.epochs import describe_epochs
+    from minka.plan.execution_choices import replaceable_kernels
     from minka.plan.flops import parameters, training_flops_per_token
     from minka.plan.hub_family import reader_limits
     from minka.plan.load_config import dump_toml
@@ -278,7 +277,9 @@ def _print_run(loaded: "LoadedRun", job: "Job", ranks: int | None, gpu: str) -> 
         print(f"# changed: {key} = {new!r} (was {old!r})")
     for name, value in derived.items():
         print(f"# {name} = {value:,.0f}")
-    for line in filter(None, [reader_limits(config.model) if config.checkpoint.export else "", repeated]):
+    bf16_state = "bf16" in (config.optimizer.weights, config.optimizer.moments)
+    machine = replaceable_kernels(config.kernels.asked(), bf16_state=bf16_state)
+    for line in filter(None, [reader_limits(config.model) if config.checkpoint.export else "", repeated, machine]):
         print(f"# {line}")
     print(dump_toml(config), end="")
     return 0

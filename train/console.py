@@ -48,7 +48,7 @@ class Console:
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=record.step, description=text)
         else:
-            text += f"  {hours_and_minutes(left)} left" if left else ""
+            text += f"  {rounded_up(left)} left" if left else ""
             self.say(f"step {record.step:>{len(str(self._total))}}/{self._total}  {text}")
 
     def end(self) -> None:
@@ -57,7 +57,9 @@ class Console:
             self._bar = None
 
 
-def hours_and_minutes(seconds: float) -> str:
-    """h:mm, rounded up: a run that is not over has a minute left."""
+def rounded_up(seconds: float) -> str:
+    """h:mm, below a minute seconds; rounded up: a run that is not over has a second left."""
+    if math.ceil(seconds) < 60:
+        return f"{math.ceil(seconds)} s"
     hours, minutes = divmod(math.ceil(seconds / 60), 60)
     return f"{hours:,}:{minutes:02}"

@@ -86,6 +86,7 @@ def this_machine(config: RunConfig | None) -> dict[str, str]:
     section = config.model if config is not None else TYPICAL
     work = work_of(section, optimizer, kernels, layout, DTYPES[dtype])
     chosen = choose(kernels.asked(), Machine.of(device), work)
+    warnings = {"warnings": ". ".join(chosen.fallbacks)} if chosen.fallbacks else {}
     stored = dict.fromkeys(("weights", "moments"), dtype) if dtype == "fp64" else optimizer.model_dump()
     return {
         "processor": f"{processor()}, {os.cpu_count()} cores",
@@ -97,6 +98,7 @@ def this_machine(config: RunConfig | None) -> dict[str, str]:
         "collectives": collectives,
         "compute": f"{dtype} on {stored['weights']} weights, {stored['moments']} moments",
         **{name: f"{way} ({chosen.reasons[name]})" for name, way in chosen.ways().items()},
+        **warnings,
     }
 
 

@@ -26,19 +26,39 @@ def test_each_call_runs_with_tiny_sizes(call: str, tmp_path: Path) -> None:
     assert done.returncode == 0
     for step in steps(call, tmp_path, tiny=True, write=False):
         line = next(line for line in reversed(done.stdout.splitlines()) if line.startswith(f"{step.name}  "))
-        assert "passed" in line
+        assert ("skipped" if step.tests else "passed") in line
     assert not any(tmp_path.iterdir())  # runs and stores were temporary
 
 
 def test_what_takes_too_long_is_ended_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    how, seconds = run(Step("sleep", (sys.executable, "-c", "import time; time.sleep(60)"), 60), 0.5)
-    assert how == "took more than 0 s"
-    assert seconds < 30
-    assert run(Step("fail", (sys.executable, "-c", "raise SystemExit(3)"), 60), 60)[0] == "exit status 3"
-    assert run(Step("late", (sys.executable, "-c", ""), 60), 0)[0] == "no time was left"
+    late = run(Step("sleep", (sys.executable, "-c", "import time; time.sleep(60)"), 60), 0.5, skips=False)
+    assert (late.passed, late.how) == (False, "took more than 0 s")
+    assert late.seconds < 30
+    failed = run(Step("fail", (sys.executable, "-c", "raise SystemExit(3)"), 60), 60, skips=True)
+    assert (failed.passed, failed.how) == (False, "exit status 3")
+    assert run(Step("late", (sys.executable, "-c", ""), 60), 0, skips=True).how == "no time was left"
     monkeypatch.setattr(sys, "argv", ["gpu_check", "first", "--tiny"])
     monkeypatch.setattr(gpu_check, "steps", lambda *_, **__: [Step("fail", (sys.executable, "-c", "exit(1)"), 60)])
     assert gpu_check.main() == 1
+
+
+@pytest.mark.parametrize(
+    ("tests", "skips", "passed", "how"),
+    [
+        ({"tests": 52, "skipped": 52}, True, True, "52 skipped"),
+        ({"tests": 52, "skipped": 52}, False, False, "failed: 52 skipped"),
+        ({"tests": 52, "skipped": 2}, False, True, "50 passed, 2 skipped"),
+        ({"tests": 52, "skipped": 0}, False, True, "52 passed"),
+    ],
+)
+def test_skipped_tests_are_counted_and_are_not_a_pass(
+    tests: dict[str, int], skips: bool, passed: bool, how: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "tests.xml"
+    counts = " ".join(f'{name}="{count}"' for name, count in tests.items())
+    file.write_text(f"<testsuites><testsuite {counts}/></testsuites>")
+    ending = run(Step("tests", (sys.executable, "-c", ""), 60, tests=file), 60, skips=skips)
+    assert (ending.passed, ending.how) == (passed, how)
 
 
 def test_a_step_that_can_be_told_begins_nothing_that_could_not_end() -> None:

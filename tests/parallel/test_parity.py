@@ -1,5 +1,6 @@
 """Law 2, the whole matrix: under every layout losses, gradients, weights and moments are those of one process."""
 
+import warnings
 from collections.abc import Iterable
 from functools import cache
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from minka.parallel.apply import build_parts
 from minka.parallel.mesh import start_mesh
 from minka.plan.config import RunConfig
 from minka.plan.layout import STAGES_PER_RANK
-from parity import BOUNDS, EXACT, Run, check, config_of, differences, run_on
+from parity import BOUNDS, EXACT, Run, check, config_of, differences, rank_of, run_on
 from ranks import on_ranks
 
 SCHEDULES = sorted(STAGES_PER_RANK)
@@ -210,3 +211,16 @@ def test_the_comparison_sees_a_planted_fault(mutant: str) -> None:
     worst = max(found, key=lambda kind: found[kind] / BOUNDS[kind])
     print(f"{mutant}: {worst} {found[worst]:.1e}")
     assert not found[worst] <= 10 * BOUNDS[worst]  # NaN is seen, too
+
+
+def test_a_tensor_group_trains_without_a_warning() -> None:
+    """FSDP's about views of a block's output: the rows above show that the gradients are right."""
+    assert on_ranks(warned, 4, config_of({"shard": 2, "tensor": 2})) == [[]] * 4
+
+
+def warned(config: RunConfig) -> list[str]:
+    """What a rank's training warns of."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        rank_of(config, None, 1)
+    return [str(one.message) for one in found if "FSDP" in str(one.message)]

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from minka.model.transformer import Block
 from minka.parallel.fsdp import block_bytes
-from minka.plan.config_sections import ModelSection
-from minka.plan.errors import UserError
+from minka.plan.config_sections import KernelsSection, ModelSection
 from minka.plan.execution_choices import (
     CPU_ROWS,
     GPU_LOGITS,
@@ -21,6 +20,7 @@ from minka.plan.execution_choices import (
     fsdp_units,
     logit_rows,
     needs_fsdp,
+    replaceable_kernels,
 )
 from minka.plan.flops import Shape
 from minka.plan.layout import Layout
@@ -108,10 +108,17 @@ def test_documents_are_kept_apart_by_varlen_kernels_where_they_run(
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", "bf16"), ("cuda", "fp32"), ("cuda", "fp64")])
-def test_varlen_is_refused_where_its_kernels_do_not_run(device: str, dtype: str) -> None:
-    with pytest.raises(UserError) as refusal:
-        attention_kind("varlen", device, dtype)
-    assert refusal.value.where == "kernels.attention"
+def test_a_mask_replaces_varlen_kernels_where_they_do_not_run(device: str, dtype: str) -> None:
+    assert attention_kind("varlen", device, dtype) == "mask"
+
+
+def test_a_run_that_a_different_machine_may_compute_differently_says_so() -> None:
+    plain = KernelsSection().asked()
+    assert replaceable_kernels(plain, bf16_state=False) == ""
+    said = replaceable_kernels(plain | {"rope": "triton", "attention": "flex"}, bf16_state=False)
+    assert said.startswith("kernels: attention (flex), rope (triton) run where the machine can run them")
+    assert "many times slower" in replaceable_kernels(plain, bf16_state=True)
+    assert "many times slower" in replaceable_kernels(plain | {"adamw": "torch"}, bf16_state=True)
 
 
 def test_fsdp_has_work_where_weights_are_cut_cast_or_fetched() -> None:

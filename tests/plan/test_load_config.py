@@ -1,5 +1,6 @@
 """Wrong input is refused with field, value, reason, the nearest right name, and what would work."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from configs import values
 from minka.plan.config import RunConfig
 from minka.plan.errors import ExitStatus, UserError
 from minka.plan.load_config import dump_toml, flatten, load_run, validate
-from minka.plan.run_folder import RunFolder
+from minka.plan.run_folder import RunFolder, find_run
 
 BAD: list[tuple[dict[str, dict[str, Any]], list[str]]] = [  # what is given, what the refusal must say
     ({"run": {"max_steps": 0}}, ["run.max_steps=0", "greater than or equal to 1"]),
@@ -172,6 +173,34 @@ def test_a_bad_override_is_refused_with_the_nearest_right_one(override: str, sai
     with pytest.raises(UserError) as refusal:
         load_run("demo", [override])
     assert all(word in str(refusal.value) for word in said), str(refusal.value)
+
+
+def test_a_mistaken_override_is_named_before_all_else(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refusal:
+        load_run("demo", ["run.max_steps=8", "model.layers=1.5", "run.seed=3"])
+    assert str(refusal.value).startswith("command line: model.layers=1.5: ")
+    assert "run.max_steps" not in str(refusal.value)
+    path = tmp_path / "mine.toml"
+    path.write_text("[run]\nname = 1\n")
+    with pytest.raises(UserError) as refusal:
+        load_run(str(path), ["run.max_steps=8", "guard.hang_seconds=0"])
+    assert str(refusal.value).startswith(f"{path}: guard.hang_seconds=0: ")
+    assert "run.name=1: " in refusal.value.what
+
+
+def test_a_combination_of_an_override_and_the_recipe_is_the_overrides() -> None:
+    with pytest.raises(UserError) as refusal:
+        load_run("demo", ["model.kv_heads=3"])
+    assert refusal.value.where == "command line, model.kv_heads"
+
+
+@pytest.mark.parametrize("find", [load_run, find_run])
+def test_what_is_not_a_run_is_said(find: Callable[[str], object]) -> None:
+    for override in ("kernels.implementation=triton", "kernel.x=1"):
+        with pytest.raises(UserError, match=f"{override}' is an override, and a run must come first"):
+            find(override)
+    with pytest.raises(UserError, match=r"'runs/d@30' names a step, and a run is wanted here. leave out @30: runs/d"):
+        find("runs/d@30")
 
 
 def test_a_run_is_found_as_recipe_file_folder_and_name(tmp_path: Path) -> None:

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 from commands import minka, written
+from minka.parallel.choose_kernels import kernels_of
+from minka.parallel.mesh import start_mesh
 from minka.plan.errors import ExitStatus
+from minka.train.command import main
 from minka.train.doctor import this_machine
 from tiny import tiny
 
@@ -27,6 +30,24 @@ def test_it_says_what_a_run_stores_and_computes_in(tmp_path: Path) -> None:
     wide = this_machine(tiny(tmp_path, layout={"precision": "fp64"}))
     assert wide["compute"] == "fp64 on fp64 weights, fp64 moments"
     assert wide["rms_norm"] == "torch (there is no GPU)"
+
+
+def test_it_warns_of_what_runs_otherwise_than_asked_for_in_the_words_of_a_run(tmp_path: Path) -> None:
+    asked = {"optimizer": {"learning_rate": 1e-3, "weights": "bf16"}, "kernels": {"attention": "varlen"}}
+    config = tiny(tmp_path, **asked)
+    with start_mesh(config.layout) as mesh:
+        said = kernels_of(config, mesh).fallbacks
+    assert this_machine(config)["warnings"] == ". ".join(said)
+    assert "sdpa runs instead of varlen for attention" in said[0]
+    assert "many times slower" in said[1]
+    assert "warnings" not in this_machine(None)
+
+
+def test_a_dry_run_says_what_a_different_machine_may_replace(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--dry-run", "kernels.attention=varlen"]) == ExitStatus.DONE
+    assert "# kernels: attention (varlen) run where the machine can" in capsys.readouterr().out
+    assert main(["demo", "--dry-run"]) == ExitStatus.DONE
+    assert "# kernels" not in capsys.readouterr().out
 
 
 def test_a_sound_recipe_passes_every_check(tmp_path: Path) -> None:

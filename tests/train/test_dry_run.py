@@ -197,7 +197,6 @@ def test_the_command_prints_a_rank_or_one_of_each_stage(capsys: pytest.CaptureFi
         (["--dry-run", "--world", "2", "--ranks", "2"], "--ranks cannot be given"),
         (["--dry-run", "--world", "3", "layout.tensor=2"], "layout"),
         (["--dry-run", "--world", "2", "--rank", "²"], "is not a rank"),
-        (["--dry-run", "--world", "2", "kernels.attention=varlen", "layout.precision=fp32"], "kernels.attention"),
         (["--dry-run", "--world", "2", "layout.engine=deepspeed"], "no dry run"),
         (["--dry-run", "--world", "2", "layout.offload=all"], "no dry run"),
     ],
