@@ -28,7 +28,13 @@ from minka.train.measure_machine import measure_machine
 SECONDS = 300.0
 STEPS = 18  # of a run: a first reading, which is left out, and five more
 SMALL = "model.layers=4 model.d_model=192 model.heads=4 model.kv_heads=4 model.head_dim=48 model.d_ff=576".split()
-SMALL += ["model.vocab=2048", "model.tied=false", "data.seq_len=128", "data.batch_tokens=2048", "data.max_bytes=2000000"]
+SMALL += [
+    "model.vocab=2048",
+    "model.tied=false",
+    "data.seq_len=128",
+    "data.batch_tokens=2048",
+    "data.max_bytes=2000000",
+]
 QUIET = f"run.max_steps={STEPS} schedule.warmup=1 eval.every_steps=0 eval.max_documents=1 eval.sample_tokens=1".split()
 QUIET += "tracking.log_every=3 tracking.detail_every=0 checkpoint.every_steps=0 checkpoint.export=false".split()
 ONE_RANK = (

@@ -27,7 +27,7 @@ TORCH_FREE = frozenset({"plan", "launch", "report", "slurm"})
 OUTSIDE_THE_WHEEL = frozenset({"benchmarks"})
 KERNELS_MAY = frozenset({"torch", "triton"})
 EXECUTES = frozenset({"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"})
-PRODUCT_LINES, FILE_LINES, FUNCTION_LINES = 24_000, 300, 60  # at most
+PRODUCT_LINES, FILE_LINES, FUNCTION_LINES = 26_000, 300, 60  # at most
 COUNTED = frozenset({".py", ".js", ".css", ".html"})  # suffixes of product files
 # Phrases that read like a translation, each with what to write. Checked in the product and its guides.
 WORDING = {

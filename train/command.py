@@ -35,6 +35,7 @@ RANK = typer.Option(help='with --world: the rank, or "stages" for one of each st
 GPU = typer.Option(help="with --dry-run: print the plan for this GPU (docs/plan.md), on --world or --ranks of them")
 PROFILE = typer.Option(help="FIRST:LAST steps to trace, for example 10:13")
 FROM_SCRATCH = typer.Option("--from-scratch", help="restart at step 0; checkpoints are moved aside")
+MACHINE = typer.Option(metavar="FILE", help="measure this machine's cores, for `minka plan --gpu FILE`")
 REPLAY = typer.Option(help="run this step again, on one process, and compare")
 JSON = typer.Option("--json", help="print one JSON document on stdout")
 HELP = """Train a run: a recipe, a TOML file, or an earlier run, which is resumed.
@@ -136,11 +137,15 @@ def doctor(argv: Sequence[str]) -> int:
     def check(
         source: Annotated[str, typer.Argument(help=RUN_HELP)] = "",
         overrides: Annotated[list[str] | None, OVERRIDES] = None,
+        machine: Annotated[Path | None, MACHINE] = None,
         as_json: Annotated[bool, JSON] = False,
     ) -> int:
         from minka.plan.load_config import load_run
-        from minka.train.doctor import examine
+        from minka.train.doctor import examine, write_machine
 
+        if machine:
+            _check_absent({"a run": source}, "--machine", "the machine is measured, and no run is tried")
+            return write_machine(machine, as_json=as_json)
         return examine(load_run(source, overrides or []).config if source else None, as_json=as_json)
 
     return run_app(app, argv, "minka doctor")
@@ -256,15 +261,8 @@ def _print_run(loaded: "LoadedRun", job: "Job", ranks: int | None, gpu: str) -> 
         changed = {key: {"was": old, "is": new} for key, (old, new) in loaded.changed.items()}
         start = {"begun": begun, "finished": over, "step": found.step, "said": said, "missing_corpus": missing}
         derived["epochs"] = tokens / stored if stored else None
-        print_json(
-            {
-                "run": config.model_dump(mode="json"),
-                "changed": changed,
-                "derived": derived,
-                "start": start,
-                "plan": planned,
-            }
-        )
+        run = config.model_dump(mode="json")
+        print_json({"run": run, "changed": changed, "derived": derived, "start": start, "plan": planned})
         return 0
     print(f"# {loaded.source}\n# {RunFolder.of(config).path} {said}")
     for line in outlook_lines(planned) if planned else []:

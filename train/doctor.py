@@ -22,7 +22,9 @@ from minka.kernels.choose import Machine, choose
 from minka.parallel.choose_kernels import work_of
 from minka.parallel.local_device import local_device
 from minka.parallel.mesh import DTYPES, Mesh, start_mesh
+from minka.plan.atomic import write_text, writing
 from minka.plan.cli import print_json, print_table, progress
+from minka.plan.cluster import cluster_toml
 from minka.plan.config import RunConfig
 from minka.plan.config_sections import KernelsSection, ModelSection, OptimizerSection
 from minka.plan.errors import ExitStatus, UserError
@@ -32,6 +34,7 @@ from minka.plan.hardware import find_gpu
 from minka.plan.layout import Layout
 from minka.train.build_engine import build_engine
 from minka.train.layer_stats import layer_of, layers_of
+from minka.train.measure_machine import measure_machine
 from minka.train.provenance import processor, versions
 
 PACKAGES = (
@@ -67,6 +70,19 @@ def examine(config: RunConfig | None, *, as_json: bool) -> int:
             rows = [("ok" if check.passed else "FAILED", check.name, check.found) for check in checks]
             print_table(rows, ("", "check", "found"))
     return int(ExitStatus.DONE if passed else ExitStatus.FAILED)
+
+
+def write_machine(path: Path, *, as_json: bool) -> int:
+    """Measure this machine's cores and write what a plan needs of them. Raises UserError."""
+    cluster = measure_machine()
+    with writing(path, "choose a different file (--machine)"):
+        write_text(path, cluster_toml(cluster))
+    found = {key: value for key, value in vars(cluster).items() if key != "rates"} | {"file": str(path)}
+    if as_json:
+        print_json(found)
+    else:
+        print_table([[key, f"{value:.4g}" if isinstance(value, float) else str(value)] for key, value in found.items()])
+    return int(ExitStatus.DONE)
 
 
 def this_machine(config: RunConfig | None) -> dict[str, str]:
