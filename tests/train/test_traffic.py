@@ -83,8 +83,6 @@ def derived(config: RunConfig, predicted: DryRun) -> Counter[tuple[str, str, str
         sent["tensor", "all_gather", compute] = a * w * hidden * (layers * (6 if again else 4) + first + last)
         scattered = 5 if layout.recompute == "block" else 4
         sent["tensor", "reduce_scatter", compute] = a * w * hidden * (layers * scattered + first + last)
-            a * w * hidden * (layers * (5 if layout.recompute == "block" else 4) + first + last)
-        )
         loss = 3 * 4 * layout.micro_batch * tokens // c if last else 0
         sent["tensor", "all_reduce", "float32"] = sums * 4 * norms + a * loss
     if c > 1:
