@@ -1,7 +1,8 @@
 """Step times of several gloo ranks on this machine, predicted from runs of one rank, and measured.
 
     python -m minka.benchmarks.cpu_twin             the cluster, one rank, then 2, 4 and 8 ranks in turn
-    python -m minka.benchmarks.cpu_twin --layouts   ten small cases: is the predicted winner among the best two?
+    python -m minka.benchmarks.cpu_twin --layouts --machine FILE
+                                                    ten small cases: is the predicted winner among the best two?
 
 Both are ratios to one rank in the same minutes: a shared cluster changes its speed.
 """
@@ -17,10 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from minka.plan.calibrate import Measured, calibrate, errors
+from minka.plan.calibrate import calibrate, errors
 from minka.plan.calibrate_runs import measured, read_run
 from minka.plan.cli import print_table
-from minka.plan.cluster import Cluster, read_cluster
+from minka.plan.cluster import Cluster, cluster_toml, read_cluster
 from minka.plan.errors import UserError
 from minka.plan.step_time import step_time
 from minka.train.measure_machine import measure_machine
@@ -55,6 +56,31 @@ LAYOUTS = (
 )
 
 
+SHORT = ["run.max_steps=12"]
+SMALLER = ["model.d_model=128", "model.d_ff=384", "model.head_dim=32"]
+CASES = (
+    *((ranks, case) for ranks in (2, 4) for case in ([], ["model.layers=8"], ["model.d_ff=1152"], SMALLER)),
+    (2, ["data.seq_len=256"]),
+    (4, ["data.seq_len=256"]),
+)
+WAYS = {
+    2: (
+        ["layout.shard=2", "layout.micro_batch=4"],
+        ["layout.tensor=2", "layout.micro_batch=8"],
+        ["layout.pipeline=2", "layout.micro_batch=2"],
+        ["layout.context=2", "layout.micro_batch=8"],
+        ["layout.shard=2", "layout.micro_batch=1", "layout.recompute=block"],
+    ),
+    4: (
+        ["layout.shard=4", "layout.micro_batch=2"],
+        ["layout.shard=2", "layout.tensor=2", "layout.micro_batch=4"],
+        ["layout.pipeline=2", "layout.shard=2", "layout.micro_batch=1"],
+        ["layout.tensor=4", "layout.micro_batch=8"],
+        ["layout.shard=2", "layout.context=2", "layout.micro_batch=1"],
+    ),
+}
+
+
 class Twin(NamedTuple):
     """A run that was measured, and what was predicted for it."""
 
@@ -67,6 +93,24 @@ class Twin(NamedTuple):
     def error(self) -> float:
         """How much longer than measured it was predicted, as a share."""
         return self.predicted / self.measured - 1
+
+    def shown(self) -> list[str]:
+        """Return the times and the error as text."""
+        return [f"{self.measured:.3f} s", f"{self.predicted:.3f} s", f"{self.error:+.1%}"]
+
+
+class Sweep(NamedTuple):
+    """Where the predicted winner of a case came in."""
+
+    ranks: int
+    case: str
+    winner: list[str]
+    place: int  # 1: the fastest
+    regret: float  # how much slower than the fastest, as a share
+
+    def shown(self) -> list[str]:
+        """Return it as text."""
+        return [f"{self.ranks}", self.case, " ".join(self.winner), f"{self.place}", f"{self.regret:+.1%}"]
 
 
 def run(folder: Path, name: str, ranks: int, settings: Sequence[str]) -> str:
@@ -81,43 +125,72 @@ def run(folder: Path, name: str, ranks: int, settings: Sequence[str]) -> str:
     return str(folder / name)
 
 
-def twins(folder: Path, cluster: Cluster, layouts: Sequence[tuple[int, list[str]]]) -> list[Twin]:
-    """Calibrate on one rank, then measure each layout next to one rank and scale by that."""
+def one_rank(folder: Path, cluster: Cluster) -> Cluster:
+    """Return the cluster with rates that runs of one rank have."""
     alone = [read_run(run(folder, f"one-{number}", 1, words)) for number, words in enumerate(ONE_RANK)]
     steps = [measured(one, cluster) for one in alone]
     fitted = calibrate(cluster, steps, "one rank")
     say(f"one rank: {', '.join(f'{error:+.1%}' for error in errors(fitted, steps))} with {fitted.rates}")
+    return fitted
+
+
+def twins(folder: Path, cluster: Cluster, layouts: Sequence[tuple[int, list[str]]]) -> list[Twin]:
+    """Measure each layout next to one rank, and scale by how far that is from what it is predicted."""
     found = []
     for number, (ranks, words) in enumerate(layouts):
         there = read_run(run(folder, f"many-{number}", ranks, words))
-        again = read_run(run(folder, f"again-{number}", 1, ONE_RANK[0]))
-        drift = again.seconds / alone[0].seconds
-        step: Measured = measured(there, fitted)
-        found.append(Twin(ranks, " ".join(words), there.seconds / drift, step_time(step.job, fitted).seconds))
-        one = found[-1]
-        say(f"{ranks} ranks, {one.settings}: {one.measured:.3f} s, {one.error:+.1%}")
+        alone = read_run(run(folder, f"alone-{number}", 1, ONE_RANK[0]))
+        drift = 1 + errors(cluster, [measured(alone, cluster)])[0]
+        predicted = step_time(measured(there, cluster).job, cluster).seconds
+        found.append(Twin(ranks, " ".join(words), there.seconds * drift, predicted))
+        say(f"{ranks} ranks, {found[-1].settings}: {', '.join(found[-1].shown())}")
+    return found
+
+
+def sweep(folder: Path, cluster: Cluster) -> list[Sweep]:
+    """Measure every way of every case, and say where the predicted winner comes in."""
+    found = []
+    for number, (ranks, case) in enumerate(CASES):
+        times, predicted = [], []
+        for way, words in enumerate(WAYS[ranks]):
+            settings = [*SHORT, *case, *words]
+            there = read_run(run(folder, f"case-{number}-{way}", ranks, settings))
+            times.append(there.seconds)
+            predicted.append(step_time(measured(there, cluster).job, cluster).seconds)
+        winner = predicted.index(min(predicted))
+        place = sorted(times).index(times[winner]) + 1
+        found.append(Sweep(ranks, " ".join(case), WAYS[ranks][winner], place, times[winner] / min(times) - 1))
+        say(f"{found[-1]}: {[round(one, 3) for one in times]}, {[round(one, 3) for one in predicted]}")
     return found
 
 
 def main() -> int:
-    """Print the table. Return 1 where a prediction is more than 15 % off."""
+    """Print the table. Return 1 where a time is more than 15 % off, or a predicted winner is not among the best two."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--machine", type=Path, help="what `minka doctor --machine` wrote; default: measured now")
+    parser.add_argument(
+        "--machine", type=Path, help="what --save or `minka doctor --machine` wrote; default: measured now"
+    )
+    parser.add_argument("--save", type=Path, help="write the machine with its fitted rates")
+    parser.add_argument("--layouts", action="store_true", help="measure ten small cases under five layouts each")
     options = parser.parse_args()
     cluster = read_cluster(options.machine) if options.machine else measure_machine()
     say(f"{cluster}")
     with tempfile.TemporaryDirectory(prefix="minka-twin-") as folder:
-        found = twins(Path(folder), cluster, LAYOUTS)
-    rows = [
-        [
-            f"{one.ranks}",
-            one.settings,
-            f"{one.measured:.3f}",
-            f"{one.predicted:.3f}",
-            f"{one.error:+.1%}",
-        ]
-        for one in found
-    ]
+        if options.layouts:
+            sweeps = sweep(Path(folder), cluster)
+            print_table(
+                [
+                    [f"{one.ranks}", one.case, " ".join(one.winner), f"{one.place}", f"{one.regret:+.1%}"]
+                    for one in sweeps
+                ],
+                ["ranks", "case", "predicted winner", "its place", "slower than the fastest"],
+            )
+            return int(max(one.place for one in sweeps) > 2)
+        fitted = one_rank(Path(folder), cluster)
+        if options.save:
+            options.save.write_text(cluster_toml(fitted), encoding="utf-8")
+        found = twins(Path(folder), fitted, LAYOUTS)
+    rows = [[f"{one.ranks}", one.settings, *one.shown()] for one in found]
     print_table(rows, ["ranks", "layout", "measured", "predicted", "error"])
     off = [abs(one.error) for one in found]
     print(f"mean error {statistics.mean(off):.1%}, largest {max(off):.1%}")

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from minka.plan.errors import UserError
+from minka.plan.explained_run import ROWS
 from minka.plan.flops import FORMULAS, SYMBOLS, Convention
 from minka.plan.layout import Layout
 
@@ -216,20 +217,23 @@ MEMORY: dict[str, Explanation] = {
         "plan/memory_plan.py, MARGIN: room for CUDA's context, NCCL and holes between allocations, 2 to 6 GB",
     ),
 }
-EXPLAINED: dict[str, Explanation] = {**MODEL, **MEMORY}
-OPEN = ("defaults",)  # tables whose keys are those of a file
+EXPLAINED: dict[str, Explanation] = {
+    **MODEL,
+    **MEMORY,
+    **{key: Explanation(*row) for key, row in ROWS.items()},
+}
+OPEN = ("defaults", "pruned", "neighbours.change")  # tables whose keys differ from plan to plan
 
 
 def explain(key: str) -> Explanation:
-    """The explanation of a key; its last parts are enough where one key alone has them.
+    """The explanation of a key; its last parts are enough, and mean the first key that ends with them.
 
     Raises UserError, with the nearest keys, for one that no plan has.
     """
-    parent = key.partition(".")[0]
-    if key in EXPLAINED or parent in OPEN:
-        return EXPLAINED.get(key) or EXPLAINED[parent]
+    parents = [name for name in OPEN if key.startswith(f"{name}.")]
     ending = [name for name in EXPLAINED if name.endswith(f".{key}")]
-    if len(ending) == 1:
-        return EXPLAINED[ending[0]]
-    near = ending or difflib.get_close_matches(key, EXPLAINED, n=3) or list(EXPLAINED)
+    for name in (key, *parents, *ending):
+        if name in EXPLAINED:
+            return EXPLAINED[name]
+    near = difflib.get_close_matches(key, EXPLAINED, n=3) or list(EXPLAINED)
     raise UserError(f"no plan has a number {key!r}", where="minka plan explain", remedy=f"known: {', '.join(near)}")

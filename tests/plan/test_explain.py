@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from measured_runs import written_run
 from minka.__main__ import main
 from minka.plan.explain import EXPLAINED, MODEL, OPEN, explain
 from minka.plan.flops import FORMULAS
@@ -44,6 +45,10 @@ def documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[An
     yield planned(capsys, "model", "--recipe", "demo")
     yield planned(capsys, "memory", "llama3-8b", "--world", "8", "--gpu", "H100-SXM")
     yield planned(capsys, "memory", "llama3-8b", "layout.pipeline=2", "--world", "8")
+    yield planned(capsys, "time", "llama3-8b", "--world", "8", "--gpu", "H100-SXM", "--dollars", "2")
+    yield planned(capsys, "layout", "dense-1b", "--world", "2", "--gpu", "H100-SXM")
+    run = written_run(tmp_path, "one", 1.0, "NVIDIA H200")
+    yield planned(capsys, "calibrate", run, "-o", str(tmp_path / "rates.toml"))
 
 
 def test_every_key_of_every_plan_is_explained_and_every_explained_key_is_in_a_plan(

@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 
+from measured_runs import written_run
 from minka.plan.command import main
-from minka.plan.ledger import Ledger
-from minka.plan.load_config import load_run
-from minka.plan.run_folder import RunFolder
 
 
 def asked(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> tuple[str, str]:
@@ -71,22 +69,6 @@ def test_bad_input_is_one_paragraph(words: list[str], said: str, capsys: pytest.
     assert said in err
     assert "Traceback" not in err
     assert not out
-
-
-def written_run(folder: Path, name: str, seconds: float, device: str, *overrides: str, readings: int = 6) -> str:
-    """A run's folder as training leaves it, whose steps took `seconds` each."""
-    config = load_run("llama3-8b", [f"run.name={name}", f"run.folder={folder}", *overrides]).config
-    run = RunFolder.of(config)
-    run.create(config, {})
-    ledger = Ledger(run.ledger_file)
-    start = {"ranks": 8, "device": device, "config": config.model_dump(mode="json")}
-    ledger.append("start", step=0, tokens=0, **start)
-    batch = config.data.batch_tokens
-    for number in range(1, readings + 1):
-        speed = batch / (seconds * (3 if number == 1 else 1 + 0.001 * number))
-        ledger.append("step", step=number, tokens=number * batch, tokens_per_second=speed)
-    ledger.close()
-    return str(run.path)
 
 
 def test_measured_runs_calibrate_the_next_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,23 @@
+"""Folders of runs whose ledgers say how long their steps took."""
+
+from pathlib import Path
+
+from minka.plan.ledger import Ledger
+from minka.plan.load_config import load_run
+from minka.plan.run_folder import RunFolder
+
+
+def written_run(folder: Path, name: str, seconds: float, device: str, *overrides: str, readings: int = 6) -> str:
+    """A run's folder as training leaves it, whose steps took `seconds` each."""
+    config = load_run("llama3-8b", [f"run.name={name}", f"run.folder={folder}", *overrides]).config
+    run = RunFolder.of(config)
+    run.create(config, {})
+    ledger = Ledger(run.ledger_file)
+    start = {"ranks": 8, "device": device, "config": config.model_dump(mode="json")}
+    ledger.append("start", step=0, tokens=0, **start)
+    batch = config.data.batch_tokens
+    for number in range(1, readings + 1):
+        speed = batch / (seconds * (3 if number == 1 else 1 + 0.001 * number))
+        ledger.append("step", step=number, tokens=number * batch, tokens_per_second=speed)
+    ledger.close()
+    return str(run.path)
