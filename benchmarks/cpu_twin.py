@@ -178,13 +178,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="minka-twin-") as folder:
         if options.layouts:
             sweeps = sweep(Path(folder), cluster)
-            print_table(
-                [
-                    [f"{one.ranks}", one.case, " ".join(one.winner), f"{one.place}", f"{one.regret:+.1%}"]
-                    for one in sweeps
-                ],
-                ["ranks", "case", "predicted winner", "its place", "slower than the fastest"],
-            )
+            print_table([one.shown() for one in sweeps], ["ranks", "case", "predicted winner", "place", "slower"])
             return int(max(one.place for one in sweeps) > 2)
         fitted = one_rank(Path(folder), cluster)
         if options.save:
