@@ -60,7 +60,7 @@ class SelectivePolicy:
     rank's tokens. Nothing is scattered again then.
 
     torch.compile asks for each operation after it has traced all of them, when no mark says where an operation is: it
-    keeps every product that backward needs, and leaves out the rest by itself.
+    keeps every product that backward needs, and drops the rest by itself.
     """
 
     def __init__(self, *, scattered: bool = False) -> None:

@@ -33,11 +33,8 @@ def test_it_says_what_a_run_stores_and_computes_in(tmp_path: Path) -> None:
 
 
 def test_it_warns_of_what_runs_otherwise_than_asked_for_in_the_words_of_a_run(tmp_path: Path) -> None:
-    asked: dict[str, dict[str, object]] = {
-        "optimizer": {"learning_rate": 1e-3, "weights": "bf16"},
-        "kernels": {"attention": "varlen"},
-    }
-    config = tiny(tmp_path, **asked)
+    optimizer = {"learning_rate": 1e-3, "weights": "bf16"}
+    config = tiny(tmp_path, optimizer=optimizer, kernels={"attention": "varlen"})
     with start_mesh(config.layout) as mesh:
         said = kernels_of(config, mesh).fallbacks
     assert this_machine(config)["warnings"] == ". ".join(said)
