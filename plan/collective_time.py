@@ -41,8 +41,8 @@ def passes_seconds(cluster: Cluster, group: Group, payload: float, calls: float,
         seconds = payload * (group.ranks - 1) / group.ranks / _link(cluster)
     if domains > 1:
         seconds = max(seconds, payload * (1 - 1 / domains) / (inside * _network(cluster)))
-    hops = log2(inside) + 2 * log2(domains)  # between hosts they take longer
-    return passes * (seconds + calls * cluster.rates.message_seconds * max(1.0, hops))
+    hops = 1 + 2 * log2(domains)  # within a domain starting it is most of its latency; between them there are trips
+    return passes * (seconds + calls * cluster.rates.message_seconds * hops)
 
 
 def message_seconds(cluster: Cluster, group: Group, payload: float) -> float:
