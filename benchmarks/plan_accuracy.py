@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 
+from minka.benchmarks.memory_layouts import drawn
 from minka.benchmarks.published_steps import Published, h100, megatron_steps, mpt_steps, rows_of
 from minka.plan.calibrate import calibrate, errors
 from minka.plan.cluster import find_cluster
@@ -19,10 +20,13 @@ from minka.plan.errors import UserError
 from minka.plan.layout_search import search
 from minka.plan.load_config import load_run
 from minka.plan.memory import peak_or_more, predict_memory
+from minka.plan.memory_kinds import MEMORY_KINDS
 from minka.plan.time_plan import cluster_for, time_plan
+from minka.train.dry_run import dry_run
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/numbers.md"
 BEGIN, END = "<!-- plan accuracy: made by benchmarks/plan_accuracy.py -->", "<!-- end of plan accuracy -->"
+MEMORY_BEGIN, MEMORY_END = "<!-- memory: made with --memory -->", "<!-- end of memory -->"
 GIB = 2**30
 
 
@@ -131,6 +135,27 @@ def layout_rows() -> Iterator[str]:
     yield f"{best.layout.describe()}, {how}."
 
 
+def memory_rows(count: int) -> Iterator[str]:
+    """Yield how far predicted memory is from dry runs of as many layouts without a pipeline, and with one."""
+    yield "Memory, layouts drawn at random of dense-125m, dense-1b and llama3-8b with few layers, against dry runs:"
+    yield ""
+    yield "| layouts | ranks | mean error | from | to | most in one kind, of the peak |"
+    yield "|---|---|---|---|---|---|"
+    for pipeline, name in ((False, "without a pipeline"), (True, "in a pipeline")):
+        off, kinds = [], [0.0]
+        for seed in range(count):
+            recipe, overrides, world = drawn(seed, pipeline=pipeline)
+            config = load_run(recipe, overrides).config
+            found = predict_memory(config, world)
+            for one in (found[at] for at in sorted({0, len(found) // 2, len(found) - 1})):
+                traced = dry_run(config, world, one.rank).memory
+                off.append(one.total / traced.total - 1)
+                kinds += [abs(one.by_kind[kind] - traced.by_kind[kind]) / traced.total for kind in MEMORY_KINDS]
+            print(f"{name}: {seed + 1} of {count}, {off[-1]:+.2%}", file=sys.stderr, flush=True)
+        shown = f"{mean(off):.2%} | {min(off):+.2%} | {max(off):+.2%} | {max(kinds):.1%}"
+        yield f"| {count} {name} | {len(off)} | {shown} |"
+
+
 TABLES = (mpt_rows, megatron_rows, torchtitan_rows, korthikanti_rows, layout_rows)
 
 
@@ -143,17 +168,19 @@ def main() -> int:
     """Print the tables; with --write, put them into the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help=f"put them into {PAGE.name}")
+    parser.add_argument("--memory", type=int, default=0, metavar="N", help="trace so many layouts of each kind")
     options = parser.parse_args()
+    begin, end = (MEMORY_BEGIN, MEMORY_END) if options.memory else (BEGIN, END)
     try:
-        text = section()
+        text = "\n".join(memory_rows(options.memory)) if options.memory else section()
     except UserError as error:
         print(f"plan_accuracy: {error}", file=sys.stderr)
         return 2
     print(text)
     if options.write:
         page = PAGE.read_text(encoding="utf-8")
-        before, rest = page.split(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        before, rest = page.split(begin)
+        PAGE.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}", encoding="utf-8")
     return 0
 
 

@@ -12,8 +12,10 @@ from minka.plan.cluster import Cluster
 from minka.plan.collective_time import Group, passes_seconds
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
-from minka.plan.layout import Layout, divisors
+from minka.plan.execution_choices import compute_dtype_name
+from minka.plan.layout import V_SHAPED, Layout, divisors
 from minka.plan.layout_rules import Asked, check_layout
+from minka.plan.pipeline_stages import stages_of
 from minka.plan.run_job import job_of
 from minka.plan.step_time import part_seconds
 from minka.plan.step_work import block_weights
@@ -67,6 +69,11 @@ class Candidates:
         self._bounds = cache(self._part_bounds)
         self._verdict = cache(self._refusal)
         self._transfers = cache(self._group_transfers)
+        self._coordinates = cache(self._coordinate_layers)
+        stored, precision = config.optimizer, compute_dtype_name(config.layout, "cuda")
+        bf16 = precision != "fp64"
+        weights, moments = (2 if bf16 and one == "bf16" else 4 for one in (stored.weights, stored.moments))
+        self.state_bytes = weights + 2 * moments  # of a weight
 
     def __iter__(self) -> Iterator[Candidate]:
         model, world, data = self.config.model, self.world, self.config.data
@@ -105,25 +112,38 @@ class Candidates:
         m = -(-self.sequences // (ways * way.micro_batch))
         block, kept, weights = self._bounds(cut.tensor, cut.context, way.micro_batch, way.recompute)
         layers = self.config.model.layers / cut.pipeline
-        held = layers * weights
-        state = held / (cut.shard * cut.context) * 12
-        if m > 1 and way.reduce == "step" and cut.shard * cut.context > 1:  # gradients are added up whole, in fp32
-            state += held * 4
-        # A first stage keeps as many micro-batches as there are ranks after it, or all.
-        kept *= layers * (m if way.schedule == "gpipe" else min(m, cut.pipeline))
-        freed = cut.shard * cut.context > 1 and not way.schedule.startswith(("zbv", "dual"))
+        held, fsdp = layers * weights, cut.shard * cut.context
+        state = self.state_bytes / fsdp  # of a weight of a rank's blocks
+        if m > 1 and way.reduce == "step" and fsdp > 1:  # gradients are added up whole, in fp32
+            state += 4
+        coordinates = self._coordinates(cut.pipeline, way.schedule, way.stages_per_rank, m)
+        freed = fsdp > 1 and way.schedule not in V_SHAPED
         for reshard in ("never", "always") if freed else ("never",):
-            whole = held * 2 if reshard == "never" and cut.shard * cut.context > 1 else 0
-            if state + kept + whole > self.room:
+            each = weights * (state + (2 if reshard == "never" and fsdp > 1 else 0))
+            if any(blocks * each + passed * kept > self.room for blocks, passed in coordinates):
                 self.pruned["memory"] += 1
                 continue
             rounds = float(m)
-            if cut.pipeline > 1 and way.schedule not in ("zbv", "dualpipev"):
+            if cut.pipeline > 1 and way.schedule not in V_SHAPED:
                 rounds += (cut.pipeline - 1) / (way.stages_per_rank or 1)
             seconds = layers * (block[0] + block[1]) * rounds
             times = (m if reshard == "always" else 1), (m if way.reduce == "micro_batch" else 1)
             seconds += self._waits(cut, held, times, (layers * block[0], layers * block[1]))
             yield Candidate(seconds, cut, way._replace(reshard=reshard))
+
+    def _coordinate_layers(self, pipeline: int, schedule: str, stages: int, m: int) -> set[tuple[int, int]]:
+        """The blocks of each pipeline coordinate, and how many times it keeps a block's activations at least.
+
+        A coordinate is ahead by as many micro-batches as there are coordinates from it on, or by all.
+        """
+        way = {"pipeline": pipeline, "schedule": schedule, "stages_per_rank": stages, "stages": ""}
+        layout = self.config.layout.model_copy(update=way)
+        layers, found = [len(stage) for stage in stages_of(layout, self.config.model)], set()
+        for rank in range(pipeline):
+            here = [layers[stage] for stage in layout.stages_of_rank(rank)]
+            ahead = m if schedule == "gpipe" else min(m, pipeline - rank)
+            found.add((sum(here), len(here) * min(here) * ahead))
+        return found
 
     def _waits(self, cut: Cut, held: float, times: tuple[int, int], behind: tuple[float, float]) -> float:
         """Seconds that a step waits for FSDP at least: gathered so often for forward and backward, reduced so often."""

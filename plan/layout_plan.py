@@ -135,7 +135,7 @@ def layout_lines(found: Mapping[str, Any]) -> list[list[str]]:
     """Return rows of a table for people."""
     rows = [["layout", "step", "memory", "MFU", "settings"]]
     for number, one in enumerate(found["layouts"], 1):
-        words = " ".join(word.removeprefix("layout.") for word in one["overrides"])
+        words = shown(one["layout"])
         size = f"{one['peak_bytes'] / 2**30:.1f} GiB"
         rows.append([f"{number}", f"{one['step_seconds']:.3g} s", size, f"{one['mfu']:.1%}", words])
     first = found["layouts"][0]["step_seconds"]
@@ -149,6 +149,12 @@ def layout_lines(found: Mapping[str, Any]) -> list[list[str]]:
         change = f"{row['step_seconds'] / first - 1:+.1%}"
         rows.append([f"  {name}", change, f"{row['peak_bytes'] / 2**30:.1f} GiB", "", fits])
     return rows
+
+
+def shown(layout: Mapping[str, Any]) -> str:
+    """Return all of a layout that is not the default, in the words of its section."""
+    default = Layout()
+    return " ".join(f"{key}={layout[key]}" for key in (*AXES, *KEYS) if layout[key] != getattr(default, key))
 
 
 def layout_notes(found: Mapping[str, Any]) -> list[str]:
