@@ -23,19 +23,22 @@ def busy_seconds(layout: Layout, stages: list[StageSeconds]) -> list[float]:
     return [sum(stages[stage].total for stage in layout.stages_of_rank(rank)) for rank in range(layout.pipeline)]
 
 
-def bubble_seconds(layout: Layout, stages: list[StageSeconds]) -> float:
-    """Return how long the busiest rank waits in a step: while the pipeline fills and while it drains.
+def bubble_seconds(layout: Layout, stages: list[StageSeconds], count: int) -> float:
+    """Return how long the busiest rank waits in a step of `count` micro-batches: while a pipeline fills and drains.
 
     GPipe and 1F1B: one pass through the stages of all other ranks (arXiv:2104.04473, section 2.2). Interleaved: through
     one stage of each (the same). ZBV: arXiv:2401.10241, section 6; DualPipeV: the DualPipe repository; both as torch's
-    own order of the passes comes out (tests/plan/test_bubble.py), which has no overlap of forward and backward.
+    own order of the passes comes out (tests/plan/test_bubble.py), which has no overlap of forward and backward. With
+    fewer micro-batches than ranks each round through all stages takes as long as one micro-batch does.
     """
     if layout.pipeline == 1:
         return 0.0
     busy = busy_seconds(layout, stages)
+    p, rounds = layout.pipeline, len(stages) // layout.pipeline
     if not layout.splits_backward:
-        return (sum(busy) - max(busy)) / (len(stages) // layout.pipeline)
-    count = len(stages)
-    f, i, w = (sum(stage[part] for stage in stages) / count for part in range(3))
+        filling = (sum(busy) - max(busy)) / rounds
+        return filling + (rounds - 1) * max(0.0, sum(busy) - count * max(busy)) / rounds
+    f, i, w = (sum(stage[part] for stage in stages) / len(stages) for part in range(3))
     each = max(f, i, f + 2 * i - 3 * w) if layout.schedule == "zbv" else f + 2 * i - w
-    return (layout.pipeline - 1) * each
+    alone = 2 * p * (f + i) + 2 * w + (count - 1) * (f + i + 2 * w) - count * max(busy)
+    return max((p - 1) * each, alone)

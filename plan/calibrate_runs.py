@@ -35,12 +35,15 @@ def read_run(given: str) -> RunStep:
     folder = find_run(given)
     start: dict[str, Any] = {}
     speeds: list[float] = []
+    whole = 0  # tokens after which each reading is of whole batches
     for event in read_ledger(folder.ledger_file):
         if event["event"] == "start":
-            start, speeds = event, []
+            start, speeds, whole = event, [], _warmed_up(event)
         elif event["event"] == "step" and start:
             speed = number(event.get("tokens_per_second"))
-            if speed > 0 and (not speeds or speed != speeds[-1]):  # all steps of a reading have the same
+            if (
+                speed > 0 and event["tokens"] > whole and (not speeds or speed != speeds[-1])
+            ):  # all steps of a reading have the same
                 speeds.append(speed)
     remedy = "train it for some more steps, or leave it out"
     if len(speeds) <= LEAST_WINDOWS:
@@ -49,6 +52,14 @@ def read_run(given: str) -> RunStep:
     config = validate(dict(start.get("config", {})), f"{folder.ledger_file}, its last start").after_warmup()
     seconds = config.data.batch_tokens / statistics.median(speeds[1:])
     return RunStep(config.run.name, str(start.get("device", "")), config, int(start.get("ranks", 1)), seconds)
+
+
+def _warmed_up(start: Mapping[str, Any]) -> int:
+    """Tokens at the end of a batch warm-up, and of the reading that it ends in."""
+    config: dict[str, Any] = start.get("config") or {}
+    data, every = config.get("data", {}), config.get("tracking", {}).get("log_every", 1)
+    ends = [stage["until_tokens"] for stage in data.get("batch_warmup", ())]
+    return max(ends) + every * data["batch_tokens"] if ends else 0
 
 
 def measured(run: RunStep, cluster: Cluster) -> Measured:

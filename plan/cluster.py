@@ -27,10 +27,14 @@ class Cluster:
     network_gb: float = 0.0  # to other domains, 1e9 bytes/s each way; 0 = there are none, or it is not known
     domain: int = 8  # devices that the faster link connects
     host_gpus: int = 8  # devices of a host
+    tensor_domain: int = 0  # devices that a tensor group stays within; 0: those of `domain`
     cores: int = 0  # of a host whose ranks share them, each rank using one; 0: a rank has its own device
     together: float = 1.0  # how much slower a rank computes when all cores do
     source: str = ""
     rates: Rates = TABULATED
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensor_domain", self.tensor_domain or self.domain)
 
     @property
     def peak_flops(self) -> float:
@@ -69,7 +73,9 @@ def cluster_of(gpu: Gpu) -> Cluster:
     # Without NVLink the GPUs of a host still reach each other over PCIe.
     domain = gpu.nvlink_domain if gpu.nvlink_domain == NVL72 else gpu.host_gpus
     rates = (gpu.bf16_tflops, float(gpu.memory_gb), gpu.bandwidth_tb, gpu.link_gb, gpu.network_gb)
-    return Cluster(gpu.name, *rates, domain=domain, host_gpus=gpu.host_gpus, source=gpu.source)
+    tensor = 1 if gpu.nvlink_domain == 1 else domain  # plan/topology.py refuses wider groups without NVLink
+    hosts = (domain, gpu.host_gpus, tensor)
+    return Cluster(gpu.name, *rates, *hosts, source=gpu.source)
 
 
 def read_cluster(path: Path) -> Cluster:
@@ -115,7 +121,7 @@ def _check(key: str, value: object, where: str) -> None:
         if not isinstance(value, str):
             raise UserError(f"{key}={value!r} is not a text", where=where, remedy=f'write {key} = "..."')
         return
-    whole = key in ("domain", "host_gpus", "cores")
+    whole = key in ("domain", "host_gpus", "cores", "tensor_domain")
     least = 0 if key in ("network_gb", "cores") else 1 if whole else 0
     kind = int if whole else int | float
     fine = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and value >= least

@@ -54,6 +54,7 @@ TIME: dict[str, Row] = {
     ),
     "gpu_hours": ("hours", "days x 24 x world", "days, world", TIMED),
     "dollars": ("dollars or null", "gpu_hours x --dollars", "gpu_hours, --dollars", "the price that was given"),
+    "not_counted": ("list", "what days leave out", "the run", "plan/time_plan.py"),
     "calibrated": (
         "text",
         "the runs that the rates are fitted to, or that they are tabulated",
@@ -85,6 +86,12 @@ LAYOUTS: dict[str, Row] = {
     **{f"layouts.breakdown_seconds.{kind}": ("seconds", text, STEP, TIMED) for kind, text in SHARES.items()},
     "layouts.peak_bytes": ("bytes", f"the largest ranks.peak_bytes {BEST}", STEP, "plan/memory.py"),
     "layouts.mfu": ("share", f"mfu.causal {BEST}", "layouts.step_seconds", "docs/numbers.md, MFU"),
+    "layouts.warmup_refused": (
+        "text",
+        "why it is not legal during the batch warm-up; empty where it is",
+        "the run",
+        "rules",
+    ),
     "searched": ("number", "legal layouts", STEP, "plan/layout_candidates.py"),
     "pruned": ("table", "layouts that are not legal or do not fit, by reason", STEP, "plan/layout_candidates.py"),
     "why": (

@@ -1,6 +1,6 @@
 """Layout: how one run is cut over ranks. layout_rules.py says which layouts cannot be run."""
 
-from math import gcd
+from math import gcd, isqrt
 from typing import Literal
 
 from pydantic import BaseModel, Field
@@ -112,7 +112,8 @@ def micro_batches_fit(layout: Layout, count: int) -> bool:
 def divisors(*numbers: int) -> list[int]:
     """Return the common divisors of `numbers`, in rising order."""
     common = gcd(*numbers)
-    return [n for n in range(1, common + 1) if common % n == 0]
+    small = [n for n in range(1, isqrt(common) + 1) if common % n == 0]
+    return sorted({*small, *(common // n for n in small)})
 
 
 def counted(number: int, what: str) -> str:

@@ -15,6 +15,7 @@ from minka.plan.errors import UserError
 from minka.plan.execution_choices import compute_dtype_name
 from minka.plan.layout import V_SHAPED, Layout, divisors
 from minka.plan.layout_rules import Asked, check_layout
+from minka.plan.pipeline_passes import ACTIVE_STAGES
 from minka.plan.pipeline_stages import stages_of
 from minka.plan.run_job import job_of
 from minka.plan.step_time import part_seconds
@@ -66,6 +67,7 @@ class Candidates:
         self.config, self.world, self.cluster, self.room = config, world, cluster, room
         self.sequences = config.data.batch_tokens // config.data.seq_len
         self.searched, self.pruned = 0, Counter[str]()
+        self.padded = False  # whether most of a step may be padding
         self._bounds = cache(self._part_bounds)
         self._verdict = cache(self._refusal)
         self._transfers = cache(self._group_transfers)
@@ -76,22 +78,34 @@ class Candidates:
         self.state_bytes = weights + 2 * moments  # of a weight
 
     def __iter__(self) -> Iterator[Candidate]:
+        yield from self._all()
+        if not self.searched:
+            self.padded = True
+            yield from self._all()
+
+    def _all(self) -> Iterator[Candidate]:
         model, world, data = self.config.model, self.world, self.config.data
         tensors = divisors(model.heads, model.kv_heads, model.d_ff, model.vocab, world)
-        for tensor in [t for t in tensors if t <= self.cluster.domain]:
+        for tensor in [t for t in tensors if self.cluster.tensor_domain % t == 0]:
             for context in divisors(world // tensor):
                 if context > 1 and (data.seq_len % (2 * context) or data.seq_len // context < LEAST_TOKENS):
                     continue
                 for pipeline in divisors(world // tensor // context):
                     ways = world // tensor // context // pipeline
-                    if pipeline <= model.layers and ways <= self.sequences:
+                    if pipeline <= model.layers and self._worth_it(ways, 1):
                         for replicate in divisors(ways):
                             yield from self._of_cut(Cut(pipeline, replicate, ways // replicate, context, tensor))
+
+    def _worth_it(self, ways: int, micro_batch: int) -> bool:
+        """Whether ranks have no more padding than they must; any step where no other layout is legal."""
+        at_once = ways * micro_batch
+        uneven = self.sequences % ways != 0 and at_once < 2 * self.sequences
+        return at_once <= self.sequences or uneven or (self.padded and micro_batch == 1)
 
     def _of_cut(self, cut: Cut) -> Iterator[Candidate]:
         micro_batch, layers = 1, self.config.model.layers
         ways = cut.replicate * cut.shard
-        while micro_batch <= MOST_SEQUENCES and micro_batch * ways <= self.sequences:
+        while micro_batch <= MOST_SEQUENCES and self._worth_it(ways, micro_batch):
             for schedule, stages in _schedules(cut.pipeline, layers):
                 for reduce in ("step", "micro_batch"):
                     refused = self._verdict(
@@ -107,20 +121,24 @@ class Candidates:
 
     def _bounded(self, cut: Cut, way: Way) -> Iterator[Candidate]:
         """The candidates that may fit, with what their step takes at least."""
-        self.searched += 1
         ways = cut.replicate * cut.shard
         m = -(-self.sequences // (ways * way.micro_batch))
         block, kept, weights = self._bounds(cut.tensor, cut.context, way.micro_batch, way.recompute)
         layers = self.config.model.layers / cut.pipeline
         held, fsdp = layers * weights, cut.shard * cut.context
         state = self.state_bytes / fsdp  # of a weight of a rank's blocks
-        if m > 1 and way.reduce == "step" and fsdp > 1:  # gradients are added up whole, in fp32
-            state += 4
+        added_up = 4 if m > 1 and way.reduce == "step" and fsdp > 1 else 0  # gradients, whole, in fp32
         coordinates = self._coordinates(cut.pipeline, way.schedule, way.stages_per_rank, m)
         freed = fsdp > 1 and way.schedule not in V_SHAPED
+        active = min(1.0, ACTIVE_STAGES / (way.stages_per_rank or 1))  # of its stages a rank has gathered at once
         for reshard in ("never", "always") if freed else ("never",):
-            each = weights * (state + (2 if reshard == "never" and fsdp > 1 else 0))
-            if any(blocks * each + passed * kept > self.room for blocks, passed in coordinates):
+            self.searched += 1
+            each = weights * (state + (2 * active if reshard == "never" and fsdp > 1 else 0))
+            # Before the first backward pass nothing is added up; in the last one few activations are left.
+            if any(
+                blocks * each + max(passed * kept + blocks * added_up * steady, blocks * added_up) > self.room
+                for blocks, passed, steady in coordinates
+            ):
                 self.pruned["memory"] += 1
                 continue
             rounds = float(m)
@@ -131,8 +149,9 @@ class Candidates:
             seconds += self._waits(cut, held, times, (layers * block[0], layers * block[1]))
             yield Candidate(seconds, cut, way._replace(reshard=reshard))
 
-    def _coordinate_layers(self, pipeline: int, schedule: str, stages: int, m: int) -> set[tuple[int, int]]:
-        """The blocks of each pipeline coordinate, and how many times it keeps a block's activations at least.
+    def _coordinate_layers(self, pipeline: int, schedule: str, stages: int, m: int) -> set[tuple[int, int, bool]]:
+        """The blocks of each coordinate, how many times it keeps a block's activations at least, and whether it still
+        does after its first backward pass.
 
         A coordinate is ahead by as many micro-batches as there are coordinates from it on, or by all.
         """
@@ -142,8 +161,8 @@ class Candidates:
         for rank in range(pipeline):
             here = [layers[stage] for stage in layout.stages_of_rank(rank)]
             ahead = m if schedule == "gpipe" else min(m, pipeline - rank)
-            found.add((sum(here), len(here) * min(here) * ahead))
-        return found
+            found.add((sum(here), len(here) * min(here) * ahead, ahead < m))
+        return {one for one in found if not any(_all_less(one, other) for other in found)}
 
     def _waits(self, cut: Cut, held: float, times: tuple[int, int], behind: tuple[float, float]) -> float:
         """Seconds that a step waits for FSDP at least: gathered so often for forward and backward, reduced so often."""
@@ -189,6 +208,10 @@ class Candidates:
         except UserError as error:
             return f"not legal: {error.where}"
         return ""
+
+
+def _all_less(one: tuple[int, int, bool], other: tuple[int, int, bool]) -> bool:
+    return one != other and all(mine <= theirs for mine, theirs in zip(one, other, strict=True))
 
 
 @cache

@@ -14,14 +14,15 @@ from minka.plan.layout import AXES, Layout
 from minka.plan.layout_search import MARGIN, Found, search
 from minka.plan.load_config import load_run
 from minka.plan.memory import peak_or_more
-from minka.plan.run_job import job_of
+from minka.plan.run_job import job_of, on_cluster
 from minka.plan.step_time import KINDS, step_time
 from minka.plan.time_plan import cluster_for
 
 KEYS = ("micro_batch", "schedule", "stages_per_rank", "recompute", "reshard", "reduce")  # next to AXES
 MOST_COMPARED = 3
 CLOSE = 0.05  # of the winner's time: a short benchmark decides between these
-BENCHMARK = ["run.max_steps=20", "run.max_tokens=none", "schedule.warmup=0", "checkpoint.every_steps=0"]
+BENCHMARK = ["run.max_steps=20", "schedule.unit=steps", "schedule.warmup=0", "schedule.decay=0", "data.batch_warmup=[]"]
+BENCHMARK += ["tracking.log_every=4", "checkpoint.every_steps=0"]
 BENCHMARK += ["checkpoint.export=false", "eval.every_steps=0", "eval.max_documents=1"]
 
 
@@ -29,7 +30,8 @@ def layout_plan(
     run: str, overrides: Sequence[str], world: int, gpu: str, rates: Path | None = None, top: int = 5
 ) -> dict[str, Any]:
     """Return what the JSON has. Raises UserError where nothing fits."""
-    config, cluster = load_run(run, overrides).config, cluster_for(gpu, rates)
+    cluster = cluster_for(gpu, rates)
+    config = on_cluster(load_run(run, overrides).config, cluster)
     found = search(config, world, cluster, top, peak_or_more)
     best = found.found[0]
     layouts = [_as_dict(config, one, cluster) for one in found.found]
@@ -43,7 +45,7 @@ def layout_plan(
         "pruned": found.pruned,
         "why": _why(found.found),
         "neighbours": neighbours(config.after_warmup(), best, cluster),
-        "benchmark": [_command(run, overrides, words) for words in settings] if len(close) > 1 else [],
+        "benchmark": [_command(run, overrides, *one) for one in enumerate(settings, 1)] if len(close) > 1 else [],
         "calibrated": cluster.rates.described(),
     }
 
@@ -57,20 +59,21 @@ def _as_dict(config: RunConfig, one: Found, cluster: Cluster) -> dict[str, Any]:
         "step_seconds": one.time.seconds,
         "breakdown_seconds": one.time.breakdown,
         "peak_bytes": one.peak_bytes,
+        "warmup_refused": config.model_copy(update={"layout": one.layout}).warmup_refused(one.layout.world),
         "mfu": per_second * flops / (cluster.peak_flops * one.layout.world),
     }
 
 
 def overrides_of(layout: Layout, run: Layout) -> list[str]:
     """Return the layout as overrides of a run, without what the run has itself."""
-    keys = [key for key in (*AXES, *KEYS) if getattr(layout, key) != getattr(run, key)]
+    keys = [key for key in (*AXES, *KEYS, "stages") if getattr(layout, key) != getattr(run, key)]
     return [f"layout.{key}={getattr(layout, key)}" for key in keys]
 
 
 def _why(found: Sequence[Found]) -> str:
     """Return what the first layout saves against the second, and what it pays for that."""
     if len(found) < 2:
-        return "no other layout fits"
+        return "it is the only one that was asked for, or that fits"
     best, other = found[0].time, found[1].time
     gains = {kind: other.breakdown[kind] - best.breakdown[kind] for kind in KINDS}
     threshold = 0.001 * best.seconds
@@ -119,16 +122,20 @@ def _changes(layout: Layout) -> list[dict[str, Any]]:
     for key in ("tensor", "context", "pipeline", "replicate", "micro_batch"):
         value = getattr(layout, key)
         changes += [{key: value * 2}, *([{key: value // 2}] if value > 1 and value % 2 == 0 else [])]
-    for key, values in (("recompute", ("none", "selective", "block")), ("reshard", ("always", "never"))):
+    others = (("recompute", ("none", "selective", "block")), ("reshard", ("always", "never")))
+    for key, values in (*others, *([("reduce", ("step", "micro_batch"))] if layout.pipeline == 1 else [])):
         changes += [{key: value} for value in values if value != getattr(layout, key)]
     if layout.pipeline > 1:
         schedules = ("gpipe", "1f1b", "interleaved", "zbv", "dualpipev")
         changes += [{"schedule": name, "stages_per_rank": 0} for name in schedules if name != layout.schedule]
+    if layout.pipeline > 1 and layout.schedule == "interleaved":
+        stages = layout.stages_per_rank or 2
+        changes += [{"stages_per_rank": more} for more in (stages - 1, stages + 1) if more > 1]
     return changes
 
 
-def _command(run: str, overrides: Sequence[str], layout: Sequence[str]) -> str:
-    return join(["minka", "train", run, *overrides, *layout, *BENCHMARK, "run.name=benchmark"])
+def _command(run: str, overrides: Sequence[str], number: int, layout: Sequence[str]) -> str:
+    return join(["minka", "train", run, *overrides, *layout, *BENCHMARK, f"run.name=benchmark-{number}"])
 
 
 def layout_lines(found: Mapping[str, Any]) -> list[list[str]]:
@@ -162,6 +169,8 @@ def layout_notes(found: Mapping[str, Any]) -> list[str]:
     pruned = ", ".join(f"{count:,} {reason}" for reason, count in found["pruned"].items()) or "none"
     lines = [f"{found['searched']:,} legal layouts on {found['world']:,} {found['gpu']}; left out: {pruned}"]
     lines += [found["why"], f"times are {found['calibrated']}"]
+    if refused := found["layouts"][0]["warmup_refused"]:
+        lines.append(f"note: 1 is not legal during the batch warm-up: {refused}; change data.batch_warmup")
     if found["benchmark"]:
         lines += ["these are within 5 %; twenty steps of each would decide:", *found["benchmark"]]
     return lines

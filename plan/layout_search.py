@@ -13,7 +13,7 @@ from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 from minka.plan.layout import Layout
 from minka.plan.layout_candidates import Candidate, Candidates
-from minka.plan.run_job import job_of
+from minka.plan.run_job import job_of, on_cluster
 from minka.plan.step_time import StepTime, step_time
 
 MARGIN = 0.08  # of a GPU's memory: CUDA's context, NCCL's buffers, holes between allocations
@@ -45,7 +45,10 @@ def search(config: RunConfig, world: int, cluster: Cluster, top: int, peak: Peak
     `peak` predicts a run's largest peak in bytes on `world` ranks, or one above the room that is given. Raises
     UserError where no legal layout fits.
     """
-    config = config.after_warmup()
+    config = on_cluster(config.after_warmup(), cluster)
+    if config.layout.engine == "deepspeed" or config.layout.offload != "none":
+        remedy = 'set layout.engine="fsdp" and layout.offload="none"'
+        raise UserError("layouts are searched for FSDP on devices only", where="minka plan layout", remedy=remedy)
     room = (1 - MARGIN) * cluster.memory_bytes
     asked = Candidates(config, world, cluster, room)
     found: list[Found] = []
@@ -68,7 +71,7 @@ def search(config: RunConfig, world: int, cluster: Cluster, top: int, peak: Peak
         if checks >= MOST_CHECKS:
             break
     if not found:
-        raise _nothing_fits(config, world, cluster)
+        raise _nothing_fits(config, world, cluster, asked)
     return Search(found, asked.searched, dict(sorted(asked.pruned.items())))
 
 
@@ -88,7 +91,14 @@ def _in_order(config: RunConfig, cluster: Cluster, asked: Candidates) -> Iterato
             yield candidate, time
 
 
-def _nothing_fits(config: RunConfig, world: int, cluster: Cluster) -> UserError:
+def _nothing_fits(config: RunConfig, world: int, cluster: Cluster, asked: Candidates) -> UserError:
+    if not asked.pruned["memory"]:
+        return UserError(
+            f"no layout of {config.run.name} is legal on {world:,} ranks",
+            where="minka plan layout",
+            why=", ".join(f"{count:,} {reason}" for reason, count in asked.pruned.items()),
+            remedy="give a number of ranks that divides the batch, or a larger data.batch_tokens",
+        )
     return UserError(
         f"no legal layout of {config.run.name} on {world:,} {cluster.name} fits",
         where="minka plan layout",

@@ -9,6 +9,7 @@ from minka.plan.layout_search import MARGIN
 from minka.plan.load_config import load_run
 from minka.plan.memory import RankMemory, predict_memory
 from minka.plan.memory_kinds import MEMORY_KINDS
+from minka.plan.run_job import on_cluster
 
 COLUMNS = 8  # coordinates in a table
 
@@ -20,6 +21,7 @@ def memory_plan(run: str, overrides: Sequence[str], world: int, gpu_name: str = 
     """
     cluster = find_cluster(gpu_name) if gpu_name else None
     config = load_run(run, overrides).config
+    config = on_cluster(config, cluster) if cluster else config
     ranks = [_as_dict(one, cluster) for one in predict_memory(config, world)]
     layout = config.after_warmup().check(world)
     return {

@@ -7,6 +7,7 @@ from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 from minka.plan.layout_search import MARGIN
 from minka.plan.memory import predict_memory
+from minka.plan.run_job import on_cluster
 from minka.plan.time_plan import duration, time_plan
 
 KEPT = ("step_seconds", "tokens_per_second_per_gpu", "mfu", "breakdown_seconds", "days", "gpu_hours", "dollars")
@@ -18,6 +19,7 @@ def outlook(config: RunConfig, world: int, gpu: str, dollars_per_hour: float | N
     `not_planned` says what is not predicted for this run; the keys of that are null then.
     """
     cluster = find_cluster(gpu)
+    config = on_cluster(config, cluster)
     config.after_warmup().check(world)
     found: dict[str, Any] = {"gpu": cluster.name, "world": world, "not_planned": []}
     found |= dict.fromkeys(("peak_bytes", "fits", *KEPT))

@@ -48,6 +48,26 @@ def _passes(schedule: str, pipeline: int, stages: tuple[int, ...], coordinate: i
     return tuple(found)
 
 
+def gathers_of_stage(layout: Layout, count: int) -> float:
+    """Return how often weights that stay gathered are gathered in a step, on average over the first rank's stages.
+
+    A rank keeps those of ACTIVE_STAGES stages at once. Steps of many micro-batches are extended from shorter ones.
+    """
+    stages = layout.stage_count // layout.pipeline
+    if stages <= ACTIVE_STAGES:
+        return 1.0
+    few, more = 4 * layout.pipeline, 5 * layout.pipeline
+    if count <= more:
+        return _gathers(layout, count)
+    one, other = _gathers(layout, few), _gathers(layout, more)
+    return one + (other - one) * (count - few) / (more - few)
+
+
+def _gathers(layout: Layout, count: int) -> float:
+    found = sum(one.kind == "gather" for one in passes(layout, 0, count))
+    return found * layout.pipeline / layout.stage_count
+
+
 def _active(order: list[Pass]) -> list[Stages]:
     """For each pass, the stages whose weights are gathered: those of this pass and the next ones."""
     found, next_ones = list[Stages](), list[int]()

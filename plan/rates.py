@@ -68,6 +68,9 @@ def rates_of(values: Mapping[str, Any], where: str) -> Rates:
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not number or value < 0 or (value == 0 and key not in ("exposed", "layer_seconds", "message_seconds")):
             raise UserError(f"{key}={value!r} is not a number above 0", where=where, remedy="measure it again")
+        if key in SHARES and value > 1:
+            what, remedy = f"{key}={value!r} is more than all of the data sheet's rate", "give a share of 1 or less"
+            raise UserError(what, where=where, remedy=remedy)
     return replace(TABULATED, **values)
 
 

@@ -7,9 +7,16 @@ from minka.plan.execution_choices import compute_dtype_name, frees_gathered_weig
 from minka.plan.flops import Shape
 from minka.plan.layout import Layout, micro_batches
 from minka.plan.pipeline_stages import stages_of
-from minka.plan.step_work import Part, StepJob, block_weights
+from minka.plan.step_work import Part, StepJob
 
 BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
+
+
+def on_cluster(config: RunConfig, cluster: Cluster) -> RunConfig:
+    """Return the run with the precision that "auto" is there: fp32 on cores, which predictions of memory must know."""
+    if not cluster.cores or config.layout.precision != "auto":
+        return config
+    return config.model_copy(update={"layout": config.layout.model_copy(update={"precision": "fp32"})})
 
 
 def job_of(config: RunConfig, layout: Layout, cluster: Cluster) -> StepJob:
@@ -36,7 +43,8 @@ def job_of(config: RunConfig, layout: Layout, cluster: Cluster) -> StepJob:
         fused=config.kernels.compile or (kind == "cuda" and "torch" not in (asked["rms_norm"], asked["swiglu"])),
         element_bytes=BYTES[precision],
     )
-    block = round(block_weights(part)) * part.element_bytes
+    # Of the whole tensor group: what decides about units and about freeing them is the size of the model's weights.
+    block = (part.shape.layer_matrices(1) + part.shape.layer_vectors) * part.element_bytes
     held = max(sum(layers[stage] for stage in layout.stages_of_rank(rank)) for rank in range(layout.pipeline))
     units = len(fsdp_units([block] * held))
     return StepJob(

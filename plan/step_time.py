@@ -11,6 +11,7 @@ from typing import NamedTuple
 from minka.plan.bubble import StageSeconds, bubble_seconds, busy_seconds
 from minka.plan.cluster import Cluster
 from minka.plan.collective_time import Group, message_seconds, passes_seconds
+from minka.plan.pipeline_passes import gathers_of_stage
 from minka.plan.step_work import (
     Part,
     PassWork,
@@ -112,11 +113,12 @@ def step_time(job: StepJob, cluster: Cluster) -> StepTime:
     ):
         found[kind] = job.micro_batches * (layers * (forward + backward) + sum(of_ends))
     found["pipeline"] = job.micro_batches * message * sum((number > 0) + (number < last) for number in held)
-    found["bubble"] = bubble_seconds(layout, stages)
-    weights = layers * block_weights(part) + end_weights(part) * (len(ends) / 2 if last else 1)
+    found["bubble"] = bubble_seconds(layout, stages, job.micro_batches)
+    own_ends = end_weights(part) * (len(ends) / 2 if last else 1)
+    weights = layers * block_weights(part) + own_ends
     forward = sum(stages[number].forward for number in held)
     backward = sum(stages[number].inputs + stages[number].weights for number in held)
-    found["shard"], found["replicate"] = _data_parallel(job, cluster, weights, layers, forward, backward)
+    found["shard"], found["replicate"] = _data_parallel(job, cluster, (weights, own_ends), layers, forward, backward)
     moved = weights / (layout.shard * layout.context) * (job.update_bytes + 4)  # the norm reads fp32 gradients
     found["optimizer"] = crowd * moved / (cluster.bandwidth_tb * 1e12 * cluster.rates.memory)
     return StepTime(found)
@@ -125,7 +127,9 @@ def step_time(job: StepJob, cluster: Cluster) -> StepTime:
 def _stages(job: StepJob, times: PartSeconds, message: float) -> list[StageSeconds]:
     """Seconds of a micro-batch in each stage, as a schedule sees them."""
     forward, backward, last = times.forward.total, times.backward.total, len(job.stage_layers) - 1
-    split = times.forward.matrix if job.layout.splits_backward else 0.0  # of a block: the gradients of its weights
+    # Of a block: the gradients of its weights. What is computed again is so for both, in one pass (parallel/).
+    whole = not job.layout.splits_backward or job.part.recompute != "none"
+    split = 0.0 if whole else times.forward.matrix
     found = []
     for number, layers in enumerate(job.stage_layers):
         there = layers * forward + message * (number > 0)
@@ -139,13 +143,19 @@ def _stages(job: StepJob, times: PartSeconds, message: float) -> list[StageSecon
 
 
 def _data_parallel(
-    job: StepJob, cluster: Cluster, weights: float, layers: int, forward: float, backward: float
+    job: StepJob, cluster: Cluster, held: tuple[float, float], layers: int, forward: float, backward: float
 ) -> tuple[float, float]:
-    """Return the seconds that a step waits for FSDP and for replicas. forward, backward: of one micro-batch."""
+    """Return the seconds that a step waits for FSDP and for replicas.
+
+    held: a rank's weights, and those of embedding and head among them, which are gathered once. forward, backward: of
+    one micro-batch.
+    """
+    weights, ends = held
     layout, m, crowd = job.layout, job.micro_batches, cluster.crowded(job.layout.world)
     group = Group.of(layout, "shard", "context")
     calls = (job.units or layers) + 1
-    gather = crowd * passes_seconds(cluster, group, weights * job.part.element_bytes, calls)
+    gather = crowd * passes_seconds(cluster, group, (weights - ends) * job.part.element_bytes, calls)
+    once = crowd * passes_seconds(cluster, group, ends * job.part.element_bytes, 1)
     reduce = crowd * passes_seconds(cluster, group, weights * job.reduce_bytes, calls)
     share = weights * job.reduce_bytes / group.ranks
     copies = crowd * passes_seconds(cluster, Group.of(layout, "replicate"), share, calls, passes=2)
@@ -156,8 +166,8 @@ def _data_parallel(
         rest = seconds - first
         return first + max(0.0, rest - behind) + cluster.rates.exposed * min(rest, behind)
 
-    gathers = m if job.freed else 1
-    shard = gathers * exposed(gather, forward) + (m * exposed(gather, backward) if job.freed else 0.0)
+    gathers = m if job.freed else gathers_of_stage(layout, m)
+    shard = once + gathers * exposed(gather, forward) + (m * exposed(gather, backward) if job.freed else 0.0)
     reduces = m if job.reduce_each else 1
     shard += reduces * exposed(reduce, max(0.0, backward - (gather if job.freed else 0.0)))
     return shard, exposed(copies, backward)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,8 +66,18 @@ def time_plan(config: RunConfig, world: int, cluster: Cluster, dollars_per_hour:
         "days": run.total / DAY,
         "gpu_hours": hours,
         "dollars": None if dollars_per_hour is None else hours * dollars_per_hour,
+        "warmup_refused": config.warmup_refused(world),
+        "not_counted": not_counted(config),
         "calibrated": cluster.rates.described(),
     }
+
+
+def not_counted(config: RunConfig) -> list[str]:
+    """Return what a run's days leave out."""
+    found = ["reading and preparing data", "starts, failures and what is trained again after them"]
+    if not config.eval.max_documents:
+        found.append("evaluations: eval.max_documents=0 is all documents, and how many that is depends on the corpus")
+    return found
 
 
 def run_time(config: RunConfig, layout: Layout, cluster: Cluster) -> RunTime:
@@ -87,27 +98,30 @@ def run_time(config: RunConfig, layout: Layout, cluster: Cluster) -> RunTime:
 def _saves(config: RunConfig, job: StepJob, steps: int) -> float:
     """Seconds for which training waits: until its state is in the host's memory."""
     saves = 1 + (steps // config.checkpoint.every_steps if config.checkpoint.every_steps else 0)
+    saves += len(config.checkpoint.keep_tokens)
     layout = job.layout
     held = sum(job.stage_layers) / layout.pipeline * block_weights(job.part) + end_weights(job.part)
     return saves * held / (layout.shard * layout.context) * 12 / HOST_BYTES
 
 
 def _evaluations(config: RunConfig, job: StepJob, cluster: Cluster, steps: int, tokens: int) -> float:
-    """Seconds of the evaluations, each of `eval.max_documents` documents of a sequence."""
+    """Seconds of the evaluations, each of `eval.max_documents` documents of a sequence; 0 where that is all of them."""
     counts = [1]  # at the end
     counts += [steps // config.eval.every_steps] if config.eval.every_steps else []
     counts += [tokens // config.eval.every_tokens] if config.eval.every_tokens else []
     documents = config.eval.max_documents
     ways = job.layout.data_ways * job.layout.micro_batch
-    forward = part_seconds(job.part, cluster, cluster.crowded(job.layout.world)).forward.total * job.part.shape.layers
-    return sum(counts) * -(-documents // ways) * forward
+    times = part_seconds(job.part, cluster, cluster.crowded(job.layout.world))
+    whole = times.forward.total * job.part.shape.layers + times.head.total / 3
+    at_once = -(-documents // ways)  # batches, which follow each other through a pipeline
+    return sum(counts) * whole * (at_once + job.layout.pipeline - 1) / job.layout.pipeline * (documents > 0)
 
 
 def time_of_run(
     run: str, overrides: Sequence[str], world: int, gpu: str, rates: Path | None, price: float | None
 ) -> dict[str, Any]:
     """Return the plan of a recipe, file or run. Raises UserError."""
-    if price is not None and not price >= 0:
+    if price is not None and not 0 <= price < inf:
         raise UserError(f"a price of {price}", where="--dollars", remedy="give dollars a GPU-hour, such as 2.5")
     return time_plan(load_run(run, overrides).config, world, cluster_for(gpu, rates), price)
 
@@ -131,6 +145,9 @@ def time_lines(found: Mapping[str, Any]) -> list[list[str]]:
         share = found[key] / (found["days"] * DAY)
         rows.append([f"  {name}", duration(found[key] / DAY), f"{share:.1%}"])
     cost = "" if found["dollars"] is None else f"${found['dollars']:,.0f}"
+    rows += [["  not counted", "", what] for what in found["not_counted"]]
+    if found["warmup_refused"]:
+        rows.append(["not legal at first", "", f"during the batch warm-up: {found['warmup_refused']}"])
     rows.append(["GPU-hours", f"{found['gpu_hours']:,.0f}", cost or "--dollars PRICE: dollars a GPU-hour"])
     return rows
 

@@ -23,15 +23,15 @@ from minka.train.provenance import processor
 SIDE = 1024  # of the matrices: their product is large enough for the full rate of a core
 COPIED = 2**26  # bytes: more than the caches hold
 GATHERED, SMALL = 2**24, 64  # bytes of a collective
-REPEATS = 7
+REPEATS, MESSAGES = 7, 60
 SECONDS = 120.0  # until a worker is given up
 
 
 def measure_machine() -> Cluster:
     """Return this machine's cores as a device that a plan can use. Raises UserError where that fails.
 
-    A rank uses one core. Products and copies are measured on one core alone, and on all at once: cores that share a
-    unit or their memory are slower then. Collectives are measured between as many processes.
+    A rank uses one core. Products and copies are measured on one core alone, products also on all at once: cores that
+    share a unit are slower then. Collectives are measured between as many processes.
     """
     cores = usable_cpus()
     ranks = max(2, cores)
@@ -80,8 +80,14 @@ def _work(rank: int, ranks: int, folder: str, answers: Any) -> None:
         part = torch.zeros(GATHERED // ranks // 4)
         whole = [torch.zeros_like(part) for _ in range(ranks)]
         gather = _seconds(lambda: dist.all_gather(whole, part))
-        small = torch.zeros(SMALL // 4)
-        message = _seconds(lambda: dist.all_reduce(small))
+        small, less = torch.zeros(SMALL // 4), left[: SIDE // 8]
+
+        def working() -> None:
+            """As in a step: cores are busy when a collective begins, and its threads wait for one."""
+            torch.mm(less, right)
+            dist.all_reduce(small)
+
+        message = _seconds(working, MESSAGES) - _seconds(lambda: less @ right, MESSAGES)
         if rank == 0:
             answers.put(
                 {
@@ -89,7 +95,7 @@ def _work(rank: int, ranks: int, folder: str, answers: Any) -> None:
                     "bytes": 2 * COPIED / alone["copy"],
                     "together": max(1.0, together / alone["product"]),
                     "gathered": GATHERED * (ranks - 1) / ranks / gather,
-                    "message": message,
+                    "message": max(message, 1e-5),
                 }
             )
         dist.barrier()
@@ -97,10 +103,10 @@ def _work(rank: int, ranks: int, folder: str, answers: Any) -> None:
         dist.destroy_process_group()
 
 
-def _seconds(once: Callable[[], object]) -> float:
+def _seconds(once: Callable[[], object], repeats: int = REPEATS) -> float:
     once()
     taken = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         began = time.perf_counter()
         once()
         taken.append(time.perf_counter() - began)

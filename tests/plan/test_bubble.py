@@ -69,18 +69,28 @@ def test_equal_stages_wait_as_long_as_their_passes_played(schedule: str, ranks: 
     """To the last bit but for DualPipeV, whose order has gaps that depend on the ratios: within 4 % of the step."""
     layout = Layout(pipeline=ranks, shard=1, schedule=schedule)  # type: ignore[arg-type]
     stages, count = [stage] * layout.stage_count, 4 * ranks
-    predicted = count * max(busy_seconds(layout, stages)) + bubble_seconds(layout, stages)
+    predicted = count * max(busy_seconds(layout, stages)) + bubble_seconds(layout, stages, count)
     found = played(layout, stages, count)
     assert predicted == pytest.approx(found, rel=0.04 if schedule == "dualpipev" else 1e-9)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 7, 8])
+@pytest.mark.parametrize(("schedule", "stages"), [("gpipe", 1), ("interleaved", 2), ("interleaved", 7), ("zbv", 2)])
+def test_few_micro_batches_wait_for_each_other(schedule: str, stages: int, count: int) -> None:
+    """A round through all stages takes as long as one micro-batch does, however few there are."""
+    layout = Layout(pipeline=8, shard=1, schedule=schedule, stages_per_rank=stages)  # type: ignore[arg-type]
+    each = [StageSeconds(1, 1.2, 0.9)] * layout.stage_count
+    predicted = count * max(busy_seconds(layout, each)) + bubble_seconds(layout, each, count)
+    assert predicted == pytest.approx(played(layout, each, count), rel=0.06 if schedule == "zbv" else 1e-9)
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved"])
 def test_a_heavier_last_stage_is_waited_for(schedule: str) -> None:
     layout = Layout(pipeline=4, shard=1, schedule=schedule)  # type: ignore[arg-type]
     stages = [StageSeconds(1, 1, 1)] * (layout.stage_count - 1) + [StageSeconds(1.2, 1.2, 1.2)]
-    predicted = 16 * max(busy_seconds(layout, stages)) + bubble_seconds(layout, stages)
+    predicted = 16 * max(busy_seconds(layout, stages)) + bubble_seconds(layout, stages, 16)
     assert predicted == pytest.approx(played(layout, stages, 16), rel=0.03)
 
 
 def test_no_pipeline_waits_for_nobody() -> None:
-    assert bubble_seconds(Layout(shard=1), [StageSeconds(1, 1, 1)]) == 0
+    assert bubble_seconds(Layout(shard=1), [StageSeconds(1, 1, 1)], 4) == 0

@@ -1,5 +1,6 @@
 """The search for a layout: as good as trying all, fast, and with reasons."""
 
+import shlex
 import time
 from collections.abc import Iterator
 from math import inf
@@ -94,9 +95,15 @@ def test_the_answer_says_why_and_what_to_measure() -> None:
     assert found["searched"] > 1000
     assert found["pruned"]["memory"] > 0
     assert "saves" in found["why"]
-    assert all(command.startswith("minka train llama3-8b layout.") for command in found["benchmark"])
+    names = set()
+    for command in found["benchmark"]:
+        _, _, run, *words = shlex.split(command)
+        benchmark = load_run(run, words).config
+        assert benchmark.total_steps == 20
+        names.add(benchmark.run.name)
+    assert len(names) == len(found["benchmark"]) > 1
     changed = {key for row in found["neighbours"] for key in row["change"]}
-    assert {"tensor", "context", "pipeline", "replicate", "micro_batch", "recompute", "reshard"} <= changed
+    assert {"tensor", "context", "pipeline", "replicate", "micro_batch", "recompute", "reshard", "reduce"} <= changed
     best = found["layouts"][0]
     for row in found["neighbours"]:
         if row["fits"]:
@@ -108,6 +115,35 @@ def test_the_overrides_of_an_answer_are_a_run() -> None:
     for one in found["layouts"]:
         layout = load_run("llama3-70b", [*one["overrides"], "data.batch_warmup=[]"]).config.check(256)
         assert layout == Layout.model_validate(one["layout"])
+
+
+@pytest.mark.parametrize(("run", "world"), [("demo", 7), ("demo", 1000), ("llama3-8b", 1009)])
+def test_a_number_of_ranks_that_leaves_padding_has_layouts(run: str, world: int) -> None:
+    assert layout_plan(run, [], world, "H100-SXM", top=1)["layouts"]
+
+
+def test_a_run_with_its_own_stages_gets_overrides_that_replace_them() -> None:
+    own = ["layout.pipeline=4", "layout.stages=20,20,20,20", "data.batch_warmup=[]"]
+    found = layout_plan("llama3-70b", own, 256, "H100-SXM", top=2)
+    for one in found["layouts"]:
+        config = load_run("llama3-70b", [*own, *one["overrides"]]).config
+        assert config.check(256) == Layout.model_validate(one["layout"])
+
+
+def test_bf16_state_is_not_taken_for_fp32() -> None:
+    bf16 = ["optimizer.weights=bf16", "optimizer.moments=bf16"]
+    assert len(layout_plan("llama3-70b", bf16, 16, "H100-SXM")["layouts"]) == 5
+
+
+def test_deepspeed_is_refused() -> None:
+    with pytest.raises(UserError, match="FSDP"):
+        layout_plan("demo", ["layout.engine=deepspeed"], 4, "H100-SXM")
+
+
+def test_without_nvlink_no_tensor_group_is_proposed() -> None:
+    """Training refuses one (plan/topology.py)."""
+    for one in layout_plan("dense-1b", ["data.batch_tokens=131072"], 8, "L40S")["layouts"]:
+        assert one["layout"]["tensor"] == 1
 
 
 def test_what_fits_nowhere_is_refused_with_what_would_work() -> None:

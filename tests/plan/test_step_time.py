@@ -10,6 +10,7 @@ from minka.plan.errors import UserError
 from minka.plan.flops import Shape, training_flops_per_token
 from minka.plan.layout import Layout
 from minka.plan.load_config import load_run
+from minka.plan.pipeline_passes import _gathers, gathers_of_stage
 from minka.plan.rates import Rates
 from minka.plan.run_job import job_of
 from minka.plan.step_time import KINDS, StepTime, step_time
@@ -118,6 +119,23 @@ def test_what_cannot_be_timed_is_refused(run: str, overrides: list[str], world: 
         time_plan(load_run(run, overrides).config, world, H100)
     assert said in str(refusal.value)
     assert refusal.value.remedy
+
+
+def test_weights_are_freed_where_training_frees_them() -> None:
+    """By the size of the model's weights, whatever a tensor group leaves of them on a rank."""
+    config = load_run("llama3-8b", ["layout.tensor=8", "data.batch_warmup=[]"]).config
+    always = load_run("llama3-8b", ["layout.tensor=8", "layout.reshard=always", "data.batch_warmup=[]"]).config
+    assert job_of(config, config.check(64), H100).freed
+    assert time_plan(config, 64, H100)["step_seconds"] == time_plan(always, 64, H100)["step_seconds"]
+
+
+def test_many_stages_of_a_rank_are_gathered_again() -> None:
+    once = gathers_of_stage(Layout(pipeline=4, shard=2, schedule="interleaved", stages_per_rank=3), 16)
+    again = gathers_of_stage(Layout(pipeline=4, shard=2, schedule="interleaved", stages_per_rank=4), 16)
+    assert once == 1
+    assert again == 2.75
+    layout = Layout(pipeline=4, shard=2, schedule="interleaved", stages_per_rank=8)
+    assert gathers_of_stage(layout, 64) == pytest.approx(_gathers(layout, 64))
 
 
 def test_days_count_the_warm_up_and_dollars_the_hours() -> None:

@@ -92,12 +92,13 @@ def test_rows_that_are_one_document_each() -> None:
 def test_magnitudes(size: float, dtype: torch.dtype) -> None:
     """Logits of up to some thousands: one weight is 1 and the others are 0.
 
-    Weights near 1 leave of a gradient the difference of dy v and dy y, where y is rounded: twice the bound.
+    Weights near 1 leave of a gradient the difference of dy v and dy y, where y is rounded: twice the bound. A logit of
+    2,000 is itself rounded by 1e-4 in fp32, in whatever order the machine's products are summed: eight times.
     """
     ends = starts(33, 7)
     inputs = qkv(40, 40, 2, 1, 16, dtype)
     inputs[0] = (inputs[0].detach() * size).requires_grad_()
-    check(inputs, document_spans(ends, ends, 40, 40), slack=2.0)
+    check(inputs, document_spans(ends, ends, 40, 40), slack=8.0 if size > 100 else 2.0)
 
 
 def test_strides_and_a_scale() -> None:
