@@ -142,7 +142,7 @@ def layout_lines(found: Mapping[str, Any]) -> list[list[str]]:
     """Return rows of a table for people."""
     rows = [["layout", "step", "memory", "MFU", "settings"]]
     for number, one in enumerate(found["layouts"], 1):
-        words = shown(one["layout"])
+        words = settings_text(one["layout"])
         size = f"{one['peak_bytes'] / 2**30:.1f} GiB"
         rows.append([f"{number}", f"{one['step_seconds']:.3g} s", size, f"{one['mfu']:.1%}", words])
     first = found["layouts"][0]["step_seconds"]
@@ -158,7 +158,7 @@ def layout_lines(found: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def shown(layout: Mapping[str, Any]) -> str:
+def settings_text(layout: Mapping[str, Any]) -> str:
     """Return all of a layout that is not the default, in the words of its section."""
     default = Layout()
     return " ".join(f"{key}={layout[key]}" for key in (*AXES, *KEYS) if layout[key] != getattr(default, key))

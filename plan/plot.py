@@ -7,7 +7,7 @@ from typing import Any
 
 from minka.plan.atomic import writing
 from minka.plan.errors import UserError
-from minka.plan.layout_plan import shown
+from minka.plan.layout_plan import settings_text
 
 KINDS = (".png", ".svg", ".html")
 PAGE = '<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><body>\n{picture}\n</body></html>\n'
@@ -36,7 +36,7 @@ def plot_layouts(found: Mapping[str, Any], path: Path) -> None:
     """Draw where the time of the best layouts' steps goes."""
     bars = {}
     for number, one in enumerate(found["layouts"], 1):
-        bars[f"{number}: {shown(one['layout'])}"] = one["breakdown_seconds"]
+        bars[f"{number}: {settings_text(one['layout'])}"] = one["breakdown_seconds"]
     stacked_bars(bars, "seconds", f"the fastest layouts on {found['world']:,} {found['gpu']}", path)
 
 

@@ -133,7 +133,7 @@ def test_many_stages_of_a_rank_are_gathered_again() -> None:
     once = gathers_of_stage(Layout(pipeline=4, shard=2, schedule="interleaved", stages_per_rank=3), 16)
     again = gathers_of_stage(Layout(pipeline=4, shard=2, schedule="interleaved", stages_per_rank=4), 16)
     assert once == 1
-    assert again == 2.75
+    assert again == 3.75
     layout = Layout(pipeline=4, shard=2, schedule="interleaved", stages_per_rank=8)
     assert gathers_of_stage(layout, 64) == pytest.approx(_gathers(layout, 64))
 
