@@ -56,6 +56,7 @@ def gathers_of_stage(layout: Layout, count: int) -> float:
     stages = layout.stage_count // layout.pipeline
     if stages <= ACTIVE_STAGES:
         return 1.0
+    layout = Layout(pipeline=layout.pipeline, schedule=layout.schedule, stages_per_rank=layout.stages_per_rank)
     few, more = 4 * layout.pipeline, 5 * layout.pipeline
     if count <= more:
         return _gathers(layout, count)
@@ -63,6 +64,7 @@ def gathers_of_stage(layout: Layout, count: int) -> float:
     return one + (other - one) * (count - few) / (more - few)
 
 
+@lru_cache(maxsize=4096)
 def _gathers(layout: Layout, count: int) -> float:
     found = sum(one.kind == "gather" for one in passes(layout, 0, count))
     return found * layout.pipeline / layout.stage_count

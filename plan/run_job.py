@@ -6,6 +6,7 @@ from minka.plan.errors import UserError
 from minka.plan.execution_choices import compute_dtype_name, frees_gathered_weights, fsdp_units
 from minka.plan.flops import Shape
 from minka.plan.layout import Layout, micro_batches
+from minka.plan.pipeline_passes import gathers_of_stage
 from minka.plan.pipeline_stages import stages_of
 from minka.plan.step_work import Part, StepJob
 
@@ -47,10 +48,12 @@ def job_of(config: RunConfig, layout: Layout, cluster: Cluster) -> StepJob:
     block = (part.shape.layer_matrices(1) + part.shape.layer_vectors) * part.element_bytes
     held = max(sum(layers[stage] for stage in layout.stages_of_rank(rank)) for rank in range(layout.pipeline))
     units = len(fsdp_units([block] * held))
+    count = max(micro_batches(layout, config.data))
     return StepJob(
         part=part,
         layout=layout,
-        micro_batches=max(micro_batches(layout, config.data)),
+        micro_batches=count,
+        gathers=gathers_of_stage(layout, count),
         stage_layers=layers,
         freed=bool(units) and frees_gathered_weights(layout, block * held),
         reduce_each=layout.reduce == "micro_batch",

@@ -11,7 +11,6 @@ from typing import NamedTuple
 from minka.plan.bubble import StageSeconds, bubble_seconds, busy_seconds
 from minka.plan.cluster import Cluster
 from minka.plan.collective_time import Group, message_seconds, passes_seconds
-from minka.plan.pipeline_passes import gathers_of_stage
 from minka.plan.step_work import (
     Part,
     PassWork,
@@ -166,7 +165,7 @@ def _data_parallel(
         rest = seconds - first
         return first + max(0.0, rest - behind) + cluster.rates.exposed * min(rest, behind)
 
-    gathers = m if job.freed else gathers_of_stage(layout, m)
+    gathers = m if job.freed else job.gathers
     shard = once + gathers * exposed(gather, forward) + (m * exposed(gather, backward) if job.freed else 0.0)
     reduces = m if job.reduce_each else 1
     shard += reduces * exposed(reduce, max(0.0, backward - (gather if job.freed else 0.0)))

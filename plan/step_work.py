@@ -40,6 +40,7 @@ class StepJob:
     micro_batches: int
     stage_layers: tuple[int, ...]  # layers of each stage of the pipeline
     freed: bool = False  # FSDP gathers blocks again in each forward and backward pass
+    gathers: float = 1.0  # of blocks in a step, where they are not freed
     reduce_each: bool = False  # gradients are reduced after every micro-batch, not once
     reduce_bytes: int = 4
     update_bytes: int = 30  # that an optimizer moves for each weight
