@@ -2,7 +2,6 @@
 
 import difflib
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from minka.plan.errors import UserError
 from minka.plan.hardware import GPUS, NVL72, Gpu, find_gpu
 from minka.plan.rates import TABULATED, Rates, rates_of, rates_toml
+from minka.plan.read_file import read_toml
 
 TEXTS = ("name", "source")
 
@@ -81,14 +81,7 @@ def cluster_of(gpu: Gpu) -> Cluster:
 def read_cluster(path: Path) -> Cluster:
     """Return the cluster that a file describes. Raises UserError for one that is not whole."""
     remedy = f"write the keys {', '.join(_needed())}; docs/plan.md shows a file"
-    try:
-        with path.open("rb") as file:
-            values = tomllib.load(file)
-    except OSError as error:
-        raise UserError("cannot read the cluster", where=str(path), why=str(error), remedy=remedy) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError("this is not TOML", where=str(path), why=str(error), remedy=remedy) from error
-    return cluster_from(values, str(path))
+    return cluster_from(read_toml(path, remedy=remedy), str(path))
 
 
 def cluster_from(values: Mapping[str, Any], where: str) -> Cluster:

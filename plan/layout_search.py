@@ -69,6 +69,8 @@ def search(config: RunConfig, world: int, cluster: Cluster, top: int, peak: Peak
             seen.add(key)
             found.append(Found(layout, time, size))
         if checks >= MOST_CHECKS:
+            left = asked.searched - asked.pruned["memory"] - len(found)
+            asked.pruned[f"not looked at, after {MOST_CHECKS:,} predictions of memory"] += left
             break
     if not found:
         raise _nothing_fits(config, world, cluster, asked)

@@ -1,13 +1,13 @@
 """What share of a cluster's rates a step reaches: tabulated with sources, or fitted to measured runs (calibrate.py)."""
 
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from minka.plan.errors import UserError
+from minka.plan.read_file import read_toml
 
 # Shares of the peak that attention's forward and backward reach together, by kernel.
 ATTENTION_SHARE = {
@@ -43,15 +43,8 @@ SHARES = ("matrix", "attention", "memory", "link", "network", "exposed")
 
 def read_rates(path: Path) -> Rates:
     """Return what `minka plan calibrate` wrote. Raises UserError."""
-    remedy = "give a file that `minka plan calibrate` wrote"
-    try:
-        with path.open("rb") as file:
-            values = tomllib.load(file)
-    except OSError as error:
-        raise UserError("cannot read the rates", where=str(path), why=str(error), remedy=remedy) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError("this is not TOML", where=str(path), why=str(error), remedy=remedy) from error
-    return rates_of(values.get("rates", values) if isinstance(values, Mapping) else {}, str(path))
+    values = read_toml(path, remedy="give a file that `minka plan calibrate` wrote")
+    return rates_of(values.get("rates", values), str(path))
 
 
 def rates_of(values: Mapping[str, Any], where: str) -> Rates:

@@ -1,6 +1,7 @@
 """Read files, with errors for people: which file, the reason, and what to do."""
 
 import json
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,12 @@ def read_json(path: Path, *, why: str = "", remedy: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError("not a JSON object", where=str(path), why=why, remedy=remedy)
     return value
+
+
+def read_toml(path: Path, *, remedy: str) -> dict[str, Any]:
+    """The table in a TOML file. Raises UserError for a missing or unreadable file, and for any other content."""
+    with reading(path, "TOML", ValueError, remedy=remedy):
+        return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def first_line(error: BaseException) -> str:

@@ -28,7 +28,7 @@ from minka.parallel.pieces import Piece
 from minka.parallel.traffic import Traffic, Transfer
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
-from minka.plan.execution_choices import attention_kind, compute_dtype_name
+from minka.plan.execution_choices import compute_dtype_name
 from minka.plan.layout import Layout, micro_batches, micro_batches_fit
 from minka.plan.topology import coordinates
 from minka.train.accept_step import accepts
@@ -220,9 +220,8 @@ def _shard(piece: Piece) -> Shard:
 
 
 def _as_traced(config: RunConfig, device_kind: str) -> RunConfig:
-    """Return the run with eager blocks and its compute dtype. Raises UserError where attention cannot run."""
+    """Return the run with eager blocks and its compute dtype."""
     precision = compute_dtype_name(config.layout, device_kind)
-    attention_kind(config.kernels.attention, device_kind, precision)
     layout = config.layout.model_copy(update={"precision": precision})
     return config.model_copy(update={"layout": layout, "kernels": config.kernels.model_copy(update={"compile": False})})
 

@@ -49,7 +49,7 @@ def test_a_machine_survives_its_file(gpu: Gpu, tmp_path: Path) -> None:
         ({"rates": "{ matrix = 0 }"}, "matrix=0 is not a number above 0"),
         ({"rates": "{ matrx = 0.5 }"}, "unknown key 'matrx'"),
         ({"rates": "3"}, "[rates] is not a table"),
-        ({"name": "]"}, "not TOML"),
+        ({"name": "]"}, "cannot be read as TOML"),
     ],
     ids=str,
 )
