@@ -130,9 +130,13 @@ def test_a_run_with_its_own_stages_gets_overrides_that_replace_them() -> None:
         assert config.check(256) == Layout.model_validate(one["layout"])
 
 
-def test_bf16_state_is_not_taken_for_fp32() -> None:
-    bf16 = ["optimizer.weights=bf16", "optimizer.moments=bf16"]
-    assert len(layout_plan("llama3-70b", bf16, 16, "H100-SXM")["layouts"]) == 5
+@pytest.mark.parametrize("stored", ["fp32", "bf16"])
+def test_the_layout_that_needs_least_is_not_pruned_where_it_just_fits(stored: str) -> None:
+    """The tightest room there is: a bound above what it bounds, such as fp32 state taken for bf16's, loses it."""
+    overrides = [f"optimizer.weights={stored}", f"optimizer.moments={stored}", "data.batch_tokens=32768"]
+    config = load_run("llama3-8b", ["model.layers=24", "data.batch_warmup=[]", "schedule.warmup=0", *overrides]).config
+    size, best = min((size, candidate[1:]) for _, size, candidate in every(config, 4, H100))
+    assert best in {candidate[1:] for candidate in Candidates(config, 4, H100, size)}
 
 
 def test_deepspeed_is_refused() -> None:
@@ -142,8 +146,9 @@ def test_deepspeed_is_refused() -> None:
 
 def test_without_nvlink_no_tensor_group_is_proposed() -> None:
     """Training refuses one (plan/topology.py)."""
-    for one in layout_plan("dense-1b", ["data.batch_tokens=131072"], 8, "L40S")["layouts"]:
-        assert one["layout"]["tensor"] == 1
+    config = load_run("llama3-8b", ["data.batch_warmup=[]"]).config
+    assert {one.cut.tensor for one in Candidates(config, 8, find_cluster("L40S"), inf)} == {1}
+    assert {one.cut.tensor for one in Candidates(config, 8, H100, inf)} == {1, 2, 4, 8}
 
 
 def test_what_fits_nowhere_is_refused_with_what_would_work() -> None:

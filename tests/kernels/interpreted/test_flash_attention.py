@@ -98,7 +98,8 @@ def test_magnitudes(size: float, dtype: torch.dtype) -> None:
     ends = starts(33, 7)
     inputs = qkv(40, 40, 2, 1, 16, dtype)
     inputs[0] = (inputs[0].detach() * size).requires_grad_()
-    check(inputs, document_spans(ends, ends, 40, 40), slack=8.0 if size > 100 else 2.0)
+    rounded = size > 100 and dtype == torch.float32
+    check(inputs, document_spans(ends, ends, 40, 40), slack=8.0 if rounded else 2.0)
 
 
 def test_strides_and_a_scale() -> None:
