@@ -15,6 +15,7 @@ from minka.plan.errors import UserError
 from minka.plan.execution_choices import compute_dtype_name
 from minka.plan.layout import V_SHAPED, Layout, divisors
 from minka.plan.layout_rules import Asked, check_layout
+from minka.plan.memory_block import BlockMemory
 from minka.plan.pipeline_passes import ACTIVE_STAGES
 from minka.plan.pipeline_stages import stages_of
 from minka.plan.run_job import job_of
@@ -58,6 +59,16 @@ class Candidate(NamedTuple):
     def layout(self, base: Layout) -> Layout:
         """Return it as a layout, with what `base` says on all else."""
         return base.model_copy(update={**self.cut._asdict(), **self.way._asdict(), "stages": ""})
+
+
+class Coordinate(NamedTuple):
+    """What a pipeline coordinate holds at least, in blocks and in hidden states of a micro-batch."""
+
+    blocks: int
+    passed: int  # times a block has run forward, and not backward, at once
+    received: int  # of their inputs, those that are in a buffer for what was received
+    buffers: int  # for every micro-batch's hidden states and their gradients, during the whole step
+    steady: bool  # whether it still keeps as much once gradients are added up
 
 
 class Candidates:
@@ -123,7 +134,7 @@ class Candidates:
         """The candidates that may fit, with what their step takes at least."""
         ways = cut.replicate * cut.shard
         m = -(-self.sequences // (ways * way.micro_batch))
-        block, kept, weights = self._bounds(cut.tensor, cut.context, way.micro_batch, way.recompute)
+        block, saved, hidden, weights = self._bounds(cut.tensor, cut.context, way.micro_batch, way.recompute)
         layers = self.config.model.layers / cut.pipeline
         held, fsdp = layers * weights, cut.shard * cut.context
         state = self.state_bytes / fsdp  # of a weight of a rank's blocks
@@ -136,8 +147,11 @@ class Candidates:
             each = weights * (state + (2 * active if reshard == "never" and fsdp > 1 else 0))
             # Before the first backward pass nothing is added up; in the last one few activations are left.
             if any(
-                blocks * each + max(passed * kept + blocks * added_up * steady, blocks * added_up) > self.room
-                for blocks, passed, steady in coordinates
+                blocks * each
+                + buffers * hidden
+                + max(passed * saved - received * hidden + blocks * added_up * steady, blocks * added_up)
+                > self.room
+                for blocks, passed, received, buffers, steady in coordinates
             ):
                 self.pruned["memory"] += 1
                 continue
@@ -149,20 +163,25 @@ class Candidates:
             seconds += self._waits(cut, held, times, (layers * block[0], layers * block[1]))
             yield Candidate(seconds, cut, way._replace(reshard=reshard))
 
-    def _coordinate_layers(self, pipeline: int, schedule: str, stages: int, m: int) -> set[tuple[int, int, bool]]:
-        """The blocks of each coordinate, how many times it keeps a block's activations at least, and whether it still
-        does after its first backward pass.
-
-        A coordinate is ahead by as many micro-batches as there are coordinates from it on, or by all.
-        """
+    def _coordinate_layers(self, pipeline: int, schedule: str, stages: int, m: int) -> set[Coordinate]:
+        """What each pipeline coordinate holds at least; those that others have all of are left out."""
         way = {"pipeline": pipeline, "schedule": schedule, "stages_per_rank": stages, "stages": ""}
         layout = self.config.layout.model_copy(update=way)
-        layers, found = [len(stage) for stage in stages_of(layout, self.config.model)], set()
+        layers, found = [len(stage) for stage in stages_of(layout, self.config.model)], set[Coordinate]()
         for rank in range(pipeline):
-            here = [layers[stage] for stage in layout.stages_of_rank(rank)]
-            ahead = m if schedule == "gpipe" else min(m, pipeline - rank)
-            found.add((sum(here), len(here) * min(here) * ahead, ahead < m))
-        return {one for one in found if not any(_all_less(one, other) for other in found)}
+            held = layout.stages_of_rank(rank)
+            least, inputs, outputs = min(layers[one] for one in held), len(held), len(held)
+            inputs -= 0 in held
+            outputs -= layout.stage_count - 1 in held
+            ahead = len(held) * (m if schedule == "gpipe" else min(m, pipeline - rank))
+            if schedule == "interleaved":  # plan/pipeline_passes.py
+                at_once = m // max(1, m // pipeline)
+                ahead = min((len(held) - 1) * at_once + 2 * (pipeline - 1 - rank) + 1, len(held) * m)
+            steady = ahead < m if len(held) == 1 else m >= 3 * pipeline
+            received = ahead if inputs == len(held) else ahead * (len(held) > 1)
+            blocks = sum(layers[one] for one in held)
+            found.add(Coordinate(blocks, least * ahead, received, (inputs + outputs) * m, steady))
+        return found if len(found) < 3 else {one for one in found if not any(_all_less(one, two) for two in found)}
 
     def _waits(self, cut: Cut, held: float, times: tuple[int, int], behind: tuple[float, float]) -> float:
         """Seconds that a step waits for FSDP at least: gathered so often for forward and backward, reduced so often."""
@@ -186,17 +205,15 @@ class Candidates:
 
     def _part_bounds(
         self, tensor: int, context: int, micro_batch: int, recompute: str
-    ) -> tuple[tuple[float, float], float, float]:
-        """Return a block's seconds forward and backward, what it keeps for backward at least (bytes), its weights."""
+    ) -> tuple[tuple[float, float], int, int, float]:
+        """Return a block's seconds forward and backward, bytes it keeps and those of its input, and its weights."""
         axes = {"tensor": tensor, "context": context, "micro_batch": micro_batch, "recompute": recompute}
         layout = self.config.layout.model_copy(update={**axes, "shard": 1, "replicate": 1, "pipeline": 1})
         part = job_of(self.config, layout, self.cluster).part
         times = part_seconds(part, self.cluster, self.cluster.crowded(self.world))
-        width = part.shape.d_model / tensor
-        if recompute != "block":
-            width += (2 * part.shape.query_width + 2 * part.shape.kv_width + 2 * part.shape.d_ff) / tensor
-        kept = part.tokens * width * part.element_bytes
-        return (times.forward.total, times.backward.total), kept, block_weights(part)
+        block = BlockMemory(self.config, layout)
+        seconds = times.forward.total, times.backward.total
+        return seconds, block.saved() + block.kept_rows(), block.hidden, block_weights(part)
 
     def _refusal(self, cut: Cut, schedule: str, stages: int, micro_batch: int, reduce: str) -> str:
         """Why a layout is not legal; empty where it is. FSDP against replicas plays no part."""
@@ -210,7 +227,7 @@ class Candidates:
         return ""
 
 
-def _all_less(one: tuple[int, int, bool], other: tuple[int, int, bool]) -> bool:
+def _all_less(one: Coordinate, other: Coordinate) -> bool:
     return one != other and all(mine <= theirs for mine, theirs in zip(one, other, strict=True))
 
 

@@ -87,6 +87,14 @@ def test_the_largest_recipe_is_searched_in_ten_seconds_and_llama_3s_own_layout_i
     assert min(sizes) <= room
 
 
+@pytest.mark.parametrize(("run", "world"), [("llama3-70b", 256), ("llama3-8b", 1024)])
+def test_a_search_does_not_give_up(run: str, world: int) -> None:
+    """Steps of many micro-batches need a buffer for each: a bound without them tries thousands in vain."""
+    found = search(load_run(run).config, world, H100, 5, peak_or_more)
+    assert len(found.found) == 5
+    assert not any(reason.startswith("not looked at") for reason in found.pruned)
+
+
 def test_the_answer_says_why_and_what_to_measure() -> None:
     found = layout_plan("llama3-8b", [], 64, "H100-SXM")
     times = [one["step_seconds"] for one in found["layouts"]]
