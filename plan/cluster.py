@@ -42,6 +42,11 @@ class Cluster:
         return self.peak_tflops * 1e12
 
     @property
+    def device_kind(self) -> str:
+        """Torch's word for a rank's device: "cuda" or "cpu"."""
+        return "cpu" if self.cores else "cuda"
+
+    @property
     def memory_bytes(self) -> int:
         """Bytes of a device's memory."""
         return round(self.memory_gb * 1e9)

@@ -211,7 +211,7 @@ class Candidates:
         layout = self.config.layout.model_copy(update={**axes, "shard": 1, "replicate": 1, "pipeline": 1})
         part = job_of(self.config, layout, self.cluster).part
         times = part_seconds(part, self.cluster, self.cluster.crowded(self.world))
-        block = BlockMemory(self.config, layout)
+        block = BlockMemory(self.config, layout, self.cluster.device_kind)
         seconds = times.forward.total, times.backward.total
         return seconds, block.saved() + block.kept_rows(), block.hidden, block_weights(part)
 

@@ -1,6 +1,7 @@
 """`minka plan layout`: the fastest layouts that fit, why the first one wins, and the benchmark that would decide."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import inf
 from pathlib import Path
 from shlex import join
@@ -32,7 +33,7 @@ def layout_plan(
     """Return what the JSON has. Raises UserError where nothing fits."""
     cluster = cluster_for(gpu, rates)
     config = on_cluster(load_run(run, overrides).config, cluster)
-    found = search(config, world, cluster, top, peak_or_more)
+    found = search(config, world, cluster, top, partial(peak_or_more, device_kind=cluster.device_kind))
     best = found.found[0]
     layouts = [_as_dict(config, one, cluster) for one in found.found]
     close = [one for one in found.found if one.time.seconds <= best.time.seconds * (1 + CLOSE)][:MOST_COMPARED]
@@ -108,7 +109,7 @@ def neighbours(config: RunConfig, best: Found, cluster: Cluster) -> list[dict[st
             there = config.model_copy(update={"layout": layout})
             layout = there.check(world)
             row["step_seconds"] = step_time(job_of(there, layout, cluster), cluster).seconds
-            row["peak_bytes"] = peak_or_more(there, world, inf)
+            row["peak_bytes"] = peak_or_more(there, world, inf, cluster.device_kind)
             row["fits"] = row["peak_bytes"] <= (1 - MARGIN) * cluster.memory_bytes
         except UserError as error:
             row["refused"] = error.what

@@ -32,26 +32,27 @@ class RankMemory(NamedTuple):
         return sum(self.by_kind.values())
 
 
-def predict_memory(config: RunConfig, world: int) -> tuple[RankMemory, ...]:
-    """The peak of each pipeline coordinate in order, on a GPU with nothing compiled; without a pipeline one.
+def predict_memory(config: RunConfig, world: int, device_kind: str = "cuda") -> tuple[RankMemory, ...]:
+    """The peak of each pipeline coordinate in order, with nothing compiled; without a pipeline one.
 
-    It is that of the coordinate's first rank, which has the most. Raises UserError for a layout that is not legal on
+    It is that of the coordinate's first rank, which has the most; on cores ("cpu") without the few MiB in which bf16
+    weights or moments are updated. Raises UserError for a layout that is not legal on
     `world` ranks, for DeepSpeed and for offload.
     """
     config, layout = _checked(config, world)
-    block, count = BlockMemory(config, layout), max(micro_batches(layout, config.data))
+    block, count = BlockMemory(config, layout, device_kind), max(micro_batches(layout, config.data))
     if layout.pipeline == 1:
         moment, by_kind = max(_moments(Stage(block, config.model.layers), count), key=lambda one: sum(one[1].values()))
         return (RankMemory(0, (0,), moment, by_kind),)
     return tuple(_of_pipeline(config, layout, block, count, range(layout.pipeline)))
 
 
-def peak_or_more(config: RunConfig, world: int, room: float) -> int:
+def peak_or_more(config: RunConfig, world: int, room: float, device_kind: str = "cuda") -> int:
     """Return the largest peak of any rank, or the first one found that is above `room`: a search needs no more."""
     config, layout = _checked(config, world)
     if layout.pipeline == 1:
-        return predict_memory(config, world)[0].total
-    block, count = BlockMemory(config, layout), max(micro_batches(layout, config.data))
+        return predict_memory(config, world, device_kind)[0].total
+    block, count = BlockMemory(config, layout, device_kind), max(micro_batches(layout, config.data))
     likely = (0, layout.pipeline - 1, *range(1, layout.pipeline - 1))  # the ends also hold embedding and head
     largest = 0
     for one in _of_pipeline(config, layout, block, count, likely):
@@ -96,8 +97,8 @@ def _moments(s: Stage, micro_batch_count: int) -> Iterator[tuple[str, dict[str, 
         accumulated = s.shards * b.w + (s.ends * b.g if b.fsdp else 0)
     shared = b.angles() + b.tokens * 16 + b.mask()
     gathered = s.gathered + s.layers * b.kept_rows()
-    in_flight = s.unit_bytes
-    buffer = 0 if later and s.kept else in_flight
+    # What the unit that was gathered last arrived in stays until the next one is.
+    buffer = 0 if later and (s.kept or not s.units) else s.buffer
     hidden = b.tokens * b.d * c
     loss = {
         "gradients": accumulated + s.matrix * b.g + hidden,
@@ -110,39 +111,65 @@ def _moments(s: Stage, micro_batch_count: int) -> Iterator[tuple[str, dict[str, 
     # The head's gradient is multiplied by that of the objective, and rounded.
     rounded = s.matrix * c if c < b.g else 0
     head = {**loss, "gradients": loss["gradients"] + rounded, "logits": 0}
-    head["gathered"] -= buffer if s.kept else 0
+    head["gathered"] -= buffer if s.kept and s.units else 0
     yield "head", {**fixed, **head, "workspace": s.matrix * b.g + b.hidden}
+    # The unit that is gathered, and the next one or what it arrives in.
+    again = (2 if b.data > 1 else min(2, len(s.units))) * unit * b.size * c
     own_head = 0 if later and step and b.fsdp else s.matrix * c
     back = {
         "gradients": accumulated + b.hidden + own_head + b.d * b.f * c,
         "activations": s.layers * saved + b.recomputed() + shared - b.tokens * b.f * c,
-        "gathered": gathered + (0 if s.kept else 2 * in_flight) + b.gathered_rows() - b.kept_rows(),
+        "gathered": gathered
+        + (0 if s.kept else again if s.units else buffer)
+        + b.gathered_rows()
+        - b.kept_rows(),
         "workspace": 4 * b.tokens * b.f * c + hidden,
     }
-    yield "backward", {**fixed, **back}
     after_mlp = {
         "gradients": back["gradients"] + 2 * b.d * b.f * c,
         "activations": back["activations"] - 2 * b.tokens * b.f * c,
         "workspace": b.tokens * b.f * c + 2 * hidden,
     }
-    yield "backward", {**fixed, **back, **after_mlp}
+    for moment in (back, {**back, **after_mlp}):
+        yield "backward", {**fixed, **moment}
+        done = unit - 1  # blocks of a unit whose gradients wait for the last one's
+        waiting = {
+            "gradients": moment["gradients"] + done * b.size * c * (not later or (b.fsdp and c < b.g)),
+            "activations": moment["activations"] - done * saved,
+            "gathered": moment["gathered"] - done * b.kept_rows(),
+        }
+        yield "backward of a unit's first block", {**fixed, **moment, **waiting}
     if b.fsdp and s.layers > unit and not s.kept:  # the unit before is being reduced
         reducing = (0 if accumulated and step else unit * b.size * b.g) + unit * b.shards * b.w
         fewer = {**back, "activations": back["activations"] - unit * saved}
         yield "backward, reducing", {**fixed, **fewer, "gradients": back["gradients"] + reducing}
-    yield "reduction", {**fixed, "gradients": _at_the_end(s, later=later and step)}
+    later = later and step
+    if s.units:
+        ends = s.ends * b.g if later else own_head
+        gathered = s.gathered if s.kept else (s.root + unit * b.size) * c * b.fsdp
+        reducing = _reduction(s, unit * b.size, unit * b.shards, (s.layers - unit) * b.shards, later) + ends
+        yield "reduction of blocks", {**fixed, "gradients": reducing, "activations": shared, "gathered": gathered}
+    if b.fsdp:
+        last = _reduction(s, s.root, s.root_shards, s.shards - s.root_shards, later)
+        last += s.matrix * c * (later and c < b.g)  # of the embedding, as backward left it
+    else:
+        last = s.shards * b.w + s.matrix * c
+    yield "reduction", {**fixed, "gradients": last}
 
 
-def _at_the_end(s: Stage, *, later: bool) -> int:
-    """Gradients while those of embedding and head are reduced, the last ones; later: they were added up whole."""
-    b, blocks = s.block, s.layers * s.block.shards
-    whole = s.matrix * b.c  # of the embedding, as backward left it
-    if not b.fsdp:
-        return blocks * b.w + s.ends * b.w + whole
+def _reduction(s: Stage, size: int, shards: int, before: int, later: bool) -> int:
+    """Gradients while those of `size` elements are reduced into `shards`, after others into `before`.
+
+    later: they were added up whole.
+    """
+    b = s.block
     rounded = b.w < b.g  # replicas' sums then stay in fp32 until the end
-    reduced = s.ends_shards * (b.g + b.w * rounded) + blocks * b.g * (rounded and b.layout.replicate > 1)
-    copies = 2 if later or b.data == 1 else 1  # what is sent, and what it was copied from
-    return blocks * b.w + s.ends * b.g * copies + reduced + whole
+    reduced = before * (b.w + b.g * (rounded and b.layout.replicate > 1))
+    sums, copy = size * (b.g if later else b.c), size * b.g
+    ends_with_head = size == s.root and bool(s.units or not b.model.tied)
+    last = s.matrix if ends_with_head else b.d * b.f  # of what was copied, it is let go of last
+    again = copy if b.data == 1 else 0
+    return reduced + copy + max(sums, (shards + last) * b.g + max(again, shards * b.w * rounded))
 
 
 def _fixed(s: Stage) -> dict[str, int]:

@@ -28,12 +28,13 @@ class BlockMemory:
     """Sizes that every block of a run has, and the run's widths, dtypes and tokens. Methods return bytes.
 
     c, w, m, g: bytes of an element of activations and gathered weights, of stored weights, of moments, and of gradients
-    that are added up. q, kv, f, vocab, heads, kv_heads: widths on a rank.
+    that are added up. q, kv, f, vocab, heads, kv_heads: widths on a rank. device_kind: "cuda" or "cpu", whose products
+    and attention differ.
     """
 
-    def __init__(self, config: RunConfig, layout: Layout) -> None:
-        m, self.layout, self.model = config.model, layout, config.model
-        precision = compute_dtype_name(layout, "cuda")
+    def __init__(self, config: RunConfig, layout: Layout, device_kind: str = "cuda") -> None:
+        m, self.layout, self.model, self.device_kind = config.model, layout, config.model, device_kind
+        precision = compute_dtype_name(layout, device_kind)
         self.c = BYTES[precision]
         self.w = BYTES["fp64"] if precision == "fp64" else BYTES[config.optimizer.weights]
         self.m = BYTES["fp64"] if precision == "fp64" else BYTES[config.optimizer.moments]
@@ -49,8 +50,9 @@ class BlockMemory:
         matrices += [Matrix(self.q, 1), Matrix(self.kv, 1), Matrix(self.kv, 1)] if m.qkv_bias else []
         self.parameters = matrices
         self.size, self.shards = sizes(matrices), self.shards_of(matrices)
-        self.masked = self.c >= 4  # attention takes a mask, and on a GPU has no groups then
-        self.attended = self.q if self.masked and self.kv < self.q else self.kv
+        on_gpu = device_kind == "cuda"
+        self.masked = self.c >= 4 or not on_gpu  # attention takes a mask, and on a GPU has no groups then
+        self.attended = self.q if on_gpu and self.masked and self.kv < self.q else self.kv
         self.tokens = layout.micro_batch * config.data.seq_len // layout.context  # in attention and feed-forward
         self.own = self.tokens // t  # between them
         self.keys = layout.micro_batch * config.data.seq_len  # of attention
@@ -87,7 +89,7 @@ class BlockMemory:
 
     def logits(self) -> int:
         """A chunk of them: in the compute dtype, and if that is narrower in fp32."""
-        rows = min(self.tokens, logit_rows(self.vocab, "cuda"))
+        rows = min(self.tokens, logit_rows(self.vocab, self.device_kind))
         return rows * self.vocab * (4 + self.c if self.c < 4 else self.c)
 
     def kept_rows(self) -> int:

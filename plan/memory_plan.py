@@ -22,7 +22,8 @@ def memory_plan(run: str, overrides: Sequence[str], world: int, gpu_name: str = 
     cluster = find_cluster(gpu_name) if gpu_name else None
     config = load_run(run, overrides).config
     config = on_cluster(config, cluster) if cluster else config
-    ranks = [_as_dict(one, cluster) for one in predict_memory(config, world)]
+    kind = cluster.device_kind if cluster else "cuda"
+    ranks = [_as_dict(one, cluster) for one in predict_memory(config, world, kind)]
     layout = config.after_warmup().check(world)
     return {
         "world": world,

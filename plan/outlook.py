@@ -24,7 +24,7 @@ def outlook(config: RunConfig, world: int, gpu: str, dollars_per_hour: float | N
     found: dict[str, Any] = {"gpu": cluster.name, "world": world, "not_planned": []}
     found |= dict.fromkeys(("peak_bytes", "fits", *KEPT))
     try:
-        found["peak_bytes"] = max(rank.total for rank in predict_memory(config, world))
+        found["peak_bytes"] = max(rank.total for rank in predict_memory(config, world, cluster.device_kind))
         found["fits"] = found["peak_bytes"] <= (1 - MARGIN) * cluster.memory_bytes
     except UserError as error:
         found["not_planned"].append(str(error))

@@ -26,7 +26,7 @@ def job_of(config: RunConfig, layout: Layout, cluster: Cluster) -> StepJob:
         if getattr(layout, key) == value:
             what, remedy = f"time under {key}={value!r} is not predicted", "run it, or set the default"
             raise UserError(what, where=f"layout.{key}", why="what it does when is its own", remedy=remedy)
-    kind = "cpu" if cluster.cores else "cuda"
+    kind = cluster.device_kind
     precision = compute_dtype_name(layout, kind)
     stored = config.optimizer
     state = 8 if precision == "fp64" else 4

@@ -20,6 +20,7 @@ from minka.parallel.traffic import Transfer
 from minka.plan import execution_choices
 from minka.plan.config import RunConfig
 from minka.plan.load_config import validate
+from minka.plan.memory import RankMemory, predict_memory
 from minka.train.build_engine import engine_over
 from minka.train.dry_run import DryRun, dry_run, traced_step
 from parity import packed_batch
@@ -81,6 +82,12 @@ def dry(config: RunConfig, rank: int, *, unit_bytes: int = UNIT_BYTES) -> DryRun
     """The dry run of one of them."""
     with patch.object(execution_choices, "UNIT_BYTES", unit_bytes):
         return dry_run(config, config.layout.world, rank, as_gpu=False)
+
+
+def planned(config: RunConfig, *, unit_bytes: int = UNIT_BYTES) -> tuple[RankMemory, ...]:
+    """What `minka plan memory` says of a machine's cores."""
+    with patch.object(execution_choices, "UNIT_BYTES", unit_bytes):
+        return predict_memory(config, config.layout.world, "cpu")
 
 
 def _rank(config: RunConfig, unit_bytes: int) -> tuple[Any, ...]:

@@ -1,5 +1,6 @@
 """`minka plan memory` against dry runs: layouts drawn at random, and the published sizes at their real depth."""
 
+import random
 from collections.abc import Sequence
 from typing import Any
 from unittest.mock import patch
@@ -13,6 +14,7 @@ from minka.plan.load_config import load_run
 from minka.plan.memory import predict_memory
 from minka.plan.memory_kinds import MEMORY_KINDS
 from minka.train.dry_run import dry_run
+from traced import UNIT_BYTES, config_of, dry, planned
 
 MEAN, UNDER, OVER = 0.01, -0.03, 0.05
 KIND = 0.05  # of the peak
@@ -43,6 +45,26 @@ def check(errors: Sequence[float]) -> None:
 @pytest.mark.parametrize("seeds", [range(6), pytest.param(range(6, 46), marks=pytest.mark.slow)], ids=["6", "40"])
 def test_layouts_drawn_at_random(seeds: range) -> None:
     check([error for seed in seeds for error in compared(*drawn(seed))])
+
+
+@pytest.mark.parametrize("seeds", [range(6), pytest.param(range(6, 46), marks=pytest.mark.slow)], ids=["6", "40"])
+def test_small_models_on_cores(seeds: range) -> None:
+    """Where no block is an FSDP unit, or all of them are one."""
+    errors = []
+    for seed in seeds:
+        pick = random.Random(seed).choice
+        layout = {axis: pick([1, 1, 2]) for axis in ("tensor", "context", "replicate")}
+        layout |= {"shard": pick([1, 2, 4]), "micro_batch": pick([1, 2, 4]), "precision": pick(["auto", "bf16"])}
+        layout |= {"recompute": pick(["none", "block", "selective"]), "reshard": pick(["auto", "always", "never"])}
+        model = {"layers": pick([2, 4, 6]), "vocab": pick([512, 2048]), "d_model": pick([128, 256])}
+        config = config_of(layout, **model, tied=pick([True, False]), qk_norm=pick([True, False]))
+        unit_bytes = pick([UNIT_BYTES, 2**22])
+        (found,) = planned(config, unit_bytes=unit_bytes)
+        traced = dry(config, 0, unit_bytes=unit_bytes).memory
+        errors.append(found.total / traced.total - 1)
+        print(f"{errors[-1]:+.2%} at {found.moment}: {layout}, {model}")
+    assert sum(map(abs, errors)) / len(errors) <= 0.03
+    assert min(errors) >= -0.05
 
 
 @pytest.mark.parametrize(
