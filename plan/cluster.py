@@ -30,6 +30,7 @@ class Cluster:
     tensor_domain: int = 0  # devices that a tensor group stays within; 0: those of `domain`
     cores: int = 0  # of a host whose ranks share them, each rank using one; 0: a rank has its own device
     together: float = 1.0  # how much slower a rank computes when all cores do
+    watts: float = 0.0  # of a device, at most; 0: not known
     source: str = ""
     rates: Rates = TABULATED
 
@@ -80,7 +81,7 @@ def cluster_of(gpu: Gpu) -> Cluster:
     rates = (gpu.bf16_tflops, float(gpu.memory_gb), gpu.bandwidth_tb, gpu.link_gb, gpu.network_gb)
     tensor = 1 if gpu.nvlink_domain == 1 else domain  # plan/topology.py refuses wider groups without NVLink
     hosts = (domain, gpu.host_gpus, tensor)
-    return Cluster(gpu.name, *rates, *hosts, source=gpu.source)
+    return Cluster(gpu.name, *rates, *hosts, watts=gpu.watts, source=gpu.source)
 
 
 def read_cluster(path: Path) -> Cluster:
@@ -120,10 +121,10 @@ def _check(key: str, value: object, where: str) -> None:
             raise UserError(f"{key}={value!r} is not a text", where=where, remedy=f'write {key} = "..."')
         return
     whole = key in ("domain", "host_gpus", "cores", "tensor_domain")
-    least = 0 if key in ("network_gb", "cores") else 1 if whole else 0
+    least = 1 if whole and key != "cores" else 0
     kind = int if whole else int | float
     fine = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and value >= least
-    if not fine or (value == 0 and key not in ("network_gb", "cores")):
+    if not fine or (value == 0 and key not in ("network_gb", "cores", "watts")):
         what = f"{key}={value!r} is not {'an integer' if whole else 'a number'} above 0"
         raise UserError(what, where=where, remedy=f"the unit is in the key's name; write {key} = 8, for example")
 

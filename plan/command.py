@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from minka.plan.cli import new_app, print_json, print_table, run_app
+from minka.plan.command_budget import add_budget, add_cadence, add_fit
 
 RUN = typer.Argument(help="a recipe, run.toml or run folder")
 OVERRIDES = typer.Argument(help="section.key=value")
@@ -24,6 +25,9 @@ minka plan memory llama3-8b --world 64 --gpu H100-SXM   what a rank holds
 minka plan time llama3-8b --world 64 --gpu H100-SXM     a step, days, dollars
 minka plan layout llama3-70b --world 256 --gpu H100-SXM the fastest that fits
 minka plan calibrate runs/one runs/two -o rates.toml    rates from measured runs
+minka plan budget --days 30 --gpu H100-SXM --gpus 64     what to train with it
+minka plan fit ladder.csv                    a law of the loss from own runs
+minka plan cadence --gpus 1024 --save-seconds 20  how often to save
 minka plan explain training_flops_per_token.palm
 """
 
@@ -31,7 +35,17 @@ minka plan explain training_flops_per_token.palm
 def main(argv: Sequence[str]) -> int:
     """Run `minka plan`."""
     app = new_app(HELP)
-    for add in (_add_model, _add_memory, _add_time, _add_layout, _add_calibrate, _add_explain):
+    for add in (
+        _add_model,
+        _add_memory,
+        _add_time,
+        _add_layout,
+        _add_calibrate,
+        add_budget,
+        add_fit,
+        add_cadence,
+        _add_explain,
+    ):
         add(app)
     return run_app(app, argv, "minka plan")
 

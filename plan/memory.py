@@ -6,7 +6,7 @@ where the largest unit's gradients are whole, in the buffers they are reduced in
 each pass can be (memory_pipeline.py).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from minka.plan.config import RunConfig
@@ -119,10 +119,7 @@ def _moments(s: Stage, micro_batch_count: int) -> Iterator[tuple[str, dict[str, 
     back = {
         "gradients": accumulated + b.hidden + own_head + b.d * b.f * c,
         "activations": s.layers * saved + b.recomputed() + shared - b.tokens * b.f * c,
-        "gathered": gathered
-        + (0 if s.kept else again if s.units else buffer)
-        + b.gathered_rows()
-        - b.kept_rows(),
+        "gathered": gathered + (0 if s.kept else again if s.units else buffer) + b.gathered_rows() - b.kept_rows(),
         "workspace": 4 * b.tokens * b.f * c + hidden,
     }
     after_mlp = {
@@ -143,17 +140,24 @@ def _moments(s: Stage, micro_batch_count: int) -> Iterator[tuple[str, dict[str, 
         reducing = (0 if accumulated and step else unit * b.size * b.g) + unit * b.shards * b.w
         fewer = {**back, "activations": back["activations"] - unit * saved}
         yield "backward, reducing", {**fixed, **fewer, "gradients": back["gradients"] + reducing}
-    later = later and step
+    yield from _reductions(s, fixed, shared, own_head, later=later and step)
+
+
+def _reductions(
+    s: Stage, fixed: Mapping[str, int], shared: int, own_head: int, *, later: bool
+) -> Iterator[tuple[str, dict[str, int]]]:
+    """The end of backward: the last unit of blocks is reduced, then embedding and head, and blocks in no unit."""
+    b, unit = s.block, s.unit
     if s.units:
         ends = s.ends * b.g if later else own_head
-        gathered = s.gathered if s.kept else (s.root + unit * b.size) * c * b.fsdp
+        gathered = s.gathered if s.kept else (s.root + unit * b.size) * b.c * b.fsdp
         reducing = _reduction(s, unit * b.size, unit * b.shards, (s.layers - unit) * b.shards, later) + ends
         yield "reduction of blocks", {**fixed, "gradients": reducing, "activations": shared, "gathered": gathered}
     if b.fsdp:
         last = _reduction(s, s.root, s.root_shards, s.shards - s.root_shards, later)
-        last += s.matrix * c * (later and c < b.g)  # of the embedding, as backward left it
+        last += s.matrix * b.c * (later and b.c < b.g)  # of the embedding, as backward left it
     else:
-        last = s.shards * b.w + s.matrix * c
+        last = s.shards * b.w + s.matrix * b.c
     yield "reduction", {**fixed, "gradients": last}
 
 

@@ -27,7 +27,7 @@ TORCH_FREE = frozenset({"plan", "launch", "report", "slurm"})
 OUTSIDE_THE_WHEEL = frozenset({"benchmarks"})
 KERNELS_MAY = frozenset({"torch", "triton"})
 EXECUTES = frozenset({"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"})
-PRODUCT_LINES, FILE_LINES, FUNCTION_LINES = 26_000, 300, 60  # at most
+PRODUCT_LINES, FILE_LINES, FUNCTION_LINES = 30_000, 300, 60  # at most
 COUNTED = frozenset({".py", ".js", ".css", ".html"})  # suffixes of product files
 # Phrases that read like a translation, each with what to write. Checked in the product and its guides.
 WORDING = {
@@ -178,7 +178,7 @@ def _import(imported: Import, folder: str, path: Path) -> Iterator[tuple[str, in
     target = module.split(".")[1]
     if target != folder and target not in FLOORS.get(folder, frozenset()):
         yield "floors", line, f"{folder or 'the front door'} may not import {module}"
-    if not top and path.name != "command.py":  # there, so that --help stays instant
+    if not top and not path.name.startswith("command"):  # there, so that --help stays instant
         yield "no own imports inside functions", line, module
 
 

@@ -7,12 +7,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch._C._distributed_c10d import FileStore
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from minka.launch.environment import usable_cpus
 from minka.plan.cluster import Cluster
@@ -22,7 +27,8 @@ from minka.train.provenance import processor
 
 SIDE = 1024  # of the matrices: their product is large enough for the full rate of a core
 COPIED = 2**26  # bytes: more than the caches hold
-GATHERED, SMALL = 2**24, 64  # bytes of a collective
+GATHERED = 2**24  # bytes of a collective
+NARROW, WIDE, ROWS = 64, 4096, 256  # much work on a rank, and few bytes between them
 REPEATS, MESSAGES = 7, 60
 SECONDS = 120.0  # until a worker is given up
 
@@ -80,14 +86,7 @@ def _work(rank: int, ranks: int, folder: str, answers: Any) -> None:
         part = torch.zeros(GATHERED // ranks // 4)
         whole = [torch.zeros_like(part) for _ in range(ranks)]
         gather = _seconds(lambda: dist.all_gather(whole, part))
-        small, less = torch.zeros(SMALL // 4), left[: SIDE // 8]
-
-        def working() -> None:
-            """As in a step: cores are busy when a collective begins, and its threads wait for one."""
-            torch.mm(less, right)
-            dist.all_reduce(small)
-
-        message = _seconds(working, MESSAGES) - _seconds(lambda: less @ right, MESSAGES)
+        message = _message(ranks)
         if rank == 0:
             answers.put(
                 {
@@ -103,11 +102,35 @@ def _work(rank: int, ranks: int, folder: str, answers: Any) -> None:
         dist.destroy_process_group()
 
 
-def _seconds(once: Callable[[], object], repeats: int = REPEATS) -> float:
+def _message(ranks: int) -> float:
+    """What a collective costs a tensor group on top of its bytes: as in a block, where cores are busy when it begins, its
+    threads wait for one, and the host has to call it."""
+
+    def feed_forward(width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(NARROW, width, bias=False), nn.Linear(width, NARROW, bias=False))
+
+    cut = feed_forward(WIDE * ranks)
+    plan = {"0": ColwiseParallel(input_layouts=Shard(0)), "1": RowwiseParallel(output_layouts=Shard(0))}
+    parallelize_module(cut, init_device_mesh("cpu", (ranks,)), plan)
+    seconds = []
+    for module, rows in ((cut, ROWS // ranks), (feed_forward(WIDE), ROWS)):
+        x = torch.randn(rows, NARROW, requires_grad=True)
+        # The mean: some wait long for a core, and a step for each of them.
+        seconds.append(_seconds(partial(_there_and_back, module, x), MESSAGES, statistics.mean))
+    return (seconds[0] - seconds[1]) / 4  # one and one in each direction
+
+
+def _there_and_back(module: nn.Module, x: torch.Tensor) -> None:
+    module(x).sum().backward()
+
+
+def _seconds(
+    once: Callable[[], object], repeats: int = REPEATS, of: Callable[[list[float]], float] = statistics.median
+) -> float:
     once()
     taken = []
     for _ in range(repeats):
         began = time.perf_counter()
         once()
         taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
+    return of(taken)
