@@ -103,8 +103,10 @@ def _work(rank: int, ranks: int, folder: str, answers: Any) -> None:
 
 
 def _message(ranks: int) -> float:
-    """What a collective costs a tensor group on top of its bytes: as in a block, where cores are busy when it begins, its
-    threads wait for one, and the host has to call it."""
+    """Seconds that a collective costs a tensor group on top of its bytes.
+
+    As in a block: cores are busy when it begins, its threads wait for one, and the host has to call it.
+    """
 
     def feed_forward(width: int) -> nn.Module:
         return nn.Sequential(nn.Linear(NARROW, width, bias=False), nn.Linear(width, NARROW, bias=False))
