@@ -24,6 +24,7 @@ class Wishes(NamedTuple):
     most_epochs: float = 16.0
 
 
+SMALLEST_FITTED, LARGEST_FITTED, SMALLEST_TUNED = 5e7, 2e11, 1e7  # weights
 FREE = Wishes()
 
 
@@ -65,8 +66,13 @@ def budget_plan(asked: BudgetAsked, machine: BudgetMachine, goal: Goal, wishes: 
     }
     found |= _tuning(shape, size, tokens, seq_len)
     found |= _cost(machine, flops)
-    if size < 1e7:
+    if size < SMALLEST_TUNED:
         notes.append("laws of batch size and learning rate were fitted above 10M weights; try two rates")
+    if not goal.law.bootstrap and not SMALLEST_FITTED <= size <= LARGEST_FITTED:
+        notes.append(
+            f"published laws were fitted to {short(SMALLEST_FITTED)} to {short(LARGEST_FITTED)} weights: here the loss "
+            "is a guess, and the split an extrapolation; `minka plan fit` makes a law of your own runs"
+        )
     found["notes"] = [note for note in notes if note]
     return found
 

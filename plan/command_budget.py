@@ -1,7 +1,8 @@
 """The commands of `minka plan` that say what to train: budget and cadence."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,7 +25,9 @@ def add_budget(app: typer.Typer) -> None:
         loss: Annotated[float | None, typer.Option(help="nats a token to reach")] = None,
         gpu: Annotated[str, typer.Option(help="a GPU's name, or a file that describes a cluster (docs/plan.md)")] = "",
         gpus: Annotated[int, typer.Option(min=1, help="how many at once")] = 1,
-        mfu: Annotated[float, typer.Option(help="share of the peak, of 6 N D; `minka plan time` predicts it")] = 0.4,
+        mfu: Annotated[
+            str, typer.Option(help="share of the peak, of 6 N D; plan: that of the fastest layout which fits")
+        ] = "0.4",
         price_per_gpu_hour: Annotated[float | None, typer.Option(metavar="DOLLARS")] = None,
         unique_tokens: Annotated[float, typer.Option(help="tokens that differ; default: as many as needed")] = 0.0,
         most_epochs: Annotated[float, typer.Option(help="passes over them that are accepted")] = 16.0,
@@ -37,30 +40,44 @@ def add_budget(app: typer.Typer) -> None:
         as_json: Annotated[bool, JSON] = False,
     ) -> int:
         """What to train with a budget: weights, tokens, shape, batch, rate, the loss to expect, and the cost."""
-        from minka.plan.budget_plan import Wishes, alternative_lines, budget_lines, budget_plan
+        from minka.plan.budget_layout import budget_with_layout
+        from minka.plan.budget_plan import Wishes, budget_plan
         from minka.plan.cluster import find_cluster
-        from minka.plan.compute_budget import BudgetAsked, BudgetMachine, Goal, check_machine
+        from minka.plan.compute_budget import BudgetAsked, BudgetMachine, Goal, check_machine, read_number
         from minka.plan.emit_run import write_run
         from minka.plan.law_file import law_of_name
 
-        machine = BudgetMachine(find_cluster(gpu) if gpu else None, gpus, mfu, price_per_gpu_hour)
+        share = 0.4 if mfu == "plan" else read_number(mfu, "--mfu", "a share of the peak such as 0.4, or plan")
+        machine = BudgetMachine(find_cluster(gpu) if gpu else None, gpus, share, price_per_gpu_hour)
         goal = Goal(law_of_name(law), unique_tokens, inference_tokens)
         check_machine(machine, goal)
         asked = BudgetAsked(flops, gpu_hours, dollars, days, tokens, params, loss)
-        found = budget_plan(asked, machine, goal, Wishes(vocab, seq, most_epochs))
+        wishes, layout = Wishes(vocab, seq, most_epochs), dict[str, Any]()
+        if mfu == "plan":
+            found, layout = budget_with_layout(asked, machine, goal, wishes)
+        else:
+            found = budget_plan(asked, machine, goal, wishes)
         if emit:
-            write_run(emit, found, data_of)
+            write_run(emit, found, layout, data_of)
         if as_json:
             print_json(found)
             return 0
-        print_table(budget_lines(found))
-        print()
-        head, *rows = alternative_lines(found)
-        print_table(rows, head)
-        print("\n".join(["", *(f"note: {note}" for note in found["notes"])]))
+        _print_budget(found)
         if emit:
             print(f"wrote {emit}: look at it, then `minka train {emit} --dry-run`")
+            if gpu and not layout:
+                print(f"its layout: `minka plan layout {emit} --world {gpus} --gpu {gpu}`, or --mfu plan here")
         return 0
+
+
+def _print_budget(found: Mapping[str, Any]) -> None:
+    from minka.plan.budget_plan import alternative_lines, budget_lines
+
+    print_table(budget_lines(found))
+    print()
+    head, *rows = alternative_lines(found)
+    print_table(rows, head)
+    print("\n".join(["", *(f"note: {note}" for note in found["notes"])]))
 
 
 def add_fit(app: typer.Typer) -> None:

@@ -178,3 +178,11 @@ def check_machine(machine: BudgetMachine, goal: Goal) -> None:
     for where, value in named.items():
         if not 0 <= value < math.inf:
             raise UserError(f"{value:g}", where=where, remedy="give a number above 0, or leave it out")
+
+
+def read_number(text: str, where: str, wanted: str) -> float:
+    """Return the number that a word is. Raises UserError."""
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{text!r} is not a number", where=where, remedy=f"give {wanted}") from None

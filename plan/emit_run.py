@@ -11,10 +11,13 @@ from minka.plan.compute_budget import WHERE
 from minka.plan.errors import UserError
 from minka.plan.load_config import load_run
 
+DEFAULT = {"shard": 0, "micro_batch": 1}
 SMALL = 3e6  # weights: of models below, the demo's data
 
 
-def run_of(found: Mapping[str, Any], name: str, data: Mapping[str, Any]) -> dict[str, Any]:
+def run_of(
+    found: Mapping[str, Any], name: str, data: Mapping[str, Any], layout: Mapping[str, Any] = DEFAULT
+) -> dict[str, Any]:
     """Return the run file of a plan as a table. `data` is the section of that name, but for lengths."""
     shape, schedule = found["shape"], found["schedule"]
     batch, steps = found["batch_tokens"]["value"], schedule["steps"]
@@ -36,7 +39,7 @@ def run_of(found: Mapping[str, Any], name: str, data: Mapping[str, Any]) -> dict
             "warmup": schedule["warmup_steps"],
             "final_ratio": schedule["final_ratio"],
         },
-        "layout": {"shard": 0, "micro_batch": 1},
+        "layout": {**layout},
         "checkpoint": {"every_steps": every, "keep": 3},
         "eval": {"every_steps": every},
     }
@@ -52,12 +55,17 @@ def data_section(recipe: str) -> dict[str, Any]:
     return {key: value for key, value in data.items() if key not in ("seq_len", "batch_tokens", "batch_warmup")}
 
 
-def write_run(path: Path, found: Mapping[str, Any], data_of: str = "") -> None:
-    """Write the run file. `data_of` names a recipe or run whose data it takes. Raises UserError."""
+def write_run(path: Path, found: Mapping[str, Any], layout: Mapping[str, Any], data_of: str = "") -> None:
+    """Write the run file. `layout` may be empty. `data_of` names a recipe or run whose data it takes.
+
+    Raises UserError.
+    """
     if path.suffix != ".toml":
         raise UserError(f"{path} does not end in .toml", where="--emit", remedy=f"write --emit {path.stem}.toml")
     size = found["parameters"]
-    values = run_of(found, path.stem, data_section(data_of or ("demo" if size < SMALL else "dense-125m")))
+    values = run_of(
+        found, path.stem, data_section(data_of or ("demo" if size < SMALL else "dense-125m")), layout or DEFAULT
+    )
     low, high = found["loss_interval"]
     batch, rate = found["batch_tokens"], found["learning_rate"]
     lines = [

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from minka.plan.errors import UserError
+from minka.plan.explained_budget import BUDGET_ROWS
 from minka.plan.explained_run import ROWS
 from minka.plan.flops import FORMULAS, SYMBOLS, Convention
 from minka.plan.layout import Layout
@@ -220,6 +221,7 @@ MEMORY: dict[str, Explanation] = {
 EXPLAINED: dict[str, Explanation] = {
     **MODEL,
     **MEMORY,
+    **{key: Explanation(*row) for key, row in BUDGET_ROWS.items()},
     **{key: Explanation(*row) for key, row in ROWS.items()},
 }
 OPEN = ("defaults", "pruned", "neighbours.change")  # tables whose keys differ from plan to plan

@@ -3,9 +3,11 @@
 import math
 from typing import Any, NamedTuple
 
-STEP = "Step Law, Li et al. 2025, arXiv:2503.04715"
-DEEPSEEK = "DeepSeek LLM, Bi et al. 2024, arXiv:2401.02954"
-PORIAN = "Porian et al. 2024, arXiv:2406.19146"
+SOURCES = {
+    "step": "Step Law, Li et al. 2025, arXiv:2503.04715",
+    "deepseek": "DeepSeek LLM, Bi et al. 2024, arXiv:2401.02954",
+    "porian": "Porian et al. 2024, arXiv:2406.19146",
+}
 POWER_LINES = "Power Lines, Bergsma et al. 2025, arXiv:2505.13738"
 
 
@@ -39,9 +41,9 @@ def batch_band(sizes: Sizes) -> Band:
     """Tokens of a batch: Step Law's, and the span of the three."""
     return _band(
         {
-            STEP: 0.58 * sizes.tokens**0.571,
-            DEEPSEEK: 0.2920 * sizes.flops**0.3271,
-            PORIAN: 160 * 2048 * (sizes.parameters / 108e6) ** (2 / 3),
+            "step": 0.58 * sizes.tokens**0.571,
+            "deepseek": 0.2920 * sizes.flops**0.3271,
+            "porian": 160 * 2048 * (sizes.parameters / 108e6) ** (2 / 3),
         }
     )
 
@@ -50,15 +52,15 @@ def rate_band(sizes: Sizes) -> Band:
     """Peak of AdamW's rate: Step Law's (cosine to 1e-5), and the span of the three."""
     return _band(
         {
-            STEP: 1.79 * sizes.without_vocabulary**-0.713 * sizes.tokens**0.307,
-            DEEPSEEK: 0.3118 * sizes.flops**-0.1250,
-            PORIAN: 0.0047 * (sizes.parameters / 108e6) ** (-1 / 3),
+            "step": 1.79 * sizes.without_vocabulary**-0.713 * sizes.tokens**0.307,
+            "deepseek": 0.3118 * sizes.flops**-0.1250,
+            "porian": 0.0047 * (sizes.parameters / 108e6) ** (-1 / 3),
         }
     )
 
 
 def _band(laws: dict[str, float]) -> Band:
-    return Band(min(laws.values()), laws[STEP], max(laws.values()), STEP, laws)
+    return Band(min(laws.values()), laws["step"], max(laws.values()), SOURCES["step"], laws)
 
 
 def weight_decay(sizes: Sizes, batch: float, rate: float) -> tuple[float, str]:
@@ -79,4 +81,4 @@ def rounded_batch(tokens: float, seq_len: int) -> int:
 
 def beta2(batch: float) -> tuple[float, str]:
     """The second moment's decay: small batches need a longer memory."""
-    return (0.99 if batch < 2**19 else 0.95), PORIAN
+    return (0.99 if batch < 2**19 else 0.95), SOURCES["porian"]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from minka.plan.ledger import Ledger
 from minka.plan.load_config import load_run
+from minka.plan.loss_laws import EPOCH
 from minka.plan.run_folder import RunFolder
 
 
@@ -21,3 +22,13 @@ def written_run(folder: Path, name: str, seconds: float, device: str, *overrides
         ledger.append("step", step=number, tokens=number * batch, tokens_per_second=speed)
     ledger.close()
     return str(run.path)
+
+
+def table_of_runs(path: Path, count: int = 30) -> str:
+    """A table of runs whose losses are those of a published law, within a percent."""
+    rows = ["params,tokens,loss"]
+    for number in range(count):
+        size, tokens = 1e6 * 4 ** (number % 5), 3e7 * 5 ** (number % 7)
+        rows.append(f"{size},{tokens},{EPOCH.loss(size, tokens) * (1 + 0.01 * ((7 * number) % 11 - 5) / 5)}")
+    path.write_text("\n".join(rows) + "\n")
+    return str(path)

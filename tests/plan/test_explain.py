@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from measured_runs import written_run
+from measured_runs import table_of_runs, written_run
 from minka.__main__ import main
 from minka.plan.explain import EXPLAINED, MODEL, OPEN, explain
 from minka.plan.flops import FORMULAS
@@ -49,6 +49,9 @@ def documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[An
     yield planned(capsys, "layout", "dense-1b", "--world", "2", "--gpu", "H100-SXM")
     run = written_run(tmp_path, "one", 1.0, "NVIDIA H200")
     yield planned(capsys, "calibrate", run, "-o", str(tmp_path / "rates.toml"))
+    yield planned(capsys, "budget", "--days", "3", "--gpu", "H100-SXM", "--unique-tokens", "1e10")
+    yield planned(capsys, "fit", table_of_runs(tmp_path / "runs.csv"), "--bootstraps", "9")
+    yield planned(capsys, "cadence", "--gpus", "64", "--run", "dense-125m")
 
 
 def test_every_key_of_every_plan_is_explained_and_every_explained_key_is_in_a_plan(

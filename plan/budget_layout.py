@@ -1,0 +1,37 @@
+"""A budget whose MFU is that of its own run: the fastest layout that fits is searched, and the budget planned again."""
+
+from typing import Any
+
+from minka.plan.budget_plan import FREE, Wishes, budget_plan
+from minka.plan.compute_budget import BudgetAsked, BudgetMachine, Goal
+from minka.plan.emit_run import data_section, run_of
+from minka.plan.errors import UserError
+from minka.plan.layout_search import search
+from minka.plan.load_config import validate
+from minka.plan.memory import peak_or_more
+
+ROUNDS, NEAR = 4, 0.01  # at most, and how little the MFU then moves
+
+
+def budget_with_layout(
+    asked: BudgetAsked, machine: BudgetMachine, goal: Goal, wishes: Wishes = FREE
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the plan, and the layout of its run: settings of the section. Raises UserError where no layout fits."""
+    cluster = machine.cluster
+    if cluster is None:
+        raise UserError("a layout's own MFU needs a machine", where="--mfu", remedy="add --gpu, or give a number")
+    for _ in range(ROUNDS):
+        found = budget_plan(asked, machine, goal, wishes)
+        config = validate(run_of(found, "budget", data_section("demo")), "the run of this budget")
+        best = search(config, machine.gpus, cluster, 1, _peak(cluster.device_kind)).found[0]
+        speed = config.data.batch_tokens / best.time.seconds / machine.gpus
+        mfu = 6 * found["parameters"] * speed / cluster.peak_flops
+        layout = best.layout.model_dump(mode="json", exclude_defaults=True)
+        if abs(mfu / machine.mfu - 1) < NEAR:
+            break
+        machine = machine._replace(mfu=mfu)
+    return budget_plan(asked, machine, goal, wishes), layout
+
+
+def _peak(kind: str) -> Any:
+    return lambda config, world, room: peak_or_more(config, world, room, kind)

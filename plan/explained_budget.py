@@ -1,0 +1,188 @@
+"""What the keys of `minka plan budget`, `fit` and `cadence` mean: (unit, formula, inputs, source) by key."""
+
+Row = tuple[str, str, str, str]
+BUDGET = "the budget, --law, and what else was said"
+HOFFMANN = "Hoffmann et al. 2022, arXiv:2203.15556"
+TUNING = "plan/tuning_laws.py has the laws"
+RUNS = "the runs that were given"
+LAW = f"L = E + A / N^alpha + B / D^beta; {HOFFMANN}, section 3.3"
+FIT = f"{HOFFMANN}, appendix D.3; plan/fit_law.py"
+DALY = "Daly 2006, A higher order estimate of the optimum checkpoint interval; plan/cadence.py"
+JOB = "--gpus or --mtbf-hours, --save-seconds, --restart-seconds, --flush-seconds"
+ROUNDED = "the law's optimum; shapes are rounded to what suits tiles, heads and layouts (plan/shape_of_size.py)"
+
+
+def _band(name: str, unit: str, step: str, deepseek: str, porian: str) -> dict[str, Row]:
+    formulas = {"step": step, "deepseek": deepseek, "porian": porian}
+    inputs = "weights N (step: n without the vocabulary), tokens D, C = 6 N D"
+    return {
+        name: (unit, "a band, because published laws disagree", inputs, TUNING),
+        f"{name}.value": (unit, f"{step}, rounded", inputs, TUNING),
+        f"{name}.low": (unit, "the least of the laws", inputs, TUNING),
+        f"{name}.high": (unit, "the most of the laws", inputs, TUNING),
+        f"{name}.source": ("text", "whose value it is", inputs, TUNING),
+        f"{name}.laws": (unit, "what each law says", inputs, TUNING),
+        **{f"{name}.laws.{law}": (unit, formula, inputs, TUNING) for law, formula in formulas.items()},
+    }
+
+
+BUDGETS: dict[str, Row] = {
+    "tokens": ("tokens", "what the budget leaves for this shape: (C / 2N - inference tokens) / 3", BUDGET, ROUNDED),
+    "flops": ("FLOPs", "6 N D of training", "parameters, tokens", "Kaplan et al., arXiv:2001.08361"),
+    "inference_flops": ("FLOPs", "2 N a token of use", "parameters, --inference-tokens", "arXiv:2401.00448"),
+    "tokens_per_parameter": ("tokens", "tokens / parameters", "tokens, parameters", ROUNDED),
+    "unique_tokens": ("tokens or null", "tokens that differ", "--unique-tokens", "the command line"),
+    "epochs": ("passes or null", "tokens / unique_tokens", "tokens, --unique-tokens", "arXiv:2305.16264"),
+    "loss": ("nats a token", "the law at parameters and tokens; repeated ones count less", BUDGET, LAW),
+    "loss_interval": (
+        "nats a token",
+        (
+            "where 90 % of such runs end: the spread of runs about the law (0.75 % of the loss for published ones) and "
+            "that of the law's refits where it has any; a different text or tokenizer is not in it"
+        ),
+        BUDGET,
+        LAW,
+    ),
+    "law": ("name", "--law", "--law", "plan/loss_laws.py"),
+    "law_source": ("text", "who fitted it, to what", "--law", "plan/loss_laws.py"),
+    "optimum": ("table", "before the shape is rounded", BUDGET, LAW),
+    "optimum.parameters": ("weights", "G (C/6)^a, a = beta / (alpha + beta)", BUDGET, f"{HOFFMANN}, equation 4"),
+    "optimum.tokens": ("tokens", "(C/6)^(1-a) / G", BUDGET, f"{HOFFMANN}, equation 4"),
+    "alternatives": ("list", "what other laws do with the same FLOPs of new data", BUDGET, "plan/loss_laws.py"),
+    "alternatives.law": ("name", "of the law", "plan/loss_laws.py", "plan/loss_laws.py"),
+    "alternatives.parameters": ("weights", "its best", BUDGET, "plan/loss_laws.py"),
+    "alternatives.tokens": ("tokens", "its best", BUDGET, "plan/loss_laws.py"),
+    "alternatives.loss": ("nats or null", "of its own text; null where it says nothing of it", BUDGET, LAW),
+    "alternatives.source": ("text", "the paper", "plan/loss_laws.py", "plan/loss_laws.py"),
+    "alternatives.note": ("text", "what to know before it is trusted", "plan/loss_laws.py", "plan/loss_laws.py"),
+    **_band(
+        "batch_tokens",
+        "tokens",
+        "0.58 D^0.571, to 2^k or 3 x 2^k sequences, at most a fiftieth of the run",
+        "0.2920 C^0.3271",
+        "160 x 2048 (N / 108M)^(2/3)",
+    ),
+    **_band(
+        "learning_rate",
+        "rate",
+        "1.79 n^-0.713 D^0.307, the peak of a cosine",
+        "0.3118 C^-0.125",
+        "0.0047 (N / 108M)^(-1/3)",
+    ),
+    "weight_decay": ("table", "so that AdamW's memory is the best share of the run", BUDGET, "arXiv:2505.13738"),
+    "weight_decay.value": (
+        "factor",
+        "batch / (rate x tokens x 1.084 (D/N)^-0.527), at most 1",
+        "batch_tokens.value, learning_rate.value, tokens, parameters",
+        "arXiv:2505.13738",
+    ),
+    "weight_decay.source": ("text", "the paper", "the paper", "plan/tuning_laws.py"),
+    "beta2": ("table", "of the second moment", "batch_tokens.value", "arXiv:2406.19146"),
+    "beta2.value": (
+        "decay",
+        "0.99 below batches of 524,288 tokens, else 0.95",
+        "batch_tokens.value",
+        "arXiv:2406.19146",
+    ),
+    "beta2.source": ("text", "the paper", "the paper", "plan/tuning_laws.py"),
+    "schedule.kind": ("choice", "cosine: the laws of the rate were fitted to it", "none", "arXiv:2503.04715"),
+    "schedule.steps": ("steps", "tokens / batch", "tokens, batch_tokens.value", "plan/budget_plan.py"),
+    "schedule.warmup_steps": (
+        "steps",
+        "a token for each weight, at least 20 steps, at most 2,000 and a tenth of the run",
+        "parameters, batch_tokens.value, schedule.steps",
+        "arXiv:2406.19146, 2503.04715",
+    ),
+    "schedule.final_ratio": ("fraction", "of the peak, at the end", "none", "plan/budget_plan.py"),
+    "gpus": ("number", "--gpus", "--gpus", "the command line"),
+    "kwh": ("kWh or null", "gpu_hours x the board's watts: not hosts, network and cooling", "--gpu", "data sheets"),
+    "notes": ("list", "what to know", "the plan", "the plan"),
+}
+FITS: dict[str, Row] = {
+    **{name: (unit, "of the law", RUNS, FIT) for name, unit in (("A", "nats"), ("B", "nats"), ("E", "nats a token"))},
+    **dict.fromkeys(("alpha", "beta"), ("exponent", "of the law", RUNS, FIT)),
+    "objective": ("number", "the sum of Huber(ln predicted - ln measured), linear beyond 1e-3", RUNS, FIT),
+    "a": ("exponent", "beta / (alpha + beta): weights grow with FLOPs to the power a", "alpha, beta", HOFFMANN),
+    "rows_used": ("runs", "fitted", RUNS, FIT),
+    "rows_dropped": ("runs", "left out by the rule", RUNS, "outlier_rule"),
+    "outlier_rule": ("text", "--drop-highest, --drop-outliers", RUNS, "plan/fit_plan.py"),
+    "intervals": ("table", "2.5 % to 97.5 % of refits to runs drawn with replacement", "--bootstraps", FIT),
+    **{
+        f"intervals.{name}": ("pair", f"of {name}", "--bootstraps", FIT)
+        for name in ("A", "B", "E", "alpha", "beta", "a")
+    },
+    "residual_rms": ("share", "root mean square of ln predicted - ln measured", RUNS, FIT),
+    "optimum.flops": ("FLOPs", "--flops; default: those of the dearest run", RUNS, FIT),
+    "optimum.loss": ("nats a token", "the law at the optimum", RUNS, LAW),
+    "optimum.parameters_interval": ("pair or null", "of the refits' optima, 95 %", "--bootstraps", FIT),
+    "optimum.loss_interval": ("pair", "where 90 % of such runs end", "residual_rms, refits", FIT),
+    "foresight": (
+        "table or null",
+        "the cheap 70 % of the runs fitted, the dear ones predicted",
+        RUNS,
+        "plan/fit_plan.py",
+    ),
+    "foresight.fitted": ("runs", "cheap ones", RUNS, "plan/fit_plan.py"),
+    "foresight.predicted": ("runs", "dear ones", RUNS, "plan/fit_plan.py"),
+    "foresight.up_to_flops": ("FLOPs", "of the dearest run that was fitted", RUNS, "plan/fit_plan.py"),
+    "foresight.mean_error": ("share", "mean of |predicted / measured - 1|", RUNS, "plan/fit_plan.py"),
+    "foresight.largest_error": ("share", "with its sign", RUNS, "plan/fit_plan.py"),
+    "foresight.covered": ("share", "of dear runs within their 90 % interval", RUNS, "plan/fit_plan.py"),
+    "runs.parameters": ("weights", "of the run", RUNS, "the table or the ledger"),
+    "runs.tokens": ("tokens", "of the run", RUNS, "the table or the ledger"),
+    "runs.loss": ("nats a token", "of held-out text at its end", RUNS, "the table, or evals/ of the run"),
+    "runs.residual": ("share", "ln predicted - ln measured", RUNS, FIT),
+    "runs.used": ("true or false", "whether the rule kept it", RUNS, "outlier_rule"),
+}
+CADENCE: dict[str, Row] = {
+    "hours_between_failures": (
+        "hours",
+        "--mtbf-hours, or 24,000 / (failures of 1,000 node-days x nodes of eight)",
+        "--gpus, --rate",
+        "plan/cadence.py, RATES; small jobs fail of other causes too, so measure yours",
+    ),
+    "failures_source": ("text", "whose rate it is", "--rate", "plan/cadence.py"),
+    "interval_seconds": ("seconds", "of training between saves: the most training for wall time", JOB, DALY),
+    "interval_steps": ("steps or null", "interval_seconds / --step-seconds, rounded", JOB, DALY),
+    "young_seconds": ("seconds", "sqrt(2 save M), M between failures", JOB, "Young 1974"),
+    "daly_seconds": ("seconds", "Young's x (1 + x/3 + x^2/9) - save, x = sqrt(save / 2M)", JOB, DALY),
+    "ettr": ("share", "interval / (M e^(R/M) (e^((interval + save)/M) - 1)), R a restart", JOB, DALY),
+    "lost": ("table", "the rest of wall time", JOB, DALY),
+    "lost.saving": ("share", "in saves", JOB, DALY),
+    "lost.again": ("share", "on steps that a failure undid", JOB, DALY),
+    "lost.restarting": ("share", "from failures to first new steps", JOB, DALY),
+    "evaluation_interval_seconds": (
+        "seconds or null",
+        "100 evaluations: 1 % of the time",
+        "--evaluation-seconds",
+        "plan",
+    ),
+    "evaluation_interval_steps": ("steps or null", "the same in steps", "--step-seconds", "plan/cadence_plan.py"),
+    "spare_nodes": (
+        "nodes",
+        "no more than these are in repair at once in 99 % of the time, if failures are a Poisson process",
+        "hours_between_failures, --repair-hours",
+        "plan/cadence.py",
+    ),
+    "keep": ("table", "checkpoints that are worth their disk", "--run", "plan/cadence_plan.py"),
+    "keep.newest": (
+        "number",
+        "enough to rewind 100 steps, at least 3",
+        "interval_steps",
+        "arXiv:2204.02311, section 5.1",
+    ),
+    "keep.tokens": (
+        "list",
+        "where the decay of a wsd schedule begins: other lengths branch from there",
+        "--run",
+        "plan",
+    ),
+    "keep.checkpoint_bytes": (
+        "bytes or null",
+        "12 a weight: fp32 weights and two moments",
+        "--run",
+        "docs/checkpoints.md",
+    ),
+    "keep.bytes": ("bytes or null", "of all that are kept, and the last", "--run", "plan/cadence_plan.py"),
+}
+BUDGET_ROWS: dict[str, Row] = {**BUDGETS, **FITS, **CADENCE}
