@@ -28,7 +28,8 @@ def cut_tensor(model: Transformer, mesh: Mesh) -> None:
     if mesh.layout.tensor == 1 or mesh.axes is None:
         return
     axis = mesh.axes["tensor"]
-    for block in model.blocks.values():  # its input and output are this rank's tokens
+    blocks: list[Any] = list(model.blocks.values())
+    for block in blocks:  # whose input and output are this rank's tokens
         attention, mlp = block.attention, block.mlp
         for product in (attention.wq, attention.wk, attention.wv, mlp.gate, mlp.up):
             _cut_columns(product, axis)
