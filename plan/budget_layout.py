@@ -1,5 +1,6 @@
 """A budget whose MFU is that of its own run: the fastest layout that fits is searched, and the budget planned again."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from minka.plan.budget_plan import FREE, Wishes, budget_plan
@@ -22,15 +23,22 @@ def budget_with_layout(
         raise UserError("a layout's own MFU needs a machine", where="--mfu", remedy="add --gpu, or give a number")
     for _ in range(ROUNDS):
         found = budget_plan(asked, machine, goal, wishes)
-        config = validate(run_of(found, "budget", data_section("demo")), "the run of this budget")
-        best = search(config, machine.gpus, cluster, 1, _peak(cluster.device_kind)).found[0]
-        speed = config.data.batch_tokens / best.time.seconds / machine.gpus
+        layout, seconds = layout_of(found, machine)
+        speed = found["batch_tokens"]["value"] / seconds / machine.gpus
         mfu = 6 * found["parameters"] * speed / cluster.peak_flops
-        layout = best.layout.model_dump(mode="json", exclude_defaults=True)
         if abs(mfu / machine.mfu - 1) < NEAR:
             break
         machine = machine._replace(mfu=mfu)
     return budget_plan(asked, machine, goal, wishes), layout
+
+
+def layout_of(found: Mapping[str, Any], machine: BudgetMachine) -> tuple[dict[str, Any], float]:
+    """Return settings of the fastest layout that fits, and a step's seconds under it. Raises UserError."""
+    if machine.cluster is None:
+        return {}, 0.0
+    config = validate(run_of(found, "budget", data_section("demo")), "the run of this budget")
+    best = search(config, machine.gpus, machine.cluster, 1, _peak(machine.cluster.device_kind)).found[0]
+    return best.layout.model_dump(mode="json", exclude_defaults=True), best.time.seconds
 
 
 def _peak(kind: str) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from minka.plan.best_split import check_epochs
-from minka.plan.compute_budget import BudgetAsked, BudgetMachine, Goal, check_asked, flops_of
+from minka.plan.compute_budget import GOALS, BudgetAsked, BudgetMachine, Goal, check_asked, flops_of
 from minka.plan.errors import UserError
 from minka.plan.flops import Shape, parameters
 from minka.plan.loss_laws import LAWS, BudgetSplit, LossLaw
@@ -25,6 +25,7 @@ class Wishes(NamedTuple):
 
 
 SMALLEST_FITTED, LARGEST_FITTED, SMALLEST_TUNED = 5e7, 2e11, 1e7  # weights
+WIDE = 3.0  # of the highest rate over the lowest
 FREE = Wishes()
 
 
@@ -59,6 +60,7 @@ def budget_plan(asked: BudgetAsked, machine: BudgetMachine, goal: Goal, wishes: 
         "loss_interval": list(_interval(goal, size, tokens)),
         "law": goal.law.name,
         "law_source": goal.law.source,
+        "asked": asked.given(GOALS),
         "optimum": {"parameters": best.parameters, "tokens": best.tokens},
         "alternatives": _alternatives(goal, best, total),
         "shape": _shape_keys(shape),
@@ -73,6 +75,11 @@ def budget_plan(asked: BudgetAsked, machine: BudgetMachine, goal: Goal, wishes: 
             f"published laws were fitted to {short(SMALLEST_FITTED)} to {short(LARGEST_FITTED)} weights: here the loss "
             "is a guess, and the split an extrapolation; `minka plan fit` makes a law of your own runs"
         )
+    if (span := found["learning_rate"]["high"] / found["learning_rate"]["low"]) > WIDE:
+        notes.append(f"laws of the learning rate span a factor of {span:.1f}: short runs at both ends decide better")
+    if found["loss"] > math.log(shape.vocab):
+        guess = math.log(shape.vocab)
+        notes.append(f"the law's loss is above that of guessing, {guess:.2f}: it says nothing about so small a model")
     found["notes"] = [note for note in notes if note]
     return found
 
@@ -143,8 +150,9 @@ def budget_lines(found: Mapping[str, Any]) -> list[list[str]]:
     low, high = found["loss_interval"]
     batch, rate, schedule = found["batch_tokens"], found["learning_rate"], found["schedule"]
     best = short(found["optimum"]["parameters"])
+    exact = f"{found['parameters']:,}; {'asked for' if found['asked'] else 'optimum of the law'} {best}"
     rows = [
-        ["weights", short(found["parameters"]), f"{found['parameters']:,}; the law's optimum {best}"],
+        ["weights", short(found["parameters"]), exact],
         ["tokens", short(found["tokens"]), f"{found['tokens_per_parameter']:.1f} a weight"],
         ["FLOPs", f"{found['flops']:.3g}", "6 N D"],
         ["loss", f"{found['loss']:.3f}", f"nats a token, 90 % of runs {low:.3f} to {high:.3f}; law {found['law']!r}"],

@@ -9,10 +9,13 @@ from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 from minka.plan.flops import parameters
 from minka.plan.load_config import load_run
+from minka.plan.time_plan import duration
 
 STATE_BYTES = 12  # a weight of a checkpoint: fp32 weights and two moments
 EVALUATION_SHARE = 0.01  # of training time
 NEWEST = 3
+LEAST_TRAINING = 0.05  # of wall time
+LONGEST = 1e7  # seconds or hours
 REWIND_STEPS = 100  # a spike is left behind by going back so far (PaLM, arXiv:2204.02311, section 5.1)
 
 
@@ -42,6 +45,10 @@ def cadence_plan(asked: CadenceAsked) -> dict[str, Any]:
     step = asked.step_seconds
     interval = best if step is None else max(1, round(best / step)) * step
     shares = cadence.goodput(interval)
+    if shares.training < LEAST_TRAINING:
+        what = f"of wall time {shares.training:.1%} would train: it fails every {hours:.3g} h"
+        remedy = "save and restart faster, or use fewer machines"
+        raise UserError(what, where="minka plan cadence", remedy=remedy)
     nodes = math.ceil(asked.gpus / GPUS_OF_A_NODE)
     evaluation = asked.evaluation_seconds
     between = None if evaluation is None else evaluation / EVALUATION_SHARE
@@ -51,6 +58,7 @@ def cadence_plan(asked: CadenceAsked) -> dict[str, Any]:
         "failures_source": source,
         "interval_seconds": interval,
         "interval_steps": None if step is None else round(interval / step),
+        "assumed": {"save": asked.save_seconds, "restart": asked.restart_seconds, "repair": asked.repair_hours},
         "young_seconds": cadence.young,
         "daly_seconds": cadence.daly,
         "ettr": shares.training,
@@ -67,10 +75,10 @@ def _check(asked: CadenceAsked) -> None:
         raise UserError(f"no rate {asked.rate!r} is known", where="--rate", remedy=f"known: {', '.join(RATES)}")
     for name in ("mtbf_hours", "save_seconds", "restart_seconds", "step_seconds", "evaluation_seconds", "repair_hours"):
         value = getattr(asked, name)
-        if value is not None and not 0 < value < math.inf:
+        if value is not None and not 0 < value < LONGEST:
             where = "--" + name.replace("_", "-")
-            raise UserError(f"{value:g}", where=where, remedy="give a number above 0")
-    if not 0 <= asked.flush_seconds < math.inf:
+            raise UserError(f"{value:g}", where=where, remedy=f"give a number between 0 and {LONGEST:g}")
+    if not 0 <= asked.flush_seconds < LONGEST:
         raise UserError(f"{asked.flush_seconds:g}", where="--flush-seconds", remedy="give 0 or more")
 
 
@@ -93,9 +101,11 @@ def cadence_lines(found: Mapping[str, Any]) -> list[list[str]]:
     lost, keep = found["lost"], found["keep"]
     steps = "" if found["interval_steps"] is None else f"{found['interval_steps']:,} steps; "
     approximations = f"Young {found['young_seconds']:,.0f} s, Daly {found['daly_seconds']:,.0f} s"
+    assumed = "a save stalls {save:g} s, a restart takes {restart:g} s, a repair {repair:g} h"
     rows = [
         ["failures", f"every {found['hours_between_failures']:,.3g} h", found["failures_source"]],
-        ["save every", f"{found['interval_seconds']:,.0f} s", steps + approximations],
+        ["assumed", "", assumed.format(**found["assumed"])],
+        ["save every", duration(found["interval_seconds"] / 86_400), steps + approximations],
         ["training", f"{found['ettr']:.1%}", "of wall time"],
         ["  saves", f"{lost['saving']:.1%}", ""],
         ["  trained again", f"{lost['again']:.1%}", "after failures"],

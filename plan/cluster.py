@@ -13,6 +13,7 @@ from minka.plan.rates import TABULATED, Rates, rates_of, rates_toml
 from minka.plan.read_file import read_toml
 
 TEXTS = ("name", "source")
+MOST = {"peak_tflops": 100_000, "memory_gb": 10_000, "bandwidth_tb": 1_000, "link_gb": 100_000, "network_gb": 10_000}
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ def cluster_from(values: Mapping[str, Any], where: str) -> Cluster:
             _check(key, value, where)
     missing = [key for key in _needed() if key not in values]
     if missing:
-        raise UserError(f"{', '.join(missing)} missing", where=where, remedy=f"add {missing[0]} = ...")
+        remedy = f"add {missing[0]} = {'...' if missing[0] in TEXTS else 80}; docs/plan.md has the units"
+        raise UserError(f"{', '.join(missing)} missing", where=where, remedy=remedy)
     plain = {key: value for key, value in values.items() if key != "rates"}
     return Cluster(**plain, rates=rates_of(values.get("rates", {}), where))
 
@@ -124,6 +126,11 @@ def _check(key: str, value: object, where: str) -> None:
     least = 1 if whole and key != "cores" else 0
     kind = int if whole else int | float
     fine = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and value >= least
+    if isinstance(value, str):
+        raise UserError(f"{key}={value!r} is a text", where=where, remedy=f"write {key} = {value}, without quotes")
+    if fine and key in MOST and float(value) > MOST[key]:  # type: ignore[arg-type]
+        what = f"{key}={value!r} is more than any machine has, {MOST[key]:,}"
+        raise UserError(what, where=where, remedy="the unit is in the key's name: tflops and tb are 1e12, gb 1e9")
     if not fine or (value == 0 and key not in ("network_gb", "cores", "watts")):
         what = f"{key}={value!r} is not {'an integer' if whole else 'a number'} above 0"
         raise UserError(what, where=where, remedy=f"the unit is in the key's name; write {key} = 8, for example")

@@ -125,7 +125,9 @@ def _add_time(app: typer.Typer) -> None:
         gpu: Annotated[str, GPU] = "",
         world: Annotated[int, WORLD] = 1,
         rates: Annotated[Path | None, RATES] = None,
-        dollars: Annotated[float | None, typer.Option(metavar="PRICE", help="dollars a GPU-hour")] = None,
+        price: Annotated[
+            float | None, typer.Option("--price-per-gpu-hour", "--dollars", metavar="DOLLARS", help="of a GPU-hour")
+        ] = None,
         plot: Annotated[Path | None, PLOT] = None,
         as_json: Annotated[bool, JSON] = False,
     ) -> int:
@@ -135,7 +137,7 @@ def _add_time(app: typer.Typer) -> None:
 
         if plot:
             check_plot(plot)
-        found = time_of_run(run, overrides or [], world, _needed(gpu), rates, dollars)
+        found = time_of_run(run, overrides or [], world, _needed(gpu), rates, price)
         if plot:
             plot_time(found, plot)
         if as_json:

@@ -24,7 +24,7 @@ def add_budget(app: typer.Typer) -> None:
         params: Annotated[float | None, typer.Option(help="weights of the model")] = None,
         loss: Annotated[float | None, typer.Option(help="nats a token to reach")] = None,
         gpu: Annotated[str, typer.Option(help="a GPU's name, or a file that describes a cluster (docs/plan.md)")] = "",
-        gpus: Annotated[int, typer.Option(min=1, help="how many at once")] = 1,
+        gpus: Annotated[int, typer.Option("--gpus", "--world", min=1, help="how many at once")] = 1,
         mfu: Annotated[
             str, typer.Option(help="share of the peak, of 6 N D; plan: that of the fastest layout which fits")
         ] = "0.4",
@@ -40,11 +40,12 @@ def add_budget(app: typer.Typer) -> None:
         as_json: Annotated[bool, JSON] = False,
     ) -> int:
         """What to train with a budget: weights, tokens, shape, batch, rate, the loss to expect, and the cost."""
-        from minka.plan.budget_layout import budget_with_layout
+        from minka.plan.budget_layout import budget_with_layout, layout_of
         from minka.plan.budget_plan import Wishes, budget_plan
         from minka.plan.cluster import find_cluster
         from minka.plan.compute_budget import BudgetAsked, BudgetMachine, Goal, check_machine, read_number
         from minka.plan.emit_run import write_run
+        from minka.plan.errors import UserError
         from minka.plan.law_file import law_of_name
 
         share = 0.4 if mfu == "plan" else read_number(mfu, "--mfu", "a share of the peak such as 0.4, or plan")
@@ -52,21 +53,21 @@ def add_budget(app: typer.Typer) -> None:
         goal = Goal(law_of_name(law), unique_tokens, inference_tokens)
         check_machine(machine, goal)
         asked = BudgetAsked(flops, gpu_hours, dollars, days, tokens, params, loss)
+        if data_of and not emit:
+            raise UserError("only a run that is written has data", where="--data-of", remedy="add --emit run.toml")
         wishes, layout = Wishes(vocab, seq, most_epochs), dict[str, Any]()
         if mfu == "plan":
             found, layout = budget_with_layout(asked, machine, goal, wishes)
         else:
             found = budget_plan(asked, machine, goal, wishes)
         if emit:
-            write_run(emit, found, layout, data_of)
+            write_run(emit, found, layout or layout_of(found, machine)[0], data_of)
         if as_json:
             print_json(found)
             return 0
         _print_budget(found)
         if emit:
             print(f"wrote {emit}: look at it, then `minka train {emit} --dry-run`")
-            if gpu and not layout:
-                print(f"its layout: `minka plan layout {emit} --world {gpus} --gpu {gpu}`, or --mfu plan here")
         return 0
 
 
@@ -122,7 +123,7 @@ def add_cadence(app: typer.Typer) -> None:
 
     @app.command()
     def cadence(
-        gpus: Annotated[int, typer.Option(min=1, help="of the job")] = 8,
+        gpus: Annotated[int, typer.Option("--gpus", "--world", min=1, help="of the job")] = 8,
         mtbf_hours: Annotated[float | None, typer.Option(help="between failures of the job; default: --rate")] = None,
         rate: Annotated[str, typer.Option(help="published failures of nodes: rsc-1, rsc-2 or llama3")] = "rsc-1",
         save_seconds: Annotated[float, typer.Option(help="for which a save stalls training")] = 20.0,

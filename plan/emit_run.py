@@ -6,12 +6,14 @@ from typing import Any
 
 import tomli_w
 
-from minka.plan.atomic import write_text
+from minka.plan.atomic import write_text, writing
+from minka.plan.cadence import Cadence, hours_between_failures
 from minka.plan.compute_budget import WHERE
 from minka.plan.errors import UserError
 from minka.plan.load_config import load_run
 
 DEFAULT = {"shard": 0, "micro_batch": 1}
+SAVE_SECONDS, RESTART_SECONDS = 20.0, 600.0  # as `minka plan cadence` assumes
 SMALL = 3e6  # weights: of models below, the demo's data
 
 
@@ -22,7 +24,7 @@ def run_of(
     shape, schedule = found["shape"], found["schedule"]
     batch, steps = found["batch_tokens"]["value"], schedule["steps"]
     vocab = {"tokenizer": "bytes"} if shape["vocab"] == 256 else {}
-    every = max(1, steps // 20)
+    every = _save_every(found)
     return {
         "format": 1,
         "run": {"name": name, "max_tokens": steps * batch},
@@ -41,8 +43,17 @@ def run_of(
         },
         "layout": {**layout},
         "checkpoint": {"every_steps": every, "keep": 3},
-        "eval": {"every_steps": every},
+        "eval": {"every_steps": max(1, steps // 50)},
     }
+
+
+def _save_every(found: Mapping[str, Any]) -> int:
+    """Steps between saves: by the failures of so many nodes, or without a machine a twentieth of the run."""
+    steps = found["schedule"]["steps"]
+    if not found["days"]:
+        return max(1, steps // 20)
+    cadence = Cadence(SAVE_SECONDS, RESTART_SECONDS, hours_between_failures(found["gpus"], "rsc-1") * 3600)
+    return max(1, min(steps // 5, round(cadence.best / (found["days"] * 86_400 / steps))))
 
 
 def _figures(value: float) -> float:
@@ -76,4 +87,7 @@ def write_run(path: Path, found: Mapping[str, Any], layout: Mapping[str, Any], d
         f"# Learning rate: {rate['source']}; laws span {rate['low']:.2g} to {rate['high']:.2g}.",
         f"# Weight decay: {found['weight_decay']['source']}.",
     ]
-    write_text(path, "\n".join(lines) + "\n\n" + tomli_w.dumps(values))
+    if path.exists():
+        raise UserError("exists", where=f"--emit {path}", remedy="remove it, or choose a different name")
+    with writing(path, "choose a different file (--emit)"):
+        write_text(path, "\n".join(lines) + "\n\n" + tomli_w.dumps(values))

@@ -224,7 +224,7 @@ EXPLAINED: dict[str, Explanation] = {
     **{key: Explanation(*row) for key, row in BUDGET_ROWS.items()},
     **{key: Explanation(*row) for key, row in ROWS.items()},
 }
-OPEN = ("defaults", "pruned", "neighbours.change")  # tables whose keys differ from plan to plan
+OPEN = ("defaults", "pruned", "pinned", "neighbours.change")  # tables whose keys differ from plan to plan
 
 
 def explain(key: str) -> Explanation:
@@ -237,5 +237,6 @@ def explain(key: str) -> Explanation:
     for name in (key, *parents, *ending):
         if name in EXPLAINED:
             return EXPLAINED[name]
-    near = difflib.get_close_matches(key, EXPLAINED, n=3) or list(EXPLAINED)
-    raise UserError(f"no plan has a number {key!r}", where="minka plan explain", remedy=f"known: {', '.join(near)}")
+    near = difflib.get_close_matches(key, EXPLAINED, n=3)
+    remedy = f"did you mean {', '.join(near)}?" if near else "docs/plan.md lists the keys"
+    raise UserError(f"no plan has a number {key!r}", where="minka plan explain", remedy=remedy)

@@ -28,6 +28,9 @@ TIME: dict[str, Row] = {
     "breakdown_seconds": ("seconds", "of a step of the busiest rank, by what they are spent on", STEP, TIMED),
     **{f"breakdown_seconds.{kind}": ("seconds", text, STEP, TIMED) for kind, text in SHARES.items()},
     "tokens_per_second_per_gpu": ("tokens/s", "batch_tokens / step_seconds / world", STEP, TIMED),
+    "pinned": ("table", "settings of the layout that overrides decide", "section.key=value", "the command line"),
+    "padding": ("text", "how much of a step is spent on padding sequences; empty below 1 %", "the run", "the batch"),
+    "does_not_fit": ("text", "why it does not fit into the memory; empty where it does", "peak_bytes", "plan memory"),
     "mfu": ("share", "one number by each convention", "training_flops_per_token, step_seconds", "docs/numbers.md"),
     **{
         f"mfu.{name}": (

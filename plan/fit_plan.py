@@ -1,4 +1,4 @@
-"""`minka plan fit`: a law of the loss from own runs, how sure it is, and whether it foresees dear runs."""
+"""`minka plan fit`: a law of the loss from own runs, how sure it is, and whether it foresees expensive runs."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -33,6 +33,10 @@ class Choices(NamedTuple):
 
 def fit_plan(given: Sequence[str], choices: Choices, output: Path | None = None) -> dict[str, Any]:
     """Return what the JSON has, and write the law. Raises UserError for runs that cannot be fitted."""
+    if choices.flops is not None and not 0 < choices.flops < math.inf:
+        raise UserError(f"{choices.flops:g}", where="--flops", remedy="give a number above 0")
+    if output and output.suffix != ".toml":
+        raise UserError(f"{output} does not end in .toml", where="-o", remedy=f"write -o {output.stem}.toml")
     everything, names = read_runs(given)
     kept = without_highest(everything, choices.drop_highest)
     fitted = fit_law(everything.pick(kept), grid_starts() if choices.full_grid else None)
@@ -191,7 +195,7 @@ def fit_lines(found: Mapping[str, Any]) -> list[list[str]]:
     ]
     seen = found["foresight"]
     if seen:
-        text = f"of {seen['predicted']} dear runs, from {seen['fitted']} up to {seen['up_to_flops']:.3g} FLOPs"
+        text = f"of {seen['predicted']} expensive runs, from {seen['fitted']} up to {seen['up_to_flops']:.3g} FLOPs"
         rows.append(["foresight", f"{seen['mean_error']:.2%}", f"{text}; {seen['covered']:.0%} within 90 % intervals"])
     if found["file"]:
         rows.append(["written", found["file"], "for --law"])

@@ -16,6 +16,8 @@ from minka.plan.run_folder import find_run
 
 LEAST = 6  # rows: the law has five numbers
 COLUMNS = "params, tokens or flops (6 N D), and loss (nats a token)"
+ALSO = {"parameters": "params", "n": "params", "d": "tokens", "c": "flops", "l": "loss"}
+HIGHEST = 20.0  # nats a token: more than guessing among any vocabulary
 WHERE = "minka plan fit"
 
 
@@ -34,8 +36,11 @@ def check_runs(runs: Runs, where: str) -> None:
     """Raises UserError for too few runs, and for runs that do not tell weights from tokens."""
     count = len(runs.losses)
     if count < LEAST:
-        remedy = f"give {LEAST} or more, of at least three sizes; `minka plan ladder` plans them"
+        remedy = f"give {LEAST} or more, of at least three sizes and lengths"
         raise UserError(f"{count} runs cannot fix the five numbers of a law", where=where, remedy=remedy)
+    if (highest := float(runs.losses.max())) > HIGHEST:
+        what, why = f"a loss of {highest:g} nats a token", "perplexities, perhaps, whose logarithms are losses"
+        raise UserError(what, where=where, why=why, remedy="give the mean of -ln p of held-out tokens")
     sizes, lengths = len(np.unique(runs.parameters)), len(np.unique(runs.tokens))
     if sizes < 3 or lengths < 3:
         what = f"the runs have {sizes} sizes of model and {lengths} numbers of tokens"
@@ -45,8 +50,10 @@ def check_runs(runs: Runs, where: str) -> None:
 
 def _rows(path: Path) -> list[tuple[Any, ...]]:
     with reading(path, "CSV", ValueError, remedy=f"the columns are {COLUMNS}"), path.open(newline="") as file:
-        table = csv.DictReader(file)
-        names = {name.strip().lower(): name for name in table.fieldnames or []}
+        first = file.readline()
+        file.seek(0)
+        table = csv.DictReader(file, delimiter=";" if ";" in first and "," not in first else ",")
+        names = {ALSO.get(name.strip().lower(), name.strip().lower()): name for name in table.fieldnames or []}
         _check_columns(path, [*names])
         return [_row(path, line, {key: row[name] for key, name in names.items()}) for line, row in enumerate(table, 2)]
 

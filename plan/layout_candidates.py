@@ -4,9 +4,9 @@ A layout is a tuple of numbers until it is worth more: a large run has hundreds 
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from minka.plan.cluster import Cluster
 from minka.plan.collective_time import Group, passes_seconds
@@ -26,6 +26,7 @@ LEAST_TOKENS = 256  # of a sequence on a context rank: shorter parts are all lat
 MOST_STAGES = 8  # a rank, of an interleaved schedule
 MOST_SEQUENCES = 64  # of a micro-batch
 RECOMPUTE = ("none", "selective", "block")
+NOTHING: Mapping[str, Any] = {}
 
 
 class Cut(NamedTuple):
@@ -74,8 +75,10 @@ class Coordinate(NamedTuple):
 class Candidates:
     """Goes through all of them. `searched` counts them, `pruned` those that are not worth a prediction, by reason."""
 
-    def __init__(self, config: RunConfig, world: int, cluster: Cluster, room: float) -> None:
-        self.config, self.world, self.cluster, self.room = config, world, cluster, room
+    def __init__(
+        self, config: RunConfig, world: int, cluster: Cluster, room: float, pinned: Mapping[str, Any] = NOTHING
+    ) -> None:
+        self.config, self.world, self.cluster, self.room, self.pinned = config, world, cluster, room, pinned
         self.sequences = config.data.batch_tokens // config.data.seq_len
         self.searched, self.pruned = 0, Counter[str]()
         self.padded = False  # whether most of a step may be padding
@@ -97,14 +100,15 @@ class Candidates:
     def _all(self) -> Iterator[Candidate]:
         model, world, data = self.config.model, self.world, self.config.data
         tensors = divisors(model.heads, model.kv_heads, model.d_ff, model.vocab, world)
-        for tensor in [t for t in tensors if self.cluster.tensor_domain % t == 0]:
-            for context in divisors(world // tensor):
+        for tensor in self._asked("tensor", [t for t in tensors if self.cluster.tensor_domain % t == 0]):
+            for context in self._asked("context", divisors(world // tensor)):
                 if context > 1 and (data.seq_len % (2 * context) or data.seq_len // context < LEAST_TOKENS):
                     continue
-                for pipeline in divisors(world // tensor // context):
+                for pipeline in self._asked("pipeline", divisors(world // tensor // context)):
                     ways = world // tensor // context // pipeline
                     if pipeline <= model.layers and self._worth_it(ways, 1):
-                        for replicate in divisors(ways):
+                        both = [(one, ways // one) for one in divisors(ways)]
+                        for replicate in [one for one, shard in both if self._allowed(replicate=one, shard=shard)]:
                             yield from self._of_cut(Cut(pipeline, replicate, ways // replicate, context, tensor))
 
     def _worth_it(self, ways: int, micro_batch: int) -> bool:
@@ -114,21 +118,30 @@ class Candidates:
         return at_once <= self.sequences or uneven or (self.padded and micro_batch == 1)
 
     def _of_cut(self, cut: Cut) -> Iterator[Candidate]:
-        micro_batch, layers = 1, self.config.model.layers
-        ways = cut.replicate * cut.shard
-        while micro_batch <= MOST_SEQUENCES and self._worth_it(ways, micro_batch):
+        layers, ways = self.config.model.layers, cut.replicate * cut.shard
+        sizes = [2**power for power in range(MOST_SEQUENCES.bit_length())]
+        for micro_batch in self._asked("micro_batch", sizes):
+            if not self._worth_it(ways, micro_batch):
+                break
             for schedule, stages in _schedules(cut.pipeline, layers):
-                for reduce in ("step", "micro_batch"):
+                if not self._allowed(schedule=schedule, stages_per_rank=stages):
+                    continue
+                for reduce in self._asked("reduce", ("step", "micro_batch")):
                     refused = self._verdict(
                         cut._replace(replicate=1, shard=ways), schedule, stages, micro_batch, reduce
                     )
                     if refused:
                         self.pruned[refused] += len(RECOMPUTE)
                         continue
-                    for recompute in RECOMPUTE:
+                    for recompute in self._asked("recompute", RECOMPUTE):
                         way = Way(schedule, stages, micro_batch, recompute, "never", reduce)
                         yield from self._bounded(cut, way)
-            micro_batch *= 2
+
+    def _allowed(self, **settings: Any) -> bool:
+        return all(self.pinned.get(key, value) == value for key, value in settings.items())
+
+    def _asked(self, key: str, choices: Sequence[Any]) -> list[Any]:
+        return [one for one in choices if self._allowed(**{key: one})]
 
     def _bounded(self, cut: Cut, way: Way) -> Iterator[Candidate]:
         """The candidates that may fit, with what their step takes at least."""
@@ -142,7 +155,7 @@ class Candidates:
         coordinates = self._coordinates(cut.pipeline, way.schedule, way.stages_per_rank, m)
         freed = fsdp > 1 and way.schedule not in V_SHAPED
         active = min(1.0, ACTIVE_STAGES / (way.stages_per_rank or 1))  # of its stages a rank has gathered at once
-        for reshard in ("never", "always") if freed else ("never",):
+        for reshard in self._asked("reshard", ("never", "always") if freed else ("never",)):
             self.searched += 1
             each = weights * (state + (2 * active if reshard == "never" and fsdp > 1 else 0))
             # Before the first backward pass nothing is added up; in the last one few activations are left.

@@ -17,7 +17,7 @@ from minka.plan.load_config import load_run
 from minka.plan.memory import peak_or_more
 from minka.plan.run_job import job_of, on_cluster
 from minka.plan.step_time import KINDS, step_time
-from minka.plan.time_plan import cluster_for
+from minka.plan.time_plan import check_peak, cluster_for
 
 KEYS = ("micro_batch", "schedule", "stages_per_rank", "recompute", "reshard", "reduce")  # next to AXES
 MOST_COMPARED = 3
@@ -33,7 +33,10 @@ def layout_plan(
     """Return what the JSON has. Raises UserError where nothing fits."""
     cluster = cluster_for(gpu, rates)
     config = on_cluster(load_run(run, overrides).config, cluster)
-    found = search(config, world, cluster, top, partial(peak_or_more, device_kind=cluster.device_kind))
+    check_peak(config, cluster)
+    pinned = pinned_by(overrides, config.layout)
+    peak = partial(peak_or_more, device_kind=cluster.device_kind)
+    found = search(config, world, cluster, top, peak, pinned)
     best = found.found[0]
     layouts = [_as_dict(config, one, cluster) for one in found.found]
     close = [one for one in found.found if one.time.seconds <= best.time.seconds * (1 + CLOSE)][:MOST_COMPARED]
@@ -42,6 +45,7 @@ def layout_plan(
         "world": world,
         "gpu": cluster.name,
         "layouts": layouts,
+        "pinned": pinned,
         "searched": found.searched,
         "pruned": found.pruned,
         "why": _why(found.found),
@@ -49,6 +53,14 @@ def layout_plan(
         "benchmark": [_command(run, overrides, *one) for one in enumerate(settings, 1)] if len(close) > 1 else [],
         "calibrated": cluster.rates.described(),
     }
+
+
+def pinned_by(overrides: Sequence[str], layout: Layout) -> dict[str, Any]:
+    """Return the settings that the overrides decide: of them only layouts that have these are searched."""
+    given = [word.partition("=")[0].removeprefix("layout.") for word in overrides if word.startswith("layout.")]
+    automatic = {"shard": 0, "reshard": "auto", "stages_per_rank": 0}
+    asked = {key: getattr(layout, key) for key in given if key in (*AXES, *KEYS)}
+    return {key: value for key, value in asked.items() if automatic.get(key) != value}
 
 
 def _as_dict(config: RunConfig, one: Found, cluster: Cluster) -> dict[str, Any]:
@@ -95,7 +107,9 @@ def neighbours(config: RunConfig, best: Found, cluster: Cluster) -> list[dict[st
     """Return what each single change of the best layout would cost: its time and memory, or why it is not legal."""
     world, rows = best.layout.world, []
     for change in _changes(best.layout):
-        layout = best.layout.model_copy(update={**change, "shard": 0, "stages": ""})
+        # Shards make up for the change; where there are only replicas, they do.
+        rest = {"shard": 0} if best.layout.shard > 1 or "replicate" in change else {"shard": 0, "replicate": 1}
+        layout = best.layout.model_copy(update={**change, **rest, "stages": ""})
         if layout.pipeline > 1 and "reduce" not in change:
             layout = layout.model_copy(update={"reduce": "step"})
         row: dict[str, Any] = {
@@ -112,7 +126,7 @@ def neighbours(config: RunConfig, best: Found, cluster: Cluster) -> list[dict[st
             row["peak_bytes"] = peak_or_more(there, world, inf, cluster.device_kind)
             row["fits"] = row["peak_bytes"] <= (1 - MARGIN) * cluster.memory_bytes
         except UserError as error:
-            row["refused"] = error.what
+            row["refused"] = ". ".join(filter(None, [error.what, error.why]))
         rows.append(row)
     return rows
 
@@ -167,8 +181,16 @@ def settings_text(layout: Mapping[str, Any]) -> str:
 
 def layout_notes(found: Mapping[str, Any]) -> list[str]:
     """Return the lines below the table: why the first one wins, what was left out, and the benchmark."""
-    pruned = ", ".join(f"{count:,} {reason}" for reason, count in found["pruned"].items()) or "none"
-    lines = [f"{found['searched']:,} legal layouts on {found['world']:,} {found['gpu']}; left out: {pruned}"]
+    pruned = dict(found["pruned"])
+    large = pruned.pop("memory", 0)
+    lines = []
+    if found["pinned"]:
+        lines.append("only those with " + ", ".join(f"{key}={value}" for key, value in found["pinned"].items()))
+    lines += [
+        f"{found['searched']:,} legal layouts on {found['world']:,} {found['gpu']}, of which {large:,} do not fit"
+    ]
+    if pruned:
+        lines.append("left out: " + "; ".join(f"{count:,} {reason}" for reason, count in pruned.items()))
     lines += [found["why"], f"times are {found['calibrated']}"]
     if refused := found["layouts"][0]["warmup_refused"]:
         lines.append(f"note: 1 is not legal during the batch warm-up: {refused}; change data.batch_warmup")

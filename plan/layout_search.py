@@ -5,14 +5,14 @@ next is the fastest of those that are left. So the answer is that of predicting 
 """
 
 import heapq
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from minka.plan.cluster import Cluster
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
 from minka.plan.layout import Layout
-from minka.plan.layout_candidates import Candidate, Candidates
+from minka.plan.layout_candidates import NOTHING, Candidate, Candidates
 from minka.plan.run_job import job_of, on_cluster
 from minka.plan.step_time import StepTime, step_time
 
@@ -39,18 +39,20 @@ class Search(NamedTuple):
 Peak = Callable[[RunConfig, int, float], int]
 
 
-def search(config: RunConfig, world: int, cluster: Cluster, top: int, peak: Peak) -> Search:
+def search(
+    config: RunConfig, world: int, cluster: Cluster, top: int, peak: Peak, pinned: Mapping[str, Any] = NOTHING
+) -> Search:
     """Return the `top` fastest layouts that fit, each with the best of its ways to replicate, shard and reduce.
 
-    `peak` predicts a run's largest peak in bytes on `world` ranks, or one above the room that is given. Raises
-    UserError where no legal layout fits.
+    `peak` predicts a run's largest peak in bytes on `world` ranks, or one above the room that is given. `pinned` has
+    settings that are decided. Raises UserError where no legal layout fits.
     """
     config = on_cluster(config.after_warmup(), cluster)
     if config.layout.engine == "deepspeed" or config.layout.offload != "none":
         remedy = 'set layout.engine="fsdp" and layout.offload="none"'
         raise UserError("layouts are searched for FSDP on devices only", where="minka plan layout", remedy=remedy)
     room = (1 - MARGIN) * cluster.memory_bytes
-    asked = Candidates(config, world, cluster, room)
+    asked = Candidates(config, world, cluster, room, pinned)
     found: list[Found] = []
     checks = 0
     seen = set[object]()
@@ -99,12 +101,17 @@ def _nothing_fits(config: RunConfig, world: int, cluster: Cluster, asked: Candid
             f"no layout of {config.run.name} is legal on {world:,} ranks",
             where="minka plan layout",
             why=", ".join(f"{count:,} {reason}" for reason, count in asked.pruned.items()),
-            remedy="give a number of ranks that divides the batch, or a larger data.batch_tokens",
+            remedy=_other(asked) + "give a number of ranks that divides the batch, or a larger data.batch_tokens",
         )
     return UserError(
         f"no legal layout of {config.run.name} on {world:,} {cluster.name} fits",
         where="minka plan layout",
         why=f"each would hold more than {1 - MARGIN:.0%} of {cluster.memory_gb:,.0f} GB on some rank",
-        remedy="give more ranks (--world), a GPU with more memory, a shorter data.seq_len, or "
+        remedy=_other(asked) + "give more ranks (--world), a GPU with more memory, a shorter data.seq_len, or "
         "optimizer.weights=bf16 optimizer.moments=bf16",
     )
+
+
+def _other(asked: Candidates) -> str:
+    pinned = ", ".join(f"layout.{key}={value}" for key, value in asked.pinned.items())
+    return f"leave out {pinned}, or " if pinned else ""

@@ -44,6 +44,9 @@ SHARES = ("matrix", "attention", "memory", "link", "network", "exposed")
 def read_rates(path: Path) -> Rates:
     """Return what `minka plan calibrate` wrote. Raises UserError."""
     values = read_toml(path, remedy="give a file that `minka plan calibrate` wrote")
+    if "rates" in values and len(values) > 1:
+        what, remedy = "describes a machine, not rates", f"give it as --gpu {path}"
+        raise UserError(what, where=str(path), remedy=remedy)
     return rates_of(values.get("rates", values), str(path))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from minka.plan.errors import UserError
 from minka.plan.flops import Shape, parameters
 
-SMALLEST = 2000  # weights
+LEAST_VOCAB = 16
 
 
 def usual_vocab(size: float) -> int:
@@ -24,7 +24,12 @@ def shape_of_size(size: float, vocab: int = 0) -> Shape:
     4,096 on. Raises UserError where even the smallest shape is larger by half.
     """
     vocab = vocab or usual_vocab(size)
+    if vocab < LEAST_VOCAB:
+        raise UserError(f"{vocab}", where="--vocab", remedy=f"give {LEAST_VOCAB} entries or more, or leave it out")
     best = min(_shapes(vocab, size), key=lambda shape: _badness(shape, size))
+    if parameters(best) < size / 1.5:
+        what = f"no architecture is planned for {size:.3g} weights"
+        raise UserError(what, where="minka plan budget", remedy=f"the largest has {parameters(best):.3g}: spend less")
     if parameters(best) > 1.5 * size:
         what = f"no model of {size:,.0f} weights has a vocabulary of {vocab:,}"
         remedy = f"the smallest has {parameters(best):,}: spend more, or say a smaller --vocab"

@@ -6,12 +6,17 @@ from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minka.plan.batch_padding import describe_padding
 from minka.plan.cluster import Cluster, find_cluster
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
+from minka.plan.execution_choices import compute_dtype_name
 from minka.plan.flops import FORMULAS, training_flops_per_token
+from minka.plan.hardware import find_gpu
 from minka.plan.layout import Layout, micro_batches
+from minka.plan.layout_search import MARGIN
 from minka.plan.load_config import load_run
+from minka.plan.memory import predict_memory
 from minka.plan.rates import read_rates
 from minka.plan.run_job import job_of
 from minka.plan.step_time import KINDS, part_seconds, step_time
@@ -44,6 +49,7 @@ def cluster_for(gpu: str, rates: Path | None = None) -> Cluster:
 def time_plan(config: RunConfig, world: int, cluster: Cluster, dollars_per_hour: float | None = None) -> dict[str, Any]:
     """Return what the JSON has. Raises UserError for a layout that is not legal on `world` ranks."""
     layout = config.after_warmup().check(world)
+    check_peak(config, cluster)
     job = job_of(config.after_warmup(), layout, cluster)
     step = step_time(job, cluster)
     run = run_time(config, layout, cluster)
@@ -51,6 +57,7 @@ def time_plan(config: RunConfig, world: int, cluster: Cluster, dollars_per_hour:
     peak = cluster.peak_flops * world
     flops = {name: training_flops_per_token(config.model, config.data.seq_len, name) for name in FORMULAS}
     hours = run.total / 3600 * world
+    peak_bytes, not_fitting = _memory(config, world, cluster)
     return {
         "world": world,
         "gpu": cluster.name,
@@ -66,10 +73,34 @@ def time_plan(config: RunConfig, world: int, cluster: Cluster, dollars_per_hour:
         "days": run.total / DAY,
         "gpu_hours": hours,
         "dollars": None if dollars_per_hour is None else hours * dollars_per_hour,
+        "peak_bytes": peak_bytes,
+        "does_not_fit": not_fitting,
+        "padding": describe_padding(config.after_warmup(), layout),
         "warmup_refused": config.warmup_refused(world),
         "not_counted": not_counted(config),
         "calibrated": cluster.rates.described(),
     }
+
+
+def _memory(config: RunConfig, world: int, cluster: Cluster) -> tuple[int | None, str]:
+    """The largest peak of a rank, and why that does not fit; None where it is not predicted."""
+    try:
+        most = max(rank.total for rank in predict_memory(config, world, cluster.device_kind))
+    except UserError:
+        return None, ""
+    if most <= (1 - MARGIN) * cluster.memory_bytes:
+        return most, ""
+    sizes = f"{most / 2**30:.1f} GiB at the peak of a rank, of {cluster.memory_bytes / 2**30:.1f} GiB"
+    return most, f"{sizes} less {MARGIN:.0%} for CUDA and NCCL; `minka plan layout` finds what fits"
+
+
+def check_peak(config: RunConfig, cluster: Cluster) -> None:
+    """Raises UserError where the peak that is known is not that of the run's dtype."""
+    precision = compute_dtype_name(config.layout, cluster.device_kind)
+    if precision != "bf16" and find_gpu(cluster.name) is not None:
+        what = f"time under layout.precision={precision!r} is not predicted: the peak of {cluster.name} is that of bf16"
+        remedy = "describe it with its peak in that dtype: --gpu machine.toml (docs/plan.md)"
+        raise UserError(what, where="layout.precision", remedy=remedy)
 
 
 def not_counted(config: RunConfig) -> list[str]:
@@ -122,7 +153,9 @@ def time_of_run(
 ) -> dict[str, Any]:
     """Return the plan of a recipe, file or run. Raises UserError."""
     if price is not None and not 0 <= price < inf:
-        raise UserError(f"a price of {price}", where="--dollars", remedy="give dollars a GPU-hour, such as 2.5")
+        raise UserError(
+            f"a price of {price}", where="--price-per-gpu-hour", remedy="give dollars a GPU-hour, such as 2.5"
+        )
     return time_plan(load_run(run, overrides).config, world, cluster_for(gpu, rates), price)
 
 
@@ -145,10 +178,14 @@ def time_lines(found: Mapping[str, Any]) -> list[list[str]]:
         share = found[key] / (found["days"] * DAY)
         rows.append([f"  {name}", duration(found[key] / DAY), f"{share:.1%}"])
     cost = "" if found["dollars"] is None else f"${found['dollars']:,.0f}"
+    if found["does_not_fit"]:
+        rows.insert(0, ["does not fit", "", found["does_not_fit"]])
+    if found["padding"]:
+        rows.insert(1, ["padding", "", found["padding"].removeprefix("note: ")])
     rows += [["  not counted", "", what] for what in found["not_counted"]]
     if found["warmup_refused"]:
         rows.append(["not legal at first", "", f"during the batch warm-up: {found['warmup_refused']}"])
-    rows.append(["GPU-hours", f"{found['gpu_hours']:,.0f}", cost or "--dollars PRICE: dollars a GPU-hour"])
+    rows.append(["GPU-hours", f"{found['gpu_hours']:,.0f}", cost or "--price-per-gpu-hour DOLLARS: what it costs"])
     return rows
 
 

@@ -38,7 +38,7 @@ class Band(NamedTuple):
 
 
 def batch_band(sizes: Sizes) -> Band:
-    """Tokens of a batch: Step Law's, and the span of the three."""
+    """Tokens of a batch: the middle one of three laws, and their span."""
     return _band(
         {
             "step": 0.58 * sizes.tokens**0.571,
@@ -49,7 +49,7 @@ def batch_band(sizes: Sizes) -> Band:
 
 
 def rate_band(sizes: Sizes) -> Band:
-    """Peak of AdamW's rate: Step Law's (cosine to 1e-5), and the span of the three."""
+    """Peak of AdamW's rate: the middle one of three laws, and their span."""
     return _band(
         {
             "step": 1.79 * sizes.without_vocabulary**-0.713 * sizes.tokens**0.307,
@@ -60,7 +60,8 @@ def rate_band(sizes: Sizes) -> Band:
 
 
 def _band(laws: dict[str, float]) -> Band:
-    return Band(min(laws.values()), laws["step"], max(laws.values()), SOURCES["step"], laws)
+    middle = sorted(laws, key=laws.__getitem__)[len(laws) // 2]
+    return Band(min(laws.values()), laws[middle], max(laws.values()), SOURCES[middle], laws)
 
 
 def weight_decay(sizes: Sizes, batch: float, rate: float) -> tuple[float, str]:

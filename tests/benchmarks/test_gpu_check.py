@@ -93,7 +93,9 @@ def test_a_case_that_fails_is_named_and_the_others_run(
     assert written == [case.name for case in gpu_training.cases(tiny=True) if not case.peer]
 
 
-@pytest.mark.parametrize(("gib", "layers"), [(79.1, 32), pytest.param(48, None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("gib", "layers"), [pytest.param(*one, marks=pytest.mark.slow) for one in ((79.1, 32), (48, None))]
+)
 def test_a_model_gets_the_layers_that_fit(gib: float, layers: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """By dry runs of the 8B shape, without a GPU; all of it fits into an H100."""
     large = next(case for case in gpu_training.cases(tiny=False) if case.recipe == "llama3-8b")

@@ -49,7 +49,9 @@ def step(engine: Engine, batch: Batch) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("recompute", ["none", "block", "selective"])
+@pytest.mark.parametrize(
+    "recompute", ["selective", *(pytest.param(one, marks=pytest.mark.slow) for one in ("none", "block"))]
+)
 def test_a_run_needs_few_graphs_and_evaluation_none(
     recompute: str, graphs: Any, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

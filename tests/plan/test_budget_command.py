@@ -46,12 +46,22 @@ def test_each_situation_gives_a_run_that_a_dry_run_takes(
     assert len(plan["alternatives"]) > 8
     assert main(["train", "run.toml", "--dry-run"]) == 0
     assert "weight_decay" in capsys.readouterr().out
+    if plan["gpu"]:
+        assert (
+            main(["plan", "memory", "run.toml", "--gpu", gpu_of(command), "--world", f"{plan['gpus']}", "--json"]) == 0
+        )
+        assert all(rank["fits"] for rank in json.loads(capsys.readouterr().out)["ranks"])
+        assert config.checkpoint.every_steps * plan["days"] * 86_400 / plan["schedule"]["steps"] < 86_400
+
+
+def gpu_of(command: str) -> str:
+    return command.split("--gpu ")[1].split()[0]
 
 
 def test_for_people_it_names_every_law_and_what_comes_next(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "budget", "--days", "1", "--gpu", "H100-SXM", "--gpus", "8", "--emit", "run.toml"]) == 0
     said = capsys.readouterr().out
-    for word in ("chinchilla-1", "10.46T", "nats a token", "8 x H100-SXM", "minka plan layout run.toml --world 8"):
+    for word in ("chinchilla-1", "10.46T", "nats a token", "8 x H100-SXM", "minka train run.toml --dry-run"):
         assert word in said
 
 

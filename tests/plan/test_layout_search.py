@@ -1,5 +1,6 @@
 """The search for a layout: as good as trying all, fast, and with reasons."""
 
+import json
 import shlex
 import time
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from math import inf
 
 import pytest
 
+from minka.__main__ import main
 from minka.plan.cluster import Cluster, find_cluster
 from minka.plan.config import RunConfig
 from minka.plan.errors import UserError
@@ -35,7 +37,7 @@ def every(config: RunConfig, world: int, cluster: Cluster) -> Iterator[tuple[flo
     [
         ("dense-1b", 4, ["data.batch_tokens=131072"]),
         ("llama3-8b", 8, ["data.batch_tokens=131072", "model.layers=8", "kernels.compile=false"]),
-        ("llama3-8b", 16, ["data.batch_tokens=262144"]),
+        pytest.param(*("llama3-8b", 16, ["data.batch_tokens=262144"]), marks=pytest.mark.slow),
     ],
 )
 def test_nothing_that_fits_is_faster(run: str, world: int, overrides: list[str]) -> None:
@@ -167,3 +169,13 @@ def test_what_fits_nowhere_is_refused_with_what_would_work() -> None:
 
 def test_a_cut_is_in_the_order_of_the_mesh() -> None:
     assert Cut._fields == ("pipeline", "replicate", "shard", "context", "tensor")
+
+
+def test_what_an_override_decides_is_not_searched(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["layout.tensor=4", "layout.recompute=block", "--world", "16", "--gpu", "H100-SXM"]
+    assert main(["plan", "layout", "llama3-8b", *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["pinned"] == {"tensor": 4, "recompute": "block"}
+    assert {(one["layout"]["tensor"], one["layout"]["recompute"]) for one in found["layouts"]} == {(4, "block")}
+    assert main(["plan", "layout", "llama3-8b", "layout.tensor=3", "--world", "16", "--gpu", "H100-SXM"]) == 2
+    assert "layout.tensor=3" in capsys.readouterr().err

@@ -50,8 +50,8 @@ def test_plans_are_drawn(ending: str, tmp_path: Path, capsys: pytest.CaptureFixt
         (["time", "llama3-8b", "--gpu", "H10"], "no GPU 'H10' is known"),
         (["time", "llama3-8b", "--gpu", "H100-SXM", "--world", "0"], "--world"),
         (["time", "llama3-8b", "--gpu", "H100-SXM", "--world", "-8"], "--world"),
-        (["time", "llama3-8b", "--gpu", "H100-SXM", "--dollars", "-1"], "--dollars"),
-        (["time", "llama3-8b", "--gpu", "H100-SXM", "--dollars", "nan"], "--dollars"),
+        (["time", "llama3-8b", "--gpu", "H100-SXM", "--dollars", "-1"], "--price-per-gpu-hour"),
+        (["time", "llama3-8b", "--gpu", "H100-SXM", "--price-per-gpu-hour", "nan"], "--price-per-gpu-hour"),
         (["time", "llama3-8b", "--gpu", "none.toml"], "none.toml"),
         (["time", "llama3-8b", "--gpu", "H100-SXM", "--rates", "none.toml"], "none.toml"),
         (["time", "llama3-8b", "--gpu", "H100-SXM", "--plot", "x.pdf"], "--plot"),
@@ -104,3 +104,16 @@ def test_runs_that_cannot_calibrate_are_refused(tmp_path: Path, capsys: pytest.C
     assert "doctor --machine" in asked(capsys, "calibrate", unknown, status=2)[1]
     nowhere = tmp_path / "none/rates.toml"
     assert "rates.toml" in asked(capsys, "calibrate", long, "-o", str(nowhere), status=2)[1]
+
+
+def test_a_run_that_does_not_fit_says_so_next_to_its_time(capsys: pytest.CaptureFixture[str]) -> None:
+    found = document(capsys, "time", "llama3-8b", "--gpu", "H100-SXM")
+    assert "GiB at the peak" in found["does_not_fit"]
+    assert document(capsys, "time", "llama3-8b", "--gpu", "H100-SXM", "--world", "64")["does_not_fit"] == ""
+    assert "padding" in document(capsys, "time", "llama3-8b", "--gpu", "H100-SXM", "--world", "96")["padding"]
+
+
+def test_the_peak_of_a_table_is_that_of_bf16(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("time", "layout"):
+        assert main([command, "llama3-8b", "layout.precision=fp32", "--gpu", "H100-SXM", "--world", "64"]) == 2
+        assert "bf16" in capsys.readouterr().err

@@ -42,12 +42,12 @@ def check(errors: Sequence[float]) -> None:
     assert max(errors) <= OVER
 
 
-@pytest.mark.parametrize("seeds", [range(6), pytest.param(range(6, 46), marks=pytest.mark.slow)], ids=["6", "40"])
+@pytest.mark.parametrize("seeds", [range(3), pytest.param(range(3, 43), marks=pytest.mark.slow)], ids=["3", "40"])
 def test_layouts_drawn_at_random(seeds: range) -> None:
     check([error for seed in seeds for error in compared(*drawn(seed))])
 
 
-@pytest.mark.parametrize("seeds", [range(6), pytest.param(range(6, 46), marks=pytest.mark.slow)], ids=["6", "40"])
+@pytest.mark.parametrize("seeds", [range(4), pytest.param(range(6, 46), marks=pytest.mark.slow)], ids=["4", "40"])
 def test_small_models_on_cores(seeds: range) -> None:
     """Where no block is an FSDP unit, or all of them are one."""
     errors = []
@@ -70,8 +70,8 @@ def test_small_models_on_cores(seeds: range) -> None:
 
 @pytest.mark.parametrize(
     "seeds",
-    [range(2), *(pytest.param(range(first, first + 10), marks=pytest.mark.slow) for first in (2, 12, 22))],
-    ids=["2", "first 10", "second 10", "third 10"],
+    [range(1), *(pytest.param(range(first, first + 10), marks=pytest.mark.slow) for first in (2, 12, 22))],
+    ids=["1", "first 10", "second 10", "third 10"],
 )
 def test_pipelines_drawn_at_random(seeds: range) -> None:
     """The first, a middle and the last coordinate of each."""
