@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from minka.plan.cli import new_app, print_json, print_table, run_app
-from minka.plan.command_budget import add_budget, add_cadence, add_fit
+from minka.plan.command_budget import add_budget, add_cadence, add_check, add_fit
 
 RUN = typer.Argument(help="a recipe, run.toml or run folder")
 OVERRIDES = typer.Argument(help="section.key=value")
@@ -28,6 +28,7 @@ minka plan calibrate runs/one runs/two -o rates.toml    rates from measured runs
 minka plan budget --days 30 --gpu H100-SXM --gpus 64     what to train with it
 minka plan fit ladder.csv                    a law of the loss from own runs
 minka plan cadence --gpus 1024 --save-seconds 20  how often to save
+minka plan check runs/one --law own.toml     will it reach its loss?
 minka plan explain training_flops_per_token.palm
 """
 
@@ -35,17 +36,9 @@ minka plan explain training_flops_per_token.palm
 def main(argv: Sequence[str]) -> int:
     """Run `minka plan`."""
     app = new_app(HELP)
-    for add in (
-        _add_model,
-        _add_memory,
-        _add_time,
-        _add_layout,
-        _add_calibrate,
-        add_budget,
-        add_fit,
-        add_cadence,
-        _add_explain,
-    ):
+    for add in (_add_model, _add_memory, _add_time, _add_layout, _add_calibrate):
+        add(app)
+    for add in (add_budget, add_fit, add_cadence, add_check, _add_explain):
         add(app)
     return run_app(app, argv, "minka plan")
 

@@ -1,4 +1,4 @@
-"""The commands of `minka plan` that say what to train: budget and cadence."""
+"""The commands of `minka plan` that say what to train, and whether it still pays: budget, fit, cadence, check."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -147,4 +147,28 @@ def add_cadence(app: typer.Typer) -> None:
             print_json(found)
         else:
             print_table(cadence_lines(found))
+        return 0
+
+
+def add_check(app: typer.Typer) -> None:
+    """Add `minka plan check`."""
+
+    @app.command()
+    def check(
+        run: Annotated[str, typer.Argument(help="a run's folder or name")],
+        loss: Annotated[float | None, typer.Option(help="nats a token that it should end at")] = None,
+        law: Annotated[str, typer.Option(help="of the loss: a name, or what `minka plan fit` wrote")] = "",
+        earliest: Annotated[float, typer.Option(help="share of the tokens before which nothing is decided")] = 0.25,
+        margin: Annotated[float, typer.Option(help="share by which even the best end must miss the target")] = 0.015,
+        as_json: Annotated[bool, JSON] = False,
+    ) -> int:
+        """A run against its target: where its curve ends, and whether to continue, probe or stop."""
+        from minka.plan.check_plan import check_lines, check_plan
+        from minka.plan.forecast import CheckRules
+
+        found = check_plan(run, loss, law, CheckRules(earliest=earliest, margin=margin))
+        if as_json:
+            print_json(found)
+        else:
+            print_table(check_lines(found))
         return 0

@@ -196,4 +196,37 @@ CADENCE: dict[str, Row] = {
     ),
     "keep.bytes": ("bytes or null", "of all that are kept, and the last", "--run", "plan/cadence_plan.py"),
 }
-BUDGET_ROWS: dict[str, Row] = {**BUDGETS, **FITS, **CADENCE}
+CURVE = "losses of the run's steps, as medians of bins of ln tokens"
+CHECK: dict[str, Row] = {
+    "run": ("name", "the run", "the command line", "the ledger"),
+    "action": ("word", "continue, probe or stop", "forecast, target, rules", "plan/forecast.py"),
+    "reason": ("text", "the action in a sentence", "forecast, target, rules", "plan/forecast.py"),
+    "step": ("steps", "the newest", "the ledger", "the ledger"),
+    "tokens_of_the_run": ("tokens", "at its end", "the run", "plan/config.py"),
+    "forecast": ("table or null", "where the curve ends; null while points are few", CURVE, "plan/forecast.py"),
+    "forecast.value": (
+        "nats a token",
+        "of the likeliest fit, half the decay's gain",
+        CURVE,
+        "plan/forecast.py",
+    ),
+    "forecast.low": (
+        "nats a token",
+        "of the best likely fit of E + A / t^power, all of it",
+        CURVE,
+        "plan/forecast.py",
+    ),
+    "forecast.high": ("nats a token", "of the worst likely fit, without the decay", CURVE, "plan/forecast.py"),
+    "target": ("nats a token", "--loss, or the law at the run's weights and tokens", "--loss, --law", LAW),
+    "target_source": ("text", "who says so", "--loss, --law", "plan/check_plan.py"),
+    "rules": ("table", "when a run is not worth its money", "--earliest, --margin", "plan/forecast.py, CheckRules"),
+    "rules.earliest": ("share", "of the tokens: before it only divergence is judged", "--earliest", "the command line"),
+    "rules.margin": ("share", "by which even the best end must miss the target", "--margin", "the command line"),
+    "rules.annealing": ("share", "of the loss, that a decay of the rate may gain", "none", "plan/forecast.py"),
+    "rules.most_annealing": ("share", "that no decay gains: below it a probe tells", "none", "plan/forecast.py"),
+    "rules.diverged": ("share", "above the lowest loss so far", "none", "plan/forecast.py"),
+    "tokens_per_second": ("tokens/s", "median of the newest readings", "the ledger", "the ledger"),
+    "tokens_per_second_planned": ("tokens/s or null", "of plan.json", "plan.json of the run", "plan/step_time.py"),
+    "days_left": ("days or null", "tokens left / tokens_per_second", "the ledger", "the ledger"),
+}
+BUDGET_ROWS: dict[str, Row] = {**BUDGETS, **FITS, **CADENCE, **CHECK}

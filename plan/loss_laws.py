@@ -3,7 +3,6 @@
 FLOPs of training are 6 N D, as in the papers. Losses are nats a token, of each paper's own text and tokenizer.
 """
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -248,8 +247,7 @@ def find_law(name: str) -> LossLaw:
     if isinstance(law, LossLaw):
         return law
     known = [one.name for one in LAWS.values() if isinstance(one, LossLaw)]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known
     what = f"{name!r} splits a budget but says nothing of the loss" if law else f"no law {name!r} is known"
     raise UserError(
-        what, where="--law", remedy=f"laws of the loss: {', '.join(near)}; or FILE.toml of `minka plan fit`"
+        what, where="--law", remedy=f"laws of the loss: {', '.join(known)}; or FILE.toml of `minka plan fit`"
     )

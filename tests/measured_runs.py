@@ -32,3 +32,21 @@ def table_of_runs(path: Path, count: int = 30) -> str:
         rows.append(f"{size},{tokens},{EPOCH.loss(size, tokens) * (1 + 0.01 * ((7 * number) % 11 - 5) / 5)}")
     path.write_text("\n".join(rows) + "\n")
     return str(path)
+
+
+def learning_run(folder: Path, name: str, *overrides: str, share: float = 0.5, ends: float = 2.2) -> str:
+    """A run's folder in the middle of training: its loss falls, and would end at `ends`."""
+    words = [f"run.name={name}", f"run.folder={folder}", "run.max_tokens=none", "run.max_steps=1000"]
+    words += ["schedule.unit=steps", "schedule.warmup=10", "schedule.decay=0", "data.batch_warmup=[]", *overrides]
+    config = load_run("dense-125m", words).config
+    run = RunFolder.of(config)
+    run.create(config, {})
+    ledger = Ledger(run.ledger_file)
+    ledger.append("start", step=0, tokens=0, ranks=1, device="H100", config=config.model_dump(mode="json"))
+    for step in range(1, round(1000 * share) + 1):
+        loss = ends * (0.5 + 0.5 * (step / 1000) ** -0.3) * (1 + 0.01 * ((7 * step) % 11 - 5) / 5)
+        rate = config.optimizer.learning_rate
+        tokens = step * config.data.batch_tokens
+        ledger.append("step", step=step, tokens=tokens, loss=loss, learning_rate=rate, tokens_per_second=1e6)
+    ledger.close()
+    return str(run.path)
