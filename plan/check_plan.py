@@ -76,6 +76,8 @@ def _target(config: RunConfig, tokens: int, loss: float | None, law: str) -> Che
         if not 0 < loss < math.inf:
             raise UserError(f"{loss:g}", where="--loss", remedy="give nats a token, above 0")
         return CheckTarget(loss, "--loss")
+    if not law and config.plan.loss is not None:
+        return CheckTarget(config.plan.loss, f"plan.loss of the run, by the law {config.plan.law!r}")
     if not law:
         remedy = "add --loss 2.1, or --law own.toml of `minka plan fit`, or the name of a published law of your text"
         raise UserError("nothing says what the run should end at", where=WHERE, remedy=remedy)

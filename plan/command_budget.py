@@ -1,4 +1,4 @@
-"""The commands of `minka plan` that say what to train, and whether it still pays: budget, fit, cadence, check."""
+"""The commands of `minka plan` that say what to train, and whether it still pays: budget, fit, ..."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -171,4 +171,24 @@ def add_check(app: typer.Typer) -> None:
             print_json(found)
         else:
             print_table(check_lines(found))
+        return 0
+
+
+def add_score(app: typer.Typer) -> None:
+    """Add `minka plan score`."""
+
+    @app.command()
+    def score(
+        runs: Annotated[list[str], typer.Argument(help="folders or names of runs")],
+        as_json: Annotated[bool, JSON] = False,
+    ) -> int:
+        """What was planned for runs and what came of it, misses included."""
+        from minka.plan.score_plan import score_lines, score_plan
+
+        found = score_plan(runs)
+        if as_json:
+            print_json(found)
+        else:
+            head, *rows = score_lines(found)
+            print_table(rows, head)
         return 0

@@ -12,6 +12,7 @@ from minka.plan.config_sections import (
     KernelsSection,
     ModelSection,
     OptimizerSection,
+    PlanSection,
     RunSection,
     ScheduleSection,
     TrackingSection,
@@ -34,6 +35,7 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     layout: Layout = Layout()
     checkpoint: CheckpointSection = CheckpointSection()
     guard: GuardSection = GuardSection()
+    plan: PlanSection = PlanSection()
     eval: EvalSection = EvalSection()
     tracking: TrackingSection = TrackingSection()
     kernels: KernelsSection = KernelsSection()

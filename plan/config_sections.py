@@ -177,6 +177,16 @@ class GuardSection(Section):
     hang_seconds: float = Field(600.0, gt=0, description="without a heartbeat from a rank: stacks, then stop")
 
 
+class PlanSection(Section):
+    """What was planned for the run (`minka plan budget --emit`): figures that it is held against."""
+
+    law: str = Field("", description="of the loss, by which it was planned")
+    loss: float | None = Field(None, gt=0, description="nats a token at the end")
+    loss_low: float | None = Field(None, gt=0, description="90 % of such runs end above it")
+    loss_high: float | None = Field(None, gt=0, description="and below this")
+    dollars_per_gpu_hour: float | None = Field(None, ge=0)
+
+
 class EvalSection(Section):
     """Bits per byte on the validation split, and samples, at a cadence and at the end."""
 

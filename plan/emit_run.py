@@ -43,8 +43,17 @@ def run_of(
         },
         "layout": {**layout},
         "checkpoint": {"every_steps": every, "keep": 3},
+        "plan": _planned(found),
         "eval": {"every_steps": max(1, steps // 50)},
     }
+
+
+def _planned(found: Mapping[str, Any]) -> dict[str, Any]:
+    low, high = found["loss_interval"]
+    numbers = {"loss": found["loss"], "loss_low": low, "loss_high": high}
+    price = found["dollars"] / found["gpu_hours"] if found["dollars"] else None
+    planned = {"law": found["law"], **{key: float(f"{value:.5g}") for key, value in numbers.items()}}
+    return planned if price is None else {**planned, "dollars_per_gpu_hour": _figures(price)}
 
 
 def _save_every(found: Mapping[str, Any]) -> int:

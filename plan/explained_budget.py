@@ -229,4 +229,21 @@ CHECK: dict[str, Row] = {
     "tokens_per_second_planned": ("tokens/s or null", "of plan.json", "plan.json of the run", "plan/step_time.py"),
     "days_left": ("days or null", "tokens left / tokens_per_second", "the ledger", "the ledger"),
 }
-BUDGET_ROWS: dict[str, Row] = {**BUDGETS, **FITS, **CADENCE, **CHECK}
+PLANNED = "plan.json of the run, written before its first step"
+SCORE: dict[str, Row] = {
+    "scores": ("list", "a row for each run", "the runs", "plan/score_plan.py"),
+    "scores.run": ("name", "the run", "the command line", "the command line"),
+    "scores.planned": ("true or false", "whether it has a plan", PLANNED, PLANNED),
+    "scores.unchanged": ("true or false", "whether the plan has the hash that it had", PLANNED, "plan/outlook.py"),
+    "scores.ended": ("true or false", "whether it was trained to its end", "the ledger", "the ledger"),
+    "scores.planned_loss": ("nats a token", "the law's", PLANNED, LAW),
+    "scores.planned_interval": ("pair", "where 90 % of such runs end", PLANNED, LAW),
+    "scores.final_loss": ("nats a token", "of held-out text at the end", "evals/ of the run", "plan/fit_runs.py"),
+    "scores.loss_error": ("share", "planned_loss / final_loss - 1", PLANNED, "plan/score_plan.py"),
+    "scores.within": ("true or false", "whether final_loss is in planned_interval", PLANNED, "plan/score_plan.py"),
+    "scores.speed_error": ("share", "planned tokens/s / the ledger's median - 1", PLANNED, "plan/score_plan.py"),
+    "loss_mean_error": ("share", "mean size of loss_error", "the runs", "plan/score_plan.py"),
+    "loss_within": ("share", "of the runs that are within", "the runs", "plan/score_plan.py"),
+    "speed_mean_error": ("share", "mean size of speed_error", "the runs", "plan/score_plan.py"),
+}
+BUDGET_ROWS: dict[str, Row] = {**BUDGETS, **FITS, **CADENCE, **CHECK, **SCORE}

@@ -12,12 +12,13 @@ from minka.plan.errors import UserError
 from minka.plan.fit_law import Runs
 from minka.plan.ledger import number, read_ledger
 from minka.plan.read_file import read_json, reading
-from minka.plan.run_folder import find_run
+from minka.plan.run_folder import RunFolder, find_run
 
 LEAST = 6  # rows: the law has five numbers
 COLUMNS = "params, tokens or flops (6 N D), and loss (nats a token)"
 ALSO = {"parameters": "params", "n": "params", "d": "tokens", "c": "flops", "l": "loss"}
 HIGHEST = 20.0  # nats a token: more than guessing among any vocabulary
+SCORES = "evals/step-*/heldout@1.json"
 WHERE = "minka plan fit"
 
 
@@ -98,13 +99,22 @@ def _of_folder(given: str) -> tuple[Any, ...]:
     for event in read_ledger(folder.ledger_file):
         if event["event"] == "start":
             size = number(event.get("parameters"))
-    scored = sorted(folder.path.glob("evals/step-*/heldout@1.json"))
     remedy = "train it to its end, where it is scored, or leave it out"
-    if not scored or not size > 0:
+    loss = final_loss(folder)
+    if loss is None or not size > 0:
         raise UserError("the run has no score of held-out text", where=str(folder.path), remedy=remedy)
-    last = read_json(scored[-1], remedy=remedy)
-    score = number(last.get("scores", {}).get("bits_per_byte"))
-    loss = score * math.log(2) * number(last.get("bytes")) / number(last.get("document_tokens"))
-    if not 0 < loss < math.inf:
-        raise UserError("its last score is not a number", where=str(scored[-1]), remedy="leave the run out")
-    return folder.path.name, size, number(last.get("tokens")), loss
+    last = sorted(folder.path.glob(SCORES))[-1]
+    return folder.path.name, size, number(read_json(last, remedy=remedy).get("tokens")), loss
+
+
+def final_loss(folder: RunFolder) -> float | None:
+    """Return a run's newest loss on held-out text, nats a token; None where it has none. Raises UserError."""
+    scored = sorted(folder.path.glob(SCORES))
+    if not scored:
+        return None
+    last = read_json(scored[-1], remedy="leave the run out")
+    scores = last.get("scores")
+    score = number(scores.get("bits_per_byte")) if isinstance(scores, dict) else math.nan
+    tokens = number(last.get("document_tokens"))
+    loss = score * math.log(2) * number(last.get("bytes")) / tokens if tokens > 0 else math.nan
+    return loss if 0 < loss < math.inf else None

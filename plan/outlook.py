@@ -1,5 +1,7 @@
 """What a run will need and take, in few lines: printed where it starts and by a dry run, kept as plan.json."""
 
+import json
+from hashlib import sha256
 from typing import Any
 
 from minka.plan.cluster import Cluster, find_cluster
@@ -11,6 +13,25 @@ from minka.plan.run_job import on_cluster
 from minka.plan.time_plan import duration, time_plan
 
 KEPT = ("step_seconds", "tokens_per_second_per_gpu", "mfu", "breakdown_seconds", "days", "gpu_hours", "dollars")
+
+
+def planned_of(config: RunConfig, world: int, gpu: str) -> dict[str, Any]:
+    """Return what a run's plan.json has: its outlook on a GPU of the table, and the loss that was planned for it.
+
+    Empty where neither is known. `hash` is that of the rest and of the configuration: a plan that was changed after the
+    run began is known by it.
+    """
+    found = outlook(config, world, gpu, config.plan.dollars_per_gpu_hour) if gpu else {}
+    if config.plan.loss is not None:
+        interval = [config.plan.loss_low, config.plan.loss_high]
+        found |= {"law": config.plan.law, "loss": config.plan.loss, "loss_interval": interval}
+    return {**found, "hash": plan_hash(config, found)} if found else {}
+
+
+def plan_hash(config: RunConfig, planned: dict[str, Any]) -> str:
+    """Return the hash of a run's configuration and of its plan, but for the plan's own hash."""
+    rest = {key: value for key, value in planned.items() if key != "hash"}
+    return sha256(json.dumps([config.model_dump(mode="json"), rest], sort_keys=True).encode()).hexdigest()
 
 
 def outlook(config: RunConfig, world: int, gpu: str, dollars_per_hour: float | None = None) -> dict[str, Any]:

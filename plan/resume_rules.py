@@ -40,6 +40,7 @@ RULES = (
     ChangeRule("tracking.*", "free", "free", "recording changes no weight"),
     ChangeRule("kernels.*", "free", "free", "every implementation has the same definition"),
     ChangeRule("guard.*", "free", "free", "it decides when a run stops, not what a step does"),
+    ChangeRule("plan.*", "free", "free", "it says what was expected, not what a step does"),
     ChangeRule("run.folder", "free", "free", "it says where the run is stored"),
     ChangeRule("run.name", "free", "free", "a run is named after its folder, which may have been moved"),
     ChangeRule("run.start_from run.start_with", "refused", "free", "a run begins only once"),

@@ -1,10 +1,13 @@
 """Folders of runs whose ledgers say how long their steps took."""
 
+import math
 from pathlib import Path
 
+from minka.plan.atomic import write_json
 from minka.plan.ledger import Ledger
 from minka.plan.load_config import load_run
 from minka.plan.loss_laws import EPOCH
+from minka.plan.outlook import planned_of
 from minka.plan.run_folder import RunFolder
 
 
@@ -50,3 +53,23 @@ def learning_run(folder: Path, name: str, *overrides: str, share: float = 0.5, e
         ledger.append("step", step=step, tokens=tokens, loss=loss, learning_rate=rate, tokens_per_second=1e6)
     ledger.close()
     return str(run.path)
+
+
+def planned_run(folder: Path, name: str, loss: float, *overrides: str) -> str:
+    """The folder of a run that ended at 2.2 nats a token, for which `loss` was planned."""
+    words = [f"plan.loss={loss}", f"plan.loss_low={loss - 0.05}", f"plan.loss_high={loss + 0.05}", "plan.law=epoch"]
+    path = Path(learning_run(folder, name, *words, *overrides, share=1.0))
+    run = RunFolder(path)
+    config = load_run(str(path)).config
+    write_json(path / "plan.json", planned_of(config, 8, "H100-SXM"))
+    ledger = Ledger(run.ledger_file)
+    ledger.append("stop", step=1000, tokens=1000 * config.data.batch_tokens, reason="done")
+    ledger.close()
+    scored = path / "evals/step-00001000"
+    scored.mkdir(parents=True)
+    bits = 2.2 / math.log(2) * 1000 / 4000
+    write_json(
+        scored / "heldout@1.json",
+        {"tokens": 1000, "bytes": 4000, "document_tokens": 1000, "scores": {"bits_per_byte": bits}},
+    )
+    return str(path)

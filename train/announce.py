@@ -12,7 +12,7 @@ from minka.plan.flops import FORMULAS, parameters, training_flops_per_token
 from minka.plan.hardware import find_gpu
 from minka.plan.hub_family import reader_limits
 from minka.plan.layout import counted
-from minka.plan.outlook import outlook, outlook_lines
+from minka.plan.outlook import outlook_lines, planned_of
 from minka.plan.pipeline_stages import stages_of
 from minka.plan.resume_rules import Changes, describe_changes
 from minka.plan.topology import describe, topology_lines
@@ -57,12 +57,13 @@ def announce(record: Recorder, state: State, engine: Engine, changed: Changes) -
     for line in filter(None, [*lines, describe_padding(config, mesh.layout), limits]):
         record.console.say(line)
     steps, tokens = config.end(state.step, state.tokens)
-    if gpu is not None and mesh.is_first:
-        planned = outlook(config, mesh.ranks, gpu.name)
+    planned = planned_of(config, mesh.ranks, gpu.name if gpu else "") if mesh.is_first else {}
+    if planned:
         for line in outlook_lines(planned):
             record.console.say(line)
         with suppress(OSError):
-            write_json(record.folder.path / "plan.json", planned)
+            if not (file := record.folder.path / "plan.json").exists():  # it was written before the first step
+                write_json(file, planned)
     record.console.say(
         f"{config.run.name}: {parameters(config.model):,} parameters, {tokens:,} tokens in {steps:,} steps; "
         f"{counted(mesh.ranks, 'rank')} on {device}, {dtype}"

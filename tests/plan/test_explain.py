@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from measured_runs import learning_run, table_of_runs, written_run
+from measured_runs import learning_run, planned_run, table_of_runs, written_run
 from minka.__main__ import main
 from minka.plan.explain import EXPLAINED, MODEL, OPEN, explain
 from minka.plan.flops import FORMULAS
@@ -52,6 +52,7 @@ def documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[An
     yield planned(capsys, "budget", "--days", "3", "--gpu", "H100-SXM", "--unique-tokens", "1e10")
     yield planned(capsys, "fit", table_of_runs(tmp_path / "runs.csv"), "--bootstraps", "9")
     yield planned(capsys, "cadence", "--gpus", "64", "--run", "dense-125m")
+    yield planned(capsys, "score", planned_run(tmp_path, "three", loss=2.3))
     yield planned(capsys, "check", learning_run(tmp_path, "two"), "--loss", "2")
 
 
