@@ -67,7 +67,14 @@ def _assumed(config: RunConfig, cluster: Cluster) -> str:
 
 def outlook_lines(found: dict[str, Any]) -> list[str]:
     """Return the same for people."""
-    lines, gpus = [], f"{found['world']:,} x {found['gpu']}"
+    lines = []
+    if found.get("loss") is not None:
+        low, high = found["loss_interval"]
+        between = "" if low is None or high is None else f", {low:.3f} to {high:.3f} in 90 % of runs"
+        lines.append(f"plan: {found['loss']:.3f} nats a token at the end{between}, by the law {found['law']!r}")
+    if "gpu" not in found:
+        return lines
+    gpus = f"{found['world']:,} x {found['gpu']}"
     if found["peak_bytes"] is not None:
         verdict = "fits" if found["fits"] else "does not fit"
         lines.append(
