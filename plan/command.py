@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from minka.plan.cli import new_app, print_json, print_table, run_app
-from minka.plan.command_budget import add_budget, add_cadence, add_check, add_fit, add_score
+from minka.plan.command_budget import add_budget, add_cadence, add_check, add_fit, add_ladder, add_score
 
 RUN = typer.Argument(help="a recipe, run.toml or run folder")
 OVERRIDES = typer.Argument(help="section.key=value")
@@ -26,6 +26,7 @@ minka plan time llama3-8b --world 64 --gpu H100-SXM     a step, days, dollars
 minka plan layout llama3-70b --world 256 --gpu H100-SXM the fastest that fits
 minka plan calibrate runs/one runs/two -o rates.toml    rates from measured runs
 minka plan budget --days 30 --gpu H100-SXM --gpus 64     what to train with it
+minka plan ladder --flops 1e21 --emit FOLDER small runs that tell a large one's size
 minka plan fit ladder.csv                    a law of the loss from own runs
 minka plan cadence --gpus 1024 --save-seconds 20  how often to save
 minka plan check runs/one --law own.toml     will it reach its loss?
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     app = new_app(HELP)
     for add in (_add_model, _add_memory, _add_time, _add_layout, _add_calibrate):
         add(app)
-    for add in (add_budget, add_fit, add_cadence, add_check, add_score, _add_explain):
+    for add in (add_budget, add_fit, add_ladder, add_cadence, add_check, add_score, _add_explain):
         add(app)
     return run_app(app, argv, "minka plan")
 

@@ -192,3 +192,35 @@ def add_score(app: typer.Typer) -> None:
             head, *rows = score_lines(found)
             print_table(rows, head)
         return 0
+
+
+def add_ladder(app: typer.Typer) -> None:
+    """Add `minka plan ladder`."""
+
+    @app.command()
+    def ladder(
+        flops: Annotated[float, typer.Option(help="of the large run: 6 x weights x tokens")],
+        within: Annotated[float, typer.Option(help="share to which its best size should be known")] = 0.5,
+        smallest: Annotated[float, typer.Option(help="weights of the smallest run, at least")] = 1e7,
+        sizes: Annotated[str, typer.Option(help="weights of each size, instead: 1e6,2e6,4e6")] = "",
+        law: Annotated[
+            str, typer.Option(help="as it is believed to be: a name, or a file of `minka plan fit`")
+        ] = "epoch",
+        noise: Annotated[float, typer.Option(help="share by which runs scatter about the law")] = 0.003,
+        data_of: Annotated[str, typer.Option(metavar="RECIPE", help="whose data the runs read")] = "",
+        vocab: Annotated[int, typer.Option(min=0, help="entries of the vocabulary; 0: what suits the size")] = 0,
+        seq: Annotated[int, typer.Option(min=0, help="tokens in a sequence; 0: what suits the size")] = 0,
+        emit: Annotated[Path | None, typer.Option(metavar="FOLDER", help="write the runs and a script")] = None,
+        as_json: Annotated[bool, JSON] = False,
+    ) -> int:
+        """The cheapest small runs that tell the best size of a large one: trunks, and branches that decay."""
+        from minka.plan.compute_budget import read_number
+        from minka.plan.ladder_plan import LadderAsked, ladder_lines, ladder_plan
+
+        given = tuple(read_number(size, "--sizes", "numbers with commas") for size in sizes.split(",") if size)
+        found = ladder_plan(LadderAsked(flops, within, smallest, given, law, noise, data_of, vocab, seq), emit)
+        if as_json:
+            print_json(found)
+        else:
+            print_table(ladder_lines(found))
+        return 0

@@ -229,6 +229,25 @@ CHECK: dict[str, Row] = {
     "tokens_per_second_planned": ("tokens/s or null", "of plan.json", "plan.json of the run", "plan/step_time.py"),
     "days_left": ("days or null", "tokens left / tokens_per_second", "the ledger", "the ledger"),
 }
+LADDER: dict[str, Row] = {
+    "target_flops": ("FLOPs", "of the large run", "--flops", "the command line"),
+    "target_parameters": ("weights", "its best size, as the law is believed to be", "--law, --flops", LAW),
+    "target_interval": ("pair", "where 95 % of fits to such runs put it", "--noise", "plan/ladder_design.py"),
+    "ladder_flops": ("FLOPs", "of all runs; a branch only from where it begins", "the runs", "plan/ladder_design.py"),
+    "ladder_share": ("share", "ladder_flops / target_flops", "the runs", "plan/ladder_design.py"),
+    "ladder": ("list", "trunks, and branches that decay earlier", "--within, --sizes", "arXiv:2405.18392"),
+    "ladder.run": ("name", "of the run", "the runs", "plan/ladder_plan.py"),
+    "ladder.parameters": ("weights", "of its size", "--smallest, --sizes", "plan/ladder_design.py"),
+    "ladder.tokens": ("tokens", "at its end", "parameters", "plan/ladder_design.py"),
+    "ladder.start_from": (
+        "run or null",
+        "the trunk's checkpoint at 80 % of the branch",
+        "the trunk",
+        "arXiv:2405.18392",
+    ),
+    "ladder.flops": ("FLOPs", "6 N x tokens that it trains on itself", "parameters", "plan/ladder_plan.py"),
+    "folder": ("path or null", "--emit", "--emit", "the command line"),
+}
 PLANNED = "plan.json of the run, written before its first step"
 SCORE: dict[str, Row] = {
     "scores": ("list", "a row for each run", "the runs", "plan/score_plan.py"),
@@ -246,4 +265,4 @@ SCORE: dict[str, Row] = {
     "loss_within": ("share", "of the runs that are within", "the runs", "plan/score_plan.py"),
     "speed_mean_error": ("share", "mean size of speed_error", "the runs", "plan/score_plan.py"),
 }
-BUDGET_ROWS: dict[str, Row] = {**BUDGETS, **FITS, **CADENCE, **CHECK, **SCORE}
+BUDGET_ROWS: dict[str, Row] = {**BUDGETS, **FITS, **CADENCE, **CHECK, **SCORE, **LADDER}

@@ -51,6 +51,7 @@ def documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[An
     yield planned(capsys, "calibrate", run, "-o", str(tmp_path / "rates.toml"))
     yield planned(capsys, "budget", "--days", "3", "--gpu", "H100-SXM", "--unique-tokens", "1e10")
     yield planned(capsys, "fit", table_of_runs(tmp_path / "runs.csv"), "--bootstraps", "9")
+    yield planned(capsys, "ladder", "--flops", "1e20")
     yield planned(capsys, "cadence", "--gpus", "64", "--run", "dense-125m")
     yield planned(capsys, "score", planned_run(tmp_path, "three", loss=2.3))
     yield planned(capsys, "check", learning_run(tmp_path, "two"), "--loss", "2")
