@@ -44,7 +44,7 @@ def run_of(
         "layout": {**layout},
         "checkpoint": {"every_steps": every, "keep": 3},
         "plan": _planned(found),
-        "eval": {"every_steps": max(1, steps // 50)},
+        "eval": {"every_steps": max(1, steps // (10 if found["parameters"] < SMALL else 50))},
     }
 
 

@@ -104,8 +104,9 @@ def _runs_of_size(number: int, size: float, multiples: Sequence[float], asked: L
             "schedule": {**schedule, "decay": ends[multiple] - starts[multiple]},
         }
 
+    base |= {"checkpoint": {"keep": 1}, "eval": {}}  # scored at its end alone: that is what is fitted
     trunk = run(f"trunk-{number}", last)
-    trunk["checkpoint"] = {**base["checkpoint"], "keep_tokens": [starts[multiple] for multiple in early]}
+    trunk["checkpoint"] = {"keep": 1, "keep_tokens": [starts[multiple] for multiple in early]}
     branches = [
         run(
             f"branch-{number}-{multiple:g}",

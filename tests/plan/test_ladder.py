@@ -94,7 +94,7 @@ def test_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]
 @pytest.mark.slow
 def test_a_small_ladder_is_trained_by_its_script_and_fitted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "ladder"
-    words = ["--flops", "1e13", "--sizes", "6e3,12e3,24e3", "--vocab", "256", "--seq", "64", "--data-of", "demo"]
+    words = ["--flops", "1e13", "--sizes", "6e3,9e3,14e3", "--vocab", "256", "--seq", "64", "--data-of", "demo"]
     assert main(["ladder", *words, "--emit", str(folder)]) == 0
     capsys.readouterr()
     here = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}

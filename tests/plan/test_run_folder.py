@@ -207,10 +207,10 @@ def test_a_store_of_the_same_name_in_a_different_project_is_not_the_runs(
         store_of(folder)
 
 
-def test_errors_of_writing_say_where_and_how_much_is_free(tmp_path: Path) -> None:
+def test_errors_of_writing_say_where_and_what_would_help(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(UserError, match=r"cannot be written.*MiB are free") as caught, writing(file / "below"):
+    with pytest.raises(UserError, match=r"cannot be written.*file is a file: ") as caught, writing(file / "below"):
         (file / "below").mkdir()
     assert "run.folder" in caught.value.remedy
     for number, said, unsaid in (
@@ -221,6 +221,8 @@ def test_errors_of_writing_say_where_and_how_much_is_free(tmp_path: Path) -> Non
         with pytest.raises(UserError, match=said) as caught, writing(tmp_path):
             raise OSError(number, "no", str(file))
         assert unsaid not in str(caught.value)
+    with pytest.raises(UserError, match=r"make the folder .*none, or") as caught, writing(tmp_path / "none/below"):
+        write_text(tmp_path / "none/below", "")
     with pytest.raises(UserError) as caught, writing(Path("/proc/ours")):  # where nobody can make a file
         write_text(Path("/proc/ours"), "")
     assert caught.value.where == "/proc/ours"  # and not the temporary file's name
