@@ -63,6 +63,7 @@ def ladder_plan(asked: LadderAsked, folder: Path | None = None) -> dict[str, Any
         for run in _runs_of_size(number, size, found.multiples, asked):
             files[f"{run['run']['name']}.toml"] = run
             runs.append(_as_row(run, size))
+    _check_shapes(found.sizes, [run["model"] for run in files.values() if "start_from" not in run["run"]])
     best = law.optimum(asked.flops)
     plan = {
         "target_flops": asked.flops,
@@ -77,6 +78,14 @@ def ladder_plan(asked: LadderAsked, folder: Path | None = None) -> dict[str, Any
     if folder:
         _write(folder, files, len(found.sizes))
     return plan
+
+
+def _check_shapes(sizes: Sequence[float], models: Sequence[Mapping[str, Any]]) -> None:
+    """Raises UserError where two sizes are one architecture: small ones are far apart."""
+    for number in range(len(sizes) - 1):
+        if models[number] == models[number + 1]:
+            what = f"{short(sizes[number])} and {short(sizes[number + 1])} weights are the same architecture"
+            raise UserError(what, where="--sizes", remedy="choose sizes that are further apart, or larger ones")
 
 
 def _factors(width: float) -> tuple[float, float]:

@@ -83,6 +83,7 @@ def test_its_files_are_runs_and_branches_begin_where_their_trunk_is_kept(
         (["--flops", "1e20", "--sizes", "1e6,x"], "not a number"),
         (["--flops", "1e20", "--sizes", "1e6,2e6"], "three"),
         (["--flops", "1e20", "--noise", "0"], "--noise"),
+        (["--flops", "1e20", "--sizes", "6e3,9e3,30e3"], "same architecture"),
         ([], "--flops"),
     ],
 )
@@ -94,7 +95,10 @@ def test_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]
 @pytest.mark.slow
 def test_a_small_ladder_is_trained_by_its_script_and_fitted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "ladder"
-    words = ["--flops", "1e13", "--sizes", "6e3,9e3,14e3", "--vocab", "256", "--seq", "64", "--data-of", "demo"]
+    text = (Path(__file__).parents[2] / "plan/recipes/demo.toml").read_text()
+    (tmp_path / "few.toml").write_text(text.replace("[data]", "[data]\nmax_bytes = 400000"))
+    words = ["--flops", "1e13", "--sizes", "6e3,13e3,26e3", "--vocab", "256", "--seq", "64"]
+    words += ["--data-of", str(tmp_path / "few.toml")]
     assert main(["ladder", *words, "--emit", str(folder)]) == 0
     capsys.readouterr()
     here = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
