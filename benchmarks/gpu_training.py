@@ -233,6 +233,7 @@ def _free(device: torch.device) -> None:
 
 
 def say(line: str) -> None:
+    """Print progress."""
     print(line, file=sys.stderr, flush=True)
 
 

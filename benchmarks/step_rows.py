@@ -25,6 +25,7 @@ def name_of(device: torch.device) -> str:
 
 
 def described(case: str, config: RunConfig, device: torch.device) -> Row:
+    """What was measured: device, sizes and settings, and the peak that a dry run predicts, bytes."""
     model, layout, stored = config.model, config.layout, config.optimizer
     return {
         "date": str(date.today()),
@@ -46,6 +47,7 @@ def described(case: str, config: RunConfig, device: torch.device) -> Row:
 
 
 def rates(config: RunConfig, device: torch.device, seconds: float, tokens: int) -> Row:
+    """Seconds of a step, tokens a second, and MFU by each convention; None for a GPU whose peak is not known."""
     gpu, rate = find_gpu(name_of(device)), tokens / seconds
     flops = {name: training_flops_per_token(config.model, config.data.seq_len, name) for name in FORMULAS}
     mfu = {f"mfu_{name}": rate * flops[name] / gpu.peak_flops if gpu else None for name in FORMULAS}
@@ -53,6 +55,7 @@ def rates(config: RunConfig, device: torch.device, seconds: float, tokens: int) 
 
 
 def memory(device: torch.device) -> dict[str, int]:
+    """The peaks that the device's allocator has counted, bytes; 0 on a CPU."""
     if device.type != "cuda":
         return {"allocated_bytes": 0, "reserved_bytes": 0}
     statistics = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
@@ -74,6 +77,7 @@ def append(file: Path, rows: Sequence[Row]) -> None:
 
 
 def shown(row: Row) -> tuple[str, ...]:
+    """A row as texts for a table."""
     mfu = ["-" if row[f"mfu_{name}"] is None else f"{row[f'mfu_{name}']:.1%}" for name in ("causal", "palm")]
     gib = [f"{row[key] / 2**30:.2f} GiB" for key in ("allocated_bytes", "reserved_bytes", "predicted_peak_bytes")]
     speed = f"{1e3 * row['step_seconds']:.4g}", f"{row['tokens_per_second']:,.0f}"

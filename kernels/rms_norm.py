@@ -215,6 +215,7 @@ class RowTile(NamedTuple):
 
 
 def forward_tile(rows: int, width: int) -> RowTile:
+    """The tile of a forward pass over [rows, width]. Raises ValueError for rows that no tile holds."""
     if width > WIDEST:
         raise ValueError(f"the triton kernel of rms_norm takes rows of at most {WIDEST} elements, not {width}")
     return _tile_of(rows, power_of_two(width), TILE)
