@@ -123,7 +123,7 @@ def _rope_backward(d_q: Tensor, d_k: Tensor, cos: Tensor, sin: Tensor) -> tuple[
 def turned(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float = 1.0, norms: Any = None, eps: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """New queries [B, T, H, C] and keys [B, T, K, C], rotated; sign -1 rotates back. norms: weights of their RMS norms."""
+    """New queries [B, T, H, C] and keys [B, T, K, C], rotated; by sign -1 back. norms: weights of their RMS norms."""
     (q, k), (cos, sin) = (inner_contiguous(x) for x in (q, k)), alike(cos, sin)
     batch, tokens, q_heads, width = q.shape
     y, z = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
