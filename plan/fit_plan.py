@@ -64,7 +64,7 @@ def fit_plan(given: Sequence[str], choices: Choices, output: Path | None = None)
             for name, n, d, loss, r, used in zip(names, *(x.tolist() for x in (*everything, off, kept)), strict=True)
         ],
         "file": str(output) if output else None,
-        "notes": _notes(runs, refits),
+        "notes": _notes(runs, law, refits),
     }
     if output:
         write_law(output, law)
@@ -161,8 +161,12 @@ def foresight(runs: Runs, choices: Choices) -> dict[str, Any] | None:
     }
 
 
-def _notes(runs: Runs, refits: Fit | None) -> list[str]:
+def _notes(runs: Runs, law: LossLaw, refits: Fit | None) -> list[str]:
     notes = []
+    strange = [f"{name}={getattr(law, name):.2g}" for name in ("alpha", "beta") if not 0.1 < getattr(law, name) < 1]
+    strange += [f"E={law.E:.2g}"] if 0.1 * runs.losses.min() > law.E else []
+    if strange:
+        notes.append(f"{', '.join(strange)}: unlike every published law; these runs do not fix one")
     ratio = runs.tokens / runs.parameters
     if ratio.max() / ratio.min() < 4:
         notes.append("tokens a weight hardly vary: alpha and beta are told apart only by the sizes")

@@ -187,3 +187,10 @@ def test_the_drawing(tmp_path: Path) -> None:
     table, file = write(tmp_path / "runs.csv", runs_of(7, 40)), tmp_path / "fit.svg"
     assert main(["fit", table, "--bootstraps", "0", "--drop-highest", "3", "--plot", str(file)]) == 0
     assert "left out" in file.read_text()
+
+
+def test_a_law_that_the_runs_do_not_fix_is_said_to_be_strange(tmp_path: Path) -> None:
+    odd = LossLaw.of("odd", [5.0, 6.0, 1e-3, 1.7, 0.05])
+    notes = fit_plan([write(tmp_path / "runs.csv", runs_of(8, 40, 0.0, odd))], Choices(bootstraps=0))["notes"]
+    assert any("unlike every published law" in note for note in notes)
+    assert fit_plan([write(tmp_path / "good.csv", runs_of(8, 40, 0.0))], Choices(bootstraps=0))["notes"] == []

@@ -92,7 +92,7 @@ def test_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_small_ladder_is_trained_by_its_script_and_fitted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "ladder"
     text = (Path(__file__).parents[2] / "plan/recipes/demo.toml").read_text()
