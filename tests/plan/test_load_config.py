@@ -51,6 +51,7 @@ BAD: list[tuple[dict[str, dict[str, Any]], list[str]]] = [  # what is given, wha
     ({"layout": {"tensor": 3}}, ["layout.tensor", "tensor=3 does not divide", "tensor in [1"]),
     ({"checkpoint": {"keep": 0}}, ["checkpoint.keep=0"]),
     ({"guard": {"hang_seconds": 0}}, ["guard.hang_seconds=0"]),
+    ({"plan": {"loss": 0}}, ["plan.loss=0"]),
     ({"eval": {"temperature": -1}}, ["eval.temperature=-1"]),
     ({"tracking": {"wandb": "yes"}}, ["tracking.wandb='yes'", "'off', 'offline' or 'online'"]),
     (
