@@ -167,9 +167,10 @@ def _cannot_write(path: Path, error: OSError, remedy: str, why: str = "") -> Use
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(what, where=where, why="this place may not be written", remedy=f"allow it, or {remedy}")
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
-        missing = next((p for p in reversed(path.absolute().parents) if not p.is_dir()), path.parent)
-        made = f"make the folder {missing}, or" if error.errno == errno.ENOENT else f"{missing} is a file:"
-        return UserError(what, where=where, why=why, remedy=f"{made} {remedy}")
+        missing = next((p for p in reversed(path.absolute().parents) if not p.is_dir()), None)
+        if missing is not None:
+            made = f"{missing} is a file:" if missing.exists() else f"make the folder {missing}, or"
+            return UserError(what, where=where, why=why, remedy=f"{made} {remedy}")
     if error.errno == errno.EFBIG:
         what += " (the file-size limit of this process)"
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())

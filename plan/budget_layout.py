@@ -1,6 +1,7 @@
 """A budget whose MFU is that of its own run: the fastest layout that fits is searched, and the budget planned again."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from minka.plan.budget_plan import FREE, Wishes, budget_plan
@@ -29,7 +30,7 @@ def budget_with_layout(
         if abs(mfu / machine.mfu - 1) < NEAR:
             break
         machine = machine._replace(mfu=mfu)
-    return budget_plan(asked, machine, goal, wishes), layout
+    return found, layout
 
 
 def layout_of(found: Mapping[str, Any], machine: BudgetMachine) -> tuple[dict[str, Any], float]:
@@ -37,9 +38,6 @@ def layout_of(found: Mapping[str, Any], machine: BudgetMachine) -> tuple[dict[st
     if machine.cluster is None:
         return {}, 0.0
     config = validate(run_of(found, "budget", data_section("demo")), "the run of this budget")
-    best = search(config, machine.gpus, machine.cluster, 1, _peak(machine.cluster.device_kind)).found[0]
+    peak = partial(peak_or_more, device_kind=machine.cluster.device_kind)
+    best = search(config, machine.gpus, machine.cluster, 1, peak).found[0]
     return best.layout.model_dump(mode="json", exclude_defaults=True), best.time.seconds
-
-
-def _peak(kind: str) -> Any:
-    return lambda config, world, room: peak_or_more(config, world, room, kind)

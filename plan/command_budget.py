@@ -1,4 +1,7 @@
-"""The commands of `minka plan` that say what to train, and whether it still pays: budget, fit, ..."""
+"""Commands of `minka plan`: what to train, how often to save, whether it pays, and how plans turned out.
+
+Own modules are imported where a command needs them, as in command.py, so that --help stays instant.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -34,13 +34,16 @@ class Forecast(NamedTuple):
 
 
 class CheckRules(NamedTuple):
-    """When a run is not worth its money: `[guard]`-like numbers, which the check takes as options."""
+    """When a run is not worth its money."""
 
     earliest: float = 0.25  # of the tokens: before that only a run that diverges is judged
     margin: float = 0.015  # of the target, by which even the best end must miss it: noise of seeds and of the law
     annealing: float = 0.065  # of the loss, that a decay of the rate to nothing may still gain
     most_annealing: float = 0.1  # of the loss, that no decay gains: beyond it a probe would tell nothing
     diverged: float = 0.12  # of the loss, above the lowest so far
+
+
+RULES = CheckRules()
 
 
 class CheckVerdict(NamedTuple):
@@ -110,7 +113,7 @@ def check_run(
     *,
     final_rate: float = 0.0,
     stable: bool = False,
-    rules: CheckRules = CheckRules(),  # noqa: B008  # a NamedTuple cannot be changed
+    rules: CheckRules = RULES,
 ) -> CheckVerdict:
     """Return what to do with a run of `end` tokens whose loss should end at `target`.
 

@@ -33,10 +33,10 @@ class Ladder(NamedTuple):
     flops: float
     width: float
 
-    @property
-    def points(self) -> list[tuple[float, float]]:
-        """(weights, tokens) of each loss that is fitted."""
-        return [(size, size * multiple) for size in self.sizes for multiple in self.multiples]
+
+def points_of(sizes: Sequence[float], multiples: Sequence[float]) -> list[tuple[float, float]]:
+    """(weights, tokens) of each loss that is fitted."""
+    return [(size, size * multiple) for size in sizes for multiple in multiples]
 
 
 def cheapest_ladder(law: LossLaw, flops: float, within: float, smallest: float, noise: float) -> Ladder:
@@ -63,7 +63,7 @@ def ladders(law: LossLaw, flops: float, smallest: float, noise: float) -> Iterat
             for rungs in RUNGS:
                 sizes = tuple(best / below / step**number for number in reversed(range(rungs)))
                 for multiples in MULTIPLES if sizes[0] >= smallest else ():
-                    width = width_of_optimum(law, flops, sizes, multiples, noise)
+                    width = width_of_optimum(law, flops, points_of(sizes, multiples), noise)
                     yield Ladder(sizes, multiples, cost(sizes, multiples), width)
 
 
@@ -73,16 +73,13 @@ def cost(sizes: Sequence[float], multiples: Sequence[float]) -> float:
     return sum(6 * size * size * tokens for size in sizes)
 
 
-def width_of_optimum(
-    law: LossLaw, flops: float, sizes: Sequence[float], multiples: Sequence[float], noise: float
-) -> float:
+def width_of_optimum(law: LossLaw, flops: float, points: Sequence[tuple[float, float]], noise: float) -> float:
     """Half of the 95 % interval of ln N at the optimum, by the linear theory of least squares.
 
     The derivatives of ln L by ln A, ln B, ln E, alpha and beta are the terms' shares of L, the last two times -ln N and
     -ln D (plan/fit_law.py). Fits with absolute values are less sure by sqrt(pi / 2).
     """
-    n = np.array([size for size in sizes for _ in multiples])
-    d = np.array([size * multiple for size in sizes for multiple in multiples])
+    n, d = (np.array(column, dtype=np.float64) for column in zip(*points, strict=True))
     first, second = law.A / n**law.alpha, law.B / d**law.beta
     total = first + second + law.E
     shares = [first / total, second / total, law.E / total, -first / total * np.log(n), -second / total * np.log(d)]

@@ -1,5 +1,6 @@
 """`minka plan ladder`: the cheapest small runs that tell the best size of a large one, their files and their script."""
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,9 +11,11 @@ import tomli_w
 from minka.plan.atomic import write_text, writing
 from minka.plan.budget_plan import Wishes, budget_plan, short
 from minka.plan.compute_budget import BudgetAsked, BudgetMachine, Goal
+from minka.plan.config_sections import ModelSection
 from minka.plan.emit_run import data_section, run_of
 from minka.plan.errors import UserError
-from minka.plan.ladder_design import DECAY, MULTIPLES, Ladder, cheapest_ladder, cost, width_of_optimum
+from minka.plan.flops import parameters
+from minka.plan.ladder_design import DECAY, MULTIPLES, cheapest_ladder, width_of_optimum
 from minka.plan.law_file import law_of_name
 
 SCRIPT = """#!/usr/bin/env bash
@@ -50,33 +53,35 @@ def ladder_plan(asked: LadderAsked, folder: Path | None = None) -> dict[str, Any
     for where, value in {"--flops": asked.flops, "--within": asked.within, "--noise": asked.noise}.items():
         if not 0 < value < 1e40:
             raise UserError(f"{value:g}", where=where, remedy="give a number above 0")
-    if asked.sizes:
-        if len(asked.sizes) < 3 or min(asked.sizes) <= 0:
-            raise UserError("so few sizes do not fix a law", where="--sizes", remedy="give three or more, above 0")
-        sizes = tuple(sorted(asked.sizes))
-        width = width_of_optimum(law, asked.flops, sizes, MULTIPLES[0], asked.noise)
-        found = Ladder(sizes, MULTIPLES[0], cost(sizes, MULTIPLES[0]), width)
-    else:
+    sizes: tuple[float, ...] = asked.sizes
+    multiples: tuple[float, ...] = MULTIPLES[0]
+    if not sizes:
         found = cheapest_ladder(law, asked.flops, asked.within, asked.smallest, asked.noise)
+        sizes, multiples = found.sizes, found.multiples
+    elif len(sizes) < 3 or min(sizes) <= 0:
+        raise UserError("so few sizes do not fix a law", where="--sizes", remedy="give three or more, above 0")
+    sizes = tuple(sorted(sizes))
     runs, files = [], dict[str, dict[str, Any]]()
-    for number, size in enumerate(found.sizes):
-        for run in _runs_of_size(number, size, found.multiples, asked):
+    for number, size in enumerate(sizes):
+        for run in _runs_of_size(number, size, multiples, asked):
             files[f"{run['run']['name']}.toml"] = run
-            runs.append(_as_row(run, size))
-    _check_shapes(found.sizes, [run["model"] for run in files.values() if "start_from" not in run["run"]])
-    best = law.optimum(asked.flops)
+            runs.append(_as_row(run))
+    _check_shapes(sizes, [run["model"] for run in files.values() if "start_from" not in run["run"]])
+    # Of the runs as they are: architectures are not exactly of the sizes that were looked for.
+    width = width_of_optimum(law, asked.flops, [(run["parameters"], run["tokens"]) for run in runs], asked.noise)
+    best, flops = law.optimum(asked.flops), sum(run["flops"] for run in runs)
     plan = {
         "target_flops": asked.flops,
         "target_parameters": best.parameters,
-        "target_interval": [best.parameters * factor for factor in _factors(found.width)],
-        "ladder_flops": found.flops,
-        "ladder_share": found.flops / asked.flops,
+        "target_interval": [best.parameters * factor for factor in _factors(width)],
+        "ladder_flops": flops,
+        "ladder_share": flops / asked.flops,
         "ladder": runs,
         "law": law.name,
         "folder": str(folder) if folder else None,
     }
     if folder:
-        _write(folder, files, len(found.sizes))
+        _write(folder, files, len(sizes))
     return plan
 
 
@@ -89,8 +94,7 @@ def _check_shapes(sizes: Sequence[float], models: Sequence[Mapping[str, Any]]) -
 
 
 def _factors(width: float) -> tuple[float, float]:
-    factor = 2.718281828459045**width
-    return 1 / factor, factor
+    return math.exp(-width), math.exp(width)
 
 
 def _runs_of_size(number: int, size: float, multiples: Sequence[float], asked: LadderAsked) -> list[dict[str, Any]]:
@@ -99,7 +103,7 @@ def _runs_of_size(number: int, size: float, multiples: Sequence[float], asked: L
     longest = budget_plan(BudgetAsked(parameters=size, tokens=size * max(multiples)), BudgetMachine(), goal, wishes)
     data = data_section(asked.data_of or ("demo" if size < 3e6 else "dense-125m"))
     base = run_of(longest, f"trunk-{number}", data)
-    batch = base["data"]["batch_tokens"]
+    size, batch = longest["parameters"], base["data"]["batch_tokens"]  # the architecture's, from here on
     ends = {multiple: _whole(size * multiple, batch) for multiple in sorted(multiples)}
     starts = {multiple: _whole(end * (1 - DECAY), batch) for multiple, end in ends.items()}
     *early, last = ends
@@ -107,8 +111,11 @@ def _runs_of_size(number: int, size: float, multiples: Sequence[float], asked: L
 
     def run(name: str, multiple: float, **of_run: Any) -> dict[str, Any]:
         schedule = {"kind": "wsd", "unit": "tokens", "warmup": warmup, "final_ratio": 0.0}
+        low, high = goal.law.interval(size, ends[multiple])
+        expected = {"loss": goal.law.loss(size, ends[multiple]), "loss_low": low, "loss_high": high}
         return {
             **base,
+            "plan": {"law": goal.law.name, **expected},
             "run": {"name": name, "max_tokens": ends[multiple], **of_run},
             "schedule": {**schedule, "decay": ends[multiple] - starts[multiple]},
         }
@@ -132,8 +139,8 @@ def _whole(tokens: float, batch: int) -> int:
     return max(2, round(tokens / batch)) * batch
 
 
-def _as_row(run: Mapping[str, Any], size: float) -> dict[str, Any]:
-    tokens = run["run"]["max_tokens"]
+def _as_row(run: Mapping[str, Any]) -> dict[str, Any]:
+    size, tokens = parameters(ModelSection.model_validate(run["model"])), run["run"]["max_tokens"]
     begins = int(run["run"].get("start_from", "@0").split("@")[1]) * run["data"]["batch_tokens"]
     return {
         "run": run["run"]["name"],

@@ -120,7 +120,9 @@ class Candidates:
     def _of_cut(self, cut: Cut) -> Iterator[Candidate]:
         layers, ways = self.config.model.layers, cut.replicate * cut.shard
         sizes = [2**power for power in range(MOST_SEQUENCES.bit_length())]
-        for micro_batch in self._asked("micro_batch", sizes):
+        if "micro_batch" in self.pinned:
+            sizes = [self.pinned["micro_batch"]]
+        for micro_batch in sizes:
             if not self._worth_it(ways, micro_batch):
                 break
             for schedule, stages in _schedules(cut.pipeline, layers):

@@ -107,9 +107,10 @@ def neighbours(config: RunConfig, best: Found, cluster: Cluster) -> list[dict[st
     """Return what each single change of the best layout would cost: its time and memory, or why it is not legal."""
     world, rows = best.layout.world, []
     for change in _changes(best.layout):
-        # Shards make up for the change; where there are only replicas, they do.
-        rest = {"shard": 0} if best.layout.shard > 1 or "replicate" in change else {"shard": 0, "replicate": 1}
-        layout = best.layout.model_copy(update={**change, **rest, "stages": ""})
+        layout = best.layout.model_copy(update={**change, "shard": 0, "stages": ""})
+        if best.layout.shard == 1 and "replicate" not in change:  # else shards make up for the change
+            ways = world // (layout.pipeline * layout.context * layout.tensor)
+            layout = layout.model_copy(update={"shard": 1, "replicate": max(1, ways)})
         if layout.pipeline > 1 and "reduce" not in change:
             layout = layout.model_copy(update={"reduce": "step"})
         row: dict[str, Any] = {

@@ -235,7 +235,8 @@ LAWS: Mapping[str, LossLaw | PowerLaw] = {
             1.3e9 / PF_DAY**0.73,
             0.73,
             "Kaplan et al. 2020, arXiv:2001.08361, table 6",
-            "history: without the embedding, and not tuned at small sizes (arXiv:2406.19146); do not plan with it",
+            "history: without the embedding, and not tuned at small sizes (arXiv:2406.19146); its scale was not "
+            "checked against the paper; do not plan with it",
         ),
     )
 }

@@ -1,9 +1,9 @@
 """Memory of a rank at its peak, from numbers alone: what a dry run traces, in a millisecond and without torch.
 
-Without a pipeline three moments of the last micro-batch can be the largest: its loss, where a chunk of logits exists
-next to every activation; the backward pass of the last block, where its intermediates do; and the end of backward,
-where the largest unit's gradients are whole, in the buffers they are reduced in, and reduced. With one, the moments of
-each pass can be (memory_pipeline.py).
+Without a pipeline these moments of the last micro-batch can be the largest: its loss, where a chunk of logits exists
+next to every activation; the backward pass of the last block, where its intermediates do; that of a unit's first block,
+whose gradients wait for it; and the reduction of a unit of blocks or of what is in none, whose gradients are whole, in
+the buffers they are reduced in, and reduced. With a pipeline the moments of each pass can be (memory_pipeline.py).
 """
 
 from collections.abc import Iterable, Iterator, Mapping

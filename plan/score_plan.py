@@ -50,9 +50,9 @@ def _row(given: str) -> dict[str, Any]:
         "within": None,
         "speed_error": None,
     }
-    if planned and starts:
+    if planned.get("hash") and starts:
         config = validate(dict(starts[0].get("config", {})), f"{folder.ledger_file}, its first start")
-        row["unchanged"] = planned.get("hash") == plan_hash(config, planned)
+        row["unchanged"] = planned["hash"] == plan_hash(config, planned)
     if row["planned_loss"] and row["final_loss"]:
         row["loss_error"] = row["planned_loss"] / row["final_loss"] - 1
         low, high = row["planned_interval"] or (None, None)

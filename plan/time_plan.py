@@ -18,7 +18,7 @@ from minka.plan.layout_search import MARGIN
 from minka.plan.load_config import load_run
 from minka.plan.memory import predict_memory
 from minka.plan.rates import read_rates
-from minka.plan.run_job import job_of
+from minka.plan.run_job import job_of, on_cluster
 from minka.plan.step_time import KINDS, part_seconds, step_time
 from minka.plan.step_work import StepJob, block_weights, end_weights
 
@@ -57,7 +57,6 @@ def time_plan(config: RunConfig, world: int, cluster: Cluster, dollars_per_hour:
     peak = cluster.peak_flops * world
     flops = {name: training_flops_per_token(config.model, config.data.seq_len, name) for name in FORMULAS}
     hours = run.total / 3600 * world
-    peak_bytes, not_fitting = _memory(config, world, cluster)
     return {
         "world": world,
         "gpu": cluster.name,
@@ -73,8 +72,6 @@ def time_plan(config: RunConfig, world: int, cluster: Cluster, dollars_per_hour:
         "days": run.total / DAY,
         "gpu_hours": hours,
         "dollars": None if dollars_per_hour is None else hours * dollars_per_hour,
-        "peak_bytes": peak_bytes,
-        "does_not_fit": not_fitting,
         "padding": describe_padding(config.after_warmup(), layout),
         "warmup_refused": config.warmup_refused(world),
         "not_counted": not_counted(config),
@@ -82,22 +79,21 @@ def time_plan(config: RunConfig, world: int, cluster: Cluster, dollars_per_hour:
     }
 
 
-def _memory(config: RunConfig, world: int, cluster: Cluster) -> tuple[int | None, str]:
-    """The largest peak of a rank, and why that does not fit; None where it is not predicted."""
+def _memory(config: RunConfig, world: int, cluster: Cluster) -> dict[str, Any]:
+    """The largest peak of a rank, null where it is not predicted, and why that does not fit."""
     try:
         most = max(rank.total for rank in predict_memory(config, world, cluster.device_kind))
     except UserError:
-        return None, ""
-    if most <= (1 - MARGIN) * cluster.memory_bytes:
-        return most, ""
+        return {"peak_bytes": None, "does_not_fit": ""}
     sizes = f"{most / 2**30:.1f} GiB at the peak of a rank, of {cluster.memory_bytes / 2**30:.1f} GiB"
-    return most, f"{sizes} less {MARGIN:.0%} for CUDA and NCCL; `minka plan layout` finds what fits"
+    why = f"{sizes} less {MARGIN:.0%} for CUDA and NCCL; `minka plan layout` finds what fits"
+    return {"peak_bytes": most, "does_not_fit": "" if most <= (1 - MARGIN) * cluster.memory_bytes else why}
 
 
 def check_peak(config: RunConfig, cluster: Cluster) -> None:
     """Raises UserError where the peak that is known is not that of the run's dtype."""
-    precision = compute_dtype_name(config.layout, cluster.device_kind)
-    if precision != "bf16" and find_gpu(cluster.name) is not None:
+    precision, known = compute_dtype_name(config.layout, cluster.device_kind), find_gpu(cluster.name)
+    if precision != "bf16" and known is not None and known.peak_flops == cluster.peak_flops:
         what = f"time under layout.precision={precision!r} is not predicted: the peak of {cluster.name} is that of bf16"
         remedy = "describe it with its peak in that dtype: --gpu machine.toml (docs/plan.md)"
         raise UserError(what, where="layout.precision", remedy=remedy)
@@ -156,7 +152,8 @@ def time_of_run(
         raise UserError(
             f"a price of {price}", where="--price-per-gpu-hour", remedy="give dollars a GPU-hour, such as 2.5"
         )
-    return time_plan(load_run(run, overrides).config, world, cluster_for(gpu, rates), price)
+    config, cluster = load_run(run, overrides).config, cluster_for(gpu, rates)
+    return time_plan(config, world, cluster, price) | _memory(on_cluster(config, cluster), world, cluster)
 
 
 def time_lines(found: Mapping[str, Any]) -> list[list[str]]:

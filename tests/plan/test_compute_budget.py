@@ -134,6 +134,7 @@ def test_few_unique_tokens_make_a_smaller_model_and_a_warning() -> None:
         ({"gpu_hours": 1.0}, "--gpu H100-SXM"),
         ({"dollars": 1.0}, "--price-per-gpu-hour"),
         ({"flops": 10.0}, "--vocab"),
+        ({"flops": 1e40}, "no architecture"),
     ],
 )
 def test_what_cannot_be_planned(asked: dict[str, Any], said: str) -> None:
@@ -157,6 +158,22 @@ def test_numbers_out_of_range(machine: BudgetMachine, goal: Goal, where: str) ->
     with pytest.raises(UserError) as refused:
         check_machine(machine, goal)
     assert refused.value.where == where
+
+
+def test_a_vocabulary_of_one_is_refused() -> None:
+    with pytest.raises(UserError) as refused:
+        budget_plan(BudgetAsked(flops=1e20), BudgetMachine(), GOAL, Wishes(vocab=1))
+    assert refused.value.where == "--vocab"
+
+
+def test_what_is_far_from_the_laws_is_said() -> None:
+    small = " ".join(budget_plan(BudgetAsked(flops=1e13), BudgetMachine(), GOAL)["notes"])
+    assert "above that of guessing" in small
+    assert "an extrapolation" in small
+    long = budget_plan(BudgetAsked(parameters=8e9, tokens=15e12), BudgetMachine(), GOAL)
+    assert any("span a factor of" in note for note in long["notes"])
+    assert long["asked"] == ["parameters", "tokens"]
+    assert budget_plan(BudgetAsked(flops=1e21), BudgetMachine(), GOAL)["notes"] == []
 
 
 def test_a_vocabulary_does_not_take_a_small_model() -> None:

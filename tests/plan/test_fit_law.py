@@ -155,6 +155,7 @@ def test_the_command_prints_and_writes_a_law(column: str, tmp_path: Path, capsys
         ("params,tokens,loss\n1e6,1e9,2.0\n1e6,2e9,2.0\n", "2 runs"),
         ("params,tokens,loss\n" + "".join(f"1e6,{n}e9,{4 - n / 10}\n" for n in range(1, 9)), "1 sizes"),
         ("", "params"),
+        ("params,tokens,loss\n" + "".join(f"{n}e6,{n}e9,{200 / n}\n" for n in range(1, 9)), "perplexities"),
     ],
 )
 def test_what_cannot_be_fitted(text: str, said: str, tmp_path: Path) -> None:
@@ -164,6 +165,22 @@ def test_what_cannot_be_fitted(text: str, said: str, tmp_path: Path) -> None:
         fit_plan([str(file)], Choices())
     assert said in str(refused.value)
     assert refused.value.remedy
+
+
+def test_other_names_of_columns_and_semicolons_are_read(tmp_path: Path) -> None:
+    runs = runs_of(9, 40)
+    (tmp_path / "runs.csv").write_text(
+        "N;D;L\n" + "\n".join(";".join(map(repr, tuple_of(row))) for row in zip(*runs, strict=True)) + "\n"
+    )
+    found = fit_plan([str(tmp_path / "runs.csv")], Choices(bootstraps=0))
+    assert found["A"] == pytest.approx(float(fit_law(runs).numbers[0]))
+
+
+@pytest.mark.parametrize(("flops", "file"), [(-3.0, "law.toml"), (math.nan, "law.toml"), (1e20, "law.txt")])
+def test_options_of_a_fit_are_checked_before_it(flops: float, file: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        fit_plan([write(tmp_path / "runs.csv", runs_of(5, 40))], Choices(flops=flops), tmp_path / file)
+    assert not (tmp_path / file).exists()
 
 
 def test_a_missing_file_and_a_law_that_is_none(tmp_path: Path) -> None:

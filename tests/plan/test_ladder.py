@@ -13,7 +13,8 @@ import pytest
 from minka.plan.command import main
 from minka.plan.errors import UserError
 from minka.plan.fit_law import Runs, fit_law
-from minka.plan.ladder_design import cheapest_ladder, cost, width_of_optimum
+from minka.plan.flops import parameters
+from minka.plan.ladder_design import cheapest_ladder, cost, points_of, width_of_optimum
 from minka.plan.load_config import load_run
 from minka.plan.loss_laws import EPOCH, LossLaw
 
@@ -21,7 +22,7 @@ from minka.plan.loss_laws import EPOCH, LossLaw
 def test_the_interval_is_that_of_fits_to_such_runs() -> None:
     """120 ladders with noise: the spread of their optima is the predicted one, within a quarter."""
     found = cheapest_ladder(EPOCH, 1e20, 0.3, 1e6, 0.003)
-    n, d = (np.array(column) for column in zip(*found.points, strict=True))
+    n, d = (np.array(column) for column in zip(*points_of(found.sizes, found.multiples), strict=True))
     clean = EPOCH.E + EPOCH.A / n**EPOCH.alpha + EPOCH.B / d**EPOCH.beta
     random, optima = np.random.default_rng(0), []
     for _ in range(120):
@@ -39,7 +40,7 @@ def test_more_is_asked_and_more_is_spent() -> None:
         assert one.flops < 1e21
         assert min(one.sizes) >= 1e7
     wider = [*found[0].sizes, found[0].sizes[-1] * 2]
-    assert width_of_optimum(EPOCH, 1e21, wider, found[0].multiples, 0.003) < found[0].width
+    assert width_of_optimum(EPOCH, 1e21, points_of(wider, found[0].multiples), 0.003) < found[0].width
     assert cost(wider, found[0].multiples) > found[0].flops
 
 
@@ -60,10 +61,16 @@ def test_its_files_are_runs_and_branches_begin_where_their_trunk_is_kept(
     found = json.loads(capsys.readouterr().out)
     low, high = found["target_interval"]
     assert low < found["target_parameters"] < high
-    assert found["ladder_flops"] == pytest.approx(sum(run["flops"] for run in found["ladder"]), rel=0.01)
+    assert found["ladder_flops"] == pytest.approx(sum(run["flops"] for run in found["ladder"]))
+    designed = cheapest_ladder(EPOCH, 1e20, 0.5, 1e7, 0.003)
+    assert found["ladder_flops"] == pytest.approx(designed.flops, rel=0.3)  # architectures are only near their sizes
+    assert math.log(high / low) / 2 == pytest.approx(designed.width, rel=0.2)
     for run in found["ladder"]:
         config = load_run(str(folder / f"{run['run']}.toml")).config
+        assert run["parameters"] == parameters(config.model)
+        assert config.plan.loss == pytest.approx(EPOCH.loss(run["parameters"], run["tokens"]))
         assert config.total_tokens == run["tokens"]
+        assert config.eval.every_steps == 0
         assert config.schedule.decay == pytest.approx(0.2 * run["tokens"], rel=0.05)
         if run["start_from"]:
             trunk, step = run["start_from"].removeprefix("runs/").split("@")

@@ -179,3 +179,23 @@ def test_what_an_override_decides_is_not_searched(capsys: pytest.CaptureFixture[
     assert {(one["layout"]["tensor"], one["layout"]["recompute"]) for one in found["layouts"]} == {(4, "block")}
     assert main(["plan", "layout", "llama3-8b", "layout.tensor=3", "--world", "16", "--gpu", "H100-SXM"]) == 2
     assert "tensor=3 does not divide" in capsys.readouterr().err
+
+
+def test_a_decided_micro_batch_need_not_be_a_power_of_two(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["layout.micro_batch=3", "data.batch_tokens=786432", "--world", "16", "--gpu", "H100-SXM"]
+    assert main(["plan", "layout", "llama3-8b", *words, "--json"]) == 0
+    assert {one["layout"]["micro_batch"] for one in json.loads(capsys.readouterr().out)["layouts"]} == {3}
+
+
+def test_a_neighbour_keeps_replicas_where_there_are_no_shards(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["layout.shard=1", "layout.tensor=1", "--world", "8", "--gpu", "H200-SXM"]
+    assert main(["plan", "layout", "dense-125m", *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    best = found["layouts"][0]["layout"]
+    assert (best["replicate"], best["shard"]) == (8, 1)
+    costs = {tuple(row["change"].items()): row for row in found["neighbours"]}
+    there = load_run("dense-125m", ["layout.replicate=4", "layout.tensor=2", "layout.shard=1", "data.batch_warmup=[]"])
+    layout = there.config.layout.model_copy(update={"micro_batch": best["micro_batch"], "recompute": best["recompute"]})
+    config = there.config.model_copy(update={"layout": layout})
+    seconds = step_time(job_of(config, config.check(8), find_cluster("H200-SXM")), find_cluster("H200-SXM")).seconds
+    assert costs[(("tensor", 2),)]["step_seconds"] == pytest.approx(seconds)

@@ -1,12 +1,14 @@
 """`minka plan time`, `layout` and `calibrate` as commands: tables, JSON, pictures, and refusals as one paragraph."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from measured_runs import written_run
+from minka.plan.cluster import cluster_toml, find_cluster
 from minka.plan.command import main
 
 
@@ -117,3 +119,20 @@ def test_the_peak_of_a_table_is_that_of_bf16(capsys: pytest.CaptureFixture[str])
     for command in ("time", "layout"):
         assert main([command, "llama3-8b", "layout.precision=fp32", "--gpu", "H100-SXM", "--world", "64"]) == 2
         assert "bf16" in capsys.readouterr().err
+
+
+def test_a_machine_is_not_rates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "machine.toml"
+    file.write_text(cluster_toml(find_cluster("H100-SXM")))
+    assert main(["time", "llama3-8b", "--gpu", "H100-SXM", "--world", "64", "--rates", str(file)]) == 2
+    assert f"--gpu {file}" in capsys.readouterr().err
+
+
+def test_a_machine_with_a_peak_of_its_own_may_compute_in_fp32(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "machine.toml"
+    file.write_text(cluster_toml(replace(find_cluster("H100-SXM"), peak_tflops=67.0)))
+    words = ["time", "llama3-8b", "layout.precision=fp32", "--world", "64"]
+    slow = document(capsys, *words, "--gpu", str(file))["step_seconds"]
+    assert slow > 5 * document(capsys, "time", "llama3-8b", "--world", "64", "--gpu", "H100-SXM")["step_seconds"]

@@ -223,6 +223,10 @@ def test_errors_of_writing_say_where_and_what_would_help(tmp_path: Path) -> None
         assert unsaid not in str(caught.value)
     with pytest.raises(UserError, match=r"make the folder .*none, or") as caught, writing(tmp_path / "none/below"):
         write_text(tmp_path / "none/below", "")
+    (tmp_path / "link").symlink_to(tmp_path / "gone/away")
+    with pytest.raises(UserError, match="cannot be written") as caught, writing(tmp_path / "link"):
+        (tmp_path / "link").open("w")
+    assert f"folder {tmp_path}," not in str(caught.value)  # which is there
     with pytest.raises(UserError) as caught, writing(Path("/proc/ours")):  # where nobody can make a file
         write_text(Path("/proc/ours"), "")
     assert caught.value.where == "/proc/ours"  # and not the temporary file's name

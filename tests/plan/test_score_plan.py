@@ -40,6 +40,18 @@ def test_a_plan_that_was_changed_afterwards_is_known(tmp_path: Path, capsys: pyt
     assert "changed after" in capsys.readouterr().out
 
 
+def test_a_plan_of_a_version_without_hashes_is_not_called_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = planned_run(tmp_path, "one", 2.42)
+    file = Path(run) / "plan.json"
+    older = {key: value for key, value in json.loads(file.read_text()).items() if key != "hash"}
+    file.write_text(json.dumps(older))
+    assert scored(capsys, run)["scores"][0]["unchanged"] is None
+    assert main(["score", run]) == 0
+    assert "changed after" not in capsys.readouterr().out
+
+
 def test_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["score", learning_run(tmp_path, "one")]) == 2
     assert "plan budget --emit" in capsys.readouterr().err
